@@ -1,0 +1,48 @@
+"""Variational dropout: masks drawn once per forward pass and constant during the solve.
+
+A mask drawn inside f would make f another map at every call, and no map has a fixed point then (Gal and Ghahramani
+2016 share one mask over time for other reasons; here it is shared over the iterations of the solver too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def dropout_mask(shape: Sequence[int], *, rate: float, training: bool, like: Tensor) -> Float[Tensor, "..."] | None:
+    """A mask of ``shape`` with entries 0 (probability ``rate``) or 1/(1 − rate); None where nothing is dropped.
+
+    Args:
+        shape: with a 1 where the mask is shared, as in (B, 1, D) for whole channels.
+        rate: the share that is dropped, 0 ≤ rate < 1.
+        training: the module's mode; in evaluation nothing is dropped.
+        like: gives dtype and device.
+    """
+    if rate == 0 or not training:
+        return None
+    kept = 1 - rate
+    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(kept).div_(kept)
+
+
+def masked(x: Float[Tensor, "*shape"], mask: Tensor | None) -> Float[Tensor, "*shape"]:
+    """X ⊙ mask, or x where there is no mask."""
+    return x if mask is None else x * mask
+
+
+def add_masked(x: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"], mask: Tensor | None) -> Float[Tensor, "*shape"]:
+    """X + y ⊙ mask in one pass over the memory."""
+    return x + y if mask is None else torch.addcmul(x, y, mask)
+
+
+def check_rate(owner: str, name: str, rate: float) -> None:
+    """Refuse a rate that leaves nothing, or that is none.
+
+    Raises:
+        ValueError: the rate is outside 0 ≤ rate < 1.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"{owner}({name}={rate}): a dropout rate is a share, 0 ≤ {name} < 1; try 0.1, or 0 for none.")

@@ -1,0 +1,132 @@
+"""Equilibrium: a cell, a solver, a stopping rule and a gradient rule make a layer; Stack: the explicit baseline.
+
+Letters: B batch, T time, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from equilibria.solve import Map, Solution, Solver, Stop, solve
+
+Context = Any
+"""What a cell computes once per solve: its own choice of value, constant during the solve."""
+Memory = Any
+"""What a cell remembers of one segment for the next: its own choice of value, detached, or None."""
+
+
+class GradientRule(ABC):
+    """Owns the solve and decides how the gradient gets through it. Subclasses are frozen dataclasses."""
+
+    @abstractmethod
+    def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
+        """The solution of z = f(z) from z0; its ``z`` carries the gradient."""
+
+
+class Cell(nn.Module, ABC):
+    """One weight-tied map z ↦ f(z; x), split into what is constant during a solve and what is not."""
+
+    @abstractmethod
+    def prepare(self, x: Float[Tensor, "B T D"], memory: Memory) -> Context:
+        """Everything that does not depend on z, with graph: once per forward pass."""
+
+    @abstractmethod
+    def start(self, context: Context) -> Tensor:
+        """The first iterate z0."""
+
+    @abstractmethod
+    def forward(self, z: Tensor, context: Context) -> Tensor:
+        """f(z): pure, so that the same inputs give the same bits."""
+
+    @abstractmethod
+    def remember(self, z: Tensor, context: Context) -> Memory:
+        """What the next segment of the same streams needs of this one, detached."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerOutput:
+    """What a layer gives back, equilibrium or explicit."""
+
+    z: Tensor
+    """The output [B *state], which carries the gradient."""
+    memory: Memory
+    """For the next segment of the same streams."""
+    f: Map
+    """The map whose fixed point was sought (Stack: the last layer's), for stability measures."""
+    solution: Solution | None
+    """How the solve went; None from a Stack, which solves nothing."""
+
+
+class Equilibrium(nn.Module):
+    """z* = f(z*; x): the fixed point of one weight-tied cell (Bai, Kolter, Koltun 2019, eq. 3).
+
+    Args:
+        cell: the map f.
+        solver: proposes iterates.
+        stop: tolerances and budget of the forward solve.
+        gradient: how the gradient gets through the solve.
+        eval_stop: tolerances and budget in ``eval()`` mode; ``stop`` if None.
+    """
+
+    def __init__(
+        self, cell: Cell, solver: Solver, stop: Stop, gradient: GradientRule, eval_stop: Stop | None = None
+    ) -> None:
+        super().__init__()
+        self.cell, self.solver, self.stop, self.gradient, self.eval_stop = cell, solver, stop, gradient, eval_stop
+
+    def forward(self, x: Float[Tensor, "B T D"], memory: Memory = None) -> LayerOutput:
+        """The equilibrium under input ``x [B T D]`` and the memory of the previous segment."""
+        context = self.cell.prepare(x, memory)
+
+        def f(z: Tensor) -> Tensor:
+            return self.cell(z, context)
+
+        stop = self.stop if self.training or self.eval_stop is None else self.eval_stop
+        solution = self.gradient.run(f, self.cell.start(context), self.solver, stop)
+        return LayerOutput(z=solution.z, memory=self.cell.remember(solution.z, context), f=f, solution=solution)
+
+    def extra_repr(self) -> str:
+        """Solver, stopping rule and gradient rule."""
+        return f"solver={self.solver}, stop={self.stop}, gradient={self.gradient}, eval_stop={self.eval_stop}"
+
+
+class Stack(nn.Module):
+    """The explicit baseline: L cells with weights of their own, each applied once, each with its own memory.
+
+    x enters every cell through its ``prepare``, as in the equilibrium; layer l maps z_l = f_l(z_{l−1}; x), z_0 = start.
+    """
+
+    def __init__(self, cells: Iterable[Cell]) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(cells)
+        if not self.cells:
+            raise ValueError("Stack(cells=[]): a stack has at least one cell; give one cell a layer.")
+
+    def forward(self, x: Float[Tensor, "B T D"], memory: tuple[Memory, ...] | None = None) -> LayerOutput:
+        """The last layer's state under input ``x [B T D]``; the memory is a tuple, one entry a layer."""
+        memories = (None,) * len(self.cells) if memory is None else memory
+        contexts = [cell.prepare(x, past) for cell, past in zip(self.cells, memories, strict=True)]  # pyright: ignore
+        z = self.cells[0].start(contexts[0])  # pyright: ignore
+        kept: list[Memory] = []
+        for cell, context in zip(self.cells, contexts, strict=True):
+            z = cell(z, context)
+            kept.append(cell.remember(z, context))  # pyright: ignore
+        return LayerOutput(z=z, memory=tuple(kept), f=lambda z: self.cells[-1](z, contexts[-1]), solution=None)
+
+
+def without_graph(f: Map, z0: Tensor, solver: Solver, stop: Stop, *, keep_history: bool = False) -> Solution:
+    """``solve`` with gradients off: the first half of every rule that does not unroll."""
+    with torch.no_grad():
+        solution = solve(f, z0.detach(), solver, stop)
+    if not keep_history:  # many states; the backward pass needs the room
+        solution = dataclasses.replace(solution, history=None)
+    # Autocast caches weights that were cast without a graph; the graph-carrying evaluation must not meet them.
+    torch.clear_autocast_cache()
+    return solution

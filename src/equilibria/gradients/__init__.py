@@ -1,0 +1,12 @@
+"""Gradient rules: one a file. ``CATALOGUE`` enters each in the conformance suite."""
+
+from equilibria.gradients.implicit import Implicit
+from equilibria.gradients.neumann import Neumann
+from equilibria.gradients.phantom import Phantom
+from equilibria.gradients.reversible import ReversibleGradient
+from equilibria.gradients.shine import Shine
+from equilibria.gradients.unroll import Unroll
+
+CATALOGUE = (Implicit, Neumann, Phantom, Shine, Unroll, ReversibleGradient)
+
+__all__ = ["CATALOGUE", "Implicit", "Neumann", "Phantom", "ReversibleGradient", "Shine", "Unroll"]

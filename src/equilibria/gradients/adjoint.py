@@ -1,0 +1,108 @@
+"""What the rules around one f(z*) share: an identity whose backward pass replaces the gradient.
+
+Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u`` = (I − J)⁻ᵀ g.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from equilibria.solve import AffineMap, Autocast, Map, Solution, Solver, Stop, algebra_dtype, row_norm, solve
+
+Adjoint = Callable[["Linearised", Float[Tensor, "B *state"]], Float[Tensor, "B *state"]]
+"""Maps the cotangent g of the output to the cotangent that one f(z*) is to receive."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linearised:
+    """One graph-carrying evaluation of f at z*, of which only products with Jᵀ are asked."""
+
+    z: Float[Tensor, "B *state"]
+    fz: Float[Tensor, "B *state"]
+    autocast: Autocast
+
+    def vjp(self, u: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+        """Jᵀu: z's gradient alone, without that of the parameters."""
+        with self.autocast.on():
+            (product,) = torch.autograd.grad(self.fz, self.z, u, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(u) if product is None else product
+
+
+def attached(f: Map, solution: Solution, adjoint: Adjoint) -> Solution:
+    """The solution with a differentiable z = f(z*): g goes through ``adjoint``, then through that f."""
+    if not torch.is_grad_enabled():
+        return dataclasses.replace(solution, z=solution.fz)
+    autocast = Autocast(solution.z.device.type)
+    z = solution.z.detach().requires_grad_()
+    fz = f(z).to(z.dtype)
+    # z's own gradient is asked for by products only; what a full backward pass leaves in it is of no use.
+    z.register_post_accumulate_grad_hook(_forget)
+    out = dataclasses.replace(solution, z=fz, evals=solution.evals + 1)
+    if not fz.requires_grad:
+        return out
+    point = Linearised(z=z, fz=fz, autocast=autocast)
+    return dataclasses.replace(out, z=_Replace.apply(fz, point, adjoint))
+
+
+def _forget(z: Tensor) -> None:
+    z.grad = None
+
+
+class _Replace(torch.autograd.Function):
+    """Identity forward; backward hands ``adjoint(point, g)`` on."""
+
+    @staticmethod
+    def forward(ctx: Any, fz: Tensor, point: Linearised, adjoint: Adjoint) -> Tensor:
+        ctx.point, ctx.adjoint = point, adjoint
+        return fz.view_as(fz)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        with torch.no_grad(), ctx.point.autocast.off():
+            u = ctx.adjoint(ctx.point, cotangents[0])
+        return *differentiated_once([u]), None, None
+
+
+class _Refuse(torch.autograd.Function):
+    """Identity forward; an error backward."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise RuntimeError(
+            "A gradient found by a solve cannot be differentiated again: the second derivative would be wrong. Use the "
+            "Unroll() or Phantom(…) rule for double backward, or stability.jacobian_penalty for a penalty on J."
+        )
+
+
+def differentiated_once(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of a backward pass, made to refuse a second one.
+
+    ``once_differentiable`` does so only where the cotangent requires a gradient, which that of a loss does not.
+    """
+    if not torch.is_grad_enabled():
+        return tuple(tensors)
+    return _Refuse.apply(*(t.detach().requires_grad_() for t in tensors))
+
+
+def solve_adjoint(point: Linearised, g: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
+    """u = Jᵀu + g from u = g, solved for g/‖g‖ so that its tolerances are in units of ‖g‖.
+
+    A sample whose g is not finite gets NaN and leaves the others alone.
+    """
+    size = row_norm(g.reshape(len(g), -1).to(algebra_dtype(g.dtype))).view(-1, *[1] * (g.ndim - 1))
+    sound = torch.isfinite(size)
+    scale = torch.where(sound & (size > 0), size, 1.0)
+    unit = torch.where(sound, g / scale, 0.0).to(g.dtype)
+    solution = solve(AffineMap(point.vjp, unit), unit, solver, stop)
+    u, fu = (torch.where(sound, x * scale, torch.nan).to(g.dtype) for x in (solution.z, solution.fz))
+    return dataclasses.replace(solution, z=u, fz=fu, history=None)

@@ -1,0 +1,43 @@
+"""The phantom gradient: a few tracked steps after an untracked solve."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from equilibria.equilibrium import GradientRule, without_graph
+from equilibria.solve import Map, Solution, Solver, Stop, solve
+from equilibria.solvers import Picard
+
+
+@dataclasses.dataclass(frozen=True)
+class Phantom(GradientRule):
+    """z_{t+1} = (1 − λ)·z_t + λ·f(z_t), k steps from the detached z*, with back-propagation through them.
+
+    Z. Geng et al., "On Training Implicit Models" (NeurIPS 2021), the unrolled form. k = 1, λ = 1 is the Jacobian-free
+    gradient (JFB). With λ < 1 and small k the gradient is scaled down (k = 1: by λ). Memory is k evaluations of f.
+    """
+
+    steps: int = 1
+    """k ≥ 1: tracked steps."""
+    damping: float = 1.0
+    """λ in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Phantom(steps={self.steps}): at least 1 tracked step carries the gradient; try 1 or 5.")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"Phantom(damping={self.damping}): the damping lies in (0, 1]; try 1.0 or 0.5.")
+
+    def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
+        """The solution, with the last tracked iterate as its differentiable z."""
+        solution = without_graph(f, z0, solver, stop)
+        if not torch.is_grad_enabled():
+            return dataclasses.replace(solution, z=solution.fz)
+        budget = Stop(rtol=0, atol=0, max_evals=self.steps, best=False)
+        tracked = solve(f, solution.z, Picard(self.damping), budget)
+        z = tracked.z.lerp(tracked.fz, self.damping)
+        return dataclasses.replace(solution, z=z, evals=solution.evals + tracked.evals)

@@ -1,0 +1,176 @@
+"""The gradient of the reversible iteration, by undoing it.
+
+Letters: B batch, N flattened state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from equilibria.equilibrium import GradientRule, without_graph
+from equilibria.gradients.adjoint import differentiated_once
+from equilibria.solve import Autocast, Map, Solution, Solver, Status, Stop
+from equilibria.solvers import Reversible
+
+ACCURACY = 1e-4
+"""Largest estimated relative error of the reconstructed states that is accepted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReversibleGradient(GradientRule):
+    """The exact gradient of the iterate that ``Reversible`` returns, in memory that does not grow with its steps.
+
+    Each step is inverted from its result, evaluated once more with graph, and its products accumulated: S. McCallum,
+    K. Arora, J. Foster (2025). Inverting amplifies rounding by 1/|1 − β| a step, so a dtype in which the budgeted
+    number of steps cannot be undone is refused. ``Stop.best`` is ignored: the last iterate is returned.
+    """
+
+    def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
+        """The solution; its z is the last iterate, with the gradient of all steps."""
+        if not isinstance(solver, Reversible):
+            raise TypeError(
+                f"ReversibleGradient() got the solver {solver}; only Reversible(…) can be undone: use "
+                "solver=Reversible(0.8), or another gradient rule such as Implicit() or Unroll(checkpoint=True)."
+            )
+        _check_invertible(solver, stop, z0.dtype)
+        constants = _Constants()
+        solution = without_graph(constants.of(f), z0, solver, dataclasses.replace(stop, best=False), keep_history=True)
+        if not torch.is_grad_enabled():
+            return solution
+        y = solution.history.to(z0.dtype).view_as(solution.z)
+        path = _Path(f, solver.relaxation, y, solution.steps, solution.status, Autocast(z0.device.type))
+        z = _Undo.apply(path, solution.z, z0, *constants.found.values())
+        return dataclasses.replace(solution, z=z, history=None)
+
+
+def _check_invertible(solver: Reversible, stop: Stop, dtype: torch.dtype) -> None:
+    loss, eps = math.log(1 / abs(1 - solver.relaxation)), torch.finfo(dtype).eps
+    # A relaxation above 1.5 or so contracts when undone; it is the forward iteration that then suffers.
+    allowed = math.inf if loss <= 0 else math.log(ACCURACY / eps) / loss if eps < ACCURACY else 0
+    steps = (stop.max_evals - 1) // 2
+    if steps > allowed:
+        raise ValueError(
+            f"ReversibleGradient cannot undo {steps} steps of {solver} in {dtype}: rounding would grow to "
+            f"{eps * math.exp(min(steps * loss, 200)):.0e} of the state ({ACCURACY:.0e} is allowed). Use a float64 "
+            f"state (f may compute in {dtype}), max_evals={max(1, 2 * int(allowed) + 1)} or less, or a smaller "
+            "relaxation."
+        )
+
+
+class _Constants(TorchFunctionMode):
+    """Finds the tensors with gradient that f reads: without graph, nothing that f itself makes requires one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, Tensor] = {}
+        self._complete = False
+
+    def of(self, f: Map) -> Map:
+        """F, watched during its first evaluation."""
+
+        def watched(z: Tensor) -> Tensor:
+            if self._complete:
+                return f(z)
+            self._complete = True
+            with self:
+                return f(z)
+
+        return watched
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self.found[id(leaf)] = leaf
+        return func(*args, **(kwargs or {}))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Path:
+    """What is needed to walk the iteration backwards."""
+
+    f: Map
+    relaxation: float
+    y: Float[Tensor, "B *state"]
+    steps: Int[Tensor, " B"]
+    status: Int[Tensor, " B"]
+    autocast: Autocast
+
+
+class _Undo(torch.autograd.Function):
+    """Identity on z_N forward; backward walks the iteration from (y_N, z_N) to its start."""
+
+    @staticmethod
+    def forward(ctx: Any, path: _Path, z: Tensor, z0: Tensor, *constants: Tensor) -> Tensor:
+        ctx.path = path
+        ctx.save_for_backward(z, *constants)
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        path, (z, *constants) = ctx.path, ctx.saved_tensors
+        broken = (path.status == Status.NONFINITE).view(-1, *[1] * (z.ndim - 1))
+        with torch.no_grad():
+            start, sums = _walk_back(path, z, torch.where(broken, torch.nan, cotangents[0]), constants)
+        return None, None, *differentiated_once([start, *sums])
+
+
+def _walk_back(path: _Path, z: Tensor, z_bar: Tensor, constants: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of the start and of the constants, from that of z_N."""
+    beta, y = path.relaxation, path.y
+    y_bar, sums = torch.zeros_like(z_bar), [torch.zeros_like(c) for c in constants]
+    for n in reversed(range(int(path.steps.max()))):
+        # A sample that had stopped before step n keeps its values: its seed is zero and its state stays.
+        live = (path.steps > n).view(-1, *[1] * (z.ndim - 1))
+        f_y, at_y = _products(path, y, torch.where(live, beta * z_bar, 0.0), constants, sums)
+        z = torch.where(live, (z - beta * f_y) / (1 - beta), z)
+        y_bar = y_bar + at_y
+        f_z, at_z = _products(path, z, torch.where(live, beta * y_bar, 0.0), constants, sums)
+        y = torch.where(live, (y - beta * f_z) / (1 - beta), y)
+        z_bar = torch.where(live, (1 - beta) * z_bar + at_z, z_bar)
+        y_bar = torch.where(live, (1 - beta) * y_bar, y_bar)
+    return z_bar + y_bar, sums
+
+
+def _products(
+    path: _Path, point: Tensor, seed: Tensor, constants: list[Tensor], sums: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """f(point) and Jᵀ·seed there; the constants' products are added to ``sums``."""
+    with torch.enable_grad(), path.autocast.on():
+        leaf = point.detach().requires_grad_()
+        value = path.f(leaf).to(point.dtype)
+    _check_seen(value, constants)
+    products = torch.autograd.grad(value, [leaf, *constants], seed, allow_unused=True)
+    for total, product in zip(sums, products[1:], strict=True):
+        if product is not None:
+            total += product
+    at_point = torch.zeros_like(point) if products[0] is None else products[0]
+    return value.detach(), at_point
+
+
+def _check_seen(value: Tensor, constants: list[Tensor]) -> None:
+    """Every leaf below ``value`` must lie behind a known constant, or its gradient would be lost without a word."""
+    known = {c.grad_fn for c in constants if c.grad_fn is not None}
+    leaves = {id(c) for c in constants if c.grad_fn is None}
+    stack, seen = [value.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or node in known:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        # Only the point itself is a leaf that is no constant; it was made a moment ago and nothing else holds it.
+        if variable is not None and id(variable) not in leaves and isinstance(variable, torch.nn.Parameter):
+            raise RuntimeError(
+                f"ReversibleGradient cannot see a parameter of shape {tuple(variable.shape)} that f uses (a compiled "
+                "function or a custom autograd.Function hides it); call f uncompiled, or use Unroll(checkpoint=True)."
+            )
+        stack.extend(following for following, _ in node.next_functions)

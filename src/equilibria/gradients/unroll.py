@@ -1,0 +1,33 @@
+"""Back-propagation through the solver's iterations."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from equilibria.equilibrium import GradientRule
+from equilibria.solve import Map, Solution, Solver, Stop, solve
+
+
+@dataclasses.dataclass(frozen=True)
+class Unroll(GradientRule):
+    """The gradient of the iterate itself, by ordinary back-propagation through every step: memory grows with depth.
+
+    With ``Picard()`` and ``Stop(rtol=0, atol=0, max_evals=L + 1, best=False)`` it is a weight-tied network of depth L.
+    """
+
+    checkpoint: bool = False
+    """Keep only the iterates and evaluate f again in the backward pass (T. Chen et al. 2016)."""
+
+    def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
+        """The solution as the solver returns it, with the graph of all its steps."""
+        if self.checkpoint and torch.is_grad_enabled():
+            f = partial(checkpoint, f, use_reentrant=False)
+        solution = solve(f, z0, solver, stop)
+        # What is kept for reports must not keep the graph alive.
+        return dataclasses.replace(solution, fz=solution.fz.detach(), history=None)

@@ -1,0 +1,96 @@
+"""Newton–Krylov: Newton's method with GMRES on Jacobian–vector products.
+
+Letters: B batch, N flattened state, W inner iterations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from equilibria.solve import Evaluator, Solver, row_norm
+from equilibria.solvers.window import combine, inner, ridge_solve, small_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class NewtonKrylov(Solver):
+    """z ← z + d,  (I − J(z)) d = f(z) − z solved by GMRES to ‖r‖ ≤ η·‖f(z) − z‖.
+
+    D. A. Knoll and D. E. Keyes (J. Comput. Phys. 193, 2004); GMRES of Y. Saad and M. H. Schultz (1986). Products with J
+    are ``torch.func.jvp`` of f and count as evaluations. Deviations: (1) each sample stops its own inner iteration;
+    (2) Gram–Schmidt is classical and done twice; (3) the small least-squares problem is solved once more at every inner
+    iteration instead of by Givens rotations; (4) no restart and no line search.
+    """
+
+    inner: int = 10
+    """Largest number of GMRES iterations a Newton step; memory is inner + 1 states."""
+    forcing: float = 0.1
+    """η in (0, 1): relative accuracy of each linear solve."""
+    cost: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if self.inner < 1:
+            raise ValueError(f"NewtonKrylov(inner={self.inner}): at least 1 inner iteration is needed; try 10.")
+        if not 0 < self.forcing < 1:
+            raise ValueError(f"NewtonKrylov(forcing={self.forcing}): the forcing term lies in (0, 1); try 0.1.")
+
+    def init(self, z: Float[Tensor, "B N"]) -> None:
+        """No history: each Newton step stands alone."""
+
+    def step(
+        self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: None
+    ) -> tuple[Tensor, None]:
+        """z + d."""
+        iterations = min(self.inner, f.remaining - 1)
+        return z + _gmres(f, z, fz - z, iterations=iterations, forcing=self.forcing), None
+
+
+def _gmres(f: Evaluator, z: Tensor, g: Float[Tensor, "B N"], *, iterations: int, forcing: float) -> Tensor:
+    """The d of the Krylov space of I − J(z) and g that makes ‖(I − J)d − g‖ smallest."""
+    size = row_norm(g)
+    searching = f.active & (size > 0)
+    basis = [torch.where(searching[:, None], g / torch.where(searching, size, 1.0)[:, None], 0.0)]
+    hessenberg = torch.zeros(len(z), iterations + 1, iterations, dtype=small_dtype(z), device=z.device)
+    y = size.new_zeros(len(size), 1)
+    for k in range(iterations):
+        w = basis[k] - f.jvp(z, basis[k])
+        w, column = _orthogonalised(w, torch.stack(basis, dim=1))
+        length = row_norm(w)
+        # A sample whose inner solve is done adds zero columns and zero vectors: its answer stands.
+        column = torch.cat([column, length[:, None]], dim=1) * searching[:, None]
+        hessenberg = _with_column(hessenberg, k, column)
+        y, misfit = _least_squares(hessenberg[:, : k + 2, : k + 1], size)
+        grows = searching & (length > torch.finfo(z.dtype).eps * row_norm(column))
+        searching = grows & (misfit > forcing * size)
+        basis.append(torch.where(searching[:, None], w / torch.where(searching, length, 1.0)[:, None], 0.0))
+        if not searching.any():
+            break
+    return combine(y, torch.stack(basis[: y.shape[1]], dim=1))
+
+
+def _orthogonalised(w: Tensor, basis: Float[Tensor, "B W N"]) -> tuple[Tensor, Tensor]:
+    """The vector w without its components in the basis, and those components."""
+    first = inner(basis, w)
+    w = w - combine(first, basis)
+    second = inner(basis, w)
+    return w - combine(second, basis), first + second
+
+
+def _with_column(hessenberg: Tensor, k: int, column: Float[Tensor, "B rows"]) -> Tensor:
+    hessenberg = hessenberg.clone()
+    hessenberg[:, : column.shape[1], k] = column.to(hessenberg.dtype)
+    return hessenberg
+
+
+def _least_squares(hessenberg: Float[Tensor, "B rows W"], size: Float[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+    """argmin over y of ‖size·e₁ − H y‖, and that minimum."""
+    target = torch.zeros_like(hessenberg[:, :, 0])
+    target[:, 0] = size.to(target.dtype)
+    gram = torch.bmm(hessenberg.mT, hessenberg)
+    y = ridge_solve(gram, torch.bmm(hessenberg.mT, target[:, :, None])[:, :, 0], ridge=1e-14)
+    misfit = row_norm(target - torch.bmm(hessenberg, y[:, :, None])[:, :, 0])
+    return y.to(size.dtype), misfit.to(size.dtype)

@@ -1,0 +1,36 @@
+"""Picard: (damped) fixed-point iteration."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxtyping import Float
+from torch import Tensor
+
+from equilibria.solve import Evaluator, Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Picard(Solver):
+    """z ← (1 − λ)·z + λ·f(z) with damping λ.
+
+    Converges iff the spectral radius of (1 − λ)I + λJ is below 1. Stores nothing.
+    """
+
+    damping: float = 1.0
+    """λ in (0, 1]; 1 is plain iteration, that is a weight-tied network."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise ValueError(
+                f"Picard(damping={self.damping}): the damping lies in (0, 1]; try 1.0, or 0.5 to stabilise."
+            )
+
+    def init(self, z: Float[Tensor, "B N"]) -> None:
+        """No history."""
+
+    def step(
+        self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: None
+    ) -> tuple[Tensor, None]:
+        """(1 − λ)·z + λ·f(z)."""
+        return (fz if self.damping == 1.0 else z.lerp(fz, self.damping)), None

@@ -1,0 +1,60 @@
+"""What the quasi-Newton solvers share: a window of past vectors and the small systems over it.
+
+Letters: B batch, N flattened state, W window.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def empty_window(z: Float[Tensor, "B N"], size: int) -> Float[Tensor, "B W N"]:
+    """A zeroed window of ``size`` vectors a sample, rows contiguous."""
+    return torch.zeros(len(z), size, z.shape[1], dtype=z.dtype, device=z.device)
+
+
+def stored(window: Float[Tensor, "B W N"], slot: int, row: Float[Tensor, "B N"]) -> Float[Tensor, "B W N"]:
+    """The window with ``row`` at ``slot``: in place, but a new tensor where autograd needs the old one."""
+    if torch.is_grad_enabled() and (window.requires_grad or row.requires_grad):
+        return torch.cat([window[:, :slot], row[:, None], window[:, slot + 1 :]], dim=1)
+    window[:, slot] = row
+    return window
+
+
+def inner(window: Float[Tensor, "B W N"], x: Float[Tensor, "B N"]) -> Float[Tensor, "B W"]:
+    """Inner product of each vector of the window with x."""
+    # Row times transposed window: on a CPU ten times faster than window times column, and a sample's bits do not
+    # depend on the size of its batch.
+    return torch.bmm(x[:, None], window.mT)[:, 0]
+
+
+def combine(weights: Float[Tensor, "B W"], window: Float[Tensor, "B W N"]) -> Float[Tensor, "B N"]:
+    """Σ_i weights_i · window_i."""
+    return torch.bmm(weights.to(window.dtype)[:, None], window)[:, 0]
+
+
+def dot(x: Float[Tensor, "B N"], y: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
+    """Inner product of each sample."""
+    return torch.linalg.vecdot(x, y)
+
+
+def small_dtype(x: Tensor) -> torch.dtype:
+    """float64 for the W×W systems, where the device has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def ridge_solve(gram: Float[Tensor, "B W W"], target: Float[Tensor, "B W"], *, ridge: float) -> Float[Tensor, "B W"]:
+    """argmin over c of cᵀGc − 2cᵀt + λ Σ_i G_ii c_i², for each sample; zero where the column is empty.
+
+    The system is scaled to a unit diagonal first, so that the ridge λ acts on every column alike, whatever its length.
+    """
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    filled = diagonal > 0
+    scale = torch.where(filled, torch.where(filled, diagonal, 1.0).rsqrt(), 0.0)
+    scaled = gram * scale[:, :, None] * scale[:, None, :]
+    regular = scaled + torch.diag_embed(torch.where(filled, ridge, 1.0).to(gram.dtype))
+    solution, info = torch.linalg.solve_ex(regular, target * scale)
+    usable = (info == 0) & torch.isfinite(solution).all(dim=1)
+    return torch.where(usable[:, None], solution * scale, 0.0)

@@ -1,0 +1,156 @@
+"""How stable an equilibrium is: Jacobian penalty, spectral radius, and a check of the gradient.
+
+Letters: B batch, N flattened state. Map ``f``, Jacobian ``J`` at ``z``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from equilibria.equilibrium import GradientRule
+from equilibria.solve import Map, Solver, Stop, row_norm, solve
+from equilibria.solvers import Picard
+from equilibria.solvers.window import ridge_solve, small_dtype
+
+
+def jacobian_penalty(
+    f: Map, z: Float[Tensor, "B *state"], *, samples: int = 1, generator: torch.Generator | None = None
+) -> Float[Tensor, " B"]:
+    """‖εᵀJ‖²/N with ε ~ N(0, I): an unbiased estimate of ‖J‖_F²/N at z, differentiable in the parameters of f.
+
+    S. Bai, V. Koltun, J. Z. Kolter, "Stabilizing Equilibrium Models by Jacobian Regularization" (2021), eq. 7. z is a
+    constant, so the term costs one evaluation of f and one double backward, and no solve. f must allow double backward
+    (explicit softmax attention, no fused kernel).
+
+    Args:
+        f: the map.
+        z: the equilibrium.
+        samples: number of ε to average over.
+        generator: random numbers for ε; the default generator if None.
+    """
+    if samples < 1:
+        raise ValueError(f"jacobian_penalty(samples={samples}): at least one random vector is needed; try 1.")
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        fz = f(z)
+        total = torch.zeros(len(z), dtype=z.dtype, device=z.device)
+        for _ in range(samples):
+            noise = torch.randn(fz.shape, dtype=fz.dtype, device=fz.device, generator=generator)
+            (product,) = torch.autograd.grad(fz, z, noise, create_graph=True)
+            total = total + product.reshape(len(z), -1).square().mean(dim=1)
+    return total / samples
+
+
+def spectral_radius(
+    f: Map, z: Float[Tensor, "B *state"], *, iterations: int = 60, generator: torch.Generator | None = None
+) -> Float[Tensor, " B"]:
+    """The largest modulus of an eigenvalue of J at z, for each sample, by power iteration with products Jᵀv.
+
+    From three successive vectors v, Av, A²v of the iteration (A = Jᵀ) it fits A²v ≈ a·Av + b·v and returns the larger
+    root of λ² = aλ + b: the leading eigenvalue if it is real, the modulus of the pair if it is complex (a Rayleigh
+    quotient would return its real part). Costs one evaluation of f and ``iterations`` products.
+    """
+    if iterations < 3:
+        raise ValueError(f"spectral_radius(iterations={iterations}): three products at least are needed; try 60.")
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        fz = f(leaf)
+
+    def product(v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        (jv,) = torch.autograd.grad(fz, leaf, v.view_as(fz), retain_graph=True, allow_unused=True)
+        return torch.zeros_like(v) if jv is None else jv.reshape(v.shape)
+
+    with torch.no_grad():
+        v = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator).reshape(len(z), -1)
+        for _ in range(iterations - 2):
+            v = product(_unit(v))
+        v = _unit(v)
+        av = product(v)
+        return _leading_modulus(v, av, product(av)).to(z.dtype)
+
+
+def _unit(v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    size = row_norm(v)
+    return v / torch.where(size > 0, size, 1.0)[:, None]
+
+
+def _leading_modulus(
+    v: Float[Tensor, "B N"], av: Float[Tensor, "B N"], aav: Float[Tensor, "B N"]
+) -> Float[Tensor, " B"]:
+    """The larger modulus of the roots of λ² = aλ + b, with (a, b) fitted to A²v ≈ a·Av + b·v."""
+    exact = small_dtype(v)
+    columns = torch.stack([av, v], dim=1).to(exact)
+    target = torch.linalg.vecdot(columns, aav.to(exact)[:, None])
+    # With one real leading eigenvalue the columns are parallel; the ridge then picks a fit that still has it as root.
+    a, b = ridge_solve(torch.bmm(columns, columns.mT), target, ridge=1e-9).unbind(dim=1)
+    companion = torch.stack(
+        [torch.stack([a, b], -1), torch.tensor([1.0, 0.0], dtype=exact, device=v.device).expand(len(v), 2)], -2
+    )
+    return torch.linalg.eigvals(companion).abs().amax(dim=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientCheck:
+    """How far a rule's gradient is from that of a long unroll."""
+
+    relative_error: float
+    """‖g_rule − g_unroll‖ / ‖g_unroll‖ over all tensors together."""
+    each: tuple[float, ...]
+    """The same for each tensor."""
+    residual: float
+    """Largest relative residual of the rule's forward solve."""
+    unroll_residual: float
+    """Largest relative residual after the unroll: the comparison means little if this is not small."""
+
+
+def check_gradient(
+    f: Map,
+    z0: Float[Tensor, "B *state"],
+    tensors: Sequence[Tensor],
+    *,
+    gradient: GradientRule,
+    solver: Solver,
+    stop: Stop,
+    steps: int = 300,
+    damping: float = 1.0,
+) -> GradientCheck:
+    """Compares the gradient of L = Σ w⊙z (w fixed, random) through ``gradient`` with that through a long plain unroll.
+
+    Args:
+        f: the map; the unroll must converge, with damping below 1 if need be.
+        z0: the start.
+        tensors: what to differentiate by: parameters, inputs.
+        gradient: the rule to be checked.
+        solver: its forward solver.
+        stop: its forward stop.
+        steps: depth of the unroll; its memory grows with it.
+        damping: damping of the unroll.
+    """
+    weights = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z0)
+
+    def gradients(z: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad((weights * z).sum(), tensors, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+
+    with torch.enable_grad():
+        solution = gradient.run(f, z0, solver, stop)
+        got = gradients(solution.z)
+        fixed = Stop(rtol=0, atol=0, max_evals=steps + 1, best=False)
+        unrolled = solve(f, z0, Picard(damping), fixed)
+        expected = gradients(unrolled.z)
+    return GradientCheck(
+        relative_error=_relative(torch.cat([g.flatten() for g in got]), torch.cat([g.flatten() for g in expected])),
+        each=tuple(_relative(g, e) for g, e in zip(got, expected, strict=True)),
+        residual=float(solution.residual.max()),
+        unroll_residual=float(unrolled.residual.max()),
+    )
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    size = float(expected.norm())
+    return float((got - expected).norm()) / size if size > 0 else float(got.norm())

@@ -1,0 +1,387 @@
+"""Conformance of the gradient rules, and their equality in common limits."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+
+from equilibria import (
+    Anderson,
+    Broyden,
+    Implicit,
+    Neumann,
+    NewtonKrylov,
+    Phantom,
+    Picard,
+    Reversible,
+    ReversibleGradient,
+    Shine,
+    Status,
+    Stop,
+    Unroll,
+    fixed_point,
+    solve,
+)
+from equilibria.gradients import CATALOGUE
+from equilibria.stability import check_gradient
+from problems import tanh_map
+
+TIGHT = Stop(rtol=1e-12, atol=1e-13, max_evals=300)
+REVERSED = Stop(rtol=1e-12, atol=0, max_evals=33)
+# Rules that converge to the exact gradient of the equilibrium, with solver, stop and the accuracy they owe.
+EXACT = {
+    "Implicit, Anderson": (Implicit(Anderson(), TIGHT), Anderson(), TIGHT, 1e-9),
+    "Implicit, Broyden": (Implicit(Broyden(), TIGHT), Broyden(), TIGHT, 1e-9),
+    "Implicit, NewtonKrylov": (Implicit(NewtonKrylov(), TIGHT), NewtonKrylov(), TIGHT, 1e-9),
+    "Implicit, Picard": (Implicit(Picard(), TIGHT), Picard(), TIGHT, 1e-9),
+    "Neumann": (Neumann(80), Anderson(), TIGHT, 1e-9),
+    "Phantom": (Phantom(80, 1.0), Anderson(), TIGHT, 1e-9),
+    "Phantom, damped": (Phantom(160, 0.5), Anderson(), TIGHT, 1e-9),
+    "Unroll": (Unroll(), Picard(), TIGHT, 1e-9),
+    "Unroll, checkpointed": (Unroll(checkpoint=True), Picard(), TIGHT, 1e-9),
+    # The derivative of an accelerated iterate converges later than the iterate.
+    "Unroll, Anderson": (Unroll(), Anderson(), TIGHT, 1e-7),
+    "Unroll, Broyden": (Unroll(), Broyden(), TIGHT, 1e-9),
+    "Unroll, NewtonKrylov": (Unroll(), NewtonKrylov(), TIGHT, 1e-9),
+    # Truncated at 16 steps, undone with the loss of accuracy that the rule allows.
+    "ReversibleGradient": (ReversibleGradient(), Reversible(0.8), REVERSED, 1e-3),
+}
+ROUGH = {
+    "JFB": (Neumann(0), Anderson(), TIGHT),
+    "Phantom 1": (Phantom(1, 1.0), Anderson(), TIGHT),
+    "Shine": (Shine(), Broyden(memory=60), TIGHT),
+}
+ALL = {name: case[:3] for name, case in EXACT.items()} | ROUGH
+STOPPED = [n for n in ALL if not n.startswith(("Unroll", "Phantom"))]
+
+
+def test_the_catalogue_is_covered():
+    assert {type(rule) for rule, *_ in ALL.values()} == set(CATALOGUE)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_equals_a_long_unroll(name):
+    rule, solver, stop, accuracy = EXACT[name]
+    weight, x, f = tanh_map()
+    check = check_gradient(f, torch.zeros_like(x), [weight, x], gradient=rule, solver=solver, stop=stop)
+    assert check.unroll_residual < 1e-12
+    assert check.relative_error < accuracy
+    assert max(check.each) < 2 * accuracy
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(), NewtonKrylov(), Picard()], ids=lambda s: type(s).__name__)
+def test_implicit_passes_gradcheck(solver):
+    weight, x, _ = tanh_map(n=4, batch=2)
+
+    def z_of(weight, x):
+        def f(z):
+            return torch.tanh(z @ weight.mT + x)
+
+        return fixed_point(f, torch.zeros_like(x), solver=solver, stop=TIGHT, gradient=Implicit(solver, TIGHT)).z
+
+    assert torch.autograd.gradcheck(z_of, (weight, x))
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(), NewtonKrylov()], ids=lambda s: type(s).__name__)
+def test_implicit_passes_gradcheck_beyond_contraction(solver):
+    weight, x, f = tanh_map(n=4, batch=2, gain=1.0)
+    with torch.no_grad():
+        weight.mul_(1.3 / torch.linalg.eigvals(weight).abs().max())
+    x.data.mul_(0.05)  # near the origin J is W itself
+
+    def z_of(weight, x):
+        def f(z):
+            return torch.tanh(z @ weight.mT + x)
+
+        solution = fixed_point(f, torch.zeros_like(x), solver=solver, stop=TIGHT, gradient=Implicit(solver, TIGHT))
+        assert solution.converged.all()
+        return solution.z
+
+    from equilibria.stability import spectral_radius
+
+    assert (spectral_radius(f, z_of(weight, x)) > 1).all()
+    assert torch.autograd.gradcheck(z_of, (weight, x))
+
+
+def gradients(rule, solver, stop, f, x, tensors):
+    z = rule.run(f, torch.zeros_like(x), solver, stop).z
+    return torch.cat([g.flatten() for g in torch.autograd.grad((z * z.cos()).sum(), tensors)])
+
+
+def relative(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def test_common_limits():
+    weight, x, f = tanh_map()
+    exact = gradients(Implicit(Broyden(), TIGHT), Anderson(), TIGHT, f, x, [weight, x])
+    jfb = gradients(Neumann(0), Anderson(), TIGHT, f, x, [weight, x])
+    errors = [relative(gradients(Neumann(k), Anderson(), TIGHT, f, x, [weight, x]), exact) for k in (0, 1, 3, 9, 27)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-4
+    assert relative(gradients(Phantom(1, 1.0), Anderson(), TIGHT, f, x, [weight, x]), jfb) < 1e-9
+    # k = 1 damped by λ is the Jacobian-free gradient scaled by λ.
+    assert relative(gradients(Phantom(1, 0.5), Anderson(), TIGHT, f, x, [weight, x]), 0.5 * jfb) < 1e-9
+    # Unrolled phantom gradient at an exact fixed point = its Neumann form, λ Σ_{t<k} Bᵗᵀ g with B = λJ + (1 − λ)I.
+    shine = gradients(Shine(), Broyden(memory=60), TIGHT, f, x, [weight, x])
+    assert relative(shine, exact) < errors[0]
+
+
+def test_phantom_equals_its_neumann_form():
+    weight, x, f = tanh_map()
+    steps, damping = 4, 0.5
+    z = solve(f, torch.zeros_like(x), Broyden(), TIGHT).z.detach().requires_grad_()
+    fz, g = f(z), torch.randn_like(z)
+    total, term = torch.zeros_like(g), g
+    for _ in range(steps):
+        total = total + damping * term
+        term = damping * torch.autograd.grad(fz, z, term, retain_graph=True)[0] + (1 - damping) * term
+    expected = torch.autograd.grad(fz, weight, total)[0]
+    got = torch.autograd.grad(Phantom(steps, damping).run(f, torch.zeros_like(x), Broyden(), TIGHT).z, weight, g)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_reversible_gradient_is_that_of_its_own_truncated_recursion():
+    weight, x, f = tanh_map()
+    stop = Stop(rtol=0, atol=0, max_evals=13, best=False)
+    undone = gradients(ReversibleGradient(), Reversible(0.5), stop, f, x, [weight, x])
+    tracked = gradients(Unroll(), Reversible(0.5), stop, f, x, [weight, x])
+    assert relative(undone, tracked) < 1e-12
+
+
+def test_reversible_gradient_of_samples_that_stop_early():
+    weight, x, f = tanh_map()
+    x.data[0] *= 1e-3
+    stop = Stop(rtol=1e-2, atol=0, max_evals=21, best=False)
+    steps = solve(f, torch.zeros_like(x), Reversible(0.5), stop).steps
+    assert steps.unique().numel() > 1
+    undone = gradients(ReversibleGradient(), Reversible(0.5), stop, f, x, [weight, x])
+    assert relative(undone, gradients(Unroll(), Reversible(0.5), stop, f, x, [weight, x])) < 1e-11
+
+
+def test_reversible_gradient_reaches_what_f_reads_indirectly():
+    weight, x, _ = tanh_map()
+    normed = weight / weight.norm()
+    layer = torch.nn.Linear(10, 10).double()
+
+    def f(z):
+        return torch.tanh(layer(z) * 0.5 + z @ normed + x)
+
+    tensors = [weight, x, *layer.parameters()]
+    stop = Stop(rtol=0, atol=0, max_evals=9, best=False)
+    z = ReversibleGradient().run(f, torch.zeros_like(x), Reversible(0.5), stop).z
+    got = torch.autograd.grad(z.sum(), tensors, retain_graph=True)
+    expected = torch.autograd.grad(Unroll().run(f, torch.zeros_like(x), Reversible(0.5), stop).z.sum(), tensors)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def test_reversible_gradient_refuses_what_it_cannot_do():
+    _, x, f = tanh_map()
+    with pytest.raises(ValueError, match=r"undo 14 steps of Reversible\(relaxation=0.8\) in torch.float32.*float64"):
+        ReversibleGradient().run(f, torch.zeros_like(x).float(), Reversible(0.8), Stop(max_evals=30))
+    with pytest.raises(ValueError, match="bfloat16"):
+        ReversibleGradient().run(f, torch.zeros_like(x).bfloat16(), Reversible(0.5), Stop(max_evals=30))
+    with pytest.raises(TypeError, match=r"Picard.*solver=Reversible"):
+        ReversibleGradient().run(f, torch.zeros_like(x), Picard(), Stop())
+    with pytest.raises(TypeError, match=r"Anderson.*solver=Broyden"):
+        Shine().run(f, torch.zeros_like(x), Anderson(), Stop())
+
+
+def test_shine_makes_no_products():
+    weight, x, f = tanh_map()
+    solution = Shine().run(f, torch.zeros_like(x), Broyden(), TIGHT)
+    solution.z.sum().backward()
+    assert solution.adjoint == []
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_hands_on_a_value_with_gradient_converged_or_not(name):
+    rule, solver, _ = ALL[name]
+    weight, x, f = tanh_map()
+    for stop in (Stop(rtol=0, atol=0, max_evals=5), Stop(rtol=0.5, max_evals=9)):
+        z = rule.run(f, torch.zeros_like(x), solver, stop).z
+        (g,) = torch.autograd.grad(z.sum(), weight)
+        assert g.isfinite().all()
+        assert g.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_without_gradients_nothing_is_tracked(name):
+    rule, solver, stop = ALL[name]
+    _, x, f = tanh_map()
+    with torch.no_grad():
+        solution = rule.run(f, torch.zeros_like(x), solver, stop)
+    assert not solution.z.requires_grad
+    tracked = rule.run(f, torch.zeros_like(x), solver, stop)
+    torch.testing.assert_close(solution.z, tracked.z.detach(), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_repeated_backward_and_two_forwards_before_one_backward(name):
+    rule, solver, stop = ALL[name]
+    weight, x, f = tanh_map()
+    z = rule.run(f, torch.zeros_like(x), solver, stop).z
+    first = torch.autograd.grad(z.sum(), weight, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(z.sum(), weight)[0])
+    both = (
+        rule.run(f, torch.zeros_like(x), solver, stop).z.sum() + rule.run(lambda z: f(0.5 * z), x, solver, stop).z.sum()
+    )
+    both.backward()
+    separate = torch.autograd.grad(rule.run(lambda z: f(0.5 * z), x, solver, stop).z.sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, first + separate)
+    with pytest.raises(RuntimeError, match="second time"):
+        z.sum().backward()
+
+
+class Sentinel:
+    """Something that lives as long as the graph."""
+
+
+class Watched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, alive):
+        ctx.sentinel = Sentinel()
+        alive.append(weakref.ref(ctx.sentinel))
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if "NewtonKrylov" not in n])
+def test_leaves_no_graph_behind(name):
+    rule, solver, stop = ALL[name]
+    _, x, f = tanh_map()
+    alive = []
+    gc.disable()
+    try:
+        solution = rule.run(lambda z: Watched.apply(f(z), alive), torch.zeros_like(x), solver, stop)
+        solution.z.sum().backward()
+        del solution
+        # By reference counting alone: a cycle would keep the activations until the collector runs.
+        assert alive
+        assert all(sentinel() is None for sentinel in alive)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", [*STOPPED, "Neumann"])
+def test_double_backward_is_an_error(name):
+    rule, solver, stop = ALL[name]
+    weight, x, f = tanh_map()
+    z = rule.run(f, torch.zeros_like(x), solver, stop).z
+    (g,) = torch.autograd.grad(z.sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        g.square().sum().backward()
+
+
+def test_the_gradient_does_not_depend_on_the_scale_of_the_loss():
+    weight, x, _ = tanh_map()
+    weight, x = weight.detach().float().requires_grad_(), x.detach().float()
+
+    def run(scale):
+        solution = fixed_point(lambda z: torch.tanh(z @ weight.mT + x), torch.zeros_like(x))
+        (g,) = torch.autograd.grad(scale * solution.z.sin().sum(), weight)
+        return g / scale, solution.adjoint[0]
+
+    expected, plain = run(1.0)
+    for scale in (2.0**-40, 2.0**40):
+        got, adjoint = run(scale)
+        assert torch.equal(got, expected)
+        assert adjoint.evals == plain.evals
+        assert torch.equal(adjoint.residual, plain.residual)
+    # A sample whose loss is zero has a zero gradient and costs nothing.
+    solution = fixed_point(lambda z: torch.tanh(z @ weight.mT + x), torch.zeros_like(x))
+    solution.z[0].sum().backward()
+    assert solution.adjoint[0].steps[1:].tolist() == [0, 0]
+    assert torch.equal(solution.adjoint[0].z[1:], torch.zeros(2, 10))
+
+
+def test_the_adjoint_solution_solves_its_system():
+    _, x, f = tanh_map()
+    solution = Implicit(Broyden(), TIGHT).run(f, torch.zeros_like(x), Anderson(), TIGHT)
+    g = torch.randn_like(x)
+    solution.z.backward(g)
+    (adjoint,) = solution.adjoint
+    z = solution.z.detach().requires_grad_()
+    (product,) = torch.autograd.grad(f(z), z, adjoint.z)
+    torch.testing.assert_close(adjoint.z, product + g, rtol=1e-9, atol=1e-11)
+    assert adjoint.converged.all()
+    assert "3 of 3 samples converged" in str(adjoint)
+
+
+@pytest.mark.parametrize("rule", [Implicit(), Neumann(3), ReversibleGradient()], ids=lambda r: type(r).__name__)
+def test_a_nan_in_the_loss_stays_in_its_sample(rule):
+    _, x, f = tanh_map()
+    solver = Reversible(0.5) if isinstance(rule, ReversibleGradient) else Anderson()
+    z = rule.run(f, torch.zeros_like(x), solver, Stop(max_evals=21)).z
+    weights = torch.ones(3, 1, dtype=torch.float64)
+    (good,) = torch.autograd.grad((weights * z).sum(), x, retain_graph=True)
+    weights[1] = torch.nan
+    (mixed,) = torch.autograd.grad((weights * z).sum(), x)
+    assert mixed[1].isnan().all()
+    torch.testing.assert_close(mixed[[0, 2]], good[[0, 2]], rtol=0, atol=0)
+
+
+def test_a_nan_sample_is_reported_and_carries_nan():
+    _, x, f = tanh_map()
+    x.data[1] = torch.nan
+    solution = fixed_point(f, torch.zeros_like(x))
+    assert solution.status.tolist() == [0, int(Status.NONFINITE), 0]
+    assert solution.z[1].isnan().all()
+    assert solution.z[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["Implicit, Anderson", "Neumann", "Unroll", "Unroll, checkpointed", "Phantom 1"])
+def test_autocast(name):
+    rule, solver, _ = ALL[name]
+    torch.manual_seed(1)
+    layer, x = torch.nn.Linear(16, 16), torch.randn(4, 16)
+    layer.weight.data.mul_(0.8)
+
+    def f(z):
+        return layer(z).tanh() + 0.1 * x
+
+    def gradient(*, enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            solution = rule.run(f, torch.zeros(4, 16), solver, Stop(rtol=1e-2, max_evals=20))
+            loss = solution.z.float().square().sum()
+        assert solution.z.dtype == torch.float32
+        layer.zero_grad()
+        loss.backward()  # outside of autocast, as in every training loop
+        return torch.cat([p.grad.flatten() for p in layer.parameters()])
+
+    assert relative(gradient(enabled=True), gradient(enabled=False)) < 0.05
+
+
+def test_a_map_that_ignores_z_or_has_no_parameters():
+    x = torch.randn(2, 3, requires_grad=True)
+    z = fixed_point(lambda z: x.sin(), torch.zeros(2, 3)).z
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], x.cos())
+    assert not fixed_point(lambda z: torch.ones(2, 3), torch.zeros(2, 3)).z.requires_grad
+    assert fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3)).z.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rules_are_values(name):
+    rule = ALL[name][0]
+    assert copy.deepcopy(rule) == rule == pickle.loads(pickle.dumps(rule))
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (lambda: Neumann(-1), "≥ 0"),
+        (lambda: Phantom(0, 1.0), "at least 1"),
+        (lambda: Phantom(1, 1.5), r"\(0, 1\]"),
+    ],
+)
+def test_hyper_parameters_are_checked(rule, words):
+    with pytest.raises(ValueError, match=words):
+        rule()

@@ -1,0 +1,121 @@
+"""Segments: ranks partition the stream, rows continue, and a resumed reader is the uninterrupted one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equilibria.corpora import Segments, Stream
+
+SHAPES = {
+    "batch_size": st.integers(1, 4),
+    "length": st.integers(1, 9),
+    "world_size": st.integers(1, 3),
+    "extra": st.integers(0, 60),
+}
+
+
+def counting(length: int, episode: int | None = None) -> Stream:
+    """A stream in which every token is its own place, so that a segment shows where it comes from."""
+    ids = torch.arange(length + 1)
+    return Stream(tokens=ids[:-1], targets=ids[1:], episode=episode)
+
+
+def same(first, second) -> bool:
+    a, b = dataclasses.asdict(first), dataclasses.asdict(second)
+    return all(torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key] for key in a)
+
+
+@given(**SHAPES)
+@settings(deadline=None)
+def test_ranks_partition_the_stream(batch_size, length, world_size, extra):
+    rows = batch_size * world_size
+    stream = counting(rows + extra)
+    read = []
+    for rank in range(world_size):
+        segments = Segments(stream, batch_size=batch_size, length=length, rank=rank, world_size=world_size)
+        pieces = list(segments.one_epoch())
+        assert len(pieces) == len(segments)
+        assert all(piece.tokens.shape == (batch_size, length) for piece in pieces[:-1])
+        read.append(torch.cat([piece.tokens for piece in pieces], dim=1))
+        assert torch.equal(torch.cat([piece.targets for piece in pieces], dim=1), read[-1] + 1)
+    # Row after row of rank after rank is the stream, cut to a multiple of the rows.
+    assert torch.equal(torch.cat(read).flatten(), torch.arange((rows + extra) // rows * rows))
+
+
+@given(position=st.integers(0, 40), **SHAPES)
+@settings(deadline=None)
+def test_resumed_is_uninterrupted(position, batch_size, length, world_size, extra):
+    stream = counting(batch_size * world_size + extra)
+    whole = Segments(stream, batch_size=batch_size, length=length, rank=world_size - 1, world_size=world_size)
+    resumed = dataclasses.replace(whole, position=position)
+    expected = itertools.islice(whole, position, position + 12)
+    assert all(same(first, second) for first, second in zip(expected, resumed, strict=False))
+
+
+@given(
+    batch_size=st.integers(1, 3),
+    world_size=st.integers(1, 2),
+    episode=st.integers(1, 5),
+    extra=st.integers(0, 9),
+)
+@settings(deadline=None)
+def test_episodes_are_whole_and_fresh(batch_size, world_size, episode, extra):
+    rows = batch_size * world_size
+    stream = counting((rows + extra) * episode, episode=episode)
+    starts = []
+    for rank in range(world_size):
+        for piece in Segments(stream, batch_size=batch_size, rank=rank, world_size=world_size).one_epoch():
+            assert piece.fresh
+            assert torch.equal(piece.tokens, piece.tokens[:, :1] + torch.arange(episode))
+            starts += piece.tokens[:, 0].tolist()
+    assert sorted(starts) == [episode * i for i in range((rows + extra) // rows * rows)]
+
+
+def test_memory_is_reset_at_the_start_of_an_epoch_only():
+    segments = Segments(counting(10), batch_size=2, length=2)  # rows of 5: segments of 2, 2, 1
+    pieces = list(itertools.islice(segments, 7))
+    assert [piece.fresh for piece in pieces] == [True, False, False, True, False, False, True]
+    assert [piece.epoch for piece in pieces] == [0, 0, 0, 1, 1, 1, 2]
+    assert [piece.index for piece in pieces] == [0, 1, 2, 0, 1, 2, 0]
+    assert [piece.position for piece in pieces] == list(range(7))
+    assert pieces[2].tokens.tolist() == [[4], [9]]
+    assert pieces[1].tokens.is_contiguous()
+
+
+def test_one_epoch_ends_with_the_epoch_of_its_position():
+    segments = Segments(counting(10), batch_size=2, length=2, position=4)
+    assert [piece.position for piece in segments.one_epoch()] == [4, 5]
+
+
+def test_one_row_reads_every_target():
+    segments = Segments(counting(11), batch_size=1, length=4)
+    assert sum(piece.targets.numel() for piece in segments.one_epoch()) == 11
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ({"batch_size": 0}, r"batch_size=0\): it must be at least 1"),
+        ({"batch_size": 11}, "11 rows take at least 11 tokens and the stream has 10; try batch_size=10"),
+        ({"batch_size": 3, "world_size": 4}, "12 rows take at least 12 tokens and the stream has 10; try batch_size=2"),
+        ({"batch_size": 1, "world_size": 11}, "or fewer processes"),
+        ({"batch_size": 1, "rank": 2, "world_size": 2}, "ranks are 0 … 1"),
+        ({"batch_size": 1, "position": -1}, r"position=-1\): it must be at least 0"),
+        ({"batch_size": 1, "length": 0}, "try length=64"),
+        ({"batch_size": 1, "length": None}, "try length=64"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(numbers, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Segments(counting(10), **{"length": 4, **numbers})
+
+
+def test_too_few_episodes_are_refused():
+    with pytest.raises(ValueError, match="3 rows take at least 3 episodes and the stream has 2; try batch_size=2"):
+        Segments(counting(10, episode=5), batch_size=3)

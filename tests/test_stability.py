@@ -1,0 +1,95 @@
+"""Jacobian penalty, spectral radius, gradient check: against dense Jacobians."""
+
+import math
+
+import pytest
+import torch
+
+from equilibria import Anderson, Implicit, Neumann, Stop, fixed_point
+from equilibria.stability import check_gradient, jacobian_penalty, spectral_radius
+from problems import tanh_map
+
+TIGHT = Stop(rtol=1e-12, atol=1e-13, max_evals=200)
+
+
+def dense_jacobian(f, z):
+    """[B N N], one sample after the other."""
+    full = torch.autograd.functional.jacobian(f, z)
+    return torch.stack([full[i, :, i] for i in range(len(z))])
+
+
+def test_the_mean_penalty_is_the_frobenius_norm():
+    _, x, f = tanh_map(n=6)
+    z = fixed_point(f, torch.zeros_like(x)).z.detach()
+    expected = dense_jacobian(f, z).square().sum(dim=(1, 2)) / 6
+    estimate = jacobian_penalty(f, z, samples=4000)
+    torch.testing.assert_close(estimate, expected, rtol=0.06, atol=0)
+    one = jacobian_penalty(f, z, generator=torch.Generator().manual_seed(3))
+    assert one.shape == (3,)
+    assert torch.equal(one, jacobian_penalty(f, z, generator=torch.Generator().manual_seed(3)))
+
+
+def test_the_penalty_is_differentiable_and_z_is_constant():
+    weight, _, _ = tanh_map(n=6)
+    z = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    penalty = jacobian_penalty(lambda z: z @ weight, z, samples=2000)
+    (g,) = torch.autograd.grad(penalty.mean(), weight, retain_graph=True)
+    torch.testing.assert_close(g, 2 * weight.detach() / 6, rtol=0.2, atol=0.02)
+    with pytest.raises(RuntimeError, match="have been used in the graph"):
+        torch.autograd.grad(penalty.mean(), z)
+
+
+def matrix_map(matrix):
+    return lambda z: z @ matrix.mT
+
+
+def rotation(angle, scale):
+    c, s = scale * math.cos(angle), scale * math.sin(angle)
+    return torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+
+
+def test_spectral_radius_of_a_complex_pair():
+    # The Rayleigh quotient of a quarter turn is zero.
+    for angle in (math.pi / 2, 2.0, 0.3):
+        block = torch.block_diag(rotation(angle, 1.2), torch.diag(torch.linspace(-0.9, 0.9, 8, dtype=torch.float64)))
+        basis = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64))[0]
+        found = spectral_radius(matrix_map(basis @ block @ basis.mT), torch.randn(3, 10, dtype=torch.float64))
+        torch.testing.assert_close(found, torch.full((3,), 1.2, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "values", [[0.9, 0.5, 0.1], [-0.9, 0.5, 0.1], [0.9, -0.9, 0.1], [0.9, 0.9, 0.1], [0.0, 0.0, 0.0]]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_spectral_radius_of_real_eigenvalues(values, dtype):
+    basis = torch.randn(3, 3, dtype=torch.float64)
+    matrix = (basis @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ torch.linalg.inv(basis)).to(dtype)
+    found = spectral_radius(matrix_map(matrix), torch.zeros(4, 3, dtype=dtype))
+    expected = torch.full((4,), max(abs(v) for v in values), dtype=dtype)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_spectral_radius_of_nonnormal_maps(seed):
+    _, x, f = tanh_map(n=16, batch=4, gain=1.1, seed=seed)
+    z = torch.randn_like(x)
+    expected = torch.linalg.eigvals(dense_jacobian(f, z.detach())).abs().amax(dim=1)
+    torch.testing.assert_close(spectral_radius(f, z, iterations=300), expected.detach(), rtol=2e-2, atol=0)
+
+
+def test_check_gradient_tells_an_exact_rule_from_a_rough_one():
+    weight, x, f = tanh_map()
+    start = torch.zeros_like(x)
+    exact = check_gradient(f, start, [weight, x], gradient=Implicit(Anderson(), TIGHT), solver=Anderson(), stop=TIGHT)
+    rough = check_gradient(f, start, [weight, x], gradient=Neumann(0), solver=Anderson(), stop=TIGHT)
+    assert exact.relative_error < 1e-10
+    assert 0.05 < rough.relative_error < 1
+    assert len(exact.each) == 2
+    assert exact.residual < 1e-11
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="at least one random vector"):
+        jacobian_penalty(torch.tanh, torch.zeros(1, 2), samples=0)
+    with pytest.raises(ValueError, match="three products"):
+        spectral_radius(torch.tanh, torch.zeros(1, 2), iterations=2)
