@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 

@@ -1,0 +1,56 @@
+"""States to log-probabilities of the next token.
+
+Letters: B batch, T time, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from equilibria.cells.masks import check_rate, dropout_mask, masked
+from equilibria.language.embeddings import Embedding
+
+
+class SoftmaxHead(nn.Module):
+    """logits = W (h ⊙ mask) + b, over the whole vocabulary.
+
+    A tied head has no W: it reads the embedding's table at each call (Press and Wolf 2017), so there is one Parameter,
+    with one gradient and one entry in the state dict, whatever is moved, cast, copied or sharded.
+
+    Args:
+        width: D, channels of the state.
+        vocabulary_size: V, logits.
+        tied: W is the table of the embedding that is handed to each call.
+        dropout: share of the channels of h that is dropped, the same ones at all positions of a segment.
+        std: an untied W starts from N(0, std²); b starts at 0.
+    """
+
+    def __init__(
+        self, *, width: int, vocabulary_size: int, tied: bool = True, dropout: float = 0.0, std: float = 0.01
+    ) -> None:
+        super().__init__()
+        check_rate("SoftmaxHead", "dropout", dropout)
+        self.dropout = dropout
+        self.weight = None if tied else nn.Parameter(torch.empty(vocabulary_size, width).normal_(std=std))
+        self.bias = nn.Parameter(torch.zeros(vocabulary_size))
+
+    def forward(self, h: Float[Tensor, "B T D"], embedding: Embedding) -> Float[Tensor, "B T V"]:
+        """The logits."""
+        mask = dropout_mask((h.shape[0], 1, h.shape[2]), rate=self.dropout, training=self.training, like=h)
+        weight = embedding.weight if self.weight is None else self.weight
+        return functional.linear(masked(h, mask), weight, self.bias)
+
+    def nats(
+        self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: Embedding
+    ) -> Float[Tensor, "B T"]:
+        """−log p(target), in float32 or wider, position by position."""
+        logits = self(h, embedding)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+    def extra_repr(self) -> str:
+        """Sizes and kind."""
+        return f"vocabulary_size={len(self.bias)}, tied={self.weight is None}, dropout={self.dropout}"
