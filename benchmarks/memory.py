@@ -1,0 +1,82 @@
+"""Peak memory of one training step against depth: the equilibrium beside the same cell unrolled.
+
+The cell is that of the recipe `tiny` (width 128, 4 heads, inner 512, batch 8 × 64, memory 64). The equilibrium runs a
+fixed number of evaluations forward and backward, so that the flat line is a property of the code and not of convergence.
+
+python benchmarks/memory.py          prints the table, writes results/memory.json and results/memory.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from machine import RESULTS, keep
+
+from equilibria import Anderson, Implicit, Picard, Stop, Unroll
+from equilibria.recipes import RECIPES
+from equilibria.training import PeakMemory
+
+DEPTHS = (2, 4, 8, 16, 32, 64)
+
+
+def peak(gradient, solver, stop) -> int:
+    """Bytes of one training step: forward, backward, on random tokens."""
+    torch.manual_seed(0)
+    experiment = RECIPES["tiny"]()
+    model = experiment.model.build(100, solver=solver, stop=stop, gradient=gradient)
+    tokens = torch.randint(100, (experiment.training.batch_size, experiment.training.segment_length))
+    with torch.no_grad():
+        memory = model(tokens, tokens).memory
+    model(tokens, tokens, memory).nats.mean().backward()  # the gradients themselves are there from now on
+    with PeakMemory() as measured:
+        model(tokens, tokens, memory).nats.mean().backward()
+    return measured.peak
+
+
+def rows() -> list[dict[str, object]]:
+    """One row a network and depth."""
+    found: list[dict[str, object]] = []
+    for depth in DEPTHS:
+        fixed = Stop(rtol=0, atol=0, max_evals=depth, best=False)
+        solver = Anderson()
+        unrolled = dataclasses.replace(fixed, max_evals=depth + 1)
+        found += [
+            {"network": "equilibrium", "depth": depth, "bytes": peak(Implicit(solver, fixed), solver, fixed)},
+            {"network": "unrolled", "depth": depth, "bytes": peak(Unroll(), Picard(), unrolled)},
+            {"network": "unrolled, checkpointed", "depth": depth, "bytes": peak(Unroll(True), Picard(), unrolled)},
+        ]
+    return found
+
+
+def plot(found: list[dict[str, object]]) -> None:
+    """Memory against depth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for network, style in (("unrolled", "C1o-"), ("unrolled, checkpointed", "C7s--"), ("equilibrium", "C0o-")):
+        points = [(row["depth"], row["bytes"] / 2**20) for row in found if row["network"] == network]
+        axes.plot(*zip(*points, strict=True), style, label=network)
+    axes.set(
+        xlabel="evaluations of the cell",
+        ylabel="peak memory of a training step (MiB)",
+        xscale="log",
+        xticks=DEPTHS,
+        xticklabels=DEPTHS,
+        ylim=(0, None),
+    )
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(RESULTS / "memory.png", dpi=160)
+
+
+if __name__ == "__main__":
+    table = rows()
+    for row in table:
+        print(f"{row['network']:<24} depth {row['depth']:>3}   {row['bytes'] / 2**20:8.1f} MiB")
+    print(keep("memory", table))
+    plot(table)

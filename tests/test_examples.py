@@ -1,0 +1,24 @@
+"""The examples run to their end, and the README's five lines are the first of them."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_runs(path, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "converged" in printed
+    if path.stem == "cell":
+        assert float(printed.rsplit("right answers: ")[1].rstrip("%\n")) > 95
+
+
+def test_the_readme_shows_the_first_example():
+    lines = (ROOT / "examples" / "layer.py").read_text().splitlines()
+    shown = "\n".join(lines[lines.index("import torch") :])
+    assert shown in (ROOT / "README.md").read_text()
