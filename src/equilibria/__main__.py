@@ -5,23 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-EXTRA = ("tyro", "rich", "safetensors", "numpy", "matplotlib")
-"""What the command line needs beyond the mathematics: the extra [train]."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
-    try:
-        from equilibria.commands.main import run
-    except ModuleNotFoundError as error:
-        name = (error.name or "").split(".")[0]
-        if name not in EXTRA:
-            raise
-        print(
-            f'equilibria: the command line needs {name}, which is not installed: pip install "equilibria[train]"',
-            file=sys.stderr,
-        )
-        return 1
+    """Run one verb; returns the exit code. A library that is missing is named with the extra that brings it."""
+    # Imported here, so that the entry point itself needs nothing: what a verb needs is loaded by the verb.
+    from equilibria.commands.main import run
+
     return run(sys.argv[1:] if arguments is None else list(arguments))
 
 

@@ -1,0 +1,134 @@
+"""Words of the command line into frozen dataclasses: tyro reads them, errors become one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from equilibria.commands.errors import UsageError, nearest
+
+Options = TypeVar("Options")
+
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+"""A positional argument: the folder of a run."""
+
+
+def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: Options | None = None) -> Options:
+    """``arguments`` as a value of the dataclass ``kind``.
+
+    Flags change numbers; kinds stay what ``default`` says. The last name of a flag is enough where only one ends so:
+    --batch-size for --training.batch-size.
+
+    Raises:
+        UsageError: an unknown flag (names the nearest), a missing or an impossible value.
+        SystemExit: help was asked for and has been printed.
+    """
+    known = flags(default) if default is not None else _plain_flags(kind)
+    words = [_full(word, known) for word in arguments]
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            value, rest = tyro.cli(
+                kind,
+                prog=f"equilibria {verb}",
+                args=words,
+                default=tyro.MISSING_NONPROP if default is None else default,  # pyright: ignore
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+        raise UsageError(_sentence(errors.getvalue(), verb)) from None
+    if rest:
+        raise _unknown(rest[0], known, verb)
+    return value
+
+
+def flags(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Every flag that a tree of dataclasses offers, with its present value."""
+    found: dict[str, Any] = {}
+    items = enumerate(value) if isinstance(value, tuple) else _fields(value)
+    for name, part in items:
+        path = f"{prefix}{name}".replace("_", "-")
+        if dataclasses.is_dataclass(part) or (isinstance(part, tuple) and any(map(dataclasses.is_dataclass, part))):
+            found |= flags(part, "" if path in TRANSPARENT else f"{path}.")
+        else:
+            found[f"--{path}"] = part
+    return found
+
+
+TRANSPARENT = ("experiment",)
+"""Fields whose own name is no part of their flags: --training.seed, not --experiment.training.seed."""
+
+
+def _fields(value: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+
+
+def _plain_flags(kind: Any) -> dict[str, Any]:
+    return {f"--{field.name.replace('_', '-')}": None for field in dataclasses.fields(kind)}
+
+
+def _full(word: str, known: dict[str, Any]) -> str:
+    """The full name of a flag that was given by its last part; other words as they are."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    name = name.replace("_", "-")
+    if name in known or name == "--help":
+        return name + equals + value
+    ends = [flag for flag in known if flag.endswith(f".{name[2:]}")]
+    if len(ends) > 1:
+        raise UsageError(f"{name} could be {', '.join(ends)}; give the full name.")
+    return (ends[0] if ends else name) + equals + value
+
+
+def _unknown(word: str, known: dict[str, Any], verb: str) -> UsageError:
+    if not word.startswith("-"):
+        return UsageError(f"There is no place for {word!r} here; `equilibria {verb} --help` shows what is expected.")
+    name = word.partition("=")[0]
+    short = {flag.rpartition(".")[2].lstrip("-"): flag for flag in known}
+    hint = nearest(name, known) or nearest(name.rpartition(".")[2].lstrip("-"), short)
+    return UsageError(f"There is no flag {name}; {hint or f'`equilibria {verb} --help` lists them all.'}")
+
+
+def _sentence(panel: str, verb: str) -> str:
+    """The message inside the box that tyro draws, as one sentence."""
+    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in panel.splitlines()]
+    # The box has a title, the message, a rule and hints; without Unicode it is drawn with hyphens, one rule more.
+    inside = itertools.takewhile(lambda line: not _is_rule(line), itertools.dropwhile(_is_rule, lines[1:]))
+    message = " ".join(" ".join(inside).split())
+    for pattern, words in _PATTERNS:
+        if found := re.match(pattern, message):
+            return words(*found.groups())
+    return f"{message or 'The command line could not be read.'} `equilibria {verb} --help` shows what is expected."
+
+
+def _is_rule(line: str) -> bool:
+    return len(line) > 2 and not line.strip("─-")
+
+
+def _choice(got: str, flag: str, choices: str) -> str:
+    known = re.findall(r"'([^']*)'", choices)
+    return f"{flag} is one of {', '.join(known)}, and not {got!r}; {nearest(got, known) or 'choose one of them.'}"
+
+
+_PATTERNS: tuple[tuple[str, Callable[..., str]], ...] = (
+    (r"Error parsing (--\S+): invalid literal for int.*: '(.*)'", "{} takes a whole number, and {!r} is none.".format),
+    (r"Error parsing (--\S+): could not convert string to .*: '(.*)'", "{} takes a number, and {!r} is none.".format),
+    (r"Error parsing (?!--)[\w.\-]+: (.*)", "{}".format),
+    (r"invalid choice '(.*)' for argument '(.*)'. Expected one of (\(.*\))", _choice),
+    (r"Missing value for argument '(.*)'. Expected 1 values", "{} needs a value after it.".format),
+    (r"Missing value for argument '(.*)'. Expected (\d+) values", "{} needs {} values after it.".format),
+    (r"Missing from equilibria (\S+): ((?:--\S+ )?\S+) (.*?) ?\(required\)", "{} needs {}: {}".format),
+)
+"""tyro's messages, and how they are said here."""

@@ -1,0 +1,98 @@
+"""Errors as one sentence each, with the exit code that goes with them."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+from collections.abc import Iterable
+
+EXTRAS = {
+    "tyro": "train",
+    "rich": "train",
+    "safetensors": "train",
+    "numpy": "train",
+    "matplotlib": "train",
+    "tensorboard": "tensorboard",
+    "datasets": "data",
+    "tokenizers": "tokenizers",
+}
+"""Which extra brings which library."""
+
+
+class UsageError(ValueError):
+    """The command line asks for something that does not exist: exit code 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question, did you mean this or that, with the closest of ``known``; empty if none is close."""
+    likeness = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in known}
+    best = max(likeness.values(), default=0.0)
+    close = [other for other in likeness if likeness[other] >= max(0.5, best - 0.05)]
+    close = sorted(close, key=lambda other: -likeness[other])[:3]
+    return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
+    """The error for a name that does not exist: the nearest ones, or all that do."""
+    known = sorted(known)
+    hint = nearest(name, known) or f"there are {', '.join(known)}."
+    return UsageError(f"There is no {what} {name!r}; {hint}")
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted: EQUILIBRIA_DEBUG is set to something other than 0."""
+    return os.environ.get("EQUILIBRIA_DEBUG", "0") not in ("", "0")
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """One sentence for the user and the exit code: 2 for a wrong command line, 1 for everything else."""
+    if isinstance(error, UsageError):
+        return _line(error), 2
+    if isinstance(error, ModuleNotFoundError) and _root(error) in EXTRAS:
+        return missing_extra(error), 1
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "Out of memory: try a smaller --training.batch-size or --training.segment-length.", 1
+    if isinstance(error, OSError) and error.errno is not None:
+        return _system(error), 1
+    if isinstance(error, ValueError | FileNotFoundError | OSError) or type(error).__name__ in _OWN:
+        return _line(error), 1
+    hint = "set EQUILIBRIA_DEBUG=1 or add --debug to see where"
+    return f"Unexpected {type(error).__name__}: {_line(error) or 'no message'} ({hint}).", 1
+
+
+_OWN = ("CheckpointError", "TrainingStopped")
+"""Errors of the training that are sentences already, named here so that printing them needs no torch."""
+
+
+def missing_extra(error: ModuleNotFoundError) -> str:
+    """Which library is missing, and the command that installs it."""
+    name = _root(error)
+    return f'{name} is not installed, and this command needs it: pip install "equilibria[{EXTRAS[name]}]"'
+
+
+def _root(error: ModuleNotFoundError) -> str:
+    return (error.name or "").split(".")[0]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+_ADVICE = {
+    errno.ENOSPC: "there is no space left on the disk; free some, then continue with --resume.",
+    errno.EDQUOT: "the disk quota is used up; free some space, then continue with --resume.",
+    errno.EACCES: "permission denied; choose a folder that you may use.",
+    errno.EPERM: "permission denied; choose a folder that you may use.",
+    errno.EROFS: "the disk is read-only; choose another folder.",
+    errno.ENOENT: "there is no such file or folder.",
+    errno.EISDIR: "this is a folder, where a file is needed.",
+    errno.ENOTDIR: "this is a file, where a folder is needed.",
+    errno.EEXIST: "this exists already; choose another name.",
+}
+
+
+def _system(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    sentence = _ADVICE.get(error.errno or 0, f"{error.strerror or error}.")
+    return where + sentence if where else sentence[0].upper() + sentence[1:]

@@ -1,0 +1,101 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def count(value: float) -> str:
+    """1234567 as 1,234,567."""
+    return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes in the binary unit that fits: 43.1 MiB."""
+    unit, scale = size_unit(value)
+    scaled = value / scale
+    return f"{scaled:.0f} {unit}" if scale == 1 or scaled >= 100 else f"{scaled:.1f} {unit}"
+
+
+def size_unit(value: float) -> tuple[str, int]:
+    """The binary unit that suits so many bytes, and how many bytes it has."""
+    power = min(4, int(math.log(max(value, 1), 1024)))
+    return ("B", "KiB", "MiB", "GiB", "TiB")[power], 1024**power
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42 s, 3 min 07 s or 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole // 60 % 60:02d} min"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 3:07 or 2:05:00, for displays that must not jump."""
+    whole = max(0, round(seconds))
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def percent(share: float) -> str:
+    """0.9984 as 99.8 %; 100 % only if it is all."""
+    return "100 %" if share >= 1 else f"{min(99.9, 100 * share):.1f} %"
+
+
+def residual(value: float) -> str:
+    """A relative residual: 8.1e-03."""
+    return f"{value:.1e}"
+
+
+def mean(values: Iterable[float | None]) -> float:
+    """The mean of the values that are there and finite; NaN if there are none."""
+    kept = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(kept) / len(kept) if kept else math.nan
+
+
+def measure(unit: str) -> tuple[str, str]:
+    """The key of a validation event that suits the unit of the text, and its name in words."""
+    if unit == "word":
+        return "perplexity", "perplexity per word"
+    if unit == "character":
+        return "bits", "bits per character"
+    return "nats", f"nats per {unit}"
+
+
+def quantity(event: dict[str, Any], unit: str) -> float:
+    """The value of an event in the measure of its unit; nats, bits and perplexity are one number in three clothes."""
+    key, _ = measure(unit)
+    if key in event:
+        return float(event[key])
+    nats = event["nats"] if "nats" in event else event["loss"] if "loss" in event else event["bits"] * math.log(2)
+    return math.exp(min(nats, 700.0)) if key == "perplexity" else nats / math.log(2) if key == "bits" else nats
+
+
+def number(event: dict[str, Any], unit: str) -> str:
+    """``quantity`` with the digits that mean something."""
+    value = quantity(event, unit)
+    return f"{value:,.1f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.2e}"
+
+
+def score(event: dict[str, Any], unit: str) -> str:
+    """``quantity`` with one digit more, and its measure in words."""
+    value = quantity(event, unit)
+    digits = f"{value:,.1f}" if value >= 100 else f"{value:.3f}" if value >= 0.1 else f"{value:.2e}"
+    return f"{digits} {measure(unit)[1]}"
+
+
+def common(labels: Iterable[str]) -> tuple[str, list[str]]:
+    """["A order 1", "A order 2"] as "A" and ["order 1", "order 2"]: the first words that all share are said once."""
+    words = [label.split() for label in labels]
+    if len(words) == 1:
+        return " ".join(words[0]), [""]
+    shared = 0
+    while all(len(label) > shared + 1 for label in words) and len({label[shared] for label in words}) == 1:
+        shared += 1
+    shared -= shared > 1  # keep the last common word with the numbers: "order 1", not "1"
+    return " ".join(words[0][:shared]), [" ".join(label[shared:]) for label in words]

@@ -1,0 +1,63 @@
+"""The experiment that a recipe stands for: a name of the library, or FILE.py:FUNCTION."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from equilibria.commands.errors import UsageError, unknown
+from equilibria.recipes import RECIPES
+from equilibria.training.experiment import Experiment
+
+
+def experiment_of(recipe: str) -> Experiment:
+    """What the recipe says.
+
+    Raises:
+        UsageError: there is no such recipe, file or function; names the nearest.
+    """
+    file, colon, function = recipe.rpartition(":")
+    if recipe.endswith(".py"):
+        raise UsageError(f"{recipe} is a file; name the function in it that returns an Experiment: {recipe}:FUNCTION.")
+    if colon:
+        experiment = _function(Path(file), function)()
+    elif recipe in RECIPES:
+        experiment = RECIPES[recipe]()
+    else:
+        raise unknown("recipe", recipe, RECIPES)
+    if not isinstance(experiment, Experiment):
+        raise UsageError(
+            f"{recipe} returned {type(experiment).__name__}; a recipe is a function returning an Experiment."
+        )
+    return experiment
+
+
+def _function(file: Path, name: str) -> Callable[[], Any]:
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist; a recipe of your own is FILE.py:FUNCTION.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{file} is no Python file; a recipe of your own is FILE.py:FUNCTION.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    functions = {
+        key: value
+        for key, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__
+    }
+    if name not in functions:
+        raise unknown(f"function in {file}", name, functions)
+    return functions[name]
+
+
+def kinds_in(value: Any) -> set[type]:
+    """Every dataclass that occurs in an experiment, those from outside the library included."""
+    if isinstance(value, tuple):
+        return set().union(*map(kinds_in, value))
+    if not dataclasses.is_dataclass(value):
+        return set()
+    parts = (kinds_in(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return {type(value)}.union(*parts)

@@ -1,0 +1,163 @@
+"""`equilibria train RECIPE`: train, show it live, and end with one table, a sample and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from equilibria.commands import report, summary
+from equilibria.commands.arguments import parse
+from equilibria.commands.display import Display, summary_table
+from equilibria.commands.errors import UsageError
+from equilibria.commands.generate import Options as Generation
+from equilibria.commands.generate import continuation
+from equilibria.commands.loading import trained, with_data
+from equilibria.commands.recipe import experiment_of, kinds_in
+from equilibria.commands.record import read
+from equilibria.corpora import Corpus
+from equilibria.recipes import RECIPES
+from equilibria.training import checkpoint
+from equilibria.training.experiment import Experiment
+from equilibria.training.run import Run
+from equilibria.training.trainer import Trainer
+
+RUNS = Path("runs")
+"""Where runs go unless --out says otherwise."""
+
+SAMPLE = {"character": 360, "word": 60}
+"""Tokens of the sample at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train the model of a recipe. Every number of the recipe is a flag; the last word of its name is enough where
+    only one flag ends so: --batch-size 16.
+    """
+
+    experiment: Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    """The recipe."""
+    out: Path | None = None
+    """Folder of the run; None for runs/NAME, or the next free number."""
+    data: Path | None = None
+    """Folder of the corpus, for recipes that read one."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on where the run stopped; starts it if there is none."""
+    quiet: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show nothing but errors."""
+
+
+HELP = """\
+usage: equilibria train RECIPE [--out DIR] [--data FOLDER] [--resume] [--quiet] [--field value …]
+
+RECIPE is one of {recipes}, or FILE.py:FUNCTION for a function that returns an Experiment.
+`equilibria train RECIPE --help` lists every number of that recipe with its default."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train; returns 0, or 130 if interrupted."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP.format(recipes=", ".join(RECIPES)))
+        return 0 if arguments else 2
+    recipe, words = _split(arguments)
+    options, path = _options(recipe, words)
+    console = Console(highlight=False)
+    with console.status("reading the corpus"):
+        corpus = options.experiment.corpus.load()
+    run = Run.start(path, options.experiment, resume=options.resume)
+    display = Display(console, options.experiment, unit=corpus.unit, quiet=options.quiet)
+    if not options.quiet:
+        console.print(f"{options.experiment.name} on {corpus.name}, in {run.path}", markup=False, soft_wrap=True)
+    try:
+        with display.running():
+            trainer = Trainer(options.experiment, run, corpus, on_event=display.show)
+            if options.resume:
+                display.resumed(trainer.resume())
+            trainer.fit()
+    except KeyboardInterrupt:
+        print(f"\n{_interrupted(run, recipe, display.step)}", file=sys.stderr)
+        return 130
+    _finish(run, options.experiment, corpus, console, quiet=options.quiet)
+    return 0
+
+
+def _interrupted(run: Run, recipe: str, step: int) -> str:
+    again = shlex.join(["equilibria", "train", recipe, "--out", str(run.path), "--resume"])
+    kept = checkpoint.all_in(run.checkpoints)
+    place = f"from the checkpoint {kept[-1].name}" if kept else "from the beginning, for lack of a checkpoint"
+    return f"Stopped at step {step:,}; this continues {place}: {again}"
+
+
+def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The recipe and the other words; it may stand before or after the flags."""
+    named = next((word for word in arguments if word in RECIPES or ".py:" in word), None)
+    recipe = named or arguments[0]
+    if recipe.startswith("-"):
+        raise UsageError(f"train needs a recipe before {recipe}: one of {', '.join(RECIPES)}, or FILE.py:FUNCTION.")
+    words = list(arguments)
+    words.remove(recipe)
+    return recipe, words
+
+
+def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
+    """What the command line asks for, and the folder of the run.
+
+    A run that goes on starts from its own experiment.json, so that the flags it was started with need not be repeated.
+    """
+    default = Options(experiment=experiment_of(recipe))
+    options = parse(Options, words, verb=f"train {recipe}", default=default)
+    path = options.out or folder(options.experiment.name, resume=options.resume)
+    if options.resume and (path / "experiment.json").is_file():
+        stored = Run.open(path).experiment(extra=kinds_in(default.experiment))
+        if stored.name != options.experiment.name:
+            raise UsageError(f"{path} is a run of {stored.name!r}, not of {options.experiment.name!r}; check --out.")
+        default = dataclasses.replace(default, experiment=stored)
+        options = parse(Options, words, verb=f"train {recipe}", default=default)
+    if options.data is not None:
+        options = dataclasses.replace(options, experiment=with_data(options.experiment, options.data))
+    return options, path
+
+
+def folder(name: str, *, resume: bool) -> Path:
+    """runs/NAME, runs/NAME-2, …: the first that is free, or the last that is taken if a run is to go on."""
+    numbered = (RUNS / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    taken = list(itertools.takewhile(lambda path: path.exists(), numbered))
+    if resume and taken:
+        return taken[-1]
+    return RUNS / (name if not taken else f"{name}-{len(taken) + 1}")
+
+
+def _finish(run: Run, experiment: Experiment, corpus: Corpus, console: Console, *, quiet: bool) -> None:
+    """The sample, the report and the table."""
+    with console.status("writing a sample and the report"):
+        if corpus.unit != "symbol":
+            _sample(run, experiment, corpus)
+        record = read(run.path)
+        page = report.write(record)
+    if quiet:
+        return
+    console.print()
+    console.print(summary_table(summary.rows(record), record.name))
+    sample = report.read_sample(run.path)
+    if sample is not None:
+        console.print("\nA sample, after the words in bold from the validation text:", style="dim")
+        console.print(Text.assemble((sample[0], "bold"), sample[1]))
+    console.print(f"\nreport: {page}", markup=False, soft_wrap=True)
+
+
+def _sample(run: Run, experiment: Experiment, corpus: Corpus) -> None:
+    """Let the best model continue the beginning of the validation text, and keep that for the report."""
+    loaded = trained(run.path, extra=kinds_in(experiment))
+    text = corpus.vocabulary.decode(corpus.valid.tokens[:1000])
+    line = text[text.find("\n") + 1 :].lstrip()
+    prompt = " ".join(line.split()[:8]) if corpus.unit == "word" else line[:40]
+    pieces = continuation(loaded, Generation(run=run.path, prompt=prompt, length=SAMPLE[corpus.unit]))
+    report.write_sample(run.path, prompt=prompt, text="".join(pieces))

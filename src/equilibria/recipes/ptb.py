@@ -1,0 +1,54 @@
+"""ptb: a deep equilibrium transformer on the words of the Penn Treebank, at a size that a CPU can train."""
+
+from __future__ import annotations
+
+from equilibria.cells import TransformerShape
+from equilibria.gradients import Implicit, Unroll
+from equilibria.language import LanguageShape
+from equilibria.solve import Stop
+from equilibria.solvers import Anderson, Picard
+from equilibria.training import Experiment, PennTreebank, Stage, Training
+
+
+def ptb() -> Experiment:
+    """Words of the Penn Treebank, read from a folder: ``equilibria train ptb --data FOLDER``."""
+    solver = Anderson(window=6)
+    return Experiment(
+        name="ptb",
+        corpus=PennTreebank(),
+        model=LanguageShape(
+            cell=TransformerShape(
+                width=200, heads=4, inner=800, memory=70, positions="decay", dropout=0.2, attention_dropout=0.0
+            ),
+            tied=True,
+            dropout=0.3,
+        ),
+        stages=(
+            Stage(
+                name="shallow",
+                steps=1600,
+                solver=Picard(),
+                stop=Stop(rtol=0, atol=0, max_evals=4, best=False),
+                gradient=Unroll(),
+            ),
+            Stage(
+                name="implicit",
+                steps=1400,
+                solver=solver,
+                stop=Stop(rtol=1e-2, max_evals=30),
+                gradient=Implicit(solver=solver, stop=Stop(rtol=1e-2, max_evals=30)),
+            ),
+        ),
+        training=Training(
+            batch_size=16,
+            segment_length=70,
+            learning_rate=2e-3,
+            warmup=200,
+            clip=0.5,
+            log_every=10,
+            valid_every=800,
+            checkpoint_every=200,
+            eval_batch_size=10,
+            memory_depths=(8, 16, 32),
+        ),
+    )

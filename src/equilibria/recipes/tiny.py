@@ -1,0 +1,46 @@
+"""tiny: a deep equilibrium transformer that learns to spell English documentation in minutes, on a CPU."""
+
+from __future__ import annotations
+
+from equilibria.cells import TransformerShape
+from equilibria.gradients import Implicit, Unroll
+from equilibria.language import LanguageShape
+from equilibria.solve import Stop
+from equilibria.solvers import Anderson, Picard
+from equilibria.training import Experiment, PythonDocs, Stage, Training
+
+
+def tiny() -> Experiment:
+    """Characters of Python's documentation: half the time a network of three layers, then its equilibrium."""
+    solver = Anderson(window=6)
+    return Experiment(
+        name="tiny",
+        corpus=PythonDocs(),
+        model=LanguageShape(cell=TransformerShape(width=128, heads=4, inner=512, memory=64, positions="decay")),
+        stages=(
+            Stage(
+                name="shallow",
+                steps=2400,
+                solver=Picard(),
+                stop=Stop(rtol=0, atol=0, max_evals=4, best=False),
+                gradient=Unroll(),
+            ),
+            Stage(
+                name="implicit",
+                steps=800,
+                solver=solver,
+                stop=Stop(rtol=1e-2, max_evals=30),
+                gradient=Implicit(solver=solver, stop=Stop(rtol=1e-2, max_evals=30)),
+            ),
+        ),
+        training=Training(
+            batch_size=8,
+            segment_length=64,
+            learning_rate=2e-3,
+            warmup=100,
+            clip=1.0,
+            log_every=20,
+            valid_every=400,
+            checkpoint_every=400,
+        ),
+    )

@@ -1,0 +1,87 @@
+"""memory_comparison: a training step of the equilibrium beside that of the same cell unrolled.
+
+Letters: B batch, T time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from equilibria.corpora import Segment
+from equilibria.equilibrium import Equilibrium, GradientRule, Memory
+from equilibria.gradients import Unroll
+from equilibria.language import LanguageModel, LanguageOutput
+from equilibria.solve import Solver, Stop
+from equilibria.solvers import Picard
+from equilibria.training.device import device_of
+from equilibria.training.memory import PeakMemory
+from equilibria.training.metrics import Event
+
+
+def memory_comparison(
+    model: LanguageModel, segment: Segment, memory: Memory, depths: Sequence[int] = (8, 16, 32, 64)
+) -> list[Event]:
+    """Peak bytes of one training step, forward and backward: the model as it is set, then unrolled to each depth.
+
+    Weights, gradients, mode and random generators are afterwards what they were.
+
+    Args:
+        model: an equilibrium model; its solver, stop and gradient rule are those of the first row.
+        segment: a batch, on the model's device.
+        memory: what the model remembers of the segment before.
+        depths: layers of the weight-tied networks of the other rows.
+    """
+    layer = model.layer
+    if not isinstance(layer, Equilibrium):
+        raise TypeError(f"memory_comparison needs a model whose layer is an Equilibrium; this one is a {type(layer)}.")
+    with _untouched(model):
+        peak, output = _peak(model, segment, memory)
+        evals = None if output.solution is None else output.solution.evals
+        rows: list[Event] = [{"label": "equilibrium", "depth": None, "peak_bytes": peak, "evals": evals}]
+        for depth in depths:
+            with set_to(layer, Picard(), network_of(depth), Unroll()):
+                peak, _ = _peak(model, segment, memory)
+            rows.append({"label": "unrolled", "depth": depth, "peak_bytes": peak, "evals": depth + 1})
+    return rows
+
+
+def network_of(depth: int) -> Stop:
+    """The stop that makes ``Picard()`` with ``Unroll()`` a weight-tied network of ``depth`` layers."""
+    return Stop(rtol=0, atol=0, max_evals=depth + 1, best=False)
+
+
+@contextlib.contextmanager
+def set_to(layer: Equilibrium, solver: Solver, stop: Stop, gradient: GradientRule) -> Iterator[None]:
+    """The layer with another solver, stop and gradient rule for a while."""
+    before = layer.solver, layer.stop, layer.gradient
+    layer.solver, layer.stop, layer.gradient = solver, stop, gradient
+    try:
+        yield
+    finally:
+        layer.solver, layer.stop, layer.gradient = before
+
+
+def _peak(model: LanguageModel, segment: Segment, memory: Memory) -> tuple[int, LanguageOutput]:
+    model.zero_grad(set_to_none=True)
+    with PeakMemory(device_of(model)) as peak:
+        output = model(segment.tokens, segment.targets, memory)
+        output.nats.mean().backward()
+    return peak.peak, output
+
+
+@contextlib.contextmanager
+def _untouched(model: LanguageModel) -> Iterator[None]:
+    """Training mode; afterwards mode, gradients and random generators are what they were."""
+    was_training, gradients = model.training, [parameter.grad for parameter in model.parameters()]
+    device = device_of(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.train()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient

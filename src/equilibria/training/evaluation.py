@@ -1,0 +1,161 @@
+"""evaluate: the loss of a model on a stream, its memory carried from segment to segment.
+
+Letters: B batch, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from equilibria.corpora import SYMBOLS, Segment, Segments, Stream
+from equilibria.equilibrium import Memory
+from equilibria.language import LanguageModel, LanguageOutput
+from equilibria.stability import spectral_radius
+from equilibria.training.device import device_of, to
+from equilibria.training.metrics import summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on a stream, and what its solves cost. Means are weighted by tokens."""
+
+    nats_per_token: float
+    """Mean loss, natural logarithm."""
+    tokens: int
+    """Tokens that were scored."""
+    forward: dict[str, float] | None
+    """Means over the solves: evals, residual (relative), converged (share of samples), steps; None without solves."""
+    accuracy: float | None
+    """Share of the answers of made-up tasks that are right, of the last ten targets of each episode; None for text."""
+    seconds: float
+    """Time it took."""
+
+    @property
+    def bits(self) -> float:
+        """Bits per token."""
+        return self.nats_per_token / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token)."""
+        return math.exp(min(self.nats_per_token, 700.0))
+
+    @property
+    def evals(self) -> float | None:
+        """Mean evaluations of f a segment."""
+        return self.forward["evals"] if self.forward else None
+
+    @property
+    def residual(self) -> float | None:
+        """Mean relative residual."""
+        return self.forward["residual"] if self.forward else None
+
+    @property
+    def converged(self) -> float | None:
+        """Share of samples that met the tolerance."""
+        return self.forward["converged"] if self.forward else None
+
+
+def evaluate(
+    model: LanguageModel,
+    stream: Stream,
+    *,
+    batch_size: int = 1,
+    segment_length: int | None = None,
+    max_segments: int | None = None,
+) -> Evaluation:
+    """The mean loss in evaluation mode, without gradients, with the stop that the model has for evaluation.
+
+    A model's published score is the one with ``batch_size=1``: with more, the stream is cut to a multiple of it, and
+    the first tokens of each row are predicted without their past.
+
+    Args:
+        model: in any mode; the mode is restored.
+        stream: what is scored.
+        batch_size: rows that are read side by side.
+        segment_length: tokens of each row in one solve; streams of episodes need none.
+        max_segments: read only the first ones; None for all.
+    """
+    segments = Segments(stream, batch_size=batch_size, length=segment_length)
+    began, device = time.perf_counter(), device_of(model)
+    totals = _Totals(answers=None if stream.episode is None else min(SYMBOLS, stream.episode))
+    memory: Memory = None
+    with evaluating(model):
+        for segment in itertools.islice(segments.one_epoch(), max_segments):
+            segment = to(segment, device)
+            output = model(segment.tokens, segment.targets, None if segment.fresh else memory)
+            memory = output.memory
+            totals.add(model, segment, output)
+    return totals.evaluation(seconds=time.perf_counter() - began)
+
+
+class _Totals:
+    """Sums over segments."""
+
+    def __init__(self, *, answers: int | None) -> None:
+        self._answers = answers
+        self._nats, self._tokens, self._right, self._asked = 0.0, 0, 0, 0
+        self._forward: dict[str, float] = {}
+
+    def add(self, model: LanguageModel, segment: Segment, output: LanguageOutput) -> None:
+        count = segment.targets.numel()
+        self._tokens += count
+        self._nats += float(output.nats.double().sum())
+        if output.solution is not None:
+            for name, value in summary(output.solution).items():
+                self._forward[name] = self._forward.get(name, 0.0) + count * value
+        if self._answers is not None:
+            guesses = model.read(output.layer.z[:, -self._answers :]).argmax(dim=-1)
+            targets = segment.targets[:, -self._answers :]
+            self._right += int((guesses == targets).sum())
+            self._asked += targets.numel()
+
+    def evaluation(self, *, seconds: float) -> Evaluation:
+        return Evaluation(
+            nats_per_token=self._nats / self._tokens,
+            tokens=self._tokens,
+            forward={name: value / self._tokens for name, value in self._forward.items()} or None,
+            accuracy=self._right / self._asked if self._asked else None,
+            seconds=seconds,
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards the mode is what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def jacobian_radius(
+    model: LanguageModel,
+    stream: Stream,
+    *,
+    batch_size: int = 1,
+    segment_length: int | None = None,
+    iterations: int = 60,
+) -> Float[Tensor, " B"]:
+    """The spectral radius of the cell's Jacobian at the equilibria of the stream's first segment, one a row.
+
+    Above 1 plain iteration diverges there; far above 1 every solver has trouble. The probes are always the same.
+    """
+    device = device_of(model)
+    segment = to(Segments(stream, batch_size=batch_size, length=segment_length).at(0), device)
+    with evaluating(model):
+        layer = model(segment.tokens, segment.targets).layer
+        generator = torch.Generator(device).manual_seed(0)
+        return spectral_radius(layer.f, layer.z, iterations=iterations, generator=generator)

@@ -1,0 +1,83 @@
+"""PeakMemory: how much memory a piece of code needs at its worst moment."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class PeakMemory:
+    """A context manager that measures the peak of live tensor memory above what was live at entry.
+
+    On the CPU every operator is watched, and the storages that operators return are counted until they are freed:
+    what an operator needs for itself while it runs is not seen. On a GPU it is ``torch.cuda.max_memory_allocated``.
+
+        with PeakMemory() as memory:
+            model(tokens, targets).nats.mean().backward()
+        print(memory.peak)
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._watch = _Watch()
+        self._entry = 0
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._entry = torch.cuda.memory_allocated(self._device)
+        else:
+            self._watch.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._device.type != "cuda":
+            self._watch.__exit__(*error)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment so far, above what was live at entry."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._entry
+        return self._watch.peak
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the bytes of every storage that an operator returns and that none was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self._known: dict[int, weakref.ref[UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for storage in _storages((args, kwargs)):
+            self._note(storage, size=0)  # was there before, or is counted already
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            self._note(storage, size=storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _note(self, storage: UntypedStorage, *, size: int) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size=size))
+            self.live += size
+
+    def _forget(self, key: int, *, size: int) -> None:
+        self.live -= size
+        del self._known[key]
+
+
+def _storages(tree: Any) -> Iterable[UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

@@ -1,0 +1,64 @@
+"""The log of a run: one JSON object a line, each with its "event" and its "step".
+
+Letters: B batch, K evaluations of f.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from equilibria.solve import Solution
+
+Event = dict[str, Any]
+"""One line of metrics.jsonl."""
+ENDING = frozenset({"memory", "done", "stopped"})
+"""Events that a run writes when it ends, and writes anew when it goes on."""
+
+
+def append(file: Path, event: Event) -> None:
+    """Add one line to ``file``; a reader never sees lines mixed."""
+    with file.open("a", encoding="utf-8", newline="\n") as stream:
+        stream.write(json.dumps(event) + "\n")
+
+
+def read(file: Path) -> list[Event]:
+    """The events in ``file``, oldest first; a last line without its end is left out.
+
+    Raises:
+        ValueError: another line is not a JSON object; names it.
+    """
+    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            raise ValueError(f"{file}, line {number} is no JSON object: {line[:40]!r}; remove that line.")
+        events.append(event)
+    return events
+
+
+def cut(file: Path, step: int) -> None:
+    """Rewrite ``file`` as it was when the checkpoint of ``step`` was written: the run goes on from there."""
+    kept = [event for event in read(file) if event.get("step", 0) <= step and event.get("event") not in ENDING]
+    beside = file.with_name(f".{file.name}.new")
+    with beside.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(json.dumps(event) + "\n" for event in kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(file)
+
+
+def summary(solution: Solution) -> Event:
+    """Cost and success of a solve as plain numbers; reading them waits for the device."""
+    return {
+        "evals": solution.evals,
+        "residual": float(solution.residual.double().mean()),
+        "converged": float(solution.converged.double().mean()),
+        "steps": float(solution.steps.double().mean()),
+    }

@@ -1,0 +1,251 @@
+"""Trainer: an experiment's stages, step by step, with log, validation and checkpoints.
+
+Letters: B batch, T time, D width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from equilibria.corpora import Corpus, Segment, Segments
+from equilibria.equilibrium import Equilibrium, Memory
+from equilibria.language import LanguageOutput
+from equilibria.stability import jacobian_penalty
+from equilibria.training import checkpoint, metrics
+from equilibria.training.comparison import memory_comparison
+from equilibria.training.device import choose_device, to
+from equilibria.training.evaluation import Evaluation, evaluate, jacobian_radius
+from equilibria.training.experiment import Experiment
+from equilibria.training.log import Log
+from equilibria.training.metrics import Event
+from equilibria.training.nested import owned
+from equilibria.training.optimiser import build_optimiser, set_learning_rate
+from equilibria.training.run import Run
+from equilibria.training.snapshot import capture, restore
+from equilibria.training.step import Step
+from equilibria.training.yardstick import yardstick
+
+_log = logging.getLogger(__name__)
+
+
+class TrainingStopped(Exception):
+    """The loss or the gradient is not finite; the weights are those of the step before."""
+
+
+class Trainer:
+    """Trains the model of an experiment on a corpus and writes the run.
+
+    ``Trainer(experiment, run, corpus).fit()`` trains from the beginning; with ``resume()`` before ``fit()`` it goes on
+    from the newest checkpoint, and ends with the same weights, bit for bit, as if it had never stopped.
+
+    Args:
+        experiment: what is trained.
+        run: the directory to write to; None writes nothing.
+        corpus: what ``experiment.corpus.load()`` gave, or one of your own.
+        on_event: is called with each line of the log.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        run: Run | None,
+        corpus: Corpus,
+        *,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        training = experiment.training
+        if training.threads is not None:
+            torch.set_num_threads(training.threads)
+        torch.manual_seed(training.seed)
+        self.experiment, self.run, self.corpus, self.log = experiment, run, corpus, Log(run, on_event)
+        self.device = choose_device(training.device)
+        self.model = experiment.build(corpus).to(self.device)
+        self.optimiser = build_optimiser(self.model, training)
+        self.steps_done = 0
+        self.memory: Memory = None
+        self.best: dict[str, Any] | None = None
+        """The best validation of the stage: its step and nats."""
+        self._enter_stage()
+
+    def resume(self) -> int:
+        """Go back to the newest good checkpoint of the run, or to the beginning if there is none; returns its step.
+
+        Raises:
+            CheckpointError: every checkpoint is damaged, or they are of another model.
+        """
+        if self.run is None:
+            raise ValueError("Trainer(run=None).resume(): there is no run to go on with; give Run.open(folder).")
+        found = self.run.newest()
+        if found is not None:
+            self.memory = restore(found, self.model, self.optimiser, batch_size=self.experiment.training.batch_size)
+            self.steps_done, self.best = found.step, found.state["best"]
+            self._enter_stage()
+            if found.state["threads"] != torch.get_num_threads():
+                _log.warning(
+                    "%s was trained with %d threads and goes on with %d: the last bits of its weights may differ from "
+                    "those of a run that never stopped; set --training.threads.",
+                    *(self.run.path, found.state["threads"], torch.get_num_threads()),
+                )
+        self.log.go_on(found.state["seconds"] if found is not None else 0.0)
+        metrics.cut(self.run.metrics, -1 if found is None else found.step)
+        _log.info("%s goes on after step %d.", self.run.path, self.steps_done)
+        return self.steps_done
+
+    def fit(self) -> None:
+        """Train to the end of the last stage.
+
+        Raises:
+            TrainingStopped: the loss or the gradient is not finite; names the step.
+        """
+        training, remaining = self.experiment.training, self.experiment.total_steps - self.steps_done
+        if training.tensorboard:
+            self.log.open_board(step=self.steps_done)
+        if self.steps_done == 0:
+            self._begin()
+        for segment in itertools.islice(self._segments(), remaining):
+            began = time.perf_counter()
+            step = self.step(segment)
+            self.log.count(step, time.perf_counter() - began)
+            self._after(step)
+        if training.measure_memory and isinstance(self.model.layer, Equilibrium):
+            rows = self.memory_comparison(training.memory_depths)
+            self.log.write("memory", step=self.steps_done, rows=rows)
+        self.log.write("done", step=self.steps_done, seconds=self.log.seconds)
+
+    def step(self, segment: Segment) -> Step:
+        """One update of the weights on the next segment; the memory of the streams goes along.
+
+        Raises:
+            TrainingStopped: the loss or the gradient is not finite; weights and optimiser are untouched.
+        """
+        training, model = self.experiment.training, self.model
+        rate = set_learning_rate(self.optimiser, self.experiment, self.steps_done + 1)
+        segment = to(segment, self.device)
+        model.train()
+        output = model(segment.tokens, segment.targets, None if segment.fresh else self.memory)
+        loss, penalty = output.nats.mean(), self._penalty(output)
+        (loss if penalty is None else loss + self.stage.penalty * penalty).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if training.clip is None else training.clip)
+        if not bool(torch.isfinite(loss.detach()) & torch.isfinite(norm)):
+            self._stop(loss=float(loss.detach()), gradient_norm=float(norm))
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.memory = owned(output.memory)
+        self.steps_done += 1
+        return Step(
+            loss=loss.detach(),
+            penalty=None if penalty is None else penalty.detach(),
+            gradient_norm=norm.detach(),
+            learning_rate=rate,
+            tokens=segment.targets.numel(),
+            solution=output.solution,
+        )
+
+    def validate(self) -> Evaluation:
+        """The loss on the validation stream with the stage's solver and stop, logged; the best one is noted."""
+        training = self.experiment.training
+        setting = {
+            "batch_size": training.eval_batch_size,
+            "segment_length": training.eval_segment_length or training.segment_length,
+        }
+        found = evaluate(self.model, self.corpus.valid, **setting, max_segments=training.valid_segments)
+        best = math.isfinite(found.nats_per_token) and (self.best is None or found.nats_per_token < self.best["nats"])
+        if best:
+            self.best = {"step": self.steps_done, "nats": found.nats_per_token, "stage": self.stage.name}
+        self.log.valid(found, step=self.steps_done, stage=self.stage.name, best=best, setting=setting)
+        if training.spectral_radius:
+            radius = jacobian_radius(self.model, self.corpus.valid, **setting, iterations=training.spectral_radius)
+            fields = {"stage": self.stage.name, "mean": float(radius.mean()), "max": float(radius.max())}
+            self.log.write("spectral_radius", step=self.steps_done, **fields)
+        return found
+
+    def memory_comparison(self, depths: Sequence[int] = (8, 16, 32, 64)) -> list[Event]:
+        """Peak bytes of one training step beside that of the same cell unrolled, on the next batch; changes nothing."""
+        segment = to(next(iter(self._segments())), self.device)
+        return memory_comparison(self.model, segment, None if segment.fresh else self.memory, depths)
+
+    def _begin(self) -> None:
+        self.log.start_of(self.model, self.corpus)
+        if self.experiment.training.yardstick and self.corpus.unit == "character":
+            self.log.write("yardstick", step=0, rows=yardstick(self.corpus))
+        self.log.write("stage", step=0, stage=self.stage.name, **{"from": None})
+
+    def _after(self, step: Step) -> None:
+        """Log, validation, change of stage and checkpoint, in the order in which a resumed run would have them."""
+        training, done, stage = self.experiment.training, self.steps_done, self.stage
+        changes = self.experiment.stage_at(done) != self._stage_index
+        ends = changes or done == self.experiment.total_steps
+        if ends or done == 1 or done % training.log_every == 0:
+            self.log.step(step, number=done, stage=stage.name)
+        best_before = self.best
+        if ends or done % training.valid_every == 0:
+            self.validate()
+        if changes:
+            self._enter_stage()
+            self.best = None  # the stages before the last prepare for it, and are not compared with it
+            self.log.write("stage", step=done, stage=self.stage.name, **{"from": stage.name})
+            self.validate()
+        if ends or self.best is not best_before or done % training.checkpoint_every == 0:
+            self._checkpoint()
+
+    def _enter_stage(self) -> None:
+        self._stage_index = self.experiment.stage_at(self.steps_done)
+        self.stage = stage = self.experiment.stages[self._stage_index]
+        layer = self.model.layer
+        if isinstance(layer, Equilibrium):
+            layer.solver, layer.stop, layer.gradient = stage.solver, stage.stop, stage.gradient
+            layer.eval_stop = stage.eval_stop
+
+    def _segments(self) -> Segments:
+        training = self.experiment.training
+        return Segments(
+            self.corpus.train,
+            batch_size=training.batch_size,
+            length=training.segment_length,
+            position=self.steps_done,  # one segment a step
+        )
+
+    def _penalty(self, output: LanguageOutput) -> Float[Tensor, ""] | None:
+        stage, solution = self.stage, output.solution
+        if stage.penalty == 0 or solution is None:
+            return None
+        if stage.penalty_share < 1 and float(torch.rand(())) >= stage.penalty_share:
+            return None
+        return jacobian_penalty(output.layer.f, solution.z.detach()).mean()
+
+    def _checkpoint(self) -> None:
+        if self.run is None:
+            return
+        state = {
+            "stage": self.stage.name,
+            "position": self.steps_done,
+            "best": self.best,
+            "seconds": self.log.seconds,
+            "threads": torch.get_num_threads(),
+        }
+        kept = capture(self.model, self.optimiser, self.memory, step=self.steps_done, state=state)
+        checkpoint.force(self.run.metrics)
+        checkpoint.save(self.run.checkpoints, kept)
+        best = None if self.best is None else self.best["step"]
+        checkpoint.prune(self.run.checkpoints, newest=self.experiment.training.keep, best=best)
+
+    def _stop(self, *, loss: float, gradient_norm: float) -> None:
+        number, fault = self.steps_done + 1, "gradient" if math.isfinite(loss) else "loss"
+        self.optimiser.zero_grad()
+        self.log.write("stopped", step=number, stage=self.stage.name, loss=loss, gradient_norm=gradient_norm)
+        kept = checkpoint.all_in(self.run.checkpoints) if self.run is not None else []
+        hint = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise TrainingStopped(
+            f"Step {number} (stage {self.stage.name!r}): the {fault} is not finite, and the weights were left as they "
+            f"were; start anew with a lower --training.learning-rate than {self.experiment.training.learning_rate:g}, "
+            f"a smaller --training.clip or a Jacobian penalty; {hint}."
+        )

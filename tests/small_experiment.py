@@ -1,0 +1,85 @@
+"""An experiment that takes a second and uses everything whose state a checkpoint must hold."""
+
+import dataclasses
+
+import torch
+
+from equilibria.cells import TransformerShape
+from equilibria.corpora import Corpus, Stream, Vocabulary
+from equilibria.gradients import Implicit, Unroll
+from equilibria.language import LanguageShape
+from equilibria.solve import Stop
+from equilibria.solvers import Anderson, Picard
+from equilibria.training import Experiment, PythonDocs, Stage, Trainer, Training
+
+TEXT = "the fixed point of a map is where the map leaves it; " * 30
+SOLVER, STOP = Anderson(window=3), Stop(rtol=1e-2, max_evals=8)
+
+
+def corpus() -> Corpus:
+    vocabulary = Vocabulary(tokens=tuple(sorted(set(TEXT))), unit="character")
+    ids = vocabulary.encode(TEXT)
+    train, valid, test = (Stream.of_text(part) for part in ids.split([len(ids) - 400, 200, 200]))
+    return Corpus(name="a sentence", train=train, valid=valid, test=test, vocabulary=vocabulary, unit="character")
+
+
+def experiment(**training) -> Experiment:
+    """Dropout, a penalty drawn at random, memory, two stages, and an epoch that ends in the middle."""
+    numbers = {
+        "batch_size": 4,
+        "segment_length": 20,
+        "learning_rate": 1e-2,
+        "warmup": 3,
+        "log_every": 1,
+        "valid_every": 5,
+        "checkpoint_every": 4,
+        "eval_batch_size": 2,
+        "valid_segments": 2,
+        "spectral_radius": 3,
+        "measure_memory": False,
+        "device": "cpu",
+        "threads": 1,
+    }
+    shape = TransformerShape(width=8, heads=2, inner=12, memory=30, dropout=0.1, attention_dropout=0.1)
+    return Experiment(
+        name="small",
+        corpus=PythonDocs(),
+        model=LanguageShape(cell=shape, dropout=0.1),
+        stages=(
+            Stage(
+                name="shallow",
+                steps=6,
+                solver=Picard(),
+                stop=Stop(rtol=0, atol=0, max_evals=4, best=False),
+                gradient=Unroll(),
+            ),
+            Stage(
+                name="implicit",
+                steps=12,
+                solver=SOLVER,
+                stop=STOP,
+                gradient=Implicit(solver=SOLVER, stop=STOP),
+                penalty=0.1,
+                penalty_share=0.5,
+            ),
+        ),
+        training=Training(**(numbers | training)),
+    )
+
+
+def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_times(events: list[dict]) -> list[dict]:
+    return [{k: v for k, v in event.items() if k not in ("seconds", "tokens_per_second")} for event in events]
+
+
+def with_stage(value: Experiment, index: int, **changes) -> Experiment:
+    stages = list(value.stages)
+    stages[index] = dataclasses.replace(stages[index], **changes)
+    return dataclasses.replace(value, stages=tuple(stages))

@@ -1,0 +1,168 @@
+"""The command line: help, and that every error is one sentence with the right exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from equilibria.__main__ import main
+from equilibria.commands import arguments, errors, train
+from equilibria.commands.recipe import experiment_of
+from equilibria.training import checkpoint
+from small_run import fails, furnish
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder with a recipe and a corpus, which is where the commands run."""
+    furnish(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["help"]])
+def test_help_names_the_verbs_the_recipes_and_an_example(capsys, words):
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    for word in ("train RECIPE", "evaluate RUN", "generate RUN", "report RUN", "prepare CORPUS"):
+        assert word in text
+    for word in ("tiny ", "copying ", "ptb ", "equilibria train tiny"):
+        assert word in text
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate", "report", "prepare", "train tiny", "train"])
+def test_every_verb_explains_itself(capsys, verb):
+    assert main([*verb.split(), "--help"]) == 0
+    assert f"usage: equilibria {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("trian", "There is no verb 'trian'; did you mean train?"),
+        ("train tinny", "There is no recipe 'tinny'; did you mean tiny?"),
+        ("train xyzzyq", "There is no recipe 'xyzzyq'; there are copying, ptb, tiny."),
+        ("train --out x", "train needs a recipe before --out"),
+        ("train tiny --learning-rte 3", "There is no flag --learning-rte; did you mean --training.learning-rate?"),
+        ("train tiny --training.batch-sise=3", "did you mean --training.batch-size?"),
+        ("train tiny --steps 3", "--steps could be --stages.0.steps, --stages.1.steps; give the full name."),
+        ("train tiny --batch-size x", "--training.batch-size takes a whole number, and 'x' is none."),
+        ("train tiny --learning-rate x", "--training.learning-rate takes a number, and 'x' is none."),
+        ("train tiny --batch-size 0", "Training(batch_size=0): it must be at least 1."),
+        ("train tiny --batch-size", "--training.batch-size needs a value after it."),
+        ("train tiny --training.betas 1", "--training.betas needs 2 values after it."),
+        (
+            "train tiny --optimiser adamm",
+            "--training.optimiser is one of adam, adamw, and not 'adamm'; did you mean adam",
+        ),
+        ("train tiny 3", "There is no place for '3' here"),
+        ("train tiny --data text", "the corpus PythonDocs is not read from a folder"),
+        ("train recipe.py", "name the function in it that returns an Experiment: recipe.py:FUNCTION."),
+        ("train recipe.py:smal", "There is no function in recipe.py 'smal'; did you mean small?"),
+        ("train recipe.py:number", "recipe.py:number returned int"),
+        ("train nothing.py:x", "nothing.py does not exist"),
+        ("evaluate", "evaluate needs RUN: The folder that `equilibria train` has written."),
+        ("evaluate runs/none", "runs/none does not exist"),
+        ("evaluate text", "text holds no run (no experiment.json)"),
+        ("generate runs/none", "generate needs --prompt STR: The beginning of the text."),
+        ("report runs/none", "runs/none does not exist"),
+        ("prepare pbt", "There is no corpus 'pbt'; did you mean ptb?"),
+        ("prepare ptb", "ptb is read from a folder with train.txt, valid.txt and test.txt; give it with --data."),
+        ("prepare copying --data text", "copying is not read from a folder; leave --data out."),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(place, capsys, words, sentence):
+    assert sentence in fails(capsys, *words.split())
+
+
+def test_a_missing_corpus_is_one_sentence_and_leaves_no_run(place, capsys):
+    assert "nowhere" in fails(capsys, "train", "recipe.py:small", "--data", "nowhere", code=1)
+    assert "--data" in fails(capsys, "train", "ptb", code=1)
+    (place / "text" / "valid.txt").write_bytes(b"abc\n\xff\n")
+    assert "valid.txt" in fails(capsys, "train", "recipe.py:small", "--data", "text", code=1)
+    assert not Path("runs").exists()
+
+
+def test_prepare_counts_tokens(place, capsys):
+    assert main(["prepare", "text-folder", "--data", "text", "--unit", "character"]) == 0
+    text = capsys.readouterr().out
+    assert "520 tokens" in text
+    assert "newline" in text
+    assert "order\N{NO-BREAK SPACE}4" in text
+    assert main(["prepare", "copying", "--blank", "5"]) == 0
+    assert "20,000 sequences of 25" in capsys.readouterr().out
+
+
+def test_prepare_reports_the_unknown_word(place, capsys):
+    (place / "text" / "train.txt").write_text("a b <unk>\n" * 9 + "a")
+    assert main(["prepare", "text-folder", "--data", "text"]) == 0
+    assert "training 24.32%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "code"),
+    [
+        (errors.UsageError("a b"), "a b", 2),
+        (ValueError("one\n  two"), "one two", 1),
+        (OSError(errno.ENOSPC, "No space", "x/y"), "x/y: there is no space left on the disk", 1),
+        (PermissionError(errno.EACCES, "Denied", "x"), "x: permission denied", 1),
+        (FileNotFoundError(errno.ENOENT, "None", "x"), "x: there is no such file or folder", 1),
+        (MemoryError(), "Out of memory", 1),
+        (checkpoint.CheckpointError("damaged"), "damaged", 1),
+        (ModuleNotFoundError("no", name="matplotlib.axes"), 'pip install "equilibria[train]"', 1),
+        (KeyError("x"), "Unexpected KeyError: 'x' (set EQUILIBRIA_DEBUG=1 or add --debug", 1),
+    ],
+)
+def test_every_error_has_a_sentence_and_a_code(error, sentence, code):
+    said, number = errors.explain(error)
+    assert sentence in said
+    assert number == code
+
+
+def test_tracebacks_only_on_request(place, capsys, monkeypatch):
+    assert main(["report", "nope", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("EQUILIBRIA_DEBUG", "1")
+    assert main(["report", "nope"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("EQUILIBRIA_DEBUG", "0")
+    fails(capsys, "report", "nope")
+
+
+@pytest.mark.parametrize("module", ["tyro", "rich", "safetensors", "matplotlib"])
+def test_a_missing_extra_is_named(place, module):
+    code = (
+        "import sys\n"
+        f"sys.modules[{module!r}] = None\n"
+        "from equilibria.__main__ import main\n"
+        "sys.exit(main(['train', 'recipe.py:small', '--data', 'text', '--quiet']))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert module in result.stderr
+    assert 'pip install "equilibria[train]"' in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(place):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "equilibria", "--help"]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(write)
+    assert result.returncode == 141
+    assert result.stderr == ""
+
+
+def test_flags_are_those_of_the_tree_of_dataclasses(place):
+    known = arguments.flags(train.Options(experiment=experiment_of("recipe.py:small")))
+    assert known["--stages.1.stop.rtol"] == 1e-2
+    assert known["--training.memory-depths"] == (2, 4)
+    assert "--out" in known
+    assert not any(flag.startswith("--experiment") for flag in known)

@@ -1,0 +1,165 @@
+"""The verbs that write and read runs: train, resume, evaluate, generate, report."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from equilibria.__main__ import main
+from equilibria.commands import train
+from equilibria.training import checkpoint
+from equilibria.training.trainer import Trainer
+from small_run import fails, furnish
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder with a recipe and a corpus, which is where the commands run."""
+    furnish(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setitem(train.SAMPLE, "character", 12)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> tuple[Path, str]:
+    """A folder with a run of the small recipe, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    furnish(folder)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(folder)
+        patch.setitem(train.SAMPLE, "character", 12)
+        assert main(["train", "recipe.py:small", "--data", "text", "--stages.1.steps", "5"]) == 0
+    return folder, printed.getvalue()
+
+
+@pytest.fixture
+def run(place, trained) -> Path:
+    """A copy of that run."""
+    return Path(shutil.copytree(trained[0] / "runs/small", "runs/small"))
+
+
+def test_train_prints_a_line_a_step_the_table_a_sample_and_the_report(trained):
+    folder, text = trained
+    assert text.startswith("small on text, in runs/small\n")
+    assert "step 1/8 shallow  loss " in text
+    assert "step 3  stage implicit begins" in text
+    assert "backward" in next(line for line in text.splitlines() if line.startswith("step 8/8 implicit"))
+    for label in ("Parameters", "Validation", "Yardstick", "Forward solve", "Backward solve", "Peak memory", "Time"):
+        assert f"│ {label}" in text
+    assert text.rstrip().endswith("report: runs/small/report/index.html")
+    page = (folder / "runs/small/report/index.html").read_text(encoding="utf-8")
+    assert "Finished after 8 steps." in page
+    assert "A sample of its text" in page
+    assert 'id="memory"' in page
+
+
+def test_a_second_run_gets_the_next_number_and_a_named_folder_is_not_overwritten(run, capsys):
+    words = ["train", "recipe.py:small", "--data", "text", "--out", "runs/small"]
+    assert "already holds a run" in fails(capsys, *words, code=1)
+    assert train.folder("small", resume=False) == Path("runs/small-2")
+    assert train.folder("small", resume=True) == Path("runs/small")
+    Path("runs/small-2").mkdir()
+    assert train.folder("small", resume=False) == Path("runs/small-3")
+    assert train.folder("new", resume=True) == Path("runs/new")
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_weights(run, capsys, monkeypatch):
+    step, calls = Trainer.step, []
+
+    def interrupted(trainer, segment):
+        calls.append(segment)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(trainer, segment)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    assert main(["train", "recipe.py:small", "--data", "text"]) == 130
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("Stopped at step 5; this continues from the checkpoint step-00000004: ")
+    words = last.partition("equilibria ")[2].split()
+    assert words == ["train", "recipe.py:small", "--out", "runs/small-2", "--resume"]
+    assert main(words) == 0  # without --data: the run knows its corpus
+    assert "going on after step 4 of 8" in capsys.readouterr().out
+    whole, resumed = (
+        checkpoint.load(Path(name) / "checkpoints/step-00000008") for name in ("runs/small", "runs/small-2")
+    )
+    assert all(bool((whole.model[name] == resumed.model[name]).all()) for name in whole.model)
+
+
+def test_resume_refuses_other_settings_and_other_experiments(run, capsys):
+    words = ["train", "recipe.py:small", "--out", "runs/small", "--resume"]
+    assert "training.batch_size = 2" in fails(capsys, *words, "--batch-size", "3", code=1)
+    assert "is a run of 'small'" in fails(capsys, "train", "tiny", "--out", "runs/small", "--resume")
+
+
+def test_evaluate_prints_the_score_and_what_it_depends_on(run, capsys):
+    assert main(["evaluate", "runs/small", "--split", "test", "--max-evals", "9", "--rtol", "0.5"]) == 0
+    text = capsys.readouterr().out
+    for words in ("bits per character", "nats", "Memory length", "Segment length", "9 evaluations", "tolerance 0.5"):
+        assert words in text
+    assert "Tokens scored  │ 129" in text
+    sentence = fails(capsys, "evaluate", "runs/small", "--max-evals", "0", code=1)
+    assert "at least 1" in sentence
+
+
+def test_evaluate_finds_a_corpus_that_has_moved(run, place, capsys):
+    (place / "text").rename(place / "moved")
+    description = json.loads((run / "experiment.json").read_text())
+    description["corpus"]["root"] = str(place / "text")
+    (run / "experiment.json").write_text(json.dumps(description))
+    assert "text does not exist" in fails(capsys, "evaluate", "runs/small", code=1)
+    assert main(["evaluate", "runs/small", "--data", "moved", "--checkpoint", "last"]) == 0
+    capsys.readouterr()
+    (place / "moved" / "train.txt").write_text("abcdefghijk \n" * 30)
+    assert "do not fit a corpus" in fails(capsys, "evaluate", "runs/small", "--data", "moved", code=1)
+
+
+def test_generate_continues_the_prompt_and_repeats_itself_with_a_seed(run, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", "runs/small", "--prompt", "abc", "--length", "20", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("abc")
+    assert len(texts[0]) == len("abc") + 20 + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (["--prompt", "aéb"], 2, "'é'"),
+        (["--prompt", ""], 2, "--prompt is empty"),
+        (["--prompt", "a", "--length", "0"], 2, "at least 1"),
+        (["--prompt", "a", "--temperature", "-1"], 1, "temperature"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do(run, capsys, words, code, sentence):
+    assert sentence in fails(capsys, "generate", "runs/small", *words, code=code)
+
+
+def test_a_damaged_checkpoint_is_named(run, capsys):
+    for folder in checkpoint.all_in(run / "checkpoints"):
+        (folder / "model.safetensors").write_bytes(b"nonsense")
+    assert main(["evaluate", "runs/small"]) == 1
+    assert "checkpoint" in capsys.readouterr().err
+
+
+def test_report_says_where_the_page_is(run, capsys):
+    assert main(["report", "runs/small"]) == 0
+    assert capsys.readouterr().out == "Finished after 8 steps.\nreport: runs/small/report/index.html\n"
+
+
+def test_a_stopped_training_is_one_sentence(place, capsys):
+    words = ["train", "recipe.py:small", "--data", "text", "--learning-rate", "1e30", "--clip", "None", "--quiet"]
+    assert "not finite" in fails(capsys, *words, code=1)
+    lines = [json.loads(line) for line in Path("runs/small/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["event"] == "stopped"
+    assert main(["report", "runs/small"]) == 0
+    assert capsys.readouterr().out.startswith("Stopped at step")

@@ -1,0 +1,154 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import tyro
+
+from equilibria import gradients, solvers
+from equilibria.recipes import RECIPES
+from equilibria.solve import Stop
+from equilibria.solvers import Anderson
+from equilibria.training import Experiment, PennTreebank, TextFolder, Training, from_json, to_json
+from small_experiment import corpus, experiment, with_stage
+
+
+def through_json(value: Experiment, **options) -> Experiment:
+    return from_json(json.loads(json.dumps(to_json(value))), **options)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_json(name):
+    assert through_json(RECIPES[name]()) == RECIPES[name]()
+
+
+@pytest.mark.parametrize("solver", solvers.CATALOGUE, ids=lambda kind: kind.__name__)
+def test_every_solver_survives_json(solver):
+    value = with_stage(experiment(), 1, solver=solver(), eval_stop=Stop(max_evals=40))
+    assert through_json(value) == value
+
+
+@pytest.mark.parametrize("rule", gradients.CATALOGUE, ids=lambda kind: kind.__name__)
+def test_every_gradient_rule_survives_json(rule):
+    needed = {"Neumann": {"terms": 3}, "Phantom": {"steps": 2, "damping": 0.5}}
+    value = with_stage(experiment(), 1, gradient=rule(**needed.get(rule.__name__, {})))
+    assert through_json(value) == value
+
+
+def test_paths_and_none_survive_json(tmp_path):
+    value = dataclasses.replace(experiment(clip=None), corpus=TextFolder(root=tmp_path, unit="character"))
+    assert through_json(value) == value
+
+
+def test_a_folder_is_meant_from_where_it_was_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert PennTreebank(root=Path("ptb")).root == tmp_path / "ptb"
+
+
+def test_a_corpus_without_its_folder_says_which_flag_names_it():
+    with pytest.raises(ValueError, match="--data FOLDER"):
+        PennTreebank().load()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Anderson):
+    depth: int = 3
+
+
+def test_kinds_from_outside_are_named_by_their_owner():
+    value = with_stage(experiment(), 1, solver=Mine(depth=7))
+    assert through_json(value, extra=[Mine]) == value
+    with pytest.raises(ValueError, match="unknown kind 'Mine'"):
+        through_json(value)
+
+
+def edited(change) -> dict:
+    data = json.loads(json.dumps(to_json(experiment())))
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["stages"][1]["solver"].update(kind="Andersen"), r"stages\.1\.solver.*'Andersen'.*Anderson"),
+        (lambda d: d["training"].update(learning_rat=1), r"training.*'learning_rat'.*learning_rate"),
+        (lambda d: d["training"].update(batch_size="8"), r"training\.batch_size is '8'.*a int"),
+        (lambda d: d["training"].update(optimiser="sgd"), r"training\.optimiser is 'sgd'.*'adam' or 'adamw'"),
+        (lambda d: d["training"].update(betas=[0.9]), r"betas has 1 entries; it must have 2"),
+        (lambda d: d["stages"][0].update(solver={"kind": "Stop"}), r"solver is a Stop; it must be a Solver"),
+        (lambda d: d["stages"][0].pop("name"), r"stages\.0 lacks name"),
+        (lambda d: d.update(kind="Training"), r"experiment is a Training"),
+        (lambda d: d["stages"][0].update(steps=0), r"steps=0.*at least 1"),
+    ],
+)
+def test_what_cannot_be_read_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_json(edited(change))
+
+
+def test_left_out_fields_have_their_defaults():
+    found = from_json(edited(lambda d: d["training"].pop("betas")))
+    assert found.training.betas == Training().betas
+
+
+def test_flags_change_numbers():
+    words = [
+        "--training.learning-rate",
+        "1e-4",
+        "--stages.1.solver.window",
+        "5",
+        "--model.cell.width",
+        "64",
+        "--training.clip",
+        "None",
+    ]
+    changed = tyro.cli(Experiment, default=RECIPES["tiny"](), args=words, config=(tyro.conf.AvoidSubcommands,))
+    assert changed.training.learning_rate == 1e-4
+    assert changed.training.clip is None
+    assert changed.stages[1].solver == dataclasses.replace(RECIPES["tiny"]().stages[1].solver, window=5)
+    assert changed.model.cell.width == 64
+
+
+def test_a_folder_is_a_flag():
+    words = ["--corpus.root", "/tmp/ptb"]
+    changed = tyro.cli(Experiment, default=RECIPES["ptb"](), args=words, config=(tyro.conf.AvoidSubcommands,))
+    assert changed.corpus == PennTreebank(root=Path("/tmp/ptb"))
+
+
+def test_stages_follow_each_other():
+    value = experiment()
+    assert value.total_steps == 18
+    assert [value.stage_at(done) for done in (0, 5, 6, 17, 18)] == [0, 0, 1, 1, 1]
+
+
+def test_the_copying_model_has_14006_parameters():
+    model = RECIPES["copying"]().model
+    stage = RECIPES["copying"]().stages[0]
+    built = model.build(10, solver=stage.solver, stop=stage.stop, gradient=stage.gradient)
+    sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
+    gains = sum(size for name, size in sizes.items() if name.endswith("gain"))
+    assert (sum(sizes.values()) - gains, gains) == (14_006, 268)
+
+
+def test_build_sets_the_first_stage():
+    model = experiment().build(corpus())
+    assert model.layer.solver == experiment().stages[0].solver
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("inf")},
+        {"clip": -1.0},
+        {"betas": (0.9, 1.0)},
+        {"warmup": 1000},
+        {"spectral_radius": 2},
+        {"keep": 0},
+    ],
+)
+def test_wrong_numbers_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        experiment(**wrong)

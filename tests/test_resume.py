@@ -1,0 +1,191 @@
+"""A run that was stopped at any moment and goes on ends with the same weights, bit for bit, as one never stopped."""
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from equilibria.training import CheckpointError, Run, Trainer, checkpoint
+from small_experiment import corpus, experiment, same_bits, trained_weights, without_times
+
+
+class Killed(BaseException):
+    """No handler of the library may catch this."""
+
+
+def finished(
+    path: Path, value=None, *, resume: bool = False, on_event=None
+) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    value = value or experiment()
+    torch.manual_seed(random.randrange(1000))  # the process that goes on has other random numbers
+    run = Run.start(path, value, resume=resume)
+    trainer = Trainer(value, run, corpus(), on_event=on_event)
+    if resume:
+        trainer.resume()
+    trainer.fit()
+    return trained_weights(trainer), run.events()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return finished(tmp_path_factory.mktemp("run") / "whole")
+
+
+def killed_after(number: int):
+    seen = 0
+
+    def on_event(_):
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            raise Killed
+
+    return on_event
+
+
+@pytest.mark.parametrize("number", [1, 9, 11, 13, 14, 15, 20, 27, 34])
+def test_stopped_after_any_line_of_the_log(tmp_path, uninterrupted, number):
+    weights, events = uninterrupted
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", on_event=killed_after(number))
+    resumed, resumed_events = finished(tmp_path / "run", resume=True)
+    assert same_bits(resumed, weights)
+    assert without_times(resumed_events) == without_times(events)
+
+
+def test_stopped_again_and_again(tmp_path, uninterrupted):
+    weights, events = uninterrupted
+    for number in (14, 9, 2, 8, 10):
+        with pytest.raises(Killed):
+            finished(tmp_path / "run", resume=True, on_event=killed_after(number))
+    resumed, resumed_events = finished(tmp_path / "run", resume=True)
+    assert same_bits(resumed, weights)
+    assert without_times(resumed_events) == without_times(events)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_power_fails_while_a_checkpoint_is_written(tmp_path, uninterrupted, seed, monkeypatch):
+    """The n-th time that a file is forced to the disk, the run ends."""
+    weights, _ = uninterrupted
+    remaining = random.Random(seed).randrange(1, 60)
+
+    def failing(handle, fsync=os.fsync):
+        nonlocal remaining
+        remaining -= 1
+        if remaining == 0:
+            raise Killed
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(Killed):
+        finished(tmp_path / "run")
+    resumed, _ = finished(tmp_path / "run", resume=True)
+    assert same_bits(resumed, weights)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, uninterrupted, caplog):
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", on_event=killed_after(25))
+    good, bad = checkpoint.all_in(tmp_path / "run" / "checkpoints")[-2:]
+    (bad / "model.safetensors").write_bytes(b"\0" * 100)
+    with caplog.at_level(logging.WARNING):
+        resumed, _ = finished(tmp_path / "run", resume=True)
+    assert same_bits(resumed, uninterrupted[0])
+    assert f"{bad} is damaged" in caplog.text
+    assert str(good) in caplog.text
+
+
+def test_if_all_are_damaged_the_run_is_refused(tmp_path):
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", on_event=killed_after(25))
+    for folder in checkpoint.all_in(tmp_path / "run" / "checkpoints"):
+        (folder / "optimiser.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no good one beside it"):
+        finished(tmp_path / "run", resume=True)
+
+
+def test_a_torn_last_line_is_dropped(tmp_path, uninterrupted):
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", on_event=killed_after(25))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        log.write('{"event": "step", "st')
+    _, events = finished(tmp_path / "run", resume=True)
+    assert without_times(events) == without_times(uninterrupted[1])
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path):
+    weights, events = finished(tmp_path / "run")
+    again, events_again = finished(tmp_path / "run", resume=True)
+    assert same_bits(weights, again)
+    assert without_times(events) == without_times(events_again)
+
+
+def test_seconds_add_up(tmp_path):
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", on_event=killed_after(25))
+    before = checkpoint.load(checkpoint.all_in(tmp_path / "run" / "checkpoints")[-1]).state["seconds"]
+    _, events = finished(tmp_path / "run", resume=True)
+    seconds = [event["seconds"] for event in events if "seconds" in event]
+    assert before > 0
+    assert seconds == sorted(seconds)
+
+
+def test_the_checkpoint_of_another_model_is_refused(tmp_path):
+    value = experiment()
+    finished(tmp_path / "run", value)
+    wider = dataclasses.replace(value, model=dataclasses.replace(value.model, tied=False))
+    with pytest.raises(
+        CheckpointError, match=r"another model: head\.weight is missing in it and \[19, 8\] in the model"
+    ):
+        Trainer(wider, Run(tmp_path / "run"), corpus()).resume()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from small_experiment import corpus, experiment, trained_weights
+from equilibria.training import Run, Trainer
+
+path, value = Path(sys.argv[1]), experiment(checkpoint_every=1, keep=1)
+trainer = Trainer(value, Run.start(path, value, resume=True), corpus())
+trainer.resume()
+print("begins", flush=True)
+trainer.fit()
+torch.save(trained_weights(trainer), path / "weights.pt")
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(tmp_path):
+    value, moments = experiment(checkpoint_every=1, keep=1), random.Random(0)
+    expected, _ = finished(tmp_path / "whole", value)
+    folder = tmp_path / "run"
+    kills = 0
+    for attempt in range(20):
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        with subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, folder], stdout=subprocess.PIPE, env=environment
+        ) as process:
+            assert process.stdout is not None
+            if process.stdout.readline() and attempt < 4:
+                time.sleep(moments.uniform(0.01, 0.3))
+                process.send_signal(signal.SIGKILL)
+        kills += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert kills >= 2
+    assert same_bits(torch.load(folder / "weights.pt"), expected)
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in steps if event["event"] == "step"] == list(range(1, 19))

@@ -1,0 +1,281 @@
+import dataclasses
+import json
+import logging
+import math
+
+import pytest
+import torch
+
+from equilibria.cells import TransformerShape
+from equilibria.corpora import Segments, copying
+from equilibria.gradients import Implicit
+from equilibria.language import LanguageShape
+from equilibria.recipes import RECIPES
+from equilibria.stability import jacobian_penalty
+from equilibria.training import Run, Trainer, TrainingStopped, evaluate, learning_rate
+from equilibria.training.yardstick import yardstick
+from small_experiment import corpus, experiment, same_bits, trained_weights, with_stage
+
+
+def fitted(value, **options):
+    events = []
+    trainer = Trainer(value, None, corpus(), on_event=events.append, **options)
+    trainer.fit()
+    return trainer, events
+
+
+def of(events, kind):
+    return [event for event in events if event["event"] == kind]
+
+
+def test_training_learns():
+    value = with_stage(with_stage(experiment(), 0, steps=60), 1, steps=40, penalty=0.0)
+    cell = TransformerShape(width=32, heads=2, inner=64, memory=20, positions="decay")
+    _, events = fitted(dataclasses.replace(value, model=LanguageShape(cell=cell)))
+    losses = [event["bits"] for event in of(events, "step")]
+    assert losses[0] > 4
+    assert of(events, "valid")[-1]["bits"] < 3
+
+
+def test_the_log_says_what_happened_in_order():
+    trainer, events = fitted(experiment())
+    assert [event["event"] for event in events[:3]] == ["start", "yardstick", "stage"]
+    assert [event["step"] for event in of(events, "step")] == list(range(1, 19))
+    assert [event["learning_rate"] for event in of(events, "step")] == [
+        learning_rate(s, peak=1e-2, warmup=3, total=18) for s in range(1, 19)
+    ]
+    assert [(event["step"], event["from"], event["stage"]) for event in of(events, "stage")] == [
+        (0, None, "shallow"),
+        (6, "shallow", "implicit"),
+    ]
+    assert events[-1]["event"] == "done"
+    assert events[0]["parameters"] == sum(p.numel() for p in trainer.model.parameters())
+    json.dumps(events)
+
+
+def test_both_settings_are_validated_at_the_switch():
+    _, events = fitted(experiment())
+    at_switch = [event for event in events if event["step"] == 6 and event["event"] in ("valid", "stage")]
+    assert [(event["event"], event["stage"]) for event in at_switch] == [
+        ("valid", "shallow"),
+        ("stage", "implicit"),
+        ("valid", "implicit"),
+    ]
+    assert at_switch[0]["forward"]["evals"] == 4
+    assert at_switch[0]["nats"] != at_switch[2]["nats"]
+
+
+def test_forward_and_backward_solves_are_logged():
+    _, events = fitted(experiment())
+    shallow, implicit = of(events, "step")[0], of(events, "step")[-1]
+    assert shallow["forward"]["evals"] == 4
+    assert shallow["backward"] is None
+    for solve in (implicit["forward"], implicit["backward"]):
+        assert 1 < solve["evals"] <= 9
+        assert 0 <= solve["converged"] <= 1
+        assert 0 < solve["residual"] < 1
+    assert implicit["seconds"] > shallow["seconds"] > 0
+    assert implicit["tokens"] == 80
+
+
+def test_penalties_are_drawn():
+    _, events = fitted(experiment())
+    drawn = [event["penalty"] is not None for event in of(events, "step") if event["stage"] == "implicit"]
+    assert 1 <= sum(drawn) <= 11
+    assert all(event["penalty"] is None for event in of(events, "step") if event["stage"] == "shallow")
+
+
+def test_a_step_is_the_textbook_step():
+    """Loss plus penalty, clipped by the global norm, one step of Adam: written out by hand."""
+    value = with_stage(experiment(clip=0.3), 0, penalty=0.5, gradient=Implicit(), steps=1)
+    shape = dataclasses.replace(value.model.cell, dropout=0.0, attention_dropout=0.0)
+    value = dataclasses.replace(value, model=dataclasses.replace(value.model, cell=shape, dropout=0.0))
+    trainer, twin = Trainer(value, None, corpus()), Trainer(value, None, corpus())
+    segment = next(iter(trainer._segments()))
+    torch.manual_seed(3)
+    step = trainer.step(segment)
+    torch.manual_seed(3)
+    output = twin.model(segment.tokens, segment.targets)
+    penalty = jacobian_penalty(output.layer.f, output.layer.z.detach()).mean()
+    (output.nats.mean() + 0.5 * penalty).backward()
+    parameters = list(twin.model.parameters())
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+    optimiser = torch.optim.Adam(parameters, lr=learning_rate(1, peak=1e-2, warmup=3, total=17))
+    for p in parameters:
+        p.grad *= min(1.0, 0.3 / float(norm))
+    optimiser.step()
+    assert float(step.gradient_norm) == pytest.approx(float(norm), rel=1e-5)
+    for mine, theirs in zip(trainer.model.parameters(), parameters, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6)
+
+
+def test_the_penalty_lowers_the_jacobian():
+    def penalty_after(weight):
+        value = with_stage(with_stage(experiment(), 0, steps=1), 1, steps=40, penalty=weight, penalty_share=1.0)
+        trainer, _ = fitted(value)
+        segment = next(iter(trainer._segments()))
+        output = trainer.model.eval()(segment.tokens, segment.targets)
+        return float(jacobian_penalty(output.layer.f, output.layer.z.detach(), samples=8).mean().detach())
+
+    assert penalty_after(5.0) < 0.8 * penalty_after(0.0)
+
+
+def test_the_same_experiment_gives_the_same_bits_and_another_seed_others():
+    first, second, third = (fitted(experiment(seed=seed))[0] for seed in (0, 0, 1))
+    assert same_bits(trained_weights(first), trained_weights(second))
+    assert not same_bits(trained_weights(first), trained_weights(third))
+
+
+def test_memory_is_carried_and_reset_where_an_epoch_begins():
+    trainer = Trainer(experiment(), None, corpus())
+    segments = trainer._segments()
+    assert trainer.memory is None
+    for segment in (segments.at(0), segments.at(1)):
+        trainer.step(segment)
+    assert trainer.memory.z.shape == (4, 30, 8)
+    trainer.step(dataclasses.replace(segments.at(len(segments)), position=2))
+    assert trainer.memory.z.shape == (4, 20, 8)
+    assert not trainer.memory.z.requires_grad
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_non_finite_number_stops_the_run_before_the_weights_change(tmp_path, fault):
+    run = Run.start(tmp_path / "run", experiment())
+    trainer = Trainer(experiment(), run, corpus())
+    before, segments = {}, iter(trainer._segments())
+    for _ in range(3):
+        trainer.step(next(segments))
+    weight = trainer.model.head.bias
+    if fault == "loss":
+        weight.data[0] = math.nan
+    else:
+        weight.register_hook(lambda gradient: gradient / 0)
+    before = trained_weights(trainer)
+    moments = [state["exp_avg"].clone() for state in trainer.optimiser.state.values()]
+    with pytest.raises(TrainingStopped, match=rf"Step 4 \(stage 'shallow'\): the {fault} is not finite"):
+        trainer.step(next(segments))
+    after = trained_weights(trainer)
+    assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+    kept = [state["exp_avg"] for state in trainer.optimiser.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, kept, strict=True))
+    (event,) = of(run.events(), "stopped")
+    assert event["step"] == 4
+
+
+def test_evaluation_counts_every_token_once_and_carries_memory():
+    trainer, _ = fitted(experiment())
+    valid = corpus().valid
+    one_piece = evaluate(trainer.model, valid, batch_size=1, segment_length=25)
+    assert one_piece.tokens == 199
+    nats, memory = 0.0, None
+    trainer.model.eval()
+    with torch.no_grad():
+        for segment in Segments(valid, batch_size=1, length=25).one_epoch():
+            output = trainer.model(segment.tokens, segment.targets, memory)
+            nats, memory = nats + float(output.nats.sum()), output.memory
+    assert one_piece.nats_per_token == pytest.approx(nats / 199, rel=1e-6)
+    assert one_piece.perplexity == pytest.approx(math.exp(one_piece.nats_per_token))
+    assert one_piece.bits == pytest.approx(one_piece.nats_per_token / math.log(2))
+    assert one_piece.accuracy is None
+    assert evaluate(trainer.model, valid, batch_size=2, segment_length=25, max_segments=2).tokens == 100
+
+
+def test_evaluation_draws_nothing_and_keeps_the_mode():
+    trainer, _ = fitted(experiment())
+    trainer.model.train()
+    state = torch.get_rng_state()
+    evaluate(trainer.model, corpus().valid, segment_length=30)
+    assert torch.equal(state, torch.get_rng_state())
+    assert trainer.model.training
+
+
+def test_the_stop_for_evaluation_is_used():
+    value = with_stage(experiment(), 1, eval_stop=dataclasses.replace(experiment().stages[1].stop, max_evals=3))
+    _, events = fitted(value)
+    assert of(events, "valid")[-1]["forward"]["evals"] <= 3
+    assert of(events, "step")[-1]["forward"]["evals"] > 3
+
+
+def test_copying_trains_and_reports_the_share_of_right_answers():
+    recipe = RECIPES["copying"]()
+    task = copying(blank=5, train=12, valid=8, test=4)
+    value = dataclasses.replace(
+        recipe,
+        stages=(dataclasses.replace(recipe.stages[0], steps=2), dataclasses.replace(recipe.stages[1], steps=2)),
+        training=dataclasses.replace(
+            recipe.training, batch_size=4, eval_batch_size=4, valid_segments=None, measure_memory=False
+        ),
+    )
+    events = []
+    Trainer(value, None, task, on_event=events.append).fit()
+    valid = of(events, "valid")[-1]
+    assert valid["tokens"] == 8 * 25
+    assert 0 <= valid["accuracy"] <= 1
+    assert not of(events, "yardstick")
+
+
+def test_the_yardstick_is_better_with_longer_contexts():
+    rows = yardstick(corpus())
+    assert [row["label"] for row in rows] == [f"Witten–Bell order {order}" for order in (1, 2, 3, 4)]
+    assert rows[0]["bits"] > rows[1]["bits"] > 0
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    path = tmp_path / "run"
+    Run.start(path, experiment())
+    with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
+        Run.start(path, experiment())
+    assert Run.start(path, experiment(), resume=True).experiment() == experiment()
+    with pytest.raises(ValueError, match=r"training\.seed = 0 and is to be continued with 7"):
+        Run.start(path, experiment(seed=7), resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="exists and is no run"):
+        Run.start(tmp_path / "mine", experiment())
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        Run.open(tmp_path / "mine")
+
+
+def test_the_best_checkpoint_is_kept_and_found(tmp_path, caplog):
+    value = with_stage(experiment(valid_every=2, checkpoint_every=2), 1, steps=24)
+    run = Run.start(tmp_path / "run", value)
+    with caplog.at_level(logging.WARNING):
+        Trainer(value, run, corpus()).fit()
+    valid = [event for event in of(run.events(), "valid") if event["stage"] == "implicit"]
+    best = min(valid, key=lambda event: event["nats"])
+    assert run.best().step == best["step"]
+    assert run.best().state["best"] == {"step": best["step"], "nats": best["nats"], "stage": "implicit"}
+    assert run.newest().step == 30
+    assert len(list(run.checkpoints.iterdir())) <= 3
+    assert not caplog.records
+
+
+def test_the_log_goes_to_tensorboard_too(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = Run.start(tmp_path / "run", experiment(tensorboard=True))
+    Trainer(experiment(tensorboard=True), run, corpus()).fit()
+    board = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    expected = [event["loss"] for event in of(run.events(), "step")]
+    assert [scalar.value for scalar in board.Scalars("step/loss")] == pytest.approx(expected)
+
+
+def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run = Run.start(tmp_path / "run", experiment(tensorboard=True))
+    with pytest.raises(ModuleNotFoundError, match=r"equilibria\[tensorboard\]"):
+        Trainer(experiment(tensorboard=True), run, corpus()).fit()
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"device='cuda:99'.*cpu"):
+        Trainer(experiment(device="cuda:99"), None, corpus())
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu():
+    _, events = fitted(experiment(device="cuda", measure_memory=True, memory_depths=(2,)))
+    assert events[-1]["event"] == "done"
+    assert of(events, "memory")[0]["rows"][0]["peak_bytes"] > 0
