@@ -235,7 +235,7 @@ FIGURES: tuple[tuple[str, str, Callable[[Axes, Record], bool]], ...] = (
     ),
     (
         "spectral_radius",
-        "The spectral radius of the Jacobian of f at the equilibrium; below 1 (dashed) plain iteration converges nearby.",
+        "The spectral radius of the Jacobian of f at the equilibrium; below 1 (dashed) plain iteration converges.",
         _radius,
     ),
     (
