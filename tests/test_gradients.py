@@ -1,5 +1,6 @@
 """Conformance of the gradient rules, and their equality in common limits."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -30,7 +31,7 @@ from equilibria.stability import check_gradient
 from problems import tanh_map
 
 TIGHT = Stop(rtol=1e-12, atol=1e-13, max_evals=300)
-REVERSED = Stop(rtol=1e-12, atol=0, max_evals=33)
+REVERSED = Stop(rtol=1e-12, atol=0, max_evals=25)
 # Rules that converge to the exact gradient of the equilibrium, with solver, stop and the accuracy they owe.
 EXACT = {
     "Implicit, Anderson": (Implicit(Anderson(), TIGHT), Anderson(), TIGHT, 1e-9),
@@ -46,7 +47,8 @@ EXACT = {
     "Unroll, Anderson": (Unroll(), Anderson(), TIGHT, 1e-7),
     "Unroll, Broyden": (Unroll(), Broyden(), TIGHT, 1e-9),
     "Unroll, NewtonKrylov": (Unroll(), NewtonKrylov(), TIGHT, 1e-9),
-    # Truncated at 16 steps, undone with the loss of accuracy that the rule allows.
+    "Unroll, NewtonKrylov, checkpointed": (Unroll(checkpoint=True), NewtonKrylov(), TIGHT, 1e-9),
+    # Truncated at 12 steps, undone with the loss of accuracy that the rule allows.
     "ReversibleGradient": (ReversibleGradient(), Reversible(0.8), REVERSED, 1e-3),
 }
 ROUGH = {
@@ -162,6 +164,34 @@ def test_reversible_gradient_of_samples_that_stop_early():
     assert relative(undone, gradients(Unroll(), Reversible(0.5), stop, f, x, [weight, x])) < 1e-11
 
 
+@pytest.mark.parametrize("rate", [0.9, 0.99, -0.9])
+def test_reversible_gradient_is_right_or_an_error(rate):
+    """Undoing amplifies by up to 1/(1 − β)² where J is near 1: the way back must arrive at the start."""
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    verdicts = []
+    for budget in (9, 15, 21, 33):
+        stop = Stop(rtol=0, atol=0, max_evals=budget, best=False)
+
+        def run(rule, stop=stop):
+            z = rule.run(lambda z: torch.sin(rate * z + x) + 0.1 * z, torch.zeros_like(x), Reversible(0.8), stop).z
+            return torch.autograd.grad(z.sum(), x)[0]
+
+        got = None
+        with contextlib.suppress(RuntimeError):
+            got = run(ReversibleGradient())
+        verdicts.append(got is not None)
+        assert got is None or relative(got, run(Unroll())) < 1e-3
+    assert verdicts[0]
+
+
+def test_reversible_gradient_refuses_to_return_garbage():
+    x = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    stop = Stop(rtol=0, atol=0, max_evals=33, best=False)
+    z = ReversibleGradient().run(lambda z: 0.9 * z + x, torch.zeros_like(x), Reversible(0.8), stop).z
+    with pytest.raises(RuntimeError, match=r"16 steps and missed the start.*Unroll\(checkpoint=True\)"):
+        z.sum().backward()
+
+
 def test_reversible_gradient_reaches_what_f_reads_indirectly():
     weight, x, _ = tanh_map()
     normed = weight / weight.norm()
@@ -189,6 +219,33 @@ def test_reversible_gradient_refuses_what_it_cannot_do():
         ReversibleGradient().run(f, torch.zeros_like(x), Picard(), Stop())
     with pytest.raises(TypeError, match=r"Anderson.*solver=Broyden"):
         Shine().run(f, torch.zeros_like(x), Anderson(), Stop())
+
+
+def test_shine_does_not_forget_the_samples_that_were_done_first():
+    weight, x, _ = tanh_map(n=24, batch=2, gain=1.2)
+    with torch.no_grad():
+        x[0] *= 30  # saturated: done after a few steps
+
+    def gradient(rows):
+        solver, stop = Broyden(memory=3), Stop(rtol=1e-8, max_evals=60)
+        solution = Shine().run(
+            lambda z: torch.tanh(z @ weight.mT + x[rows]), torch.zeros(len(rows), 24).double(), solver, stop
+        )
+        return torch.autograd.grad(solution.z[0].sum(), x)[0][0], solution.steps
+
+    alone, _ = gradient([0])
+    together, steps = gradient([0, 1])
+    assert steps[1] > steps[0] + 3
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_half_precision_states_have_a_full_precision_adjoint():
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(32, 32).bfloat16(), torch.randn(4, 32).bfloat16()
+    solution = fixed_point(lambda z: torch.tanh(layer(z) + x), torch.zeros_like(x), stop=Stop(rtol=2e-2))
+    solution.z.float().square().mean().backward()
+    assert solution.adjoint[0].converged.all()
+    assert layer.weight.grad.dtype == torch.bfloat16
 
 
 def test_shine_makes_no_products():
@@ -296,10 +353,12 @@ def test_the_gradient_does_not_depend_on_the_scale_of_the_loss():
         assert torch.equal(got, expected)
         assert adjoint.evals == plain.evals
         assert torch.equal(adjoint.residual, plain.residual)
-    # A sample whose loss is zero has a zero gradient and costs nothing.
-    solution = fixed_point(lambda z: torch.tanh(z @ weight.mT + x), torch.zeros_like(x))
+    # A sample whose loss is zero has a zero gradient and costs nothing, with no absolute tolerance either.
+    rule = Implicit(stop=Stop(rtol=1e-3, atol=0))
+    solution = fixed_point(lambda z: torch.tanh(z @ weight.mT + x), torch.zeros_like(x), gradient=rule)
     solution.z[0].sum().backward()
     assert solution.adjoint[0].steps[1:].tolist() == [0, 0]
+    assert solution.adjoint[0].converged.all()
     assert torch.equal(solution.adjoint[0].z[1:], torch.zeros(2, 10))
 
 

@@ -77,6 +77,19 @@ def test_spectral_radius_of_nonnormal_maps(seed):
     torch.testing.assert_close(spectral_radius(f, z, iterations=300), expected.detach(), rtol=2e-2, atol=0)
 
 
+def test_what_is_not_finite_is_not_called_stable():
+    x = torch.tensor([[1.0, 1.0], [torch.nan, 1.0]])
+    found = spectral_radius(lambda z: 2 * x * z, torch.ones(2, 2))
+    assert found[0].item() == pytest.approx(2.0)
+    assert found[1].isnan()
+
+
+def test_half_precision_does_not_overflow():
+    z = torch.ones(2, 8, dtype=torch.float16)
+    assert jacobian_penalty(lambda z: 300 * z, z).isfinite().all()
+    torch.testing.assert_close(spectral_radius(lambda z: 300 * z, z), torch.full((2,), 300.0), rtol=1e-3, atol=0)
+
+
 def test_check_gradient_tells_an_exact_rule_from_a_rough_one():
     weight, x, f = tanh_map()
     start = torch.zeros_like(x)

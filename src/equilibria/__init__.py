@@ -8,7 +8,7 @@ from equilibria import cells, stability
 from equilibria.equilibrium import Cell, Equilibrium, GradientRule, LayerOutput, Stack
 from equilibria.fixed_point import fixed_point
 from equilibria.gradients import Implicit, Neumann, Phantom, ReversibleGradient, Shine, Unroll
-from equilibria.solve import AffineMap, Evaluator, Map, Solution, Solver, Status, Stop, solve
+from equilibria.solve import AffineMap, DifferentiableMap, Evaluator, Map, Solution, Solver, Status, Stop, solve
 from equilibria.solvers import Anderson, Broyden, NewtonKrylov, Picard, Reversible
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Anderson",
     "Broyden",
     "Cell",
+    "DifferentiableMap",
     "Equilibrium",
     "Evaluator",
     "GradientRule",

@@ -70,8 +70,8 @@ _ADVICE = {
         "stability.spectral_radius tells how far it is from a contraction."
     ),
     Status.NONFINITE: (
-        "f returned NaN or infinity, and the best finite iterate was returned: look for non-finite inputs or weights, "
-        "lower the learning rate, or damp the solver."
+        "f or the solver's step became NaN or infinite, and the best finite iterate was returned: look for non-finite "
+        "inputs or weights, lower the learning rate, or damp the solver."
     ),
 }
 
@@ -131,16 +131,32 @@ class Solver(ABC):
         """The next iterate and the new history, from z and fz = f(z). More evaluations of f are counted."""
 
 
+class DifferentiableMap(ABC):
+    """A map that brings its own Jacobian–vector product; of any other, ``torch.func.jvp`` is taken."""
+
+    @abstractmethod
+    def __call__(self, z: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+        """f(z)."""
+
+    @abstractmethod
+    def jvp(self, z: Float[Tensor, "B *state"], v: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+        """J(z)·v."""
+
+
 @dataclasses.dataclass(frozen=True)
-class AffineMap:
+class AffineMap(DifferentiableMap):
     """u ↦ L(u) + offset with a known linear part, so that Jacobian–vector products need no derivative."""
 
     linear: Map
     offset: Tensor
 
-    def __call__(self, u: Tensor) -> Tensor:
-        """L(u) + offset."""
-        return self.linear(u) + self.offset
+    def __call__(self, z: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+        """L(z) + offset."""
+        return self.linear(z) + self.offset
+
+    def jvp(self, z: Float[Tensor, "B *state"], v: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+        """L(v)."""
+        return self.linear(v)
 
 
 class Evaluator:
@@ -163,6 +179,14 @@ class Evaluator:
         """Evaluations left in the budget."""
         return self._max_evals - self.evals
 
+    def forfeit(self, count: int) -> None:
+        """Takes unused evaluations out of the budget.
+
+        A solver whose steps differ in cost between samples gives back nothing of what it did not need: otherwise the
+        budget of a sample would depend on the other samples of its batch.
+        """
+        self._max_evals -= count
+
     def shaped(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B *state"]:
         """The iterate in the shape and dtype of the state."""
         return z.to(self.dtype).view(self._shape)
@@ -183,8 +207,8 @@ class Evaluator:
         """J(z)·v, counted as one evaluation."""
         self.evals += 1
         with self.autocast.on():
-            if isinstance(self._f, AffineMap):
-                jv = self._f.linear(self.shaped(v))
+            if isinstance(self._f, DifferentiableMap):
+                jv = self._f.jvp(self.shaped(z), self.shaped(v))
             else:
                 jv = torch.func.jvp(self._f, (self.shaped(z),), (self.shaped(v),))[1]
         return jv.reshape(z.shape).to(self.algebra)
@@ -302,7 +326,7 @@ class _Kept:
         relative = torch.where(gap == 0, 0.0, gap / size)
         finite = torch.isfinite(gap) & torch.isfinite(size)
         tolerance = stop.atol + stop.rtol * size
-        met = active & finite & (gap <= tolerance) & (tolerance > 0)
+        met = active & finite & (gap <= tolerance) & (stop.rtol > 0 or stop.atol > 0)
         first = torch.isinf(self.residual)
         improved = active & finite & ((relative < self.residual) | met | first | (not stop.best))
         self.status = torch.where(met, int(Status.CONVERGED), self.status)

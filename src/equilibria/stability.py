@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equilibria.equilibrium import GradientRule
-from equilibria.solve import Map, Solver, Stop, row_norm, solve
+from equilibria.solve import Map, Solver, Stop, algebra_dtype, row_norm, solve
 from equilibria.solvers import Picard
 from equilibria.solvers.window import ridge_solve, small_dtype
 
@@ -38,11 +38,11 @@ def jacobian_penalty(
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         fz = f(z)
-        total = torch.zeros(len(z), dtype=z.dtype, device=z.device)
+        total = torch.zeros(len(z), dtype=algebra_dtype(z.dtype), device=z.device)
         for _ in range(samples):
             noise = torch.randn(fz.shape, dtype=fz.dtype, device=fz.device, generator=generator)
             (product,) = torch.autograd.grad(fz, z, noise, create_graph=True)
-            total = total + product.reshape(len(z), -1).square().mean(dim=1)
+            total = total + product.reshape(len(z), -1).to(total.dtype).square().mean(dim=1)
     return total / samples
 
 
@@ -53,7 +53,8 @@ def spectral_radius(
 
     From three successive vectors v, Av, A²v of the iteration (A = Jᵀ) it fits A²v ≈ a·Av + b·v and returns the larger
     root of λ² = aλ + b: the leading eigenvalue if it is real, the modulus of the pair if it is complex (a Rayleigh
-    quotient would return its real part). Costs one evaluation of f and ``iterations`` products.
+    quotient would return its real part). NaN where J is not finite. Costs one evaluation of f and ``iterations``
+    products.
     """
     if iterations < 3:
         raise ValueError(f"spectral_radius(iterations={iterations}): three products at least are needed; try 60.")
@@ -62,16 +63,17 @@ def spectral_radius(
         fz = f(leaf)
 
     def product(v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        (jv,) = torch.autograd.grad(fz, leaf, v.view_as(fz), retain_graph=True, allow_unused=True)
-        return torch.zeros_like(v) if jv is None else jv.reshape(v.shape)
+        (jv,) = torch.autograd.grad(fz, leaf, v.view_as(fz).to(fz.dtype), retain_graph=True, allow_unused=True)
+        return torch.zeros_like(v) if jv is None else jv.reshape(v.shape).to(v.dtype)
 
     with torch.no_grad():
-        v = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator).reshape(len(z), -1)
+        dtype = algebra_dtype(z.dtype)
+        v = torch.randn(z.shape, dtype=dtype, device=z.device, generator=generator).reshape(len(z), -1)
         for _ in range(iterations - 2):
             v = product(_unit(v))
         v = _unit(v)
         av = product(v)
-        return _leading_modulus(v, av, product(av)).to(z.dtype)
+        return _leading_modulus(v, av, product(av)).to(dtype)
 
 
 def _unit(v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
@@ -91,7 +93,9 @@ def _leading_modulus(
     companion = torch.stack(
         [torch.stack([a, b], -1), torch.tensor([1.0, 0.0], dtype=exact, device=v.device).expand(len(v), 2)], -2
     )
-    return torch.linalg.eigvals(companion).abs().amax(dim=1)
+    # eigvals refuses NaN, and ridge_solve has put zeros in its place.
+    found = torch.linalg.eigvals(companion).abs().amax(dim=1)
+    return torch.where(aav.isfinite().all(dim=1) & av.isfinite().all(dim=1), found, torch.nan)
 
 
 @dataclasses.dataclass(frozen=True)

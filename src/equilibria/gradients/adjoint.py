@@ -28,10 +28,10 @@ class Linearised:
     autocast: Autocast
 
     def vjp(self, u: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
-        """Jᵀu: z's gradient alone, without that of the parameters."""
+        """Jᵀu: z's gradient alone, without that of the parameters, in the dtype of u."""
         with self.autocast.on():
-            (product,) = torch.autograd.grad(self.fz, self.z, u, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(u) if product is None else product
+            (product,) = torch.autograd.grad(self.fz, self.z, u.to(self.fz.dtype), retain_graph=True, allow_unused=True)
+        return torch.zeros_like(u) if product is None else product.to(u.dtype)
 
 
 def attached(f: Map, solution: Solution, adjoint: Adjoint) -> Solution:
@@ -97,12 +97,14 @@ def differentiated_once(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def solve_adjoint(point: Linearised, g: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
     """u = Jᵀu + g from u = g, solved for g/‖g‖ so that its tolerances are in units of ‖g‖.
 
-    A sample whose g is not finite gets NaN and leaves the others alone.
+    u is kept in float32 or wider; half-precision products are rounded, u itself is not. A sample whose g is not finite
+    gets NaN and leaves the others alone.
     """
-    size = row_norm(g.reshape(len(g), -1).to(algebra_dtype(g.dtype))).view(-1, *[1] * (g.ndim - 1))
+    wide = g.to(algebra_dtype(g.dtype))
+    size = row_norm(wide.reshape(len(g), -1)).view(-1, *[1] * (g.ndim - 1))
     sound = torch.isfinite(size)
     scale = torch.where(sound & (size > 0), size, 1.0)
-    unit = torch.where(sound, g / scale, 0.0).to(g.dtype)
+    unit = torch.where(sound, wide / scale, 0.0)
     solution = solve(AffineMap(point.vjp, unit), unit, solver, stop)
     u, fu = (torch.where(sound, x * scale, torch.nan).to(g.dtype) for x in (solution.z, solution.fz))
     return dataclasses.replace(solution, z=u, fz=fu, history=None)

@@ -18,7 +18,8 @@ class Shine(GradientRule):
     """u = −Hᵀg with the H ≈ (J − I)⁻¹ that Broyden's method left behind: no product with Jᵀ at all.
 
     Z. Ramzi et al., "SHINE: SHaring the INverse Estimate" (ICLR 2022). Approximate: H knows the directions that the
-    forward solve explored. Needs ``Broyden`` as forward solver, and a ``memory`` as long as its solve.
+    forward solve explored. Needs ``Broyden`` as forward solver, whose ``memory`` is raised to the budget: after a
+    restart H would have forgotten the samples that were done before.
     """
 
     def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
@@ -28,6 +29,7 @@ class Shine(GradientRule):
                 f"Shine() got the solver {solver}; it reads the inverse that Broyden builds: use solver=Broyden(), or "
                 "another gradient rule such as Implicit()."
             )
+        solver = dataclasses.replace(solver, memory=max(solver.memory, stop.max_evals))
         solution = without_graph(f, z0, solver, stop, keep_history=True)
         history: BroydenHistory = solution.history
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -11,7 +10,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from equilibria.equilibrium import GradientRule
-from equilibria.solve import Map, Solution, Solver, Stop, solve
+from equilibria.solve import DifferentiableMap, Map, Solution, Solver, Stop, solve
+
+
+@dataclasses.dataclass(frozen=True)
+class Recomputed(DifferentiableMap):
+    """f, evaluated again in the backward pass; products with J are differentiated as they are."""
+
+    f: Map
+
+    def __call__(self, z: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+        """f(z), of which only z is kept."""
+        return checkpoint(self.f, z, use_reentrant=False)
+
+    def jvp(self, z: Float[Tensor, "B *state"], v: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+        """J(z)·v."""
+        return torch.func.jvp(self.f, (z,), (v,))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +33,7 @@ class Unroll(GradientRule):
     """The gradient of the iterate itself, by ordinary back-propagation through every step: memory grows with depth.
 
     With ``Picard()`` and ``Stop(rtol=0, atol=0, max_evals=L + 1, best=False)`` it is a weight-tied network of depth L.
+    If ``Stop.best`` returns the start itself, that carries no gradient of f: ask for the last iterate.
     """
 
     checkpoint: bool = False
@@ -27,7 +42,7 @@ class Unroll(GradientRule):
     def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
         """The solution as the solver returns it, with the graph of all its steps."""
         if self.checkpoint and torch.is_grad_enabled():
-            f = partial(checkpoint, f, use_reentrant=False)
+            f = Recomputed(f)
         solution = solve(f, z0, solver, stop)
         # What is kept for reports must not keep the graph alive.
         return dataclasses.replace(solution, fz=solution.fz.detach(), history=None)

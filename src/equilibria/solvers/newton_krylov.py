@@ -21,9 +21,10 @@ class NewtonKrylov(Solver):
     """z ← z + d,  (I − J(z)) d = f(z) − z solved by GMRES to ‖r‖ ≤ η·‖f(z) − z‖.
 
     D. A. Knoll and D. E. Keyes (J. Comput. Phys. 193, 2004); GMRES of Y. Saad and M. H. Schultz (1986). Products with J
-    are ``torch.func.jvp`` of f and count as evaluations. Deviations: (1) each sample stops its own inner iteration;
-    (2) Gram–Schmidt is classical and done twice; (3) the small least-squares problem is solved once more at every inner
-    iteration instead of by Givens rotations; (4) no restart and no line search.
+    are ``torch.func.jvp`` of f and count as evaluations; the budget is charged ``inner + 1`` a step whether or not all
+    are needed, so that no sample's budget depends on its batch. Deviations: (1) each sample stops its own inner
+    iteration; (2) Gram–Schmidt is classical and done twice; (3) the small least-squares problem is solved once more at
+    every inner iteration instead of by Givens rotations; (4) no restart and no line search.
     """
 
     inner: int = 10
@@ -46,7 +47,10 @@ class NewtonKrylov(Solver):
     ) -> tuple[Tensor, None]:
         """z + d."""
         iterations = min(self.inner, f.remaining - 1)
-        return z + _gmres(f, z, fz - z, iterations=iterations, forcing=self.forcing), None
+        before = f.evals
+        d = _gmres(f, z, fz - z, iterations=iterations, forcing=self.forcing)
+        f.forfeit(iterations - (f.evals - before))
+        return z + d, None
 
 
 def _gmres(f: Evaluator, z: Tensor, g: Float[Tensor, "B N"], *, iterations: int, forcing: float) -> Tensor:

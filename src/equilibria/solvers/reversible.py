@@ -24,7 +24,7 @@ class Reversible(Solver):
     """
 
     relaxation: float = 0.8
-    """β in (0, 2), not 1. Undoing a step multiplies rounding errors by about 1/|1 − β|."""
+    """β in (0, 2), not 1. Undoing a step multiplies rounding errors by 1/|1 − β| to 1/(1 − β)²."""
     cost: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
