@@ -444,3 +444,14 @@ def test_rules_are_values(name):
 def test_hyper_parameters_are_checked(rule, words):
     with pytest.raises(ValueError, match=words):
         rule()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ALL)
+def test_on_a_gpu_as_on_the_cpu(name):
+    rule, solver, stop = ALL[name]
+    weight, x, f = tanh_map()
+    expected = gradients(rule, solver, stop, f, x, [weight, x])
+    weight, x = (t.detach().cuda().requires_grad_() for t in (weight, x))
+    got = gradients(rule, solver, stop, lambda z: torch.tanh(z @ weight.mT + x), x, [weight, x])
+    assert relative(got.cpu(), expected) < 1e-6
