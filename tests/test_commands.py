@@ -49,6 +49,10 @@ def test_every_verb_explains_itself(capsys, verb):
         ("train tinny", "There is no recipe 'tinny'; did you mean tiny?"),
         ("train xyzzyq", "There is no recipe 'xyzzyq'; there are copying, ptb, tiny."),
         ("train --out x", "train needs a recipe before --out"),
+        ("train --out tiny", "train needs a recipe before --out"),
+        ("train tniy --out tiny", "There is no recipe 'tniy'; did you mean tiny?"),
+        ("train --out tiny tniy", "There is no recipe 'tniy'; did you mean tiny?"),
+        ("train tiny --resume --overwrite", "give one of the two."),
         ("train tiny --learning-rte 3", "There is no flag --learning-rte; did you mean --training.learning-rate?"),
         ("train tiny --training.batch-sise=3", "did you mean --training.batch-size?"),
         ("train tiny --steps 3", "--steps could be --stages.0.steps, --stages.1.steps; give the full name."),
@@ -69,6 +73,11 @@ def test_every_verb_explains_itself(capsys, verb):
         ("train nothing.py:x", "nothing.py does not exist"),
         ("evaluate", "evaluate needs RUN: The folder that `equilibria train` has written."),
         ("evaluate runs/none", "runs/none does not exist"),
+        ("evaluate runs/none --max-segments 0", "--max-segments 0: it must be at least 1"),
+        ("evaluate runs/none --max-segments -1", "--max-segments -1: it must be at least 1"),
+        ("evaluate runs/none --segment-length 0", "--segment-length 0: it must be at least 1"),
+        ("evaluate runs/none --segment-length -1", "--segment-length -1: it must be at least 1"),
+        ("evaluate runs/none --batch-size 0", "--batch-size 0: it must be at least 1"),
         ("evaluate text", "text holds no run (no experiment.json)"),
         ("generate runs/none", "generate needs --prompt STR: The beginning of the text."),
         ("report runs/none", "runs/none does not exist"),
@@ -158,6 +167,23 @@ def test_a_reader_that_leaves_early_is_no_error(place):
     os.close(write)
     assert result.returncode == 141
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe", "rest"),
+    [
+        ("tiny --out tiny", "tiny", "--out tiny"),
+        ("--out tiny tiny", "tiny", "--out tiny"),
+        ("--out tiny copying", "copying", "--out tiny"),
+        ("--out=x tiny", "tiny", "--out=x"),
+        ("--resume --quiet tiny --out x", "tiny", "--resume --quiet --out x"),
+        ("--overwrite a.py:b", "a.py:b", "--overwrite"),
+        ("--training.betas 0.9 0.99 tiny", "tiny", "--training.betas 0.9 0.99"),
+        ("a.py:b --corpus.root c.py:d", "a.py:b", "--corpus.root c.py:d"),
+    ],
+)
+def test_the_recipe_is_told_from_the_values_of_flags(words, recipe, rest):
+    assert train._split(words.split()) == (recipe, rest.split())
 
 
 def test_flags_are_those_of_the_tree_of_dataclasses(place):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,11 @@ import pytest
 
 from equilibria.__main__ import main
 from equilibria.commands import train
-from equilibria.training import checkpoint
+from equilibria.commands.loading import trained as trained_model
+from equilibria.commands.loading import with_data
+from equilibria.commands.recipe import experiment_of
+from equilibria.recipes import RECIPES
+from equilibria.training import Run, checkpoint, evaluate
 from equilibria.training.trainer import Trainer
 from small_run import fails, furnish
 
@@ -63,11 +68,36 @@ def test_train_prints_a_line_a_step_the_table_a_sample_and_the_report(trained):
 def test_a_second_run_gets_the_next_number_and_a_named_folder_is_not_overwritten(run, capsys):
     words = ["train", "recipe.py:small", "--data", "text", "--out", "runs/small"]
     assert "already holds a run" in fails(capsys, *words, code=1)
-    assert train.folder("small", resume=False) == Path("runs/small-2")
-    assert train.folder("small", resume=True) == Path("runs/small")
+    assert train.folder("small", taken=False) == Path("runs/small-2")
+    assert train.folder("small", taken=True) == Path("runs/small")
     Path("runs/small-2").mkdir()
-    assert train.folder("small", resume=False) == Path("runs/small-3")
-    assert train.folder("new", resume=True) == Path("runs/new")
+    assert train.folder("small", taken=False) == Path("runs/small-3")
+    assert train.folder("new", taken=True) == Path("runs/new")
+
+
+def test_the_demo_of_the_makefile_can_be_made_again_and_again(place, capsys, monkeypatch):
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    folder = re.search(r"^RUN \?= (.*)$", makefile, re.MULTILINE)[1]
+    line = re.search(r"^\t\$\(BIN\)/equilibria (train .*)$", makefile, re.MULTILINE)[1]
+    words = line.replace("$(RUN)", folder).split()
+    small = with_data(experiment_of("recipe.py:small"), Path("text"))
+    monkeypatch.setitem(RECIPES, "tiny", lambda: small)  # the demo itself takes minutes
+    for _ in range(2):
+        assert main(words) == 0
+    assert (Path(folder) / "report/index.html").is_file()
+    steps = [event for event in Run(Path(folder)).events() if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, 9))
+    (Path(folder) / "experiment.json").unlink()
+    capsys.readouterr()
+    assert "is no run" in fails(capsys, *words, code=1)
+    assert (Path(folder) / "checkpoints").is_dir()
+
+
+def test_a_command_that_cannot_work_overwrites_nothing(run, capsys):
+    words = ["train", "recipe.py:small", "--out", "runs/small", "--overwrite"]
+    assert "cuda:99" in fails(capsys, *words, "--data", "text", "--device", "cuda:99", code=1)
+    assert "nowhere" in fails(capsys, *words, "--data", "nowhere", code=1)
+    assert Run(run).newest().step == 8
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_weights(run, capsys, monkeypatch):
@@ -96,6 +126,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_weights(run
 def test_resume_refuses_other_settings_and_other_experiments(run, capsys):
     words = ["train", "recipe.py:small", "--out", "runs/small", "--resume"]
     assert "training.batch_size = 2" in fails(capsys, *words, "--batch-size", "3", code=1)
+    assert main([*words, "--log-every", "4", "--quiet"]) == 0
+    assert Run(run).experiment().training.log_every == 4
     assert "is a run of 'small'" in fails(capsys, "train", "tiny", "--out", "runs/small", "--resume")
 
 
@@ -107,6 +139,69 @@ def test_evaluate_prints_the_score_and_what_it_depends_on(run, capsys):
     assert "Tokens scored  │ 129" in text
     sentence = fails(capsys, "evaluate", "runs/small", "--max-evals", "0", code=1)
     assert "at least 1" in sentence
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_a_model_scores_again_what_its_log_says(run, which):
+    """To the last bit: solver, stop and gradient rule are those that the validation had."""
+    found = trained_model(run, checkpoint=which)
+    logged = [event for event in Run(run).events() if event["event"] == "valid" and event["step"] == found.step][-1]
+    again = evaluate(found.model, found.corpus.valid, **logged["setting"])
+    assert again.nats_per_token == logged["nats"]
+    assert again.forward == logged["forward"]
+
+
+def test_where_two_stages_meet_the_checkpoint_is_of_the_second(place):
+    """Its best value is measured there, and the training goes on there."""
+    assert main(["train", "recipe.py:small", "--data", "text", "--keep", "20", "--quiet"]) == 0
+    run = Run(Path("runs/small"))
+    _, second = run.experiment().stages
+    for folder in checkpoint.all_in(run.checkpoints):
+        if folder.name > "step-00000003":
+            shutil.rmtree(folder)
+    logged = [event for event in run.events() if event["event"] == "valid" and event["step"] == 3][-1]
+    for which in ("best", "last"):
+        found = trained_model(run.path, checkpoint=which)
+        assert found.step == 3
+        assert (found.model.layer.solver, found.model.layer.gradient) == (second.solver, second.gradient)
+        again = evaluate(found.model, found.corpus.valid, **logged["setting"])
+        assert again.nats_per_token == logged["nats"]
+
+
+OWN = """
+import dataclasses
+from equilibria import Anderson
+from recipe import small as other
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Anderson):
+    patience: int = 3
+
+
+def small():
+    value = other()
+    stages = tuple(dataclasses.replace(stage, solver=Mine()) for stage in value.stages[1:])
+    return dataclasses.replace(value, stages=stages)
+"""
+
+
+def test_a_run_with_a_solver_of_ones_own_is_read_with_its_recipe(place, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(place)
+    (place / "own.py").write_text(OWN)
+    assert main(["train", "own.py:small", "--data", "text", "--quiet"]) == 0
+    assert "unknown kind 'Mine'" in fails(capsys, "evaluate", "runs/small", code=1)
+    assert "--recipe FILE.py:FUNCTION" in fails(capsys, "generate", "runs/small", "--prompt", "a", code=1)
+    recipe = ["--recipe", "own.py:small"]
+    assert main(["evaluate", "runs/small", *recipe]) == 0
+    assert main(["generate", "runs/small", "--prompt", "a", "--length", "3", *recipe]) == 0
+
+
+def test_a_run_from_another_machine_uses_the_device_that_is_there(run):
+    stored = json.loads((run / "experiment.json").read_text())
+    stored["training"]["device"] = "cuda:99"
+    (run / "experiment.json").write_text(json.dumps(stored))
+    assert trained_model(run).experiment.training.device == "cuda:99"
 
 
 def test_evaluate_finds_a_corpus_that_has_moved(run, place, capsys):

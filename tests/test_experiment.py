@@ -9,7 +9,7 @@ from equilibria import gradients, solvers
 from equilibria.recipes import RECIPES
 from equilibria.solve import Stop
 from equilibria.solvers import Anderson
-from equilibria.training import Experiment, PennTreebank, TextFolder, Training, from_json, to_json
+from equilibria.training import Copying, Experiment, PennTreebank, PythonDocs, TextFolder, Training, from_json, to_json
 from small_experiment import corpus, experiment, with_stage
 
 
@@ -58,7 +58,7 @@ class Mine(Anderson):
 def test_kinds_from_outside_are_named_by_their_owner():
     value = with_stage(experiment(), 1, solver=Mine(depth=7))
     assert through_json(value, extra=[Mine]) == value
-    with pytest.raises(ValueError, match="unknown kind 'Mine'"):
+    with pytest.raises(ValueError, match=r"unknown kind 'Mine'.*--recipe FILE\.py:FUNCTION"):
         through_json(value)
 
 
@@ -134,6 +134,26 @@ def test_the_copying_model_has_14006_parameters():
 def test_build_sets_the_first_stage():
     model = experiment().build(corpus())
     assert model.layer.solver == experiment().stages[0].solver
+
+
+def test_a_stage_sets_everything_about_the_solve():
+    value = with_stage(experiment(), 1, eval_stop=Stop(max_evals=40))
+    layer, stage = value.build(corpus()).layer, value.stage_named("implicit")
+    stage.apply_to(layer)
+    assert (layer.solver, layer.stop, layer.gradient) == (stage.solver, stage.stop, stage.gradient)
+    assert layer.eval_stop == Stop(max_evals=40)
+    with pytest.raises(ValueError, match="no stage 'implict' in 'small'; did you mean implicit"):
+        value.stage_named("implict")
+
+
+def test_two_stages_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"'shallow', 'shallow'.*each its own"):
+        with_stage(experiment(), 1, name="shallow")
+
+
+@pytest.mark.parametrize("source", [PythonDocs(), Copying(blank=3, train=2, valid=2, test=2)])
+def test_a_source_knows_the_unit_of_its_corpus(source):
+    assert source.load().unit == source.unit
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,13 @@ def test_memory_continues_what_came_before():
     assert torch.equal(generate(model, start[:, 4:], length=5, temperature=0, memory=memory), whole)
 
 
+def test_each_token_is_one_solve():
+    model, calls = built(), []
+    model.layer.register_forward_hook(lambda *_: calls.append(1))
+    generate(model, prompt(), length=3)
+    assert len(calls) == 3
+
+
 class TestCandidates:
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.05, 0.35], [0.25, 0.25, 0.25, 0.25]]))
 
@@ -149,3 +156,9 @@ def test_refuses_prompts():
         stream(built(), prompt(0))
     with pytest.raises(ValueError, match=r"token 13, but the model knows 0 … 12"):
         stream(built(), torch.full((1, 2), V))
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(5, dtype=torch.long), torch.zeros(1, 5), torch.ones(1, 5).bool()])
+def test_refuses_prompts_of_another_shape_or_type(unhooked, wrong):
+    with pytest.raises(ValueError, match=r"must be \[rows, tokens\] of torch.int64"):
+        generate(built(), wrong, length=2)

@@ -102,6 +102,8 @@ def test_the_comparison_changes_nothing():
     layer = trainer.model.layer
     trainer.model(torch.zeros(4, 5, dtype=torch.long), torch.zeros(4, 5, dtype=torch.long)).nats.sum().backward()
     trainer.model.eval()
+    trainer.model.head.train()  # each part's own mode, not the root's
+    modes = [module.training for module in trainer.model.modules()]
 
     def everything():
         gradients = [None if p.grad is None else p.grad.clone() for p in trainer.model.parameters()]
@@ -114,14 +116,14 @@ def test_the_comparison_changes_nothing():
     after, settings_after = everything()
     assert all(torch.equal(a, b) for a, b in zip(tensors, after, strict=True))
     assert settings == settings_after
-    assert not trainer.model.training
+    assert [module.training for module in trainer.model.modules()] == modes
 
 
 def test_a_network_of_some_depth_applies_the_cell_that_often():
     model, tokens = model_and_batch(max_evals=5)
     model.eval()
     rows = memory_comparison(model, segment_of(tokens), None, depths=(3,))
-    assert rows[1]["evals"] == network_of(3).max_evals == 4
+    assert rows[1]["evals"] == network_of(3).stop.max_evals == 4
 
 
 def segment_of(tokens):

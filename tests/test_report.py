@@ -189,6 +189,27 @@ def test_numbers_that_are_not_finite_do_not_stop_the_report(tmp_path):
     assert summary.rows(read(run))[0].value == "2.020 bits per character"
 
 
+def test_nulls_do_not_stop_the_report(tmp_path):
+    """What metrics.jsonl says of numbers that are not finite."""
+    null = {"residual": None}
+    lines = [*events(), {"event": "spectral_radius", "step": 100, "mean": None, "max": None}]
+    for event in lines:
+        if event.get("step") in (7, 60) and event["event"] == "step":
+            event |= {"loss": None, "bits": None, "forward": solve(9) | null, "backward": solve(9) | null}
+    lines.append({**valid(100, 1.0), "nats": None, "bits": None, "perplexity": None, "forward": solve(15) | null})
+    for corpus in ("PythonDocs", "PennTreebank", "Copying"):
+        run = write(tmp_path / corpus, lines, corpus={"kind": corpus})
+        assert re.findall(r'<figure id="(\w+)">', page_of(run)) == NAMES
+        rows = {row.label: row for row in summary.rows(read(run))}
+        assert rows["Validation"].beside == "step 100, the best"
+        assert "residual 8.0e-03" in rows["Forward solve"].beside
+
+
+def test_a_run_whose_numbers_were_never_finite_still_gets_a_page(tmp_path):
+    lines = [{**step(1), "loss": None, "bits": None, "forward": solve(9) | {"residual": None}}]
+    assert 'id="residual"' in page_of(write(tmp_path / "run", lines))
+
+
 def test_a_run_that_stopped_right_after_its_first_validation_is_drawn(tmp_path):
     radius = {"event": "spectral_radius", "step": 50, "mean": 0.0, "max": 0.0}
     stopped = {"event": "stopped", "step": 51, "stage": "implicit", "loss": math.inf}
@@ -215,6 +236,9 @@ def test_a_folder_without_a_run_names_the_runs_nearby(tmp_path):
 def test_damaged_files_are_named(tmp_path):
     run = write(tmp_path / "a", events())
     (run / "experiment.json").write_text("{")
+    with pytest.raises(ValueError, match=r"experiment\.json is damaged"):
+        read(run)
+    (run / "experiment.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"experiment\.json is damaged"):
         read(run)
     other = write(tmp_path / "b", [*events()[:2]], tail="nonsense\n{}\n")

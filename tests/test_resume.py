@@ -1,6 +1,7 @@
 """A run that was stopped at any moment and goes on ends with the same weights, bit for bit, as one never stopped."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equilibria.training import CheckpointError, Run, Trainer, checkpoint
+from equilibria.training import CheckpointError, Run, TextFolder, Trainer, checkpoint
 from small_experiment import corpus, experiment, same_bits, trained_weights, without_times
 
 
@@ -102,6 +103,65 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, uninterrup
     assert same_bits(resumed, uninterrupted[0])
     assert f"{bad} is damaged" in caplog.text
     assert str(good) in caplog.text
+
+
+def test_checkpoints_written_after_damaged_ones_stay(tmp_path, uninterrupted):
+    """The damaged ones have higher numbers, and are not the newest for all that."""
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", on_event=killed_after(30))
+    folder = tmp_path / "run" / "checkpoints"
+    _, *rest = checkpoint.all_in(folder)
+    for step in (*rest, folder / "step-00000016", folder / "step-00000017"):
+        step.mkdir(exist_ok=True)
+        (step / "model.safetensors").write_bytes(b"")
+    run = Run(tmp_path / "run")
+    trainer = Trainer(experiment(), run, corpus())
+    done = trainer.resume()
+    assert [int(entry.name[5:]) for entry in checkpoint.all_in(folder)] == [done]
+    for segment in itertools.islice(trainer._segments(), 2):
+        trainer.step(segment)
+    trainer._checkpoint()
+    assert run.newest().step == done + 2
+    resumed, _ = finished(tmp_path / "run", resume=True)
+    assert same_bits(resumed, uninterrupted[0])
+
+
+def test_what_has_no_influence_may_change_on_the_way(tmp_path, uninterrupted, caplog):
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", on_event=killed_after(25))
+    changed = experiment(log_every=3, keep=5, memory_depths=(2,), threads=2, device="auto", tensorboard=True)
+    with caplog.at_level(logging.WARNING):
+        resumed, _ = finished(tmp_path / "run", changed, resume=True)
+    assert all(torch.allclose(resumed[name], uninterrupted[0][name], atol=1e-4) for name in resumed)
+    assert Run(tmp_path / "run").experiment() == changed
+    assert "trained with threads = 1 and go on with 2" in caplog.text
+    assert "--training.threads 1 avoids that" in caplog.text
+    with pytest.raises(ValueError, match=r"training\.clip = 0\.25 and is to be continued with 1\.0"):
+        finished(
+            tmp_path / "run",
+            dataclasses.replace(changed, training=dataclasses.replace(changed.training, clip=1.0)),
+            resume=True,
+        )
+
+
+def test_another_device_is_named(tmp_path, caplog):
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", on_event=killed_after(25))
+    newest = Run(tmp_path / "run").newest()
+    elsewhere = dataclasses.replace(newest, state={**newest.state, "device": "cuda"})
+    checkpoint.save(tmp_path / "run" / "checkpoints", elsewhere)
+    with caplog.at_level(logging.WARNING):
+        Trainer(experiment(), Run(tmp_path / "run"), corpus()).resume()
+    assert "trained with device = cuda and go on with cpu" in caplog.text
+
+
+def test_a_folder_of_text_may_have_moved(tmp_path):
+    value = dataclasses.replace(experiment(), corpus=TextFolder(root=tmp_path / "here", unit="character"))
+    Run.start(tmp_path / "run", value)
+    moved = dataclasses.replace(value, corpus=TextFolder(root=tmp_path / "there", unit="character"))
+    assert Run.start(tmp_path / "run", moved, resume=True).experiment() == moved
+    with pytest.raises(ValueError, match=r"corpus\.unit"):
+        Run.start(tmp_path / "run", dataclasses.replace(moved, corpus=TextFolder(root=tmp_path)), resume=True)
 
 
 def test_if_all_are_damaged_the_run_is_refused(tmp_path):

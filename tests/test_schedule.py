@@ -15,9 +15,16 @@ def test_the_first_step_has_the_smallest_rate_and_the_warm_up_is_linear():
 
 
 def test_half_a_cosine_leads_from_the_peak_to_the_final_rate():
-    assert rate(60) == pytest.approx(0.55)
-    assert rate(110) == pytest.approx(0.1)
-    assert rate(35) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert rate(60, total=109) == pytest.approx(0.55)
+    assert rate(111) == pytest.approx(0.1)
+    assert rate(35, total=109) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 9])
+def test_no_step_is_wasted_on_a_rate_of_zero(warmup):
+    rates = [learning_rate(s, peak=1.0, warmup=warmup, total=10) for s in range(1, 11)]
+    assert min(rates) > 0.01
+    assert learning_rate(11, peak=1.0, warmup=warmup, total=10) == 0
 
 
 def test_the_rate_never_jumps():

@@ -11,8 +11,11 @@ from equilibria.corpora import Segments, copying
 from equilibria.gradients import Implicit
 from equilibria.language import LanguageShape
 from equilibria.recipes import RECIPES
+from equilibria.solve import Stop, solve
+from equilibria.solvers import Picard
 from equilibria.stability import jacobian_penalty
-from equilibria.training import Run, Trainer, TrainingStopped, evaluate, learning_rate
+from equilibria.training import Run, Trainer, TrainingStopped, evaluate, learning_rate, metrics
+from equilibria.training.evaluation import jacobian_radius
 from equilibria.training.yardstick import yardstick
 from small_experiment import corpus, experiment, same_bits, trained_weights, with_stage
 
@@ -70,10 +73,10 @@ def test_forward_and_backward_solves_are_logged():
     shallow, implicit = of(events, "step")[0], of(events, "step")[-1]
     assert shallow["forward"]["evals"] == 4
     assert shallow["backward"] is None
-    for solve in (implicit["forward"], implicit["backward"]):
-        assert 1 < solve["evals"] <= 9
-        assert 0 <= solve["converged"] <= 1
-        assert 0 < solve["residual"] < 1
+    for cost in (implicit["forward"], implicit["backward"]):
+        assert 1 < cost["evals"] <= 9
+        assert 0 <= cost["converged"] <= 1
+        assert 0 < cost["residual"] < 1
     assert implicit["seconds"] > shallow["seconds"] > 0
     assert implicit["tokens"] == 80
 
@@ -189,6 +192,45 @@ def test_evaluation_draws_nothing_and_keeps_the_mode():
     assert trainer.model.training
 
 
+def test_evaluation_gives_each_part_its_own_mode_back():
+    trainer, _ = fitted(experiment())
+    trainer.model.train()
+    trainer.model.head.eval()
+    modes = [module.training for module in trainer.model.modules()]
+    evaluate(trainer.model, corpus().valid, segment_length=30, max_segments=1)
+    jacobian_radius(trainer.model, corpus().valid, segment_length=30, iterations=3)
+    assert [module.training for module in trainer.model.modules()] == modes
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_evaluating_nothing_is_refused(number):
+    model = experiment().build(corpus())
+    with pytest.raises(ValueError, match=rf"max_segments={number}\): at least 1"):
+        evaluate(model, corpus().valid, segment_length=30, max_segments=number)
+
+
+def test_samples_that_were_never_finite_do_not_count_in_the_mean_residual():
+    def solved(*residual):
+        solution = solve(torch.cos, torch.zeros(len(residual), 1), Picard(), Stop())
+        return metrics.summary(dataclasses.replace(solution, residual=torch.tensor(residual)))
+
+    assert solved(0.25, math.inf, 0.75, math.nan)["residual"] == 0.5
+    assert math.isnan(solved(math.nan)["residual"])
+
+
+def test_the_log_is_json_whatever_the_numbers_are(tmp_path):
+    def strict(text):
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    file = tmp_path / "metrics.jsonl"
+    metrics.append(file, {"event": "step", "step": 1, "loss": math.nan, "forward": {"residual": -math.inf, "evals": 3}})
+    expected = {"event": "step", "step": 1, "loss": None, "forward": {"residual": None, "evals": 3}}
+    assert strict(file.read_text()) == expected
+    file.write_text('{"event": "step", "step": 1, "loss": NaN}\n')  # of a version that wrote it so
+    metrics.cut(file, 1)
+    assert strict(file.read_text())["loss"] is None
+
+
 def test_the_stop_for_evaluation_is_used():
     value = with_stage(experiment(), 1, eval_stop=dataclasses.replace(experiment().stages[1].stop, max_evals=3))
     _, events = fitted(value)
@@ -228,12 +270,33 @@ def test_a_run_is_not_overwritten(tmp_path):
     assert Run.start(path, experiment(), resume=True).experiment() == experiment()
     with pytest.raises(ValueError, match=r"training\.seed = 0 and is to be continued with 7"):
         Run.start(path, experiment(seed=7), resume=True)
+    with pytest.raises(ValueError, match="one of the two"):
+        Run.start(path, experiment(), resume=True, overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="exists and is no run"):
         Run.start(tmp_path / "mine", experiment())
     with pytest.raises(FileNotFoundError, match="holds no run"):
         Run.open(tmp_path / "mine")
+
+
+def test_only_a_run_is_overwritten(tmp_path):
+    path = tmp_path / "run"
+    run = Run.start(path, experiment(), overwrite=True)  # there is none yet
+    Trainer(experiment(), run, corpus()).fit()
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt beside a run"):
+        Run.start(path, experiment(), overwrite=True)
+    assert run.newest().step == 18
+    (path / "notes.txt").unlink()
+    Run.start(path, experiment(seed=7), overwrite=True)
+    assert [entry.name for entry in path.iterdir()] == ["experiment.json"]
+    assert run.experiment().training.seed == 7
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="exists and is no run"):
+        Run.start(tmp_path / "mine", experiment(), overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
 def test_the_best_checkpoint_is_kept_and_found(tmp_path, caplog):

@@ -13,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from equilibria.commands.errors import UsageError, nearest
+from equilibria.commands.errors import UsageError
+from equilibria.training.names import nearest
 
 Options = TypeVar("Options")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 from collections.abc import Iterable
+
+from equilibria.training.names import nearest_or_all
 
 EXTRAS = {
     "tyro": "train",
@@ -24,20 +25,9 @@ class UsageError(ValueError):
     """The command line asks for something that does not exist: exit code 2."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A question, did you mean this or that, with the closest of ``known``; empty if none is close."""
-    likeness = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in known}
-    best = max(likeness.values(), default=0.0)
-    close = [other for other in likeness if likeness[other] >= max(0.5, best - 0.05)]
-    close = sorted(close, key=lambda other: -likeness[other])[:3]
-    return f"did you mean {' or '.join(close)}?" if close else ""
-
-
 def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that does not exist: the nearest ones, or all that do."""
-    known = sorted(known)
-    hint = nearest(name, known) or f"there are {', '.join(known)}."
-    return UsageError(f"There is no {what} {name!r}; {hint}")
+    return UsageError(f"There is no {what} {name!r}; {nearest_or_all(name, known)}")
 
 
 def debugging() -> bool:

@@ -12,6 +12,7 @@ from rich.console import Console
 from equilibria.commands import formats
 from equilibria.commands.arguments import Run, parse
 from equilibria.commands.display import summary_table
+from equilibria.commands.errors import UsageError
 from equilibria.commands.loading import Trained, Which, trained
 from equilibria.commands.summary import Row
 from equilibria.equilibrium import Equilibrium
@@ -32,6 +33,8 @@ class Options:
     """The checkpoint with the best validation, or the last one."""
     data: Path | None = None
     """Where the corpus lies now, if it has moved."""
+    recipe: str | None = None
+    """FILE.py:FUNCTION that the run was trained from, if solvers or shapes of your own are in it."""
     batch_size: int = 1
     """Streams read side by side; 1 is exact, more is faster."""
     segment_length: int | None = None
@@ -47,7 +50,13 @@ class Options:
 def main(arguments: Sequence[str]) -> int:
     """Print the score."""
     options = parse(Options, arguments, verb="evaluate")
-    loaded = trained(options.run, checkpoint=options.checkpoint, data=options.data)
+    for name in ("batch_size", "segment_length", "max_segments"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value}: it must be at least 1; leave it out for the default."
+            )
+    loaded = trained(options.run, checkpoint=options.checkpoint, data=options.data, recipe=options.recipe)
     stop = _set_stop(loaded, options)
     stream = {"valid": loaded.corpus.valid, "test": loaded.corpus.test}[options.split]
     length = options.segment_length or _length(loaded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _solver_figure(key: str, label: str, *, log: bool = False) -> Callable[[Axes
             if key == "converged":
                 events = [event for event in events if record.has_tolerance(event["stage"])]
             if events:
-                _curve(axes, events, [event[name][key] for event in events], colour, name)
+                _curve(axes, events, [formats.plain(event[name][key]) for event in events], colour, name)
                 drawn = True
         if not drawn:
             return False
@@ -133,8 +134,8 @@ def _radius(axes: Axes, record: Record) -> bool:
     events = record.of("spectral_radius")
     if not events:
         return False
-    _dots(axes, events, [event["mean"] for event in events], BLUE, "mean of the samples")
-    _dots(axes, events, [event["max"] for event in events], ORANGE, "largest")
+    _dots(axes, events, [formats.plain(event["mean"]) for event in events], BLUE, "mean of the samples")
+    _dots(axes, events, [formats.plain(event["max"]) for event in events], ORANGE, "largest")
     axes.axhline(1.0, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_ylabel("spectral radius of ∂f/∂z")
     axes.set_ylim(bottom=0)
@@ -196,7 +197,7 @@ def _running_mean(values: Sequence[float], width: int) -> Iterator[float]:
 
 def _zoom(axes: Axes, values: Sequence[float]) -> None:
     """Show the values after the first steep fall as well as possible: the top is the 99th percentile."""
-    ordered = sorted(values)
+    ordered = sorted(filter(math.isfinite, values))
     if len(ordered) >= 20:
         axes.set_ylim(top=max(ordered[int(0.97 * len(ordered))] * 1.05, ordered[len(ordered) // 2] * 1.3))
 

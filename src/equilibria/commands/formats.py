@@ -52,6 +52,11 @@ def residual(value: float) -> str:
     return f"{value:.1e}"
 
 
+def plain(value: float | None) -> float:
+    """A number of the log as it was: null stands for one that was not finite, NaN."""
+    return math.nan if value is None else float(value)
+
+
 def mean(values: Iterable[float | None]) -> float:
     """The mean of the values that are there and finite; NaN if there are none."""
     kept = [value for value in values if value is not None and math.isfinite(value)]
@@ -71,8 +76,9 @@ def quantity(event: dict[str, Any], unit: str) -> float:
     """The value of an event in the measure of its unit; nats, bits and perplexity are one number in three clothes."""
     key, _ = measure(unit)
     if key in event:
-        return float(event[key])
-    nats = event["nats"] if "nats" in event else event["loss"] if "loss" in event else event["bits"] * math.log(2)
+        return plain(event[key])
+    name = next(name for name in ("nats", "loss", "bits") if name in event)
+    nats = plain(event[name]) * (math.log(2) if name == "bits" else 1.0)
     return math.exp(min(nats, 700.0)) if key == "perplexity" else nats / math.log(2) if key == "bits" else nats
 
 

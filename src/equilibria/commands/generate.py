@@ -37,6 +37,8 @@ class Options:
     """The checkpoint with the best validation, or the last one."""
     data: Path | None = None
     """Where the corpus lies now, if it has moved."""
+    recipe: str | None = None
+    """FILE.py:FUNCTION that the run was trained from, if solvers or shapes of your own are in it."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Options, arguments, verb="generate")
     if options.length < 1:
         raise UsageError(f"--length {options.length}: it counts the tokens to generate and is at least 1; try 400.")
-    loaded = trained(options.run, checkpoint=options.checkpoint, data=options.data)
+    loaded = trained(options.run, checkpoint=options.checkpoint, data=options.data, recipe=options.recipe)
     # The first token comes before anything is printed: an impossible prompt gives its sentence and nothing else.
     pieces = continuation(loaded, options)
     first = next(pieces)

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 
 from equilibria.commands.errors import UsageError
+from equilibria.commands.recipe import experiment_of, kinds_in
 from equilibria.commands.record import require
 from equilibria.corpora import Corpus
-from equilibria.equilibrium import Equilibrium
 from equilibria.language import LanguageModel
 from equilibria.training.checkpoint import CheckpointError
+from equilibria.training.device import choose_device
 from equilibria.training.experiment import Experiment
 from equilibria.training.run import Run
 from equilibria.training.snapshot import load_weights
@@ -32,20 +33,30 @@ class Trained:
     corpus: Corpus
     """What it was trained on."""
     model: LanguageModel
-    """In evaluation mode, set to the stage in which its weights were trained."""
+    """In evaluation mode, set to the stage that its checkpoint was written in: where two meet, the later one."""
     step: int
     """The training step of the weights."""
 
 
-def trained(path: Path, *, checkpoint: Which = "best", data: Path | None = None, extra: Iterable[type] = ()) -> Trained:
+def trained(
+    path: Path,
+    *,
+    checkpoint: Which = "best",
+    data: Path | None = None,
+    recipe: str | None = None,
+    extra: Iterable[type] = (),
+) -> Trained:
     """The model of the run in folder ``path``.
 
     Args:
         path: the run directory.
         checkpoint: whose weights.
         data: where the corpus lies now, if it has moved.
-        extra: dataclasses from outside the library that the experiment uses.
+        recipe: what the run was trained from, if it uses dataclasses from outside the library.
+        extra: these dataclasses themselves.
     """
+    if recipe is not None:
+        extra = {*extra, *kinds_in(experiment_of(recipe))}
     run = Run.open(require(path))
     experiment = run.experiment(extra=extra)
     if data is not None:
@@ -62,9 +73,7 @@ def trained(path: Path, *, checkpoint: Which = "best", data: Path | None = None,
             f"The weights of {path} do not fit a corpus with {len(corpus.vocabulary):,} tokens in its vocabulary: is "
             f"{corpus.name} still the text it was trained on? Name the right folder with --data."
         ) from None
-    stage = experiment.stages[experiment.stage_at(max(stored.step - 1, 0))]
-    if isinstance(model.layer, Equilibrium):
-        model.layer.solver, model.layer.stop, model.layer.eval_stop = stage.solver, stage.stop, stage.eval_stop
+    experiment.stage_named(stored.state["stage"]).apply_to(model.layer)
     model.eval().to(device(experiment))
     return Trained(experiment=experiment, corpus=corpus, model=model, step=stored.step)
 
@@ -82,7 +91,7 @@ def with_data(experiment: Experiment, data: Path) -> Experiment:
 
 def device(experiment: Experiment) -> torch.device:
     """Where the model runs: the device of the training, if this machine has it."""
-    asked = experiment.training.device
-    if asked != "auto" and not (asked.startswith("cuda") and not torch.cuda.is_available()):
-        return torch.device(asked)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return choose_device(experiment.training.device)
+    except ValueError:
+        return choose_device("auto")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,8 +16,9 @@ from equilibria.commands.arguments import parse
 from equilibria.commands.display import summary_table
 from equilibria.commands.errors import UsageError, unknown
 from equilibria.commands.summary import NBSP, Row
-from equilibria.corpora import Corpus, memoryless_optimum, witten_bell
+from equilibria.corpora import Corpus, memoryless_optimum
 from equilibria.training.sources import Copying, PennTreebank, PythonDocs, Source, TextFolder
+from equilibria.training.yardstick import yardstick
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +98,12 @@ def _tokens(corpus: Corpus) -> list[Row]:
 
 def _yardstick(corpus: Corpus, options: Options) -> list[Row]:
     if corpus.unit == "character":
-        train, valid = corpus.train.ids, corpus.valid.ids
-        scores = [witten_bell(train, valid, order, len(corpus.vocabulary)) / math.log(2) for order in (1, 2, 3, 4)]
-        beside = "  ".join(f"order{NBSP}{order}{NBSP}{score:.2f}" for order, score in enumerate(scores, start=1))
-        return [Row("Yardstick", "Witten–Bell", f"bits per character on validation: {beside}")]
+        rows = yardstick(corpus)
+        name, shorts = formats.common(row["label"] for row in rows)
+        beside = "  ".join(
+            f"{short} {row['bits']:.2f}".replace(" ", NBSP) for short, row in zip(shorts, rows, strict=True)
+        )
+        return [Row("Yardstick", name, f"bits per character on validation: {beside}")]
     if corpus.unit == "symbol":
         return [
             Row("Yardstick", f"{formats.residual(memoryless_optimum(options.blank))} nats", "the best without memory")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from equilibria.commands.errors import UsageError, nearest
-from equilibria.training import metrics
+from equilibria.commands import formats
+from equilibria.commands.errors import UsageError
 from equilibria.training.metrics import Event
-
-UNITS = {"PythonDocs": "character", "PennTreebank": "word", "Copying": "symbol"}
-"""What one token is, for the kinds of corpus that leave no choice; a run that has begun says it itself."""
+from equilibria.training.names import nearest
+from equilibria.training.run import Run
+from equilibria.training.sources import CATALOGUE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,9 @@ class Record:
         start = self.last("start")
         if start is not None:
             return str(start["corpus"]["unit"])
-        corpus = self.experiment.get("corpus") or {}
-        return str(corpus.get("unit") or UNITS.get(corpus.get("kind", ""), "token"))
+        corpus = self.experiment.get("corpus") or {}  # a run that has not begun does not say it itself
+        source = next((source for source in CATALOGUE if source.__name__ == corpus.get("kind")), None)
+        return str(corpus.get("unit") or getattr(source, "unit", "token"))
 
     @property
     def total_steps(self) -> int:
@@ -67,7 +67,7 @@ class Record:
     @property
     def best(self) -> Event | None:
         """The validation with the fewest nats in the newest stage that has one; None before the first."""
-        valid = [event for event in self.of("valid") if math.isfinite(event["nats"])]
+        valid = [event for event in self.of("valid") if math.isfinite(formats.plain(event["nats"]))]
         newest = [event for event in valid if event.get("stage") == valid[-1].get("stage")]
         return min(newest, key=lambda event: event["nats"], default=None)
 
@@ -90,14 +90,8 @@ def read(path: Path) -> Record:
         UsageError: the folder is missing, or holds no run; names the nearest ones.
         ValueError: a file in it is damaged; names the file and the line.
     """
-    description = require(path) / "experiment.json"
-    try:
-        experiment = json.loads(description.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{description} is damaged ({error}); take it from a copy, or train anew.") from None
-    if not isinstance(experiment, dict):
-        raise ValueError(f"{description} holds {type(experiment).__name__}, not an experiment; train anew.")
-    return Record(path=path, experiment=experiment, events=tuple(metrics.read(path / "metrics.jsonl")))
+    run = Run(require(path))
+    return Record(path=path, experiment=run.stored(), events=tuple(run.events()))
 
 
 def require(path: Path) -> Path:

@@ -26,6 +26,7 @@ from equilibria.commands.record import read
 from equilibria.corpora import Corpus
 from equilibria.recipes import RECIPES
 from equilibria.training import checkpoint
+from equilibria.training.device import choose_device
 from equilibria.training.experiment import Experiment
 from equilibria.training.run import Run
 from equilibria.training.trainer import Trainer
@@ -51,12 +52,17 @@ class Options:
     """Folder of the corpus, for recipes that read one."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on where the run stopped; starts it if there is none."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Start anew in a folder that holds a run, which is removed."""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show nothing but errors."""
 
 
+SWITCHES = ("-h", "--help", "--resume", "--overwrite", "--quiet")
+"""Flags that stand alone."""
+
 HELP = """\
-usage: equilibria train RECIPE [--out DIR] [--data FOLDER] [--resume] [--quiet] [--field value …]
+usage: equilibria train RECIPE [--out DIR] [--data FOLDER] [--resume | --overwrite] [--quiet] [--field value …]
 
 RECIPE is one of {recipes}, or FILE.py:FUNCTION for a function that returns an Experiment.
 `equilibria train RECIPE --help` lists every number of that recipe with its default."""
@@ -72,7 +78,8 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     with console.status("reading the corpus"):
         corpus = options.experiment.corpus.load()
-    run = Run.start(path, options.experiment, resume=options.resume)
+    choose_device(options.experiment.training.device)  # one that is missing must not cost an old run
+    run = Run.start(path, options.experiment, resume=options.resume, overwrite=options.overwrite)
     display = Display(console, options.experiment, unit=corpus.unit, quiet=options.quiet)
     if not options.quiet:
         console.print(f"{options.experiment.name} on {corpus.name}, in {run.path}", markup=False, soft_wrap=True)
@@ -97,14 +104,22 @@ def _interrupted(run: Run, recipe: str, step: int) -> str:
 
 
 def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The recipe and the other words; it may stand before or after the flags."""
-    named = next((word for word in arguments if word in RECIPES or ".py:" in word), None)
-    recipe = named or arguments[0]
-    if recipe.startswith("-"):
-        raise UsageError(f"train needs a recipe before {recipe}: one of {', '.join(RECIPES)}, or FILE.py:FUNCTION.")
-    words = list(arguments)
-    words.remove(recipe)
-    return recipe, words
+    """The recipe and the other words; it may stand before or after the flags, and the values of flags are none."""
+    if not arguments[0].startswith("-"):
+        return arguments[0], list(arguments[1:])
+    free = [place for place, word in enumerate(arguments) if not word.startswith("-")]
+    free = [place for place in free if not _takes_value(arguments[place - 1])]
+    named = [place for place in free if arguments[place] in RECIPES or ".py:" in arguments[place]]
+    if not free:
+        first = arguments[0]
+        raise UsageError(f"train needs a recipe before {first}: one of {', '.join(RECIPES)}, or FILE.py:FUNCTION.")
+    place = (named or free)[0]
+    return arguments[place], [*arguments[:place], *arguments[place + 1 :]]
+
+
+def _takes_value(word: str) -> bool:
+    """Whether the next word of the command line is a value of this one."""
+    return word.startswith("-") and "=" not in word and word not in SWITCHES
 
 
 def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
@@ -114,7 +129,9 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
     """
     default = Options(experiment=experiment_of(recipe))
     options = parse(Options, words, verb=f"train {recipe}", default=default)
-    path = options.out or folder(options.experiment.name, resume=options.resume)
+    if options.resume and options.overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite removes it; give one of the two.")
+    path = options.out or folder(options.experiment.name, taken=options.resume or options.overwrite)
     if options.resume and (path / "experiment.json").is_file():
         stored = Run.open(path).experiment(extra=kinds_in(default.experiment))
         if stored.name != options.experiment.name:
@@ -126,13 +143,13 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
     return options, path
 
 
-def folder(name: str, *, resume: bool) -> Path:
-    """runs/NAME, runs/NAME-2, …: the first that is free, or the last that is taken if a run is to go on."""
+def folder(name: str, *, taken: bool) -> Path:
+    """runs/NAME, runs/NAME-2, …: the first that is free, or the last that is taken, if there is one."""
     numbered = (RUNS / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
-    taken = list(itertools.takewhile(lambda path: path.exists(), numbered))
-    if resume and taken:
-        return taken[-1]
-    return RUNS / (name if not taken else f"{name}-{len(taken) + 1}")
+    present = list(itertools.takewhile(lambda path: path.exists(), numbered))
+    if taken and present:
+        return present[-1]
+    return RUNS / (name if not present else f"{name}-{len(present) + 1}")
 
 
 def _finish(run: Run, experiment: Experiment, corpus: Corpus, console: Console, *, quiet: bool) -> None:

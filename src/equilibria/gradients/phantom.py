@@ -18,8 +18,8 @@ class Phantom(GradientRule):
     """z_{t+1} = (1 − λ)·z_t + λ·f(z_t), k steps from the detached z*, with back-propagation through them.
 
     Z. Geng et al., "On Training Implicit Models" (NeurIPS 2021), the unrolled form. k = 1, λ = 1 is the Jacobian-free
-    gradient (JFB). With λ < 1 and small k the gradient is scaled down (k = 1: by λ). Memory is k evaluations of f. Where
-    gradients are off, the k steps are left out and z is f(z*).
+    gradient (JFB). With λ < 1 and small k the gradient is scaled down (k = 1: by λ). Memory is k evaluations of f.
+    Where gradients are off, the k steps are left out and z is f(z*).
     """
 
     steps: int = 1

@@ -8,15 +8,17 @@ Letters: B batch, T time, V vocabulary, L tokens generated.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from equilibria.equilibrium import Memory
+from equilibria.language.modes import evaluating
 
 
 @runtime_checkable
@@ -70,7 +72,7 @@ def generate(
         memory=memory,
         segment=segment,
     )
-    return torch.stack([token for token, _ in zip(tokens, range(length), strict=False)], dim=1)
+    return torch.stack(list(itertools.islice(tokens, length)), dim=1)
 
 
 def stream(
@@ -137,15 +139,8 @@ def _choose(
 
 def _read(model: Speaker, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
     """``model.logits`` in evaluation mode without gradients; each submodule gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    for module, _ in modes:
-        module.training = False
-    try:
-        with torch.no_grad():
-            return model.logits(tokens, memory)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model):
+        return model.logits(tokens, memory)
 
 
 def _check(
@@ -167,6 +162,11 @@ def _check(
         raise ValueError(f"generate(top_p={top_p}): top_p is a probability, 0 < top_p ≤ 1, or None; try 0.9.")
     if segment is not None and segment < 1:
         raise ValueError(f"generate(segment={segment}): segment counts the tokens of a piece, at least 1, or is None.")
+    if prompt.ndim != 2 or prompt.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"the prompt has shape {tuple(prompt.shape)} and dtype {prompt.dtype}, and must be [rows, tokens] of "
+            "torch.int64; for one row give Vocabulary.encode(text)[None]."
+        )
     if prompt.numel() == 0:
         raise ValueError(f"the prompt has shape {tuple(prompt.shape)}; give at least one row and one token a row.")
     low, high = int(prompt.min()), int(prompt.max())

@@ -149,8 +149,14 @@ def prune(folder: Path, *, newest: int, best: int | None) -> None:
         discard(entry)
     for entry in all_in(folder)[:-newest]:
         if best is None or entry.name != f"step-{best:08d}":
-            # Renamed first: a checkpoint is complete or not there.
-            discard(entry.rename(folder / f"{_TEMPORARY}{entry.name}"))
+            _remove(entry)
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps than ``step``."""
+    for entry in all_in(folder):
+        if int(entry.name.removeprefix("step-")) > step:
+            _remove(entry)
 
 
 def discard(path: Path) -> None:
@@ -175,6 +181,11 @@ def force(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _remove(entry: Path) -> None:
+    """Remove a checkpoint; it is renamed first, since a checkpoint is complete or not there."""
+    discard(entry.rename(entry.with_name(f"{_TEMPORARY}{entry.name}")))
 
 
 def _is_good(folder: Path) -> bool:

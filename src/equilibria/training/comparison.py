@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from equilibria.corpora import Segment
-from equilibria.equilibrium import Equilibrium, GradientRule, Memory
+from equilibria.equilibrium import Equilibrium, Memory
 from equilibria.gradients import Unroll
 from equilibria.language import LanguageModel, LanguageOutput
-from equilibria.solve import Solver, Stop
+from equilibria.language.modes import in_mode
+from equilibria.solve import Stop
 from equilibria.solvers import Picard
 from equilibria.training.device import device_of
+from equilibria.training.experiment import Stage
 from equilibria.training.memory import PeakMemory
 from equilibria.training.metrics import Event
 
@@ -42,26 +44,28 @@ def memory_comparison(
         evals = None if output.solution is None else output.solution.evals
         rows: list[Event] = [{"label": "equilibrium", "depth": None, "peak_bytes": peak, "evals": evals}]
         for depth in depths:
-            with set_to(layer, Picard(), network_of(depth), Unroll()):
+            with set_to(layer, network_of(depth)):
                 peak, _ = _peak(model, segment, memory)
             rows.append({"label": "unrolled", "depth": depth, "peak_bytes": peak, "evals": depth + 1})
     return rows
 
 
-def network_of(depth: int) -> Stop:
-    """The stop that makes ``Picard()`` with ``Unroll()`` a weight-tied network of ``depth`` layers."""
-    return Stop(rtol=0, atol=0, max_evals=depth + 1, best=False)
+def network_of(depth: int) -> Stage:
+    """The stage that makes an equilibrium a weight-tied network of ``depth`` layers."""
+    stop = Stop(rtol=0, atol=0, max_evals=depth + 1, best=False)
+    return Stage(name=f"{depth} layers", steps=1, solver=Picard(), stop=stop, gradient=Unroll())
 
 
 @contextlib.contextmanager
-def set_to(layer: Equilibrium, solver: Solver, stop: Stop, gradient: GradientRule) -> Iterator[None]:
-    """The layer with another solver, stop and gradient rule for a while."""
-    before = layer.solver, layer.stop, layer.gradient
-    layer.solver, layer.stop, layer.gradient = solver, stop, gradient
+def set_to(layer: Equilibrium, stage: Stage) -> Iterator[None]:
+    """The layer as in ``stage`` for a while."""
+    before = {name: getattr(layer, name) for name in stage.solves}
+    stage.apply_to(layer)
     try:
         yield
     finally:
-        layer.solver, layer.stop, layer.gradient = before
+        for name, value in before.items():
+            setattr(layer, name, value)
 
 
 def _peak(model: LanguageModel, segment: Segment, memory: Memory) -> tuple[int, LanguageOutput]:
@@ -74,14 +78,12 @@ def _peak(model: LanguageModel, segment: Segment, memory: Memory) -> tuple[int, 
 
 @contextlib.contextmanager
 def _untouched(model: LanguageModel) -> Iterator[None]:
-    """Training mode; afterwards mode, gradients and random generators are what they were."""
-    was_training, gradients = model.training, [parameter.grad for parameter in model.parameters()]
+    """Training mode; afterwards modes, gradients and random generators are what they were."""
+    gradients = [parameter.grad for parameter in model.parameters()]
     device = device_of(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), in_mode(model, training=True):
         try:
             yield
         finally:
-            model.train(was_training)
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter.grad = gradient

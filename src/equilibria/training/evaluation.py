@@ -5,20 +5,19 @@ Letters: B batch, T time, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from equilibria.corpora import SYMBOLS, Segment, Segments, Stream
 from equilibria.equilibrium import Memory
 from equilibria.language import LanguageModel, LanguageOutput
+from equilibria.language.modes import evaluating
 from equilibria.stability import spectral_radius
 from equilibria.training.device import device_of, to
 from equilibria.training.metrics import summary
@@ -85,6 +84,8 @@ def evaluate(
         segment_length: tokens of each row in one solve; streams of episodes need none.
         max_segments: read only the first ones; None for all.
     """
+    if max_segments is not None and max_segments < 1:
+        raise ValueError(f"evaluate(max_segments={max_segments}): at least 1 segment is scored; None scores them all.")
     segments = Segments(stream, batch_size=batch_size, length=segment_length)
     began, device = time.perf_counter(), device_of(model)
     totals = _Totals(answers=None if stream.episode is None else min(SYMBOLS, stream.episode))
@@ -104,7 +105,7 @@ class _Totals:
     def __init__(self, *, answers: int | None) -> None:
         self._answers = answers
         self._nats, self._tokens, self._right, self._asked = 0.0, 0, 0, 0
-        self._forward: dict[str, float] = {}
+        self._forward: dict[str, tuple[float, int]] = {}
 
     def add(self, model: LanguageModel, segment: Segment, output: LanguageOutput) -> None:
         count = segment.targets.numel()
@@ -112,7 +113,9 @@ class _Totals:
         self._nats += float(output.nats.double().sum())
         if output.solution is not None:
             for name, value in summary(output.solution).items():
-                self._forward[name] = self._forward.get(name, 0.0) + count * value
+                total, weight = self._forward.get(name, (0.0, 0))
+                known = math.isfinite(value)  # a residual that was never finite has no mean
+                self._forward[name] = (total + count * value, weight + count) if known else (total, weight)
         if self._answers is not None:
             guesses = model.read(output.layer.z[:, -self._answers :]).argmax(dim=-1)
             targets = segment.targets[:, -self._answers :]
@@ -123,22 +126,10 @@ class _Totals:
         return Evaluation(
             nats_per_token=self._nats / self._tokens,
             tokens=self._tokens,
-            forward={name: value / self._tokens for name, value in self._forward.items()} or None,
+            forward={name: total / (weight or math.nan) for name, (total, weight) in self._forward.items()} or None,
             accuracy=self._right / self._asked if self._asked else None,
             seconds=seconds,
         )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the mode is what it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def jacobian_radius(
@@ -149,7 +140,9 @@ def jacobian_radius(
     segment_length: int | None = None,
     iterations: int = 60,
 ) -> Float[Tensor, " B"]:
-    """The spectral radius of the cell's Jacobian at the equilibria of the stream's first segment, one a row.
+    """The spectral radius of the cell's Jacobian where the solves of the stream's first segment end, one a row.
+
+    That is at the equilibria where the solves converge, and in a stage of fixed depth at the output of that network.
 
     Above 1 plain iteration diverges there; far above 1 every solver has trouble. The probes are always the same.
     """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
 
 from equilibria.corpora import Corpus
-from equilibria.equilibrium import GradientRule
+from equilibria.equilibrium import Equilibrium, GradientRule
 from equilibria.language import LanguageModel, LanguageShape
 from equilibria.solve import Solver, Stop
+from equilibria.training.names import nearest_or_all
 from equilibria.training.sources import Source
 
 
@@ -42,6 +45,17 @@ class Stage:
         if not 0 < self.penalty_share <= 1:
             raise ValueError(f"Stage(penalty_share={self.penalty_share}): a probability in (0, 1]; try 0.4.")
 
+    @property
+    def solves(self) -> dict[str, Any]:
+        """How an ``Equilibrium`` solves in this stage, by the names of its attributes."""
+        return {name: getattr(self, name) for name in ("solver", "stop", "gradient", "eval_stop")}
+
+    def apply_to(self, layer: nn.Module) -> None:
+        """Let ``layer`` solve as in this stage; a layer that solves nothing stays as it is."""
+        if isinstance(layer, Equilibrium):
+            for name, value in self.solves.items():
+                setattr(layer, name, value)
+
 
 @dataclasses.dataclass(frozen=True)
 class Training:
@@ -56,7 +70,7 @@ class Training:
     warmup: int = 0
     """Steps in which the learning rate grows from 0."""
     final_learning_rate: float = 0.0
-    """The learning rate of the last step; a half cosine leads there."""
+    """What the learning rate falls towards, along half a cosine; a step after the last would have it."""
     optimiser: Literal["adam", "adamw"] = "adam"
     """Adam, or Adam with decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -129,6 +143,12 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("Experiment(stages=()): an experiment has at least one stage; give one Stage(…).")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"Experiment(stages=…): the stages are called {', '.join(map(repr, names))}; logs and checkpoints tell "
+                "them apart by their names, so give each its own."
+            )
         if self.training.warmup > self.total_steps:
             raise ValueError(
                 f"Training(warmup={self.training.warmup}): the warm-up is longer than the {self.total_steps} steps of "
@@ -149,16 +169,21 @@ class Experiment:
                 return index
         return len(self.stages) - 1
 
+    def stage_named(self, name: str) -> Stage:
+        """The stage of that name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        names = (stage.name for stage in self.stages)
+        raise ValueError(f"There is no stage {name!r} in {self.name!r}; {nearest_or_all(name, names)}")
+
     def build(self, corpus: Corpus) -> LanguageModel:
         """The model with fresh weights, drawn from PyTorch's generator, set to the first stage."""
-        first = self.stages[0]
-        return self.model.build(
-            len(corpus.vocabulary),
-            solver=first.solver,
-            stop=first.stop,
-            gradient=first.gradient,
-            eval_stop=first.eval_stop,
-        )
+        return self.model.build(len(corpus.vocabulary), **self.stages[0].solves)
 
 
 def _at_least(value: object, least: int, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, each with its "event" and its "step".
+"""The log of a run: one JSON object a line, each with its "event" and its "step"; a number that is not finite is null.
 
 Letters: B batch, K evaluations of f.
 """
@@ -6,6 +6,7 @@ Letters: B batch, K evaluations of f.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ ENDING = frozenset({"memory", "done", "stopped"})
 def append(file: Path, event: Event) -> None:
     """Add one line to ``file``; a reader never sees lines mixed."""
     with file.open("a", encoding="utf-8", newline="\n") as stream:
-        stream.write(json.dumps(event) + "\n")
+        stream.write(_line(event))
 
 
 def read(file: Path) -> list[Event]:
@@ -48,17 +49,34 @@ def cut(file: Path, step: int) -> None:
     kept = [event for event in read(file) if event.get("step", 0) <= step and event.get("event") not in ENDING]
     beside = file.with_name(f".{file.name}.new")
     with beside.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(json.dumps(event) + "\n" for event in kept)
+        stream.writelines(map(_line, kept))
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(file)
 
 
 def summary(solution: Solution) -> Event:
-    """Cost and success of a solve as plain numbers; reading them waits for the device."""
+    """Cost and success of a solve as plain numbers; reading them waits for the device.
+
+    The residual is the mean of the samples that have a finite one, NaN if none has.
+    """
+    residual = solution.residual.double()
     return {
         "evals": solution.evals,
-        "residual": float(solution.residual.double().mean()),
+        "residual": float(residual[residual.isfinite()].mean()),
         "converged": float(solution.converged.double().mean()),
         "steps": float(solution.steps.double().mean()),
     }
+
+
+def _line(event: Event) -> str:
+    return json.dumps(_finite(event), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The same value with null for each number that JSON cannot say: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,6 +14,22 @@ from equilibria.training.experiment import Experiment
 from equilibria.training.metrics import Event
 from equilibria.training.serialise import from_json, to_json
 
+WITHOUT_INFLUENCE = frozenset(
+    {
+        "corpus.root",
+        "training.device",
+        "training.keep",
+        "training.log_every",
+        "training.measure_memory",
+        "training.memory_depths",
+        "training.tensorboard",
+        "training.threads",
+    }
+)
+"""Fields of an experiment that do not change what is trained; device and threads may change the last bits."""
+_BESIDE = (".experiment.json.new", ".metrics.jsonl.new")
+"""Files that are on their way to replace others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -23,23 +39,29 @@ class Run:
     """The directory."""
 
     @classmethod
-    def start(cls, path: Path, experiment: Experiment, *, resume: bool = False) -> Run:
+    def start(cls, path: Path, experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> Run:
         """The run of ``experiment`` in the folder ``path``, new or, with ``resume``, the one that is there.
 
         With ``resume`` a folder without a run starts a new one, so that the same command can be given again whenever
-        it was stopped.
+        it was stopped; what has no influence on the weights may differ then, and experiment.json is rewritten. With
+        ``overwrite`` the run that is there is removed first.
 
         Raises:
             ValueError: the folder already holds a run, or files of another kind, or the run of another experiment.
         """
+        if resume and overwrite:
+            raise ValueError("--resume goes on with a run and --overwrite removes it; give one of the two.")
         run = cls(path)
-        if run.description.is_file():
-            if not resume:
-                raise ValueError(
-                    f"{path} already holds a run; continue it with --resume, or choose another folder with --out."
-                )
-            run._refuse_changes(experiment)
+        if run.description.is_file() and resume:
+            run._go_on(experiment)
             return run
+        if run.description.is_file():
+            if not overwrite:
+                raise ValueError(
+                    f"{path} already holds a run; continue it with --resume, choose another folder with --out, or "
+                    "replace it with --overwrite."
+                )
+            run._remove()
         if path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
             raise ValueError(f"{path} exists and is no run; choose a folder that is new or empty with --out.")
         path.mkdir(parents=True, exist_ok=True)
@@ -80,7 +102,21 @@ class Run:
 
     def experiment(self, *, extra: Iterable[type] = ()) -> Experiment:
         """What is trained; ``extra`` holds the dataclasses from outside the library that it uses."""
-        return from_json(self._stored(), extra=extra)
+        return from_json(self.stored(), extra=extra)
+
+    def stored(self) -> dict[str, Any]:
+        """What experiment.json says: nested objects, each with its "kind".
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        try:
+            found = json.loads(self.description.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.description} is damaged ({error}); take it from a copy, or train anew.") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.description} is damaged (no object); take it from a copy, or train anew.")
+        return found
 
     def append(self, event: Event) -> None:
         """Add one line to metrics.jsonl."""
@@ -109,26 +145,36 @@ class Run:
         return checkpoint.load(self.checkpoints / f"step-{best['step']:08d}")
 
     def _describe(self, experiment: Experiment) -> None:
-        beside = self.path / ".experiment.json.new"
+        beside = self.path / _BESIDE[0]
         checkpoint.write_text(beside, json.dumps(to_json(experiment), indent=2) + "\n")
         checkpoint.force(beside)
         beside.replace(self.description)
         checkpoint.force(self.path)
 
-    def _stored(self) -> dict[str, Any]:
-        try:
-            return json.loads(self.description.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.description} is damaged ({error}); take it from a copy, or train anew.") from None
+    def _remove(self) -> None:
+        """Remove everything that a run has written, experiment.json last; nothing if anything else is there."""
+        written = (self.checkpoints, self.report, self.path / "tensorboard", self.metrics, self.description)
+        there = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
+        if foreign := sorted(there - {path.name for path in written}):
+            raise ValueError(
+                f"{self.path} holds {', '.join(foreign)} beside a run, and --overwrite removes runs only; move that "
+                "away, or choose another folder with --out."
+            )
+        for path in (*(self.path / name for name in _BESIDE), *written):
+            checkpoint.discard(path)
 
-    def _refuse_changes(self, experiment: Experiment) -> None:
-        stored, asked = dict(_leaves(self._stored())), dict(_leaves(to_json(experiment)))
-        for name in sorted(stored.keys() | asked.keys()):
-            if stored.get(name) != asked.get(name):
+    def _go_on(self, experiment: Experiment) -> None:
+        """Take over what may change in a run that goes on, and refuse the rest."""
+        stored, asked = dict(_leaves(self.stored())), dict(_leaves(to_json(experiment)))
+        changed = [name for name in sorted(stored.keys() | asked.keys()) if stored.get(name) != asked.get(name)]
+        for name in changed:
+            if ".".join(name.split(".")[:2]) not in WITHOUT_INFLUENCE:
                 raise ValueError(
                     f"{self.path} was started with {name} = {stored.get(name)!r} and is to be continued with "
                     f"{asked.get(name)!r}; give it the value it had, or start a new run with another --out."
                 )
+        if changed:
+            self._describe(experiment)
 
 
 def _leaves(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import types
 import typing
@@ -15,6 +14,7 @@ from equilibria import gradients, language, solvers
 from equilibria.solve import Stop
 from equilibria.training import sources
 from equilibria.training.experiment import Experiment, Stage, Training
+from equilibria.training.names import nearest_or_all
 
 JSON = Any
 """None, bool, int, float, str, or lists and string-keyed dicts of them."""
@@ -99,7 +99,10 @@ _WIDER = {(int, float), (str, Path)}
 def _decode_dataclass(data: Mapping[str, JSON], hint: Any, kinds: Mapping[str, type], *, where: str) -> Any:
     kind = kinds.get(data.get("kind", ""))
     if kind is None:
-        raise ValueError(f"{where} has the unknown kind {data.get('kind')!r}; {_nearest(data.get('kind'), kinds)}")
+        raise ValueError(
+            f"{where} has the unknown kind {data.get('kind')!r}; {nearest_or_all(str(data.get('kind')), kinds)} "
+            "A dataclass of your own is named with --recipe FILE.py:FUNCTION, or in from_json(…, extra=[…])."
+        )
     allowed = [member for member in _members(hint) if isinstance(member, type)]
     if not any(issubclass(kind, member) for member in allowed):
         raise ValueError(f"{where} is a {kind.__name__}; it must be {' or '.join(_named(m) for m in allowed)}.")
@@ -107,7 +110,7 @@ def _decode_dataclass(data: Mapping[str, JSON], hint: Any, kinds: Mapping[str, t
     fields = {name: value for name, value in data.items() if name != "kind"}
     for name in fields:
         if name not in hints:
-            raise ValueError(f"{where} has the unknown field {name!r}; {_nearest(name, hints)}")
+            raise ValueError(f"{where} has the unknown field {name!r}; {nearest_or_all(name, hints)}")
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in fields and _required(f)]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; a {kind.__name__} has the fields {', '.join(hints)}.")
@@ -149,9 +152,3 @@ def _named(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(repr(value) for value in typing.get_args(hint))
     return "a list" if typing.get_origin(hint) is tuple else f"a {getattr(hint, '__name__', hint)}"
-
-
-def _nearest(name: Any, known: Iterable[str]) -> str:
-    known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}."

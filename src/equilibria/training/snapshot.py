@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch.optim import Optimizer
 
 from equilibria.equilibrium import Memory
 from equilibria.language import LanguageModel
+from equilibria.language.modes import evaluating
 from equilibria.training.checkpoint import Checkpoint, CheckpointError
 from equilibria.training.device import device_of
-from equilibria.training.evaluation import evaluating
 from equilibria.training.nested import flatten, owned, rebuild
+
+_log = logging.getLogger(__name__)
 
 
 def capture(
@@ -29,12 +32,14 @@ def capture(
         model=weights(model),
         memory=flatten(memory),
         optimiser={"optimiser": optimiser.state_dict(), "random": random},
-        state={**state, "torch": torch.__version__},
+        state={**state, **circumstances(model), "torch": torch.__version__},
     )
 
 
 def restore(checkpoint: Checkpoint, model: LanguageModel, optimiser: Optimizer, *, batch_size: int) -> Memory:
     """Put weights, optimiser and random generators into the state of the checkpoint; returns the memory of the streams.
+
+    A warning says so if the last bits of what follows may differ from those of a run that never stopped.
 
     Raises:
         CheckpointError: the checkpoint is of a model with other weights.
@@ -46,7 +51,20 @@ def restore(checkpoint: Checkpoint, model: LanguageModel, optimiser: Optimizer, 
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and device_of(model).type == "cuda":
         torch.cuda.set_rng_state(random["cuda"], device_of(model))
+    for name, now in circumstances(model).items():
+        before = checkpoint.state.get(name, now)
+        if before != now:
+            _log.warning(
+                "The weights were trained with %s = %s and go on with %s: their last bits may differ from those of a "
+                "run that never stopped; --training.%s %s avoids that.",
+                *(name, before, now, name, before),
+            )
     return memory
+
+
+def circumstances(model: nn.Module) -> dict[str, Any]:
+    """What the last bits of the weights depend on, besides the experiment: the fields of ``Training`` as they hold."""
+    return {"threads": torch.get_num_threads(), "device": device_of(model).type}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from equilibria import corpora
 from equilibria.corpora import Corpus
@@ -22,6 +22,9 @@ class Source(ABC):
 @dataclasses.dataclass(frozen=True)
 class PythonDocs(Source):
     """Characters of the English documentation that every CPython carries (``pydoc_data.topics``); no download."""
+
+    unit: ClassVar = "character"
+    """What one token is."""
 
     def load(self) -> Corpus:
         """The corpus: 18 twentieths for training, one for validation, one for testing."""
@@ -51,6 +54,8 @@ class TextFolder(Source):
 class PennTreebank(Source):
     """The Penn Treebank by words, as Mikolov prepared it: a folder with train.txt, valid.txt and test.txt."""
 
+    unit: ClassVar = "word"
+    """What one token is."""
     root: Path | None = None
     """The folder."""
 
@@ -66,6 +71,8 @@ class PennTreebank(Source):
 class Copying(Source):
     """The copy-memory task: ten symbols, a long blank, and the ten symbols are to be recalled."""
 
+    unit: ClassVar = "symbol"
+    """What one token is."""
     blank: int = 400
     """T: steps between the symbols and their recall; a sequence has T + 20 steps."""
     train: int = 20_000

@@ -89,12 +89,8 @@ class Trainer:
             self.memory = restore(found, self.model, self.optimiser, batch_size=self.experiment.training.batch_size)
             self.steps_done, self.best = found.step, found.state["best"]
             self._enter_stage()
-            if found.state["threads"] != torch.get_num_threads():
-                _log.warning(
-                    "%s was trained with %d threads and goes on with %d: the last bits of its weights may differ from "
-                    "those of a run that never stopped; set --training.threads.",
-                    *(self.run.path, found.state["threads"], torch.get_num_threads()),
-                )
+            # These are damaged, and the newest are to be those that are written from now on.
+            checkpoint.discard_after(self.run.checkpoints, found.step)
         self.log.go_on(found.state["seconds"] if found is not None else 0.0)
         metrics.cut(self.run.metrics, -1 if found is None else found.step)
         _log.info("%s goes on after step %d.", self.run.path, self.steps_done)
@@ -157,11 +153,12 @@ class Trainer:
             "batch_size": training.eval_batch_size,
             "segment_length": training.eval_segment_length or training.segment_length,
         }
-        found = evaluate(self.model, self.corpus.valid, **setting, max_segments=training.valid_segments)
+        whole = {**setting, "max_segments": training.valid_segments}
+        found = evaluate(self.model, self.corpus.valid, **whole)
         best = math.isfinite(found.nats_per_token) and (self.best is None or found.nats_per_token < self.best["nats"])
         if best:
             self.best = {"step": self.steps_done, "nats": found.nats_per_token, "stage": self.stage.name}
-        self.log.valid(found, step=self.steps_done, stage=self.stage.name, best=best, setting=setting)
+        self.log.valid(found, step=self.steps_done, stage=self.stage.name, best=best, setting=whole)
         if training.spectral_radius:
             radius = jacobian_radius(self.model, self.corpus.valid, **setting, iterations=training.spectral_radius)
             fields = {"stage": self.stage.name, "mean": float(radius.mean()), "max": float(radius.max())}
@@ -200,10 +197,7 @@ class Trainer:
     def _enter_stage(self) -> None:
         self._stage_index = self.experiment.stage_at(self.steps_done)
         self.stage = stage = self.experiment.stages[self._stage_index]
-        layer = self.model.layer
-        if isinstance(layer, Equilibrium):
-            layer.solver, layer.stop, layer.gradient = stage.solver, stage.stop, stage.gradient
-            layer.eval_stop = stage.eval_stop
+        stage.apply_to(self.model.layer)
 
     def _segments(self) -> Segments:
         training = self.experiment.training
@@ -230,7 +224,6 @@ class Trainer:
             "position": self.steps_done,
             "best": self.best,
             "seconds": self.log.seconds,
-            "threads": torch.get_num_threads(),
         }
         kept = capture(self.model, self.optimiser, self.memory, step=self.steps_done, state=state)
         checkpoint.force(self.run.metrics)

@@ -1,0 +1,21 @@
+"""Names that were meant: what an error says about one that does not exist."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question, did you mean this or that, with the closest of ``known``; empty if none is close."""
+    likeness = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in known}
+    best = max(likeness.values(), default=0.0)
+    close = [other for other in likeness if likeness[other] >= max(0.5, best - 0.05)]
+    close = sorted(close, key=lambda other: -likeness[other])[:3]
+    return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+def nearest_or_all(name: str, known: Iterable[str]) -> str:
+    """The question of ``nearest``, or everything that there is."""
+    known = sorted(known)
+    return nearest(name, known) or f"there are {', '.join(known)}."
