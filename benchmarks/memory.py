@@ -1,7 +1,7 @@
 """Peak memory of one training step against depth: the equilibrium beside the same cell unrolled.
 
 The cell is that of the recipe `tiny` (width 128, 4 heads, inner 512, batch 8 × 64, memory 64). The equilibrium runs a
-fixed number of evaluations forward and backward, so that the flat line is a property of the code and not of convergence.
+fixed number of evaluations forward and backward, so that the flat line is a property of the code, not of convergence.
 
 python benchmarks/memory.py          prints the table, writes results/memory.json and results/memory.png
 """

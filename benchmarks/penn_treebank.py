@@ -21,9 +21,9 @@ from equilibria.training import evaluate
 
 FLAGS = {
     "--training.threads": 1,
-    "--stages.0.steps": 900,
-    "--stages.1.steps": 400,
-    "--training.valid-every": 150,
+    "--stages.0.steps": 1150,
+    "--stages.1.steps": 720,
+    "--training.valid-every": 200,
     "--training.valid-segments": 30,
 }
 
