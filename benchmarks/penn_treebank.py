@@ -76,9 +76,8 @@ if __name__ == "__main__":
         command(["train", "ptb", "--data", str(options.data), "--out", str(options.run), *words])
     points, final = curve(options.run), scores(options.run)
     for point in points:
-        print(
-            f"{point['stage']:<9} step {point['step']:>5} {point['seconds']:7.0f} s   perplexity {point['perplexity']:.1f}"
-        )
+        place = f"{point['stage']:<9} step {point['step']:>5} {point['seconds']:7.0f} s"
+        print(f"{place}   perplexity {point['perplexity']:.1f}   evaluations {point['evals']:.1f}")
     print(json.dumps(final, indent=1))
     print(keep("penn_treebank", {"curve": points, "scores": final}))
     plot(points)
