@@ -57,7 +57,8 @@ def plot(points: list[dict[str, object]]) -> None:
         line = [(point["seconds"] / 60, point["perplexity"]) for point in points if point["stage"] == stage]
         axes.plot(*zip(*line, strict=True), style, label=stage)
     axes.set(xlabel="minutes on one CPU thread", ylabel="validation perplexity", yscale="log")
-    ticks = [t for t in (150, 200, 300, 400, 600, 800, 1200) if t >= 0.8 * min(p["perplexity"] for p in points)]
+    found = [point["perplexity"] for point in points]
+    ticks = [t for t in (100, 150, 200, 300, 400, 600, 800) if 0.8 * min(found) <= t <= 1.3 * max(found)]
     axes.set_yticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False)

@@ -333,9 +333,15 @@ def test_double_backward_is_an_error(name):
     rule, solver, stop = ALL[name]
     weight, x, f = tanh_map()
     z = rule.run(f, torch.zeros_like(x), solver, stop).z
-    (g,) = torch.autograd.grad(z.sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        g.square().sum().backward()
+    (g,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+    penalty, refused = g.square().sum(), "cannot be differentiated again"
+    # However the second derivative is asked for: autograd skips what does not lead to the inputs that are named.
+    with pytest.raises(RuntimeError, match=refused):
+        torch.autograd.grad(penalty, weight, retain_graph=True)
+    with pytest.raises(RuntimeError, match=refused):
+        penalty.backward(inputs=[weight], retain_graph=True)
+    with pytest.raises(RuntimeError, match=refused):
+        penalty.backward()
 
 
 def test_the_gradient_does_not_depend_on_the_scale_of_the_loss():
@@ -424,7 +430,36 @@ def test_a_map_that_ignores_z_or_has_no_parameters():
     z = fixed_point(lambda z: x.sin(), torch.zeros(2, 3)).z
     torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], x.cos())
     assert not fixed_point(lambda z: torch.ones(2, 3), torch.zeros(2, 3)).z.requires_grad
-    assert fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3)).z.isfinite().all()
+
+
+def test_a_frozen_map_keeps_no_graph_and_solves_no_adjoint():
+    assert not fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3)).z.requires_grad
+    layer, head = torch.nn.Linear(3, 3).requires_grad_(False), torch.nn.Linear(3, 1)
+    solution = fixed_point(lambda z: torch.tanh(layer(z) + 1), torch.zeros(2, 3))
+    head(solution.z).sum().backward()
+    assert head.weight.grad is not None
+    assert solution.adjoint == []
+    # An input with gradient is enough.
+    x = torch.ones(2, 3, requires_grad=True)
+    fixed_point(lambda z: torch.tanh(layer(z) + x), torch.zeros(2, 3)).z.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"solver": Anderson}, r"solver is the class Anderson; it must be a Solver, for example Anderson\(\)"),
+        ({"solver": "anderson"}, "solver is 'anderson'"),
+        ({"stop": 1e-4}, r"stop is 0.0001; it must be a Stop"),
+        ({"gradient": Implicit}, "gradient is the class Implicit"),
+    ],
+)
+def test_wrong_parts_are_named(choice, words):
+    with pytest.raises(TypeError, match=words):
+        fixed_point(torch.tanh, torch.zeros(1, 2), **choice)
+    with pytest.raises(TypeError, match="f comes first"):
+        fixed_point(torch.zeros(1, 2), torch.tanh)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -172,11 +172,30 @@ def test_wrong_input_gets_one_sentence(case):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("fields", [{"max_evals": 0}, {"rtol": -1.0}, {"atol": math.nan}, {"rtol": math.inf}])
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    "fields", [{"max_evals": 0}, {"max_evals": 30.5}, {"rtol": -1.0}, {"atol": math.nan}, {"rtol": math.inf}]
+)
 def test_a_stop_that_cannot_be_met_is_refused(fields):
     (name,) = fields
     with pytest.raises(ValueError, match=f"Stop\\({name}=.*try"):
         Stop(**fields)
+
+
+@pytest.mark.parametrize(
+    "f", [lambda z: z.mul_(0.5) + 1, lambda z: torch.relu_(z) * 0.5, lambda z: z.view(-1).add_(1).view(z.shape)]
+)
+def test_a_map_that_changes_its_argument_is_refused(f):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"changed its argument z in place.*z.clone\(\)"):
+        solve(f, torch.ones(2, 3), Picard(), Stop())
+    with torch.inference_mode():
+        assert solve(lambda z: z * 0.5 + 1, torch.ones(2, 3), Anderson(), Stop()).converged.all()
+
+
+def test_a_solution_prints_one_line():
+    solution = solve(lambda z: z * 0.5 + 1, torch.ones(2, 3), Picard(), Stop())
+    assert repr(solution) == str(solution)
+    assert "\n" not in str([solution])
 
 
 def test_every_status_has_advice():

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equilibria.solve import Map, Solution, Solver, Stop, solve
+from equilibria.solve import Map, Solution, Solver, Stop, check_kind, solve
 
 Context = Any
 """What a cell computes once per solve: its own choice of value, constant during the solve."""
@@ -79,6 +79,10 @@ class Equilibrium(nn.Module):
         self, cell: Cell, solver: Solver, stop: Stop, gradient: GradientRule, eval_stop: Stop | None = None
     ) -> None:
         super().__init__()
+        check_kind("cell", cell, Cell, "TransformerCell(TransformerShape()), or a Cell of your own")
+        check_kind("solver", solver, Solver, "Anderson()")
+        check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
+        check_kind("gradient", gradient, GradientRule, "Implicit()")
         self.cell, self.solver, self.stop, self.gradient, self.eval_stop = cell, solver, stop, gradient, eval_stop
 
     def forward(self, x: Float[Tensor, "B T D"], memory: Memory = None) -> LayerOutput:

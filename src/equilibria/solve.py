@@ -34,7 +34,7 @@ class Stop:
     atol: float = 1e-6
     """Absolute tolerance, in the unit of the state's Euclidean norm, per sample."""
     max_evals: int = 30
-    """Budget in evaluations of f, the same unit for every solver."""
+    """Budget of the solve in evaluations of f, the same unit for every solver; a whole number ≥ 1."""
     best: bool = True
     """Return the iterate with the smallest residual (True) or the last one (False)."""
 
@@ -43,9 +43,10 @@ class Stop:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"Stop({name}={value}): a tolerance is a finite number ≥ 0; try {name}=1e-3, or 0.")
-        if self.max_evals < 1:
+        if not isinstance(self.max_evals, int) or self.max_evals < 1:
             raise ValueError(
-                f"Stop(max_evals={self.max_evals}): the budget counts evaluations of f and must be at least 1; try 30."
+                f"Stop(max_evals={self.max_evals}): the budget counts evaluations of f and must be a whole number, "
+                "at least 1; try 30."
             )
 
 
@@ -66,24 +67,24 @@ _ADVICE = {
     Status.CONVERGED: "The residual is below atol + rtol·‖f(z)‖.",
     Status.BUDGET_SPENT: (
         "The budget was spent before the tolerance was met, and the iterate that the stop asks for was returned: raise "
-        "max_evals, loosen rtol, or make f more contractive (weight norm, Jacobian penalty); "
-        "stability.spectral_radius tells how far it is from a contraction."
+        "max_evals, loosen rtol (bfloat16 reaches about 1e-2), or make f more contractive (weight norm, Jacobian "
+        "penalty; see stability.spectral_radius); and see that f gives the same bits twice, with no dropout inside."
     ),
     Status.NONFINITE: (
-        "f or the solver's step became NaN or infinite, and the best finite iterate was returned: look for non-finite "
-        "inputs or weights, lower the learning rate, or damp the solver."
+        "f or the solver's step became NaN or infinite, and the best iterate with a finite f was returned, or the "
+        "start if there was none: look for non-finite inputs or weights, lower the learning rate, or damp the solver."
     ),
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Solution:
     """What a solve gives back. Per-sample fields have the batch as first axis."""
 
     z: Float[Tensor, "B *state"]
     """The solution; from a gradient rule it is the differentiable one."""
     fz: Float[Tensor, "B *state"]
-    """f(z) as the loop evaluated it: one application further, and free."""
+    """f at the iterate that the loop returned, as the loop evaluated it."""
     residual: Float[Tensor, " B"]
     """‖f(z) − z‖ / ‖f(z)‖ at the iterate that was returned."""
     status: Int[Tensor, " B"]
@@ -91,7 +92,7 @@ class Solution:
     steps: Int[Tensor, " B"]
     """Steps that each sample took before it was done."""
     evals: int
-    """Evaluations of f, Jacobian–vector products included."""
+    """Evaluations of f, Jacobian–vector products included; a gradient rule adds those that carry its graph."""
     trace: Float[Tensor, "K B"]
     """Relative residual after each step, as long as the solve was; a sample that is done repeats its last value."""
     history: History = None
@@ -112,6 +113,8 @@ class Solution:
             f"{done} of {total} samples converged, {self.evals} evaluations, worst residual {self.residual.max():.1e}"
         )
         return line if worst is Status.CONVERGED else f"{line}. {worst.name}: {worst.advice}"
+
+    __repr__ = __str__
 
 
 class Solver(ABC):
@@ -198,9 +201,16 @@ class Evaluator:
     def __call__(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         """f(z), counted."""
         self.evals += 1
+        given = self.shaped(z)
+        version = 0 if given.is_inference() else given._version
         with self.autocast.on():
-            fz = self._f(self.shaped(z))
+            fz = self._f(given)
         self._check_value(fz)
+        if not given.is_inference() and given._version != version:
+            raise ValueError(
+                "f changed its argument z in place, and the iteration would go on from a wrong value; return a new "
+                "tensor (no z.mul_(…), no inplace=True in the first layer), or begin f with z = z.clone()."
+            )
         return fz.reshape(z.shape).to(self.algebra)
 
     def jvp(self, z: Float[Tensor, "B N"], v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
@@ -278,6 +288,8 @@ def solve(f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> 
     Raises:
         ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes shape, dtype or device.
     """
+    check_kind("solver", solver, Solver, "Anderson()")
+    check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
     evaluate = Evaluator(f, z0, stop.max_evals)
     with evaluate.autocast.off():
         return _iterate(evaluate, solver, stop)
@@ -349,6 +361,13 @@ class _Kept:
         """The next iterate: samples that are done stay where they are."""
         self.steps = self.steps + self._active
         return proposal if self._all_moving else torch.where(self._active[:, None], proposal, self.z)
+
+
+def check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    """Refuses a value of another kind, above all the class where its instance is meant."""
+    if not isinstance(value, kind):
+        found = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}"
+        raise TypeError(f"{name} is {found}; it must be a {kind.__name__}, for example {example}.")
 
 
 def _check_start(z0: Any) -> None:

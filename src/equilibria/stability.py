@@ -6,7 +6,7 @@ Letters: B batch, N flattened state. Map ``f``, Jacobian ``J`` at ``z``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -24,8 +24,8 @@ def jacobian_penalty(
     """‖εᵀJ‖²/N with ε ~ N(0, I): an unbiased estimate of ‖J‖_F²/N at z, differentiable in the parameters of f.
 
     S. Bai, V. Koltun, J. Z. Kolter, "Stabilizing Equilibrium Models by Jacobian Regularization" (2021), eq. 7. z is a
-    constant, so the term costs one evaluation of f and one double backward, and no solve. f must allow double backward
-    (explicit softmax attention, no fused kernel).
+    constant, so the term costs one evaluation of f and one double backward, and no solve; add it to the loss before the
+    one backward pass. f must allow double backward (explicit softmax attention, no fused kernel).
 
     Args:
         f: the map.
@@ -115,7 +115,7 @@ class GradientCheck:
 def check_gradient(
     f: Map,
     z0: Float[Tensor, "B *state"],
-    tensors: Sequence[Tensor],
+    tensors: Iterable[Tensor],
     *,
     gradient: GradientRule,
     solver: Solver,
@@ -135,6 +135,7 @@ def check_gradient(
         steps: depth of the unroll; its memory grows with it.
         damping: damping of the unroll.
     """
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     weights = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z0)
 
     def gradients(z: Tensor) -> list[Tensor]:

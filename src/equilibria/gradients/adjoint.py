@@ -44,8 +44,8 @@ def attached(f: Map, solution: Solution, adjoint: Adjoint) -> Solution:
     # z's own gradient is asked for by products only; what a full backward pass leaves in it is of no use.
     z.register_post_accumulate_grad_hook(_forget)
     out = dataclasses.replace(solution, z=fz, evals=solution.evals + 1)
-    if not fz.requires_grad:
-        return out
+    if not _reaches_beyond(z, fz):  # all is frozen: no graph is kept and no adjoint will be solved
+        return dataclasses.replace(out, z=fz.detach())
     point = Linearised(z=z, fz=fz, autocast=autocast)
     return dataclasses.replace(out, z=_Replace.apply(fz, point, adjoint))
 
@@ -66,7 +66,7 @@ class _Replace(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         with torch.no_grad(), ctx.point.autocast.off():
             u = ctx.adjoint(ctx.point, cotangents[0])
-        return *differentiated_once([u]), None, None
+        return *differentiated_once([u], behind=[ctx.point.fz]), None, None
 
 
 class _Refuse(torch.autograd.Function):
@@ -84,14 +84,32 @@ class _Refuse(torch.autograd.Function):
         )
 
 
-def differentiated_once(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def differentiated_once(tensors: Sequence[Tensor], *, behind: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The results of a backward pass, made to refuse a second one.
 
     ``once_differentiable`` does so only where the cotangent requires a gradient, which that of a loss does not.
+    ``behind`` holds what the results depend on: autograd passes over nodes that do not lead to what it is asked for,
+    and this one must lie on the way to all of them.
     """
     if not torch.is_grad_enabled():
         return tuple(tensors)
-    return _Refuse.apply(*(t.detach().requires_grad_() for t in tensors))
+    refusing = _Refuse.apply(*(t.detach().requires_grad_() for t in tensors), *behind)
+    return refusing[: len(tensors)]
+
+
+def _reaches_beyond(z: Tensor, fz: Tensor) -> bool:
+    """Whether anything but z can receive a gradient from fz."""
+    pending, seen = [fz.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and variable is not z:
+            return True
+        pending.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def solve_adjoint(point: Linearised, g: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:

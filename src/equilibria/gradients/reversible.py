@@ -62,8 +62,8 @@ def _check_budget(solver: Reversible, stop: Stop, dtype: torch.dtype) -> None:
         raise ValueError(
             f"ReversibleGradient cannot undo {steps} steps of {solver} in {dtype}: rounding would grow to "
             f"{eps * math.exp(min(steps * loss, 200)):.0e} of the state ({ACCURACY:.0e} is allowed). Use a float64 "
-            f"state (f may compute in {dtype}), max_evals={max(1, 2 * int(allowed) + 1)} or less, or a smaller "
-            "relaxation."
+            f"state (f may compute in {dtype}), max_evals={max(1, 2 * int(allowed) + 1)} at most and less where J is "
+            "large, or a smaller relaxation."
         )
 
 
@@ -122,7 +122,8 @@ class _Undo(torch.autograd.Function):
         with torch.no_grad():
             found, z_bar, sums = _walk_back(path, z, torch.where(broken, torch.nan, cotangents[0]), constants)
             _check_arrival(torch.where(broken, 0.0, found - z0), torch.where(broken, 0.0, z), path)
-        return None, None, *differentiated_once([z_bar, *sums])
+        behind = [t for t in (z0, *constants) if t.requires_grad]
+        return None, None, *differentiated_once([z_bar, *sums], behind=behind)
 
 
 def _walk_back(path: _Path, z: Tensor, z_bar: Tensor, constants: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -149,7 +150,7 @@ def _check_arrival(gap: Tensor, z: Tensor, path: _Path) -> None:
         raise RuntimeError(
             f"ReversibleGradient undid {int(path.steps.max())} steps and missed the start by {lost:.0e} of the state "
             f"({ACCURACY:.0e} is allowed), so the gradient would be wrong: lower max_evals or the relaxation "
-            f"{path.relaxation} (try 0.5), or use Implicit() or Unroll(checkpoint=True)."
+            f"{path.relaxation}, or use Implicit() or Unroll(checkpoint=True)."
         )
 
 

@@ -24,7 +24,8 @@ class NewtonKrylov(Solver):
     are ``torch.func.jvp`` of f and count as evaluations; the budget is charged ``inner + 1`` a step whether or not all
     are needed, so that no sample's budget depends on its batch. Deviations: (1) each sample stops its own inner
     iteration; (2) Gram–Schmidt is classical and done twice; (3) the small least-squares problem is solved once more at
-    every inner iteration instead of by Givens rotations; (4) no restart and no line search.
+    every inner iteration instead of by Givens rotations; (4) no restart and no line search. f must allow forward-mode
+    derivatives, which fused attention kernels do not.
     """
 
     inner: int = 10

@@ -152,7 +152,7 @@ class Experiment:
         if self.training.warmup > self.total_steps:
             raise ValueError(
                 f"Training(warmup={self.training.warmup}): the warm-up is longer than the {self.total_steps} steps of "
-                "all stages together; shorten it, or lengthen a stage."
+                "all stages together; shorten it with --training.warmup, or lengthen a stage."
             )
 
     @property
