@@ -50,9 +50,10 @@ class Display:
         return max((event.get("step", 0) for event in self._latest.values()), default=0)
 
     def resumed(self, step: int) -> None:
-        """Say that the training goes on after ``step``."""
-        if not self._quiet and step:
-            self._console.print(f"going on after step {step:,} of {self._total:,}", highlight=False)
+        """Say that the training goes on after ``step``, or that there was nothing to go on with."""
+        if not self._quiet:
+            place = f"going on after step {step:,} of {self._total:,}" if step else "no checkpoint here yet: starting"
+            self._console.print(place, highlight=False)
 
     def show(self, event: Event) -> None:
         """Show one event."""
