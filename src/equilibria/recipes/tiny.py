@@ -11,7 +11,7 @@ from equilibria.training import Experiment, PythonDocs, Stage, Training
 
 
 def tiny() -> Experiment:
-    """Characters of Python's documentation: half the time a network of three layers, then its equilibrium."""
+    """Characters of Python's documentation: first a network of three layers, then its equilibrium."""
     solver = Anderson(window=6)
     return Experiment(
         name="tiny",
@@ -23,14 +23,14 @@ def tiny() -> Experiment:
         stages=(
             Stage(
                 name="shallow",
-                steps=1300,
+                steps=1250,
                 solver=Picard(),
                 stop=Stop(rtol=0, atol=0, max_evals=4, best=False),
                 gradient=Unroll(),
             ),
             Stage(
                 name="implicit",
-                steps=900,
+                steps=750,
                 solver=solver,
                 stop=Stop(rtol=1e-2, max_evals=30),
                 gradient=Implicit(solver=solver, stop=Stop(rtol=1e-2, max_evals=30)),
