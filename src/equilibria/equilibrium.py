@@ -80,9 +80,7 @@ class Equilibrium(nn.Module):
     ) -> None:
         super().__init__()
         check_kind("cell", cell, Cell, "TransformerCell(TransformerShape()), or a Cell of your own")
-        check_kind("solver", solver, Solver, "Anderson()")
-        check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
-        check_kind("gradient", gradient, GradientRule, "Implicit()")
+        check_parts(solver, stop, gradient)
         self.cell, self.solver, self.stop, self.gradient, self.eval_stop = cell, solver, stop, gradient, eval_stop
 
     def forward(self, x: Float[Tensor, "B T D"], memory: Memory = None) -> LayerOutput:
@@ -123,6 +121,13 @@ class Stack(nn.Module):
             z = cell(z, context)
             kept.append(cell.remember(z, context))  # pyright: ignore
         return LayerOutput(z=z, memory=tuple(kept), f=lambda z: self.cells[-1](z, contexts[-1]), solution=None)
+
+
+def check_parts(solver: Solver, stop: Stop, gradient: GradientRule) -> None:
+    """Refuses, by name, what is no solver, stopping rule or gradient rule."""
+    check_kind("solver", solver, Solver, "Anderson()")
+    check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
+    check_kind("gradient", gradient, GradientRule, "Implicit()")
 
 
 def without_graph(f: Map, z0: Tensor, solver: Solver, stop: Stop, *, keep_history: bool = False) -> Solution:

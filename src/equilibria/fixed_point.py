@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.equilibrium import GradientRule
+from equilibria.equilibrium import GradientRule, check_parts
 from equilibria.gradients import Implicit
 from equilibria.solve import Map, Solution, Solver, Stop, check_kind
 from equilibria.solvers import Anderson
@@ -33,7 +33,5 @@ def fixed_point(
         ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes shape, dtype or device.
     """
     check_kind("z0", z0, Tensor, "torch.zeros(batch, width); f comes first, then z0")
-    check_kind("solver", solver, Solver, "Anderson()")
-    check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
-    check_kind("gradient", gradient, GradientRule, "Implicit()")
+    check_parts(solver, stop, gradient)
     return gradient.run(f, z0, solver, stop)

@@ -29,12 +29,12 @@ def dropout_mask(shape: Sequence[int], *, rate: float, training: bool, like: Ten
 
 
 def masked(x: Float[Tensor, "*shape"], mask: Tensor | None) -> Float[Tensor, "*shape"]:
-    """X ⊙ mask, or x where there is no mask."""
+    """x ⊙ mask, or x where there is no mask."""
     return x if mask is None else x * mask
 
 
 def add_masked(x: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"], mask: Tensor | None) -> Float[Tensor, "*shape"]:
-    """X + y ⊙ mask in one pass over the memory."""
+    """x + y ⊙ mask in one pass over the memory."""
     return x + y if mask is None else torch.addcmul(x, y, mask)
 
 

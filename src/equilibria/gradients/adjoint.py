@@ -6,7 +6,7 @@ Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u`` = (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def attached(f: Map, solution: Solution, adjoint: Adjoint) -> Solution:
     # z's own gradient is asked for by products only; what a full backward pass leaves in it is of no use.
     z.register_post_accumulate_grad_hook(_forget)
     out = dataclasses.replace(solution, z=fz, evals=solution.evals + 1)
-    if not _reaches_beyond(z, fz):  # all is frozen: no graph is kept and no adjoint will be solved
+    if all(leaf is z for leaf in leaves_below(fz)):  # all is frozen: no graph is kept and no adjoint will be solved
         return dataclasses.replace(out, z=fz.detach())
     point = Linearised(z=z, fz=fz, autocast=autocast)
     return dataclasses.replace(out, z=_Replace.apply(fz, point, adjoint))
@@ -97,19 +97,18 @@ def differentiated_once(tensors: Sequence[Tensor], *, behind: Sequence[Tensor]) 
     return refusing[: len(tensors)]
 
 
-def _reaches_beyond(z: Tensor, fz: Tensor) -> bool:
-    """Whether anything but z can receive a gradient from fz."""
-    pending, seen = [fz.grad_fn], set()
+def leaves_below(value: Tensor, known: Iterable[Tensor] = ()) -> Iterator[Tensor]:
+    """The leaves that can receive a gradient from ``value``, as they are met; none behind the ``known`` tensors."""
+    pending, seen = [value.grad_fn], {tensor.grad_fn for tensor in known}
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and variable is not z:
-            return True
+        if variable is not None:
+            yield variable
         pending.extend(following for following, _ in node.next_functions)
-    return False
 
 
 def solve_adjoint(point: Linearised, g: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:

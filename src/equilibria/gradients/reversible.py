@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from equilibria.equilibrium import GradientRule, without_graph
-from equilibria.gradients.adjoint import differentiated_once
+from equilibria.gradients.adjoint import differentiated_once, leaves_below
 from equilibria.solve import Autocast, Map, Solution, Solver, Status, Stop, row_norm
 from equilibria.solvers import Reversible
 
@@ -76,7 +76,7 @@ class _Constants(TorchFunctionMode):
         self._complete = False
 
     def of(self, f: Map) -> Map:
-        """F, watched during its first evaluation."""
+        """f, watched during its first evaluation."""
 
         def watched(z: Tensor) -> Tensor:
             if self._complete:
@@ -172,19 +172,11 @@ def _products(
 
 def _check_seen(value: Tensor, constants: list[Tensor]) -> None:
     """Every leaf below ``value`` must lie behind a known constant, or its gradient would be lost without a word."""
-    known = {c.grad_fn for c in constants if c.grad_fn is not None}
-    leaves = {id(c) for c in constants if c.grad_fn is None}
-    stack, seen = [value.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen or node in known:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        # Only the point itself is a leaf that is no constant; it was made a moment ago and nothing else holds it.
-        if variable is not None and id(variable) not in leaves and isinstance(variable, torch.nn.Parameter):
+    found = {id(constant) for constant in constants}
+    for leaf in leaves_below(value, constants):
+        # Only the point itself is a leaf that is no constant, and it is no parameter.
+        if id(leaf) not in found and isinstance(leaf, torch.nn.Parameter):
             raise RuntimeError(
-                f"ReversibleGradient cannot see a parameter of shape {tuple(variable.shape)} that f uses (a compiled "
+                f"ReversibleGradient cannot see a parameter of shape {tuple(leaf.shape)} that f uses (a compiled "
                 "function or a custom autograd.Function hides it); call f uncompiled, or use Unroll(checkpoint=True)."
             )
-        stack.extend(following for following, _ in node.next_functions)
