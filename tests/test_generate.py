@@ -19,7 +19,7 @@ def built(memory=32, positions="relative"):
     tight = Stop(rtol=1e-13, atol=1e-13, max_evals=100)
     model = LanguageShape(cell=cell, dropout=0.2, std=1.0).build(V, solver=Anderson(), stop=tight, gradient=Implicit())
     with torch.no_grad():
-        model.layer.cell.attention.inject.direction.mul_(100)
+        model.layer.cell.inject.direction.mul_(100)
     return model.double()
 
 

@@ -110,7 +110,7 @@ def test_every_parameter_gets_a_gradient():
 def test_memory_carries_the_past():
     model = built(dataclasses.replace(SHAPE, std=1.0)).double().eval()
     with torch.no_grad():
-        model.layer.cell.attention.inject.direction.mul_(100)  # a strong input makes a fresh cell a contraction
+        model.layer.cell.inject.direction.mul_(100)  # a strong input makes a fresh cell a contraction
     model.layer.stop = Stop(rtol=1e-13, atol=1e-13, max_evals=100)
     ids, targets = tokens(8), tokens(8)
     joint = model(ids, targets).nats

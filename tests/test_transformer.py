@@ -71,7 +71,7 @@ def scores_one_by_one(cell, q, k, memory):
 def equations(cell, z, x, memory):
     """f as it stands in the paper, with nothing computed beforehand."""
     shape, attention = cell.shape, cell.attention
-    u = x @ attention.inject.direction.t() + attention.inject.bias
+    u = x @ cell.inject.direction.t() + cell.inject.bias
     c, injections, length = z, u, 0
     if memory is not None:
         c, injections = torch.cat([memory.z, z], 1), torch.cat([memory.u, u], 1)
@@ -181,7 +181,7 @@ class TestMemory:
             x, z = (torch.randn(B, T, SMALL.width, dtype=torch.float64) for _ in range(2))
             context = cell.prepare(x, memory)
             memory = cell.remember(z, context)
-            seen.append((z, context.attention.u))
+            seen.append((z, context.injection))
             for kept, parts in ((memory.z, [z for z, _ in seen]), (memory.u, [u for _, u in seen])):
                 assert torch.equal(kept, torch.cat(parts, 1)[:, -SMALL.memory :])
 
@@ -243,7 +243,7 @@ class TestWeightNorm:
 
     def test_start_of_the_cell(self):
         cell = TransformerShape(width=128).build()
-        assert abs(float(cell.attention.inject.direction.std().detach()) - 0.01) < 0.001
+        assert abs(float(cell.inject.direction.std().detach()) - 0.01) < 0.001
         assert float(cell.inner.direction.abs().max().detach()) > 0.08
         assert not any(parameter.any() for name, parameter in cell.named_parameters() if name.endswith("bias"))
 
@@ -278,7 +278,7 @@ def test_implicit_gradient_is_that_of_a_deep_network(positions):
     shape = dataclasses.replace(SMALL, positions=positions, dropout=0.1, attention_dropout=0.1)
     cell, memory = shape.build().double().train(), past(shape, 4)
     with torch.no_grad():
-        cell.attention.inject.direction.mul_(300)  # a strong input and little of z make the cell a contraction
+        cell.inject.direction.mul_(300)  # a strong input and little of z make the cell a contraction
         cell.attention.qkv.gain.mul_(0.3)
     x = torch.randn(B, T, shape.width, dtype=torch.float64)
     g, gradients = torch.randn_like(x), []

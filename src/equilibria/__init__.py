@@ -5,7 +5,7 @@ The public vocabulary. Text, training and the command line live in ``equilibria.
 """
 
 from equilibria import cells, stability
-from equilibria.equilibrium import Cell, Equilibrium, GradientRule, LayerOutput, Stack
+from equilibria.equilibrium import Cell, Equilibrium, GradientRule, LayerOutput, Stack, Unrolled
 from equilibria.fixed_point import fixed_point
 from equilibria.gradients import Implicit, Neumann, Phantom, ReversibleGradient, Shine, Unroll
 from equilibria.solve import AffineMap, DifferentiableMap, Evaluator, Map, Solution, Solver, Status, Stop, solve
@@ -36,6 +36,7 @@ __all__ = [
     "Status",
     "Stop",
     "Unroll",
+    "Unrolled",
     "cells",
     "fixed_point",
     "solve",

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from equilibria.solve import Map, Solution, Solver, Stop, check_kind, solve
 
@@ -48,6 +49,33 @@ class Cell(nn.Module, ABC):
     @abstractmethod
     def remember(self, z: Tensor, context: Context) -> Memory:
         """What the next segment of the same streams needs of this one, detached."""
+
+    def cache(
+        self,
+        batch: int,
+        *,
+        length: int | None = None,
+        padding: Int[Tensor, " B"] | None = None,
+        memory: Memory = None,
+        warm: bool = True,
+    ) -> Memory:
+        """A memory for generation, position by position and without gradients: here ``memory`` as it is.
+
+        A cell that can do better keeps what it computes of each position once (see ``TransformerCell.cache``).
+
+        Args:
+            batch: rows.
+            length: positions that are remembered; None for those of the cell.
+            padding: positions at which the text of each row has not begun, for rows of different lengths.
+            memory: of what came before.
+            warm: start a position from the state of the one before it.
+        """
+        if padding is not None:
+            raise ValueError(
+                f"rows of different lengths need a memory that knows where each begins, and {type(self).__name__} has "
+                "none; give rows of one length, or one row at a time."
+            )
+        return memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,33 +122,98 @@ class Equilibrium(nn.Module):
         solution = self.gradient.run(f, self.cell.start(context), self.solver, stop)
         return LayerOutput(z=solution.z, memory=self.cell.remember(solution.z, context), f=f, solution=solution)
 
+    def cache(self, batch: int, **choices: Any) -> Memory:
+        """A memory for generation; see ``Cell.cache``."""
+        return self.cell.cache(batch, **choices)
+
     def extra_repr(self) -> str:
         """Solver, stopping rule and gradient rule."""
         return f"solver={self.solver}, stop={self.stop}, gradient={self.gradient}, eval_stop={self.eval_stop}"
 
 
-class Stack(nn.Module):
-    """The explicit baseline: L cells with weights of their own, each applied once, each with its own memory.
+class Unrolled(nn.Module):
+    """The explicit, weight-tied network of depth L: z_l = f(z_{l−1}; x), z_0 = start, with back-propagation.
 
-    x enters every cell through its ``prepare``, as in the equilibrium; layer l maps z_l = f_l(z_{l−1}; x), z_0 = start.
+    All layers read one memory, that of the last state, so that for L → ∞ it is the equilibrium. Two segments joined by
+    it are therefore not quite one long one, as they are for ``Stack``.
+
+    Args:
+        cell: the map f.
+        depth: L, evaluations of f.
+        checkpoint: keep only the states and evaluate f again in the backward pass (T. Chen et al. 2016).
     """
 
-    def __init__(self, cells: Iterable[Cell]) -> None:
+    def __init__(self, cell: Cell, depth: int, *, checkpoint: bool = False) -> None:
         super().__init__()
-        self.cells = nn.ModuleList(cells)
+        check_kind("cell", cell, Cell, "TransformerCell(TransformerShape()), or a Cell of your own")
+        if depth < 1:
+            raise ValueError(f"Unrolled(depth={depth}): a network has at least one layer; try depth=12.")
+        self.cell, self.depth, self.checkpoint = cell, depth, checkpoint
+
+    def forward(self, x: Float[Tensor, "B T D"], memory: Memory = None) -> LayerOutput:
+        """The last state under input ``x [B T D]`` and the memory of the previous segment."""
+        context = self.cell.prepare(x, memory)
+        z = self.cell.start(context)
+        for _ in range(self.depth):
+            z = _layer(self.cell, z, context, checkpoint=self.checkpoint)
+        return LayerOutput(z=z, memory=self.cell.remember(z, context), f=lambda z: self.cell(z, context), solution=None)
+
+    def cache(self, batch: int, **choices: Any) -> Memory:
+        """A memory for generation; see ``Cell.cache``."""
+        choices["warm"] = False  # a network of fixed depth begins where it was trained to begin
+        return self.cell.cache(batch, **choices)
+
+    def extra_repr(self) -> str:
+        """Depth."""
+        return f"depth={self.depth}, checkpoint={self.checkpoint}"
+
+
+class Stack(nn.Module):
+    """The explicit network of L cells, each applied once, each with a memory of its own: z_l = f_l(z_{l−1}; x).
+
+    A layer remembers its input z_{l−1}, whose keys and values are those it sees (Dai et al. 2019, eq. 3), so that two
+    segments joined by memory are one long one. x enters every cell through its ``prepare``, and z_0 is the start of the
+    first. A cell may occur several times: then its layers share their weights, and draw dropout masks of their own.
+
+    Args:
+        cells: f_1, …, f_L.
+        checkpoint: keep only the states and evaluate each layer again in the backward pass (T. Chen et al. 2016).
+    """
+
+    def __init__(self, cells: Iterable[Cell], *, checkpoint: bool = False) -> None:
+        super().__init__()
+        self.cells, self.checkpoint = nn.ModuleList(cells), checkpoint
         if not self.cells:
             raise ValueError("Stack(cells=[]): a stack has at least one cell; give one cell a layer.")
+
+    @property
+    def _cells(self) -> list[Cell]:
+        return list(self.cells)  # pyright: ignore
 
     def forward(self, x: Float[Tensor, "B T D"], memory: tuple[Memory, ...] | None = None) -> LayerOutput:
         """The last layer's state under input ``x [B T D]``; the memory is a tuple, one entry a layer."""
         memories = (None,) * len(self.cells) if memory is None else memory
-        contexts = [cell.prepare(x, past) for cell, past in zip(self.cells, memories, strict=True)]  # pyright: ignore
-        z = self.cells[0].start(contexts[0])  # pyright: ignore
+        contexts = [cell.prepare(x, past) for cell, past in zip(self._cells, memories, strict=True)]
+        z = self._cells[0].start(contexts[0])
         kept: list[Memory] = []
-        for cell, context in zip(self.cells, contexts, strict=True):
-            z = cell(z, context)
-            kept.append(cell.remember(z, context))  # pyright: ignore
+        for cell, context in zip(self._cells, contexts, strict=True):
+            kept.append(cell.remember(z, context))
+            z = _layer(cell, z, context, checkpoint=self.checkpoint)
         return LayerOutput(z=z, memory=tuple(kept), f=lambda z: self.cells[-1](z, contexts[-1]), solution=None)
+
+    def cache(self, batch: int, *, memory: tuple[Memory, ...] | None = None, **choices: Any) -> tuple[Memory, ...]:
+        """A memory for generation, one entry a layer; see ``Cell.cache``."""
+        memories = (None,) * len(self.cells) if memory is None else memory
+        choices["warm"] = False
+        pairs = zip(self._cells, memories, strict=True)
+        return tuple(cell.cache(batch, memory=past, **choices) for cell, past in pairs)
+
+
+def _layer(cell: Cell, z: Tensor, context: Context, *, checkpoint: bool) -> Tensor:
+    if not checkpoint or not torch.is_grad_enabled():
+        return cell(z, context)
+    # f draws no random numbers, so there is no state of a generator to bring back.
+    return recomputed(cell, z, context, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
 
 
 def check_parts(solver: Solver, stop: Stop, gradient: GradientRule) -> None:

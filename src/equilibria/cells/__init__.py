@@ -4,9 +4,12 @@
 """
 
 from equilibria.cells.affine import AffineCell, AffineContext, AffineShape
-from equilibria.cells.transformer import TransformerCell, TransformerContext, TransformerMemory, TransformerShape
+from equilibria.cells.chain import ChainCell, ChainContext, ChainShape
+from equilibria.cells.transformer import TransformerCell
+from equilibria.cells.transformer_context import TransformerCache, TransformerContext, TransformerMemory
+from equilibria.cells.transformer_shape import TransformerShape
 
-CELLS: tuple[AffineShape | TransformerShape, ...] = (
+CELLS: tuple[AffineShape | TransformerShape | ChainShape, ...] = (
     AffineShape(width=8),
     TransformerShape(width=8, heads=2, inner=12, memory=5),
     TransformerShape(width=8, heads=2, inner=12, memory=16, positions="decay", longest=32),
@@ -14,6 +17,15 @@ CELLS: tuple[AffineShape | TransformerShape, ...] = (
     TransformerShape(width=8, heads=1, inner=12, memory=16, norm="pre-normalised", weight_norm=False),
     TransformerShape(width=12, heads=3, inner=8, memory=16, positions="decay", window=4),
     TransformerShape(width=8, heads=4, inner=12, memory=16, window=3, dropout=0.2, attention_dropout=0.1),
+    TransformerShape(
+        width=8, heads=2, inner=12, memory=16, affine=True, attention_norm=True, variational=False, dropout=0.2
+    ),
+    ChainShape(
+        cells=(
+            TransformerShape(width=8, heads=2, inner=12, memory=16),
+            TransformerShape(width=8, heads=1, inner=16, memory=16, positions="decay", longest=32),
+        )
+    ),
 )
 
 __all__ = [
@@ -21,6 +33,10 @@ __all__ = [
     "AffineCell",
     "AffineContext",
     "AffineShape",
+    "ChainCell",
+    "ChainContext",
+    "ChainShape",
+    "TransformerCache",
     "TransformerCell",
     "TransformerContext",
     "TransformerMemory",

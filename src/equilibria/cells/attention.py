@@ -1,6 +1,7 @@
 """Multi-head attention with memory and input injection, prepared for a solve and then iterated.
 
-Letters: B batch, T time, M memory, K = M + T keys, D width, H heads, C = D/H width of a head, N = H·B.
+Letters: B batch, T time, M memory, K = M + T keys, D width, H heads, C = D/H width of a head, N = H·B,
+E = 3·D queries, keys and values.
 """
 
 from __future__ import annotations
@@ -13,29 +14,40 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from equilibria.cells.cache import KeyValueCache
 from equilibria.cells.masks import dropout_mask, masked
 from equilibria.cells.positions import DecayPositions, DecayScores, RelativePositions, RelativeScores
 from equilibria.cells.weight_norm import Init, NormedLinear
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class AttentionContext:
-    """What is constant during a solve, with graph where it depends on parameters or input."""
+class AttentionWeights:
+    """What depends on the parameters alone, with graph."""
 
     qkv: Float[Tensor, "D 3*D"]
     """Effective weight of queries, keys and values, transposed, with 1/√C inside the queries' part."""
-    injection: Float[Tensor, "BT 3*D"]
-    """U = x W_in + b_in, with the bias u of the queries and their 1/√C inside."""
-    past: Float[Tensor, "2 H B M C"] | None
+    scale: Float[Tensor, " 3*D"]
+    """1/√C for the queries, 1 for keys and values."""
+    bias: Float[Tensor, " 3*D"]
+    """u/√C for the queries, 0 for keys and values."""
+    out: Float[Tensor, "D D"]
+    """Effective weight of the output."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionContext:
+    """What is constant during a solve, with graph where it depends on parameters or input."""
+
+    weights: AttentionWeights
+    """Of the parameters."""
+    injection: Float[Tensor, "B T E"] | Float[Tensor, " E"]
+    """U, with the bias u of the queries and their 1/√C inside; one row for all where there is no U."""
+    past: Float[Tensor, "2 H B M C"] | KeyValueCache | None
     """Keys and values of the memory."""
     scores: RelativeScores | DecayScores
     """Queries and keys to scores, position term and mask included."""
-    out: Float[Tensor, "D D"]
-    """Effective weight of the output."""
     drop: Float[Tensor, "N T K"] | None
     """Dropout mask of the attention weights, which are not summed to one again."""
-    u: Float[Tensor, "B T 3*D"]
-    """U as it is remembered: detached, nothing folded in."""
 
 
 class Attention(nn.Module):
@@ -47,7 +59,10 @@ class Attention(nn.Module):
         positions: gives the position term and the mask.
         dropout: share of the attention weights that is dropped.
         weight_norm: whether W_qkv and W_o are weight-normed.
-        init: how they start.
+        norm: whether the heads pass through a layer norm before W_o.
+        affine: whether that norm has a gain and a bias.
+        init: how the matrices start.
+        std: of init "normal", and of u.
     """
 
     def __init__(
@@ -58,53 +73,99 @@ class Attention(nn.Module):
         positions: RelativePositions | DecayPositions,
         dropout: float,
         weight_norm: bool,
+        norm: bool,
+        affine: bool,
         init: Init,
+        std: float,
     ) -> None:
         super().__init__()
         self.heads, self.dropout, self.positions = heads, dropout, positions
-        self.inject = NormedLinear(inputs=width, outputs=3 * width, normed=False, init="normal")
-        self.qkv = NormedLinear(inputs=width, outputs=3 * width, bias=False, normed=weight_norm, init=init)
-        self.out = NormedLinear(inputs=width, outputs=width, normed=weight_norm, init=init)
-        self.u = nn.Parameter(torch.empty(heads, width // heads).normal_(std=0.01))
+        kind = {"normed": weight_norm, "init": init, "std": std}
+        self.qkv = NormedLinear(inputs=width, outputs=3 * width, bias=False, **kind)
+        self.out = NormedLinear(inputs=width, outputs=width, **kind)
+        self.norm = nn.LayerNorm(width, elementwise_affine=affine) if norm else None
+        self.u = nn.Parameter(torch.empty(heads, width // heads).normal_(std=std))
+
+    def weights(self) -> AttentionWeights:
+        """The effective weights, with graph."""
+        width, qkv = self.u.numel(), self.qkv.effective()
+        # u and 1/√C concern queries only: both go into what is added to and multiplied with them anyway.
+        scale = torch.ones(3 * width, dtype=qkv.dtype, device=qkv.device)
+        scale[:width] = 1 / math.sqrt(width // self.heads)
+        return AttentionWeights(
+            qkv=(qkv * scale.unsqueeze(1)).t(),
+            scale=scale,
+            bias=functional.pad(self.u.flatten(), (0, 2 * width)) * scale,
+            out=self.out.effective().t(),
+        )
 
     def prepare(
-        self, x: Float[Tensor, "B T D"], z0: Float[Tensor, "B M D"] | None, u0: Float[Tensor, "B M 3*D"] | None
+        self,
+        x: Float[Tensor, "B T D"],
+        injection: Float[Tensor, "B T 3*D"] | None,
+        past: Float[Tensor, "2 H B M C"] | KeyValueCache | None,
+        *,
+        weights: AttentionWeights,
+        table: Tensor | None = None,
     ) -> AttentionContext:
-        """The constants under input x and the memory: states Z0 (normed where queries are) and injections U0."""
-        batch, time, width = x.shape
-        u, qkv = functional.linear(x, self.inject.effective(), self.inject.bias), self.qkv.effective()
-        # u and 1/√C concern queries only: both go into what is added to and multiplied with them anyway.
-        scale = torch.ones(3 * width, dtype=x.dtype, device=x.device)
-        scale[:width] = 1 / math.sqrt(width // self.heads)
-        bias = functional.pad(self.u.flatten(), (0, 2 * width))
-        past = None if z0 is None or u0 is None else self._split(functional.linear(z0, qkv[width:]) + u0[..., width:])
-        length = 0 if past is None else past.shape[3]
-        mask_shape = (self.heads * batch, time, length + time)
+        """The constants.
+
+        Args:
+            x: gives batch, length, dtype and device.
+            injection: U = x W_in + b_in; None for none.
+            past: keys and values of the memory, as ``keys_and_values`` gives them, or a cache of them.
+            weights: of these parameters.
+            table: the table of ``positions`` for the past and x, or for more; made if None.
+        """
+        batch, time, _ = x.shape
+        cache = past if isinstance(past, KeyValueCache) else None
+        length = cache.seen if cache is not None else 0 if past is None else past.shape[3]  # pyright: ignore
         return AttentionContext(
-            qkv=(qkv * scale.unsqueeze(1)).t(),
-            injection=((u + bias) * scale).flatten(0, 1),
+            weights=weights,
+            injection=weights.bias if injection is None else torch.addcmul(weights.bias, injection, weights.scale),
             past=past,
-            scores=self.positions.prepare(self.u, batch=batch, queries=time, memory=length, like=x),
-            out=self.out.effective().t(),
-            drop=dropout_mask(mask_shape, rate=self.dropout, training=self.training, like=x),
-            u=u.detach(),
+            scores=self.positions.prepare(
+                self.u,
+                batch=batch,
+                queries=time,
+                memory=length,
+                like=x,
+                table=table,
+                hidden=None if cache is None else cache.hidden(time),
+            ),
+            drop=dropout_mask(
+                (self.heads * batch, time, length + time), rate=self.dropout, training=self.training, like=x
+            ),
         )
 
     def forward(self, x: Float[Tensor, "B T D"], context: AttentionContext) -> Float[Tensor, "B T D"]:
         """The attention output o of the current positions: five matrix products, or four with decay."""
         batch, time, _ = x.shape
-        qkv = torch.addmm(context.injection, x.flatten(0, 1), context.qkv).view(batch, time, -1)
-        q, k, v = self._split(qkv).unbind()
-        if context.past is not None:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(context.past, (k, v), strict=True))
+        weights, past = context.weights, context.past
+        added = context.injection.flatten(0, -2) if context.injection.ndim > 1 else context.injection
+        qkv = torch.addmm(added, x.flatten(0, 1), weights.qkv).view(batch, time, -1)
+        q, k, v = self._split(qkv)
+        if isinstance(past, KeyValueCache):
+            k, v = past.joined(self._split(qkv)[1:])
+        elif past is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
         scores = context.scores(q.flatten(0, 1), k.flatten(0, 1))
-        weights = masked(torch.softmax(scores, dim=-1), context.drop)
-        heads = torch.bmm(weights, v.flatten(0, 1)).view(self.heads, batch, time, -1)
-        return functional.linear(heads.permute(1, 2, 0, 3).flatten(2), context.out.t(), self.out.bias)
+        attended = masked(torch.softmax(scores, dim=-1), context.drop)
+        heads = torch.bmm(attended, v.flatten(0, 1)).view(self.heads, batch, time, -1)
+        heads = heads.permute(1, 2, 0, 3).flatten(2)
+        heads = heads if self.norm is None else self.norm(heads)
+        return functional.linear(heads, weights.out.t(), self.out.bias)
+
+    def keys_and_values(
+        self, x: Float[Tensor, "B L D"], injection: Float[Tensor, "B L 3*D"] | None, weights: AttentionWeights
+    ) -> Float[Tensor, "2 H B L C"]:
+        """Keys and values of states x under the injection U at the same positions."""
+        width = x.shape[2]
+        rows = x @ weights.qkv[:, width:]
+        return self._split(rows if injection is None else rows + injection[..., width:])
 
     def _split(self, rows: Float[Tensor, "B L SD"]) -> Float[Tensor, "S H B L C"]:
         """Queries, keys or values side by side in one row, into heads."""
         batch, length, _ = rows.shape
-        width = self.u.numel()
-        parts = rows.view(batch, length, -1, self.heads, width // self.heads)
+        parts = rows.view(batch, length, -1, self.heads, self.u.shape[1])
         return parts.permute(2, 3, 0, 1, 4)

@@ -13,7 +13,7 @@ import dataclasses
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from equilibria.cells.masks import dropout_mask, masked
@@ -48,8 +48,9 @@ class RelativeScores:
     """P by distance, K−1 … 0, after a column of zeros: the padding that ``relative_shift`` needs, for nothing."""
     shift: Float[Tensor, "H 1 C"]
     """(v − u)/√C."""
-    mask: Float[Tensor, "BT K1"]
-    """0, or −∞ wherever ``relative_shift`` brings what query i must not see: no pass over the scores is spent on it."""
+    mask: Float[Tensor, "_ _"]
+    """[BT K1], or [1 1] where all is seen: 0, or −∞ wherever ``relative_shift`` brings what query i must not see: no
+    pass over the scores is spent on it."""
 
     def __call__(self, q: Float[Tensor, "N T C"], k: Float[Tensor, "N K C"]) -> Float[Tensor, "N T K"]:
         """The scores, masked."""
@@ -63,36 +64,85 @@ class RelativeScores:
 
 
 class RelativePositions(nn.Module):
-    """The content-dependent position term of Transformer-XL (Dai et al. 2019, §3.3): P = R W_r and the bias v."""
+    """The content-dependent position term of Transformer-XL (Dai et al. 2019, §3.3): P = R W_r and the bias v.
 
-    def __init__(self, *, width: int, heads: int, window: int, dropout: float, weight_norm: bool, init: Init) -> None:
+    Args:
+        width: D.
+        heads: H.
+        window: keys that a query sees, itself included.
+        dropout: share of the channels of R that is dropped.
+        variational: the same channels at all distances, or others at each.
+        weight_norm: whether W_r is weight-normed.
+        init: how W_r starts.
+        std: of init "normal", and of v.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        window: int,
+        dropout: float,
+        variational: bool,
+        weight_norm: bool,
+        init: Init,
+        std: float,
+    ) -> None:
         super().__init__()
-        self.window, self.dropout = window, dropout
-        self.v = nn.Parameter(torch.empty(heads, width // heads).normal_(std=0.01))
-        self.project = NormedLinear(inputs=width, outputs=width, bias=False, normed=weight_norm, init=init)
+        self.window, self.dropout, self.variational = window, dropout, variational
+        self.v = nn.Parameter(torch.empty(heads, width // heads).normal_(std=std))
+        self.project = NormedLinear(inputs=width, outputs=width, bias=False, normed=weight_norm, init=init, std=std)
+
+    def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H C K1"]:
+        """P for the distances K−1, …, 0 after a column of zeros, with graph; one for more keys serves for fewer."""
+        keys, (heads, width) = memory + queries, self.v.shape
+        rows = sinusoids(keys, heads * width, like)
+        shape = (1 if self.variational else keys, heads * width)
+        rows = masked(rows, dropout_mask(shape, rate=self.dropout, training=self.training, like=rows))
+        rows = (rows @ self.project.effective().t()).view(keys, heads, width).permute(1, 2, 0)
+        return nn.functional.pad(rows, (1, 0))
 
     def prepare(
-        self, u: Float[Tensor, "H C"], *, batch: int, queries: int, memory: int, like: Tensor
+        self,
+        u: Float[Tensor, "H C"],
+        *,
+        batch: int,
+        queries: int,
+        memory: int,
+        like: Tensor,
+        table: Tensor | None = None,
+        hidden: Bool[Tensor, "B K"] | None = None,
     ) -> RelativeScores:
-        """The position term for ``queries`` after ``memory`` keys, with graph."""
-        heads, width = u.shape
+        """The position term for ``queries`` after ``memory`` keys, with graph.
+
+        ``hidden`` tells which keys no query of a row sees but that at the same place.
+        """
         keys = memory + queries
-        table = sinusoids(keys, heads * width, like)
-        rate, training = self.dropout, self.training
-        table = masked(table, dropout_mask((1, heads * width), rate=rate, training=training, like=table))
-        table = (table @ self.project.effective().t()).view(keys, heads, width).permute(1, 2, 0)
+        table = self.table(queries=queries, memory=memory, like=like) if table is None else table
         return RelativeScores(
-            table=nn.functional.pad(table, (1, 0)),
-            shift=((self.v - u) / math.sqrt(width)).unsqueeze(1),
-            mask=self._mask(queries=queries, keys=keys, like=like).repeat(batch, 1),
+            # What the first column holds is never read: the shift drops it, or the mask is −∞ there.
+            table=table[:, :, -keys - 1 :],
+            shift=((self.v - u) / math.sqrt(u.shape[1])).unsqueeze(1),
+            mask=self._mask(batch=batch, queries=queries, keys=keys, hidden=hidden, like=like),
         )
 
-    def _mask(self, *, queries: int, keys: int, like: Tensor) -> Float[Tensor, "T K1"]:
+    def _mask(
+        self, *, batch: int, queries: int, keys: int, hidden: Bool[Tensor, "B K"] | None, like: Tensor
+    ) -> Float[Tensor, "BT K1"]:
+        if queries == 1 and keys <= self.window and hidden is None:
+            return like.new_zeros(1, 1)
         query = torch.arange(queries, device=like.device)[:, None]
         column = torch.arange(-1, keys, device=like.device)  # −1 is the padding
         # Row i of the shifted scores begins at column T−1−i; what lies before it belongs to no pair (i, j ≤ M+i).
         visible = (column >= queries - 1 - query) & (keys - 1 - column < self.window) & (column >= 0)
-        return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, -math.inf)
+        key = column - (queries - 1 - query)
+        visible = visible.expand(batch, -1, -1)
+        if hidden is not None:
+            unseen = hidden[:, key.clamp(0, keys - 1)] & (key != keys - queries + query)
+            visible = visible & ~unseen
+        zeros = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+        return zeros.masked_fill_(~visible, -math.inf).flatten(0, 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,22 +165,44 @@ class DecayPositions(nn.Module):
         self.window, self.longest = window, longest
         self.bias = nn.Parameter(-slopes(heads)[:, None] * torch.arange(longest))
 
-    def prepare(self, u: Float[Tensor, "H C"], *, batch: int, queries: int, memory: int, like: Tensor) -> DecayScores:
-        """The bias for ``queries`` after ``memory`` keys, with graph."""
-        heads, keys = len(u), memory + queries
+    def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H K"]:
+        """b for the distances K−1, …, 0, with graph; one for more keys serves for fewer."""
+        keys = memory + queries
         if keys > self.longest:
             raise ValueError(
                 f"memory and segment are {memory} + {queries} = {keys} positions long, but the decay has biases for "
-                f"{self.longest}; use shorter segments, or build the cell with longest={keys} or more."
+                f"{self.longest}; use shorter segments or a shorter memory, or build the cell with longest={keys} or "
+                "more."
             )
+        return self.bias[:, :keys].flip(1).to(like.dtype)
+
+    def prepare(
+        self,
+        u: Float[Tensor, "H C"],
+        *,
+        batch: int,
+        queries: int,
+        memory: int,
+        like: Tensor,
+        table: Tensor | None = None,
+        hidden: Bool[Tensor, "B K"] | None = None,
+    ) -> DecayScores:
+        """The bias for ``queries`` after ``memory`` keys, with graph.
+
+        ``hidden`` tells which keys no query of a row sees but that at the same place.
+        """
+        heads, keys = len(u), memory + queries
+        row = self.table(queries=queries, memory=memory, like=like) if table is None else table[:, -keys:]
         # One row a head, distances K−1 … 0, then T−1 places that lie in the future: query i reads K of them.
-        row = self.bias[:, :keys].flip(1).to(like.dtype)
         row = nn.functional.pad(row, (0, queries - 1), value=-math.inf)
         if keys > self.window:
             far = torch.arange(row.shape[1], device=like.device) < keys - self.window
             row = row.masked_fill(far, -math.inf)
-        bias = row.unfold(1, keys, 1).flip(1)
-        return DecayScores(bias=bias.unsqueeze(1).expand(-1, batch, -1, -1).reshape(heads * batch, queries, keys))
+        bias = row.unfold(1, keys, 1).flip(1).unsqueeze(1).expand(-1, batch, -1, -1)
+        if hidden is not None:
+            itself = torch.arange(memory, keys, device=like.device)[:, None] == torch.arange(keys, device=like.device)
+            bias = bias.masked_fill(hidden[:, None] & ~itself, -math.inf)
+        return DecayScores(bias=bias.reshape(heads * batch, queries, keys))
 
 
 def slopes(heads: int) -> Float[Tensor, " heads"]:

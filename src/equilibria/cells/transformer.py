@@ -2,7 +2,8 @@
 
 The input enters through an injection into queries, keys and values (Bai, Kolter and Koltun 2019, §4.2). All that does
 not depend on z is computed in ``prepare``: effective weights, injection, the keys and values of the memory, the
-position term, the masks. One call of f is then six matrix products (seven with relative positions).
+position term, the masks. One call of f is then six matrix products (seven with relative positions). Without injection
+and with the options of ``explicit`` it is a layer of Transformer-XL (Dai et al. 2019).
 
 Letters: B batch, T time, M memory, D width, I inner width.
 """
@@ -10,102 +11,25 @@ Letters: B batch, T time, M memory, D width, I inner width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from torch.nn import functional
 
-from equilibria.cells.attention import Attention, AttentionContext
-from equilibria.cells.masks import add_masked, check_rate, dropout_mask, masked
+from equilibria.cells.attention import Attention
+from equilibria.cells.cache import KeyValueCache
+from equilibria.cells.masks import add_masked, dropout_mask, masked
 from equilibria.cells.positions import DecayPositions, RelativePositions
-from equilibria.cells.weight_norm import INITS, Init, NormedLinear
+from equilibria.cells.transformer_context import (
+    TransformerCache,
+    TransformerContext,
+    TransformerMemory,
+    TransformerWeights,
+)
+from equilibria.cells.transformer_shape import TransformerShape
+from equilibria.cells.weight_norm import NormedLinear
 from equilibria.equilibrium import Cell
-
-Norm = Literal["post", "pre", "pre-normalised"]
-Positions = Literal["relative", "decay"]
-_CHOICES = {"norm": ("post", "pre", "pre-normalised"), "positions": ("relative", "decay"), "init": INITS}
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerShape:
-    """The hyper-parameters of a ``TransformerCell``."""
-
-    width: int = 128
-    """D, channels of the state; a multiple of heads, and even with relative positions."""
-    heads: int = 4
-    """H, attention heads."""
-    inner: int = 512
-    """I, width of the feed-forward network."""
-    memory: int = 64
-    """M, positions of the past that are remembered between segments; 0 for none."""
-    window: int = 0
-    """How many positions back a query sees, itself included; 0 means 1000."""
-    positions: Positions = "relative"
-    """The term of Transformer-XL ("relative"), or a learned bias per head and distance ("decay"), quick to train."""
-    longest: int = 1024
-    """Only with "decay": the number of distances that have a bias; memory and segment together may not be longer."""
-    norm: Norm = "post"
-    """Where layer norm stands: "post" (the paper), "pre" (the textbook), or "pre-normalised" (see the cell)."""
-    dropout: float = 0.0
-    """Share of channels dropped from attention output, inner layer, feed-forward output and position table."""
-    attention_dropout: float = 0.0
-    """Share of attention weights dropped."""
-    weight_norm: bool = True
-    """Whether the five matrices inside f are weight-normed; without it f stops being solvable in long runs."""
-    init: Init = "default_fan_in"
-    """How these matrices start: from U(±1/√fan_in), or "normal", from N(0, 0.01²)."""
-
-    def __post_init__(self) -> None:
-        for name, low in (("width", 1), ("heads", 1), ("inner", 1), ("longest", 1), ("memory", 0), ("window", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"TransformerShape({name}={getattr(self, name)}): {name} is at least {low}.")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(map(repr, allowed))
-                raise ValueError(f"TransformerShape({name}={getattr(self, name)!r}): {name} is one of {choices}.")
-        if self.width % self.heads:
-            divisors = [heads for heads in range(1, self.width + 1) if self.width % heads == 0]
-            raise ValueError(
-                f"TransformerShape(width={self.width}, heads={self.heads}): the heads share the width evenly; "
-                f"try heads={min(divisors, key=lambda heads: abs(heads - self.heads))}."
-            )
-        if self.positions == "relative" and self.width % 2:
-            raise ValueError(
-                f"TransformerShape(width={self.width}, positions='relative'): the sinusoids come in pairs of sine and "
-                f"cosine, so the width is even; try width={self.width + 1}, or positions='decay'."
-            )
-        check_rate("TransformerShape", "dropout", self.dropout)
-        check_rate("TransformerShape", "attention_dropout", self.attention_dropout)
-
-    def build(self) -> TransformerCell:
-        """The cell, with fresh parameters."""
-        return TransformerCell(self)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TransformerMemory:
-    """The past of the streams, detached: the state and the injection at the same M positions."""
-
-    z: Float[Tensor, "B M D"]
-    u: Float[Tensor, "B M 3*D"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TransformerContext:
-    """What is constant during a solve, with graph where it depends on parameters or input."""
-
-    attention: AttentionContext
-    inner: Float[Tensor, "I D"]
-    """Effective weights of the feed-forward network."""
-    outer: Float[Tensor, "D I"]
-    drop_attention: Float[Tensor, "B 1 D"] | None
-    """Dropout masks: of the attention output, of the inner layer, of the feed-forward output."""
-    drop_inner: Float[Tensor, "B 1 I"] | None
-    drop_outer: Float[Tensor, "B 1 D"] | None
-    memory: TransformerMemory | None
-    """As it came, for ``remember``."""
 
 
 class TransformerCell(Cell):
@@ -124,73 +48,175 @@ class TransformerCell(Cell):
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
         self.shape = shape
+        width, kind = shape.width, {"init": shape.init, "std": shape.std}
+        self.inject = None
+        if shape.injection:
+            self.inject = NormedLinear(inputs=width, outputs=3 * width, normed=False, init="normal", std=shape.std)
         self.attention = Attention(
-            width=shape.width,
+            width=width,
             heads=shape.heads,
             positions=_positions(shape),
             dropout=shape.attention_dropout,
             weight_norm=shape.weight_norm,
-            init=shape.init,
+            norm=shape.attention_norm,
+            affine=shape.affine,
+            **kind,
         )
-        self.inner = NormedLinear(inputs=shape.width, outputs=shape.inner, normed=shape.weight_norm, init=shape.init)
-        self.outer = NormedLinear(inputs=shape.inner, outputs=shape.width, normed=shape.weight_norm, init=shape.init)
+        self.inner = NormedLinear(inputs=width, outputs=shape.inner, normed=shape.weight_norm, **kind)
+        self.outer = NormedLinear(inputs=shape.inner, outputs=width, normed=shape.weight_norm, **kind)
+        # The first norm stands before the feed-forward network, the second at the end or at the beginning of f.
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=shape.affine) for _ in range(2))
 
-    def prepare(self, x: Float[Tensor, "B T D"], memory: TransformerMemory | None) -> TransformerContext:
+    def prepare(
+        self, x: Float[Tensor, "B T D"], memory: TransformerMemory | TransformerCache | None
+    ) -> TransformerContext:
         """Weights, injection, keys and values of the memory, position term and masks."""
-        self._check(x, memory)
-        z0, u0 = (None, None) if memory is None else (memory.z, memory.u)
-        if z0 is not None and self.shape.norm != "post":
-            z0 = _layer_norm(z0)
+        return self.prepare_injected(x, self.injected(x), memory)
 
-        def channels(width: int) -> Tensor | None:
-            return dropout_mask((len(x), 1, width), rate=self.shape.dropout, training=self.training, like=x)
+    def injected(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3*D"] | None:
+        """U = x W_in + b_in; None from a cell without injection."""
+        self._check_width(x)
+        return None if self.inject is None else functional.linear(x, self.inject.effective(), self.inject.bias)
 
+    def prepare_injected(
+        self,
+        x: Float[Tensor, "B T D"],
+        injection: Float[Tensor, "B T 3*D"] | None,
+        memory: TransformerMemory | TransformerCache | None,
+    ) -> TransformerContext:
+        """``prepare`` with an injection from elsewhere: several cells may share one."""
+        self._check_memory(x, memory)
+        cache, table, last, hidden = None, None, None, None
+        if isinstance(memory, TransformerCache):
+            weights, table, last = memory.weights, memory.table, memory.last
+            past = cache = memory.past.with_room(x.shape[1])
+            hidden = cache.hidden(x.shape[1])
+            table = table if x.shape[1] == 1 else None  # it reaches back from one new position only
+            memory = dataclasses.replace(memory, past=cache)
+        else:
+            weights = self._weights()
+            past = None if memory is None else self._keys_and_values(memory.z, memory.u, weights)
+        start = torch.zeros_like(x) if last is None or x.shape[1] > 1 else last
         return TransformerContext(
-            attention=self.attention.prepare(x, z0, u0),
-            inner=self.inner.effective(),
-            outer=self.outer.effective(),
-            drop_attention=channels(self.shape.width),
-            drop_inner=channels(self.shape.inner),
-            drop_outer=channels(self.shape.width),
+            weights=weights,
+            attention=self.attention.prepare(x, injection, past, weights=weights.attention, table=table),
+            start=start if self.shape.injection else x,
+            injection=None if injection is None else injection.detach(),
+            drop_attention=self._mask(x, self.shape.width),
+            drop_inner=self._mask(x, self.shape.inner),
+            drop_outer=self._mask(x, self.shape.width),
+            present=None if hidden is None else (~hidden[:, -x.shape[1] :, None]).to(x.dtype),
             memory=memory,
         )
 
     def start(self, context: TransformerContext) -> Float[Tensor, "B T D"]:
-        """Zero."""
-        batch, time, _ = context.attention.u.shape
-        return context.attention.u.new_zeros(batch, time, self.shape.width)
+        """Zero; without injection the input; in generation the state of the position before."""
+        return context.start
 
     def forward(self, z: Float[Tensor, "B T D"], context: TransformerContext) -> Float[Tensor, "B T D"]:
         """f(z)."""
-        post, pre = self.shape.norm == "post", self.shape.norm == "pre"
-        attended = self.attention(z if post else _layer_norm(z), context.attention)
+        post, weights = self.shape.norm == "post", context.weights
+        attended = self.attention(z if post else self.norms[1](z), context.attention)
         a = add_masked(z, attended, context.drop_attention)
-        b = _layer_norm(a)
+        b = self.norms[0](a)
         # The product is left flat, because relu in place on a view would make autograd copy it back and forth.
-        hidden = torch.relu_(functional.linear(b.flatten(0, 1), context.inner, self.inner.bias))
+        hidden = torch.relu_(functional.linear(b.flatten(0, 1), weights.inner, self.inner.bias))
         hidden = masked(hidden.unflatten(0, z.shape[:2]), context.drop_inner)
-        update = functional.linear(hidden, context.outer, self.outer.bias)
-        f = add_masked(a if pre else b, update, context.drop_outer)
-        return _layer_norm(f) if post else f
+        update = functional.linear(hidden, weights.outer, self.outer.bias)
+        f = add_masked(a if self.shape.norm == "pre" else b, update, context.drop_outer)
+        return masked(self.norms[1](f) if post else f, context.present)
 
-    def remember(self, z: Float[Tensor, "B T D"], context: TransformerContext) -> TransformerMemory | None:
-        """The last M positions of [Z0; z] and of [U0; U], detached."""
+    def remember(
+        self, z: Float[Tensor, "B T D"], context: TransformerContext
+    ) -> TransformerMemory | TransformerCache | None:
+        """The last M positions of [Z0; z] and of [U0; U], detached; a cache, with the keys and values of z."""
         length, memory = self.shape.memory, context.memory
+        if isinstance(memory, TransformerCache):
+            past = memory.past.advanced(self._keys_and_values(z, context.injection, context.weights))
+            return dataclasses.replace(memory, past=past, last=z[:, -1:] if memory.warm else None)
         if length == 0:
             return None
-        z, u = z.detach(), context.attention.u
+        z, u = z.detach(), context.injection
         if memory is not None and z.shape[1] < length:
-            z, u = torch.cat([memory.z, z], dim=1), torch.cat([memory.u, u], dim=1)
-        return TransformerMemory(z=z[:, -length:], u=u[:, -length:])
+            z = torch.cat([memory.z, z], dim=1)
+            u = None if u is None or memory.u is None else torch.cat([memory.u, u], dim=1)
+        return TransformerMemory(z=z[:, -length:], u=None if u is None else u[:, -length:])
 
-    def _check(self, x: Tensor, memory: TransformerMemory | None) -> None:
+    def cache(
+        self,
+        batch: int,
+        *,
+        length: int | None = None,
+        padding: Int[Tensor, " B"] | None = None,
+        memory: TransformerMemory | None = None,
+        warm: bool = True,
+    ) -> TransformerCache:
+        """A memory of up to ``length`` positions (M if None) whose keys and values are computed once, for generation.
+
+        It stands wherever a ``TransformerMemory`` does, without gradients: by the exactness law, what is solved from it
+        position by position is the equilibrium of the whole text, as far as its length and the window reach. The
+        weights are those of this moment.
+
+        Args:
+            batch: rows.
+            length: positions that are remembered.
+            padding: positions at which the text of each row has not begun; f is 0 there, and nobody sees them.
+            memory: of what came before.
+            warm: start each single position from the state of the one before it, instead of zero.
+        """
+        shape = self.shape
+        if memory is not None and padding is not None:
+            raise ValueError(
+                "padding stands before the text of a row, and the memory would stand before the padding; give rows of "
+                "one length, or no memory."
+            )
+        length = min(shape.memory if length is None else length, (shape.window or 1000) - 1)
+        with torch.no_grad():
+            weights = self._weights()
+            like = weights.inner
+            past = KeyValueCache.empty(
+                heads=shape.heads,
+                batch=batch,
+                width=shape.width // shape.heads,
+                length=length,
+                padding=padding,
+                like=like,
+            )
+            if memory is not None:
+                known = self._keys_and_values(memory.z, memory.u, weights)
+                past = past.with_room(known.shape[3]).advanced(known)
+            table = self.attention.positions.table(queries=1, memory=length, like=like)
+        return TransformerCache(past=past, weights=weights, table=table, last=None, warm=warm)
+
+    def _weights(self) -> TransformerWeights:
+        return TransformerWeights(
+            attention=self.attention.weights(), inner=self.inner.effective(), outer=self.outer.effective()
+        )
+
+    def _keys_and_values(self, z: Tensor, injection: Tensor | None, weights: TransformerWeights) -> Tensor:
+        z = z if self.shape.norm == "post" else self.norms[1](z)
+        return self.attention.keys_and_values(z, injection, weights.attention)
+
+    def _mask(self, x: Tensor, width: int) -> Tensor | None:
+        shape = (len(x), 1 if self.shape.variational else x.shape[1], width)
+        return dropout_mask(shape, rate=self.shape.dropout, training=self.training, like=x)
+
+    def _check_width(self, x: Tensor) -> None:
         if x.shape[2] != self.shape.width:
             raise ValueError(
                 f"the input has {x.shape[2]} channels and the cell {self.shape.width}; give both the same width."
             )
-        if memory is not None and len(memory.z) != len(x):
+
+    def _check_memory(self, x: Tensor, memory: TransformerMemory | TransformerCache | None) -> None:
+        if isinstance(memory, TransformerCache):
+            if torch.is_grad_enabled():
+                raise ValueError("a cache is written in place and has no gradient; use it under torch.no_grad().")
+            streams = memory.past.slots.shape[2]
+        else:
+            streams = len(x) if memory is None else len(memory.z)
+        if streams != len(x):
             raise ValueError(
-                f"the memory is of {len(memory.z)} streams and the input of {len(x)}; a memory continues the streams "
+                f"the memory is of {streams} streams and the input of {len(x)}; a memory continues the streams "
                 "that it came from, so pass memory=None where new ones begin."
             )
 
@@ -204,10 +230,8 @@ def _positions(shape: TransformerShape) -> RelativePositions | DecayPositions:
         heads=shape.heads,
         window=window,
         dropout=shape.dropout,
+        variational=shape.variational,
         weight_norm=shape.weight_norm,
         init=shape.init,
+        std=shape.std,
     )
-
-
-def _layer_norm(x: Tensor) -> Tensor:
-    return functional.layer_norm(x, x.shape[-1:])

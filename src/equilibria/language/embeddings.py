@@ -6,6 +6,7 @@ Letters: B batch, T time, D width, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.cells.masks import check_rate, dropout_mask, masked
+
+Dropped = Literal["channel", "token"]
+
+
+def dropped(
+    x: Float[Tensor, "B T D"], *, rate: float, training: bool, kind: Dropped = "channel"
+) -> Float[Tensor, "B T D"]:
+    """x ⊙ mask, which in training is 0 for a share of the channels, or of the positions.
+
+    Args:
+        x: vectors of B streams.
+        rate: this share, 0 ≤ rate < 1; what is kept is multiplied by 1/(1 − rate).
+        training: the module's mode; in evaluation nothing is dropped.
+        kind: "channel" for masks of shape (B, 1, D), "token" for masks of shape (B, T, 1).
+    """
+    batch, time, width = x.shape
+    shape = (batch, 1, width) if kind == "channel" else (batch, time, 1)
+    return masked(x, dropout_mask(shape, rate=rate, training=training, like=x))
 
 
 class Embedding(nn.Module):
@@ -35,11 +54,14 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """E[tokens]·√D ⊙ mask."""
-        rows = functional.embedding(tokens, self.weight)
-        shape = (rows.shape[0], 1, rows.shape[2])
-        mask = dropout_mask(shape, rate=self.dropout, training=self.training, like=rows)
-        return masked(rows * self.scale, mask)
+        rows = functional.embedding(tokens, self.weight) * self.scale
+        return dropped(rows, rate=self.dropout, training=self.training)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V."""
+        return len(self.weight)
 
     def extra_repr(self) -> str:
         """Sizes and rate."""
-        return f"vocabulary_size={len(self.weight)}, width={self.weight.shape[1]}, dropout={self.dropout}"
+        return f"vocabulary_size={self.vocabulary_size}, width={self.weight.shape[1]}, dropout={self.dropout}"

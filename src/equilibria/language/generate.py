@@ -1,7 +1,8 @@
 """Text, token by token: the prompt is one segment, and each new token one of length 1 with memory.
 
 By the exactness law (two segments joined by memory have the equilibrium of one) this is the same as solving the whole
-text again for every token, as long as the memory holds all of it.
+text again for every token, as long as the memory holds all of it. The model's cache keeps the keys and values of past
+positions, so that a token costs one solve of one position.
 
 Letters: B batch, T time, V vocabulary, L tokens generated.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -20,10 +21,13 @@ from torch import Tensor
 from equilibria.equilibrium import Memory
 from equilibria.language.modes import evaluating
 
+Prompt = Int[Tensor, "B T"] | Sequence[Int[Tensor, " _"]]
+"""Rows of one length, or a list of rows of any lengths."""
+
 
 @runtime_checkable
 class Speaker(Protocol):
-    """What generation needs of a model, which is an ``nn.Module`` too."""
+    """What generation needs of a model, which is an ``nn.Module`` too; of one with ``cache``, that is used."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -37,27 +41,31 @@ class Speaker(Protocol):
 
 def generate(
     model: Speaker,
-    prompt: Int[Tensor, "B T"],
+    prompt: Prompt,
     *,
     length: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    stop: int | None = None,
     memory: Memory = None,
+    memory_length: int | None = None,
     segment: int | None = None,
 ) -> Int[Tensor, "B L"]:
-    """``length`` tokens that continue each row of the prompt; the model's training mode is as before afterwards.
+    """Up to ``length`` tokens that continue each row of the prompt; the model's training mode is as before afterwards.
 
     Args:
         model: in evaluation mode meanwhile, and without gradients.
-        prompt: at least one token a row.
+        prompt: at least one token a row; rows of different lengths as a list.
         length: L, tokens to generate.
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: choose among the k likeliest tokens only.
         top_p: choose among the fewest likeliest tokens that have this probability together (Holtzman et al. 2020).
         seed: of the choices; the global generators are not touched.
+        stop: a token that ends its row, which then repeats it; when all rows have ended, L is shorter than ``length``.
         memory: of what comes before the prompt.
+        memory_length: positions that are remembered; None for those of the model.
         segment: solve the prompt in pieces of at most so many tokens; in one if None.
     """
     if length < 1:
@@ -69,7 +77,9 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        stop=stop,
         memory=memory,
+        memory_length=memory_length,
         segment=segment,
     )
     return torch.stack(list(itertools.islice(tokens, length)), dim=1)
@@ -77,31 +87,43 @@ def generate(
 
 def stream(
     model: Speaker,
-    prompt: Int[Tensor, "B T"],
+    prompt: Prompt,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    stop: int | None = None,
     memory: Memory = None,
+    memory_length: int | None = None,
     segment: int | None = None,
 ) -> Iterator[Int[Tensor, " B"]]:
-    """One token a row after another, without end, for showing text while it is made; arguments as of ``generate``."""
-    _check(model, prompt, temperature=temperature, top_k=top_k, top_p=top_p, segment=segment)
-    generator = torch.Generator(prompt.device).manual_seed(seed)
+    """One token a row after another, for showing text while it is made; arguments as of ``generate``.
 
-    def continued() -> Iterator[Tensor]:
-        past = memory
-        *before, tokens = prompt.split(segment or prompt.shape[1], dim=1)
+    Without ``stop`` it has no end. The weights are those of the call.
+    """
+    _check_choices(temperature=temperature, top_k=top_k, top_p=top_p, segment=segment, memory_length=memory_length)
+    tokens, padding = _rows(prompt)
+    _check_tokens(model, tokens, stop)
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    past = _memory(model, len(tokens), length=memory_length, padding=padding, memory=memory)
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+    def continued(past: Memory, ended: Tensor) -> Iterator[Tensor]:
+        *before, rows = tokens.split(segment or tokens.shape[1], dim=1)
         for piece in before:
             past = _read(model, piece, past)[1]
-        while True:
-            logits, past = _read(model, tokens, past)
-            token = _choose(logits[:, -1], generator, temperature=temperature, top_k=top_k, top_p=top_p)
+        while not (stop is not None and ended.all()):
+            logits, past = _read(model, rows, past)
+            token = _choose(logits[:, -1], generator, **choices)
+            if stop is not None:
+                token = torch.where(ended, stop, token)
+                ended = ended | (token == stop)
             yield token
-            tokens = token[:, None]
+            rows = token[:, None]
 
-    return continued()
+    return continued(past, ended)
 
 
 def likeliest(
@@ -143,14 +165,42 @@ def _read(model: Speaker, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memor
         return model.logits(tokens, memory)
 
 
-def _check(
-    model: Speaker,
-    prompt: Tensor,
+def _memory(model: Speaker, batch: int, *, length: int | None, padding: Tensor | None, memory: Memory) -> Memory:
+    """What generation starts from: the model's cache, or the memory as it is of a model that has none."""
+    cache = getattr(model, "cache", None)
+    if cache is not None:
+        with evaluating(model):
+            return cache(batch, length=length, padding=padding, memory=memory)
+    if padding is not None or length is not None:
+        raise ValueError(
+            f"{type(model).__name__} has no cache, so its prompts are of one length and its memory is as long as it "
+            "is; give rows of one length, and memory_length=None."
+        )
+    return memory
+
+
+def _rows(prompt: Prompt) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"] | None]:
+    """The rows side by side, the short ones moved to the right, and by how much."""
+    if isinstance(prompt, Tensor):
+        _check_shape(prompt, axes=2)
+        return prompt, None
+    if not len(prompt):
+        raise ValueError("the prompt is an empty list; give at least one row of tokens.")
+    for row in prompt:
+        _check_shape(row, axes=1)
+    longest = max(map(len, prompt))
+    lengths = torch.tensor([len(row) for row in prompt], device=prompt[0].device)
+    rows = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in prompt])
+    return rows, None if bool((lengths == longest).all()) else longest - lengths
+
+
+def _check_choices(
     *,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     segment: int | None,
+    memory_length: int | None,
 ) -> None:
     if not 0 <= temperature < math.inf:
         raise ValueError(
@@ -162,16 +212,29 @@ def _check(
         raise ValueError(f"generate(top_p={top_p}): top_p is a probability, 0 < top_p ≤ 1, or None; try 0.9.")
     if segment is not None and segment < 1:
         raise ValueError(f"generate(segment={segment}): segment counts the tokens of a piece, at least 1, or is None.")
-    if prompt.ndim != 2 or prompt.dtype not in (torch.int32, torch.int64):
+    if memory_length is not None and memory_length < 0:
+        raise ValueError(f"generate(memory_length={memory_length}): it counts positions, at least 0, or is None.")
+
+
+def _check_shape(tokens: Tensor, *, axes: int) -> None:
+    if tokens.ndim != axes or tokens.dtype not in (torch.int32, torch.int64):
+        wanted = "[rows, tokens]" if axes == 2 else "[tokens] in each row of the list"
         raise ValueError(
-            f"the prompt has shape {tuple(prompt.shape)} and dtype {prompt.dtype}, and must be [rows, tokens] of "
+            f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, and must be {wanted} of "
             "torch.int64; for one row give Vocabulary.encode(text)[None]."
         )
-    if prompt.numel() == 0:
-        raise ValueError(f"the prompt has shape {tuple(prompt.shape)}; give at least one row and one token a row.")
-    low, high = int(prompt.min()), int(prompt.max())
+    if tokens.numel() == 0:
+        raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; give at least one row and one token a row.")
+
+
+def _check_tokens(model: Speaker, tokens: Tensor, stop: int | None) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= model.vocabulary_size:
         raise ValueError(
             f"the prompt has token {low if low < 0 else high}, but the model knows 0 … {model.vocabulary_size - 1}; "
             "encode it with the vocabulary that the model was trained with."
+        )
+    if stop is not None and not 0 <= stop < model.vocabulary_size:
+        raise ValueError(
+            f"generate(stop={stop}): it is a token, and the model knows 0 … {model.vocabulary_size - 1}; None for none."
         )

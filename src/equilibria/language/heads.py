@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equilibria.cells.masks import check_rate, dropout_mask, masked
-from equilibria.language.embeddings import Embedding
+from equilibria.cells.masks import check_rate
+from equilibria.language.embeddings import Dropped, Embedding, dropped
 
 
 class SoftmaxHead(nn.Module):
@@ -24,24 +24,35 @@ class SoftmaxHead(nn.Module):
         width: D, channels of the state.
         vocabulary_size: V, logits.
         tied: W is the table of the embedding that is handed to each call.
-        dropout: share of the channels of h that is dropped, the same ones at all positions of a segment.
+        dropout: share of h that is dropped.
+        output_dropout: what of h: a "channel", the same ones at all positions of a segment, or a "token", which loses
+            all its channels (what the code of Bai, Kolter and Koltun 2019 does to the output of its Transformer).
         std: an untied W starts from N(0, std²); b starts at 0.
     """
 
     def __init__(
-        self, *, width: int, vocabulary_size: int, tied: bool = True, dropout: float = 0.0, std: float = 0.01
+        self,
+        *,
+        width: int,
+        vocabulary_size: int,
+        tied: bool = True,
+        dropout: float = 0.0,
+        output_dropout: Dropped = "channel",
+        std: float = 0.01,
     ) -> None:
         super().__init__()
         check_rate("SoftmaxHead", "dropout", dropout)
+        check_output_dropout("SoftmaxHead", output_dropout)
         self.dropout = dropout
+        self.output_dropout: Dropped = output_dropout
         self.weight = None if tied else nn.Parameter(torch.empty(vocabulary_size, width).normal_(std=std))
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
 
     def forward(self, h: Float[Tensor, "B T D"], embedding: Embedding) -> Float[Tensor, "B T V"]:
         """The logits."""
-        mask = dropout_mask((h.shape[0], 1, h.shape[2]), rate=self.dropout, training=self.training, like=h)
+        h = dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout)
         weight = embedding.weight if self.weight is None else self.weight
-        return functional.linear(masked(h, mask), weight, self.bias)
+        return functional.linear(h, weight, self.bias)
 
     def nats(
         self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: Embedding
@@ -53,4 +64,18 @@ class SoftmaxHead(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and kind."""
-        return f"vocabulary_size={len(self.bias)}, tied={self.weight is None}, dropout={self.dropout}"
+        sizes = f"vocabulary_size={len(self.bias)}, tied={self.weight is None}"
+        return f"{sizes}, dropout={self.dropout}, output_dropout={self.output_dropout!r}"
+
+
+def check_output_dropout(owner: str, kind: str) -> None:
+    """Refuse a kind of output dropout that is none.
+
+    Raises:
+        ValueError: the kind is not "channel" or "token".
+    """
+    if kind not in ("channel", "token"):
+        raise ValueError(
+            f"{owner}(output_dropout={kind!r}): output_dropout is 'channel', which drops the same channels at all "
+            "positions, or 'token', which drops whole positions; try 'channel'."
+        )

@@ -1,0 +1,82 @@
+"""Keys and values of past positions, one slot each, for generation: what is solved once is never projected again.
+
+Letters: B batch, T time (new positions), K keys that are seen, H heads, C width of a head, S slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeyValueCache:
+    """A row of slots, filled from the left; those up to ``end`` hold the past, the ones after it the present.
+
+    The slots are written in place, so a cache has one future: after ``advanced`` only the new value may be used.
+    """
+
+    slots: Float[Tensor, "2 H B S C"]
+    """Keys and values."""
+    length: int
+    """Past positions that are seen at most."""
+    end: int
+    """Slots that hold the past."""
+    moved: int
+    """Position of the first slot in the text: how far the slots have slid."""
+    padding: Int[Tensor, " B"] | None
+    """Positions before the text of each row begins, which nobody sees; None without any."""
+    padded: int
+    """The largest of them."""
+
+    @classmethod
+    def empty(
+        cls, *, heads: int, batch: int, width: int, length: int, padding: Int[Tensor, " B"] | None, like: Tensor
+    ) -> KeyValueCache:
+        """No past yet; ``width`` is C, ``like`` gives dtype and device."""
+        slots = like.new_empty(2, heads, batch, 0, width)
+        padded = 0 if padding is None else int(padding.max())
+        return cls(slots=slots, length=length, end=0, moved=0, padding=padding if padded else None, padded=padded)
+
+    @property
+    def seen(self) -> int:
+        """Past positions that new ones see."""
+        return min(self.end, self.length)
+
+    def with_room(self, time: int) -> KeyValueCache:
+        """The same past with room for ``time`` new positions; every so often it slides to the left, at no cost a token.
+
+        The unseen slots before the past are dropped then.
+        """
+        if self.end + time <= self.slots.shape[3]:
+            return self
+        past = self.slots[:, :, :, self.end - self.seen : self.end]
+        # As many slots again as are kept: the copy is paid for by that many tokens.
+        room = max(time, min(self.length, max(64, 2 * self.seen)))
+        slots = torch.cat([past, past.new_zeros(*past.shape[:3], room, past.shape[4])], dim=3)
+        return dataclasses.replace(self, slots=slots, end=self.seen, moved=self.moved + self.end - self.seen)
+
+    def joined(self, present: Float[Tensor, "2 H B T C"]) -> Float[Tensor, "2 H B K C"]:
+        """Keys and values of the past and the present side by side: a view of the slots."""
+        end = self.end + present.shape[3]
+        if forward_ad.unpack_dual(present).tangent is not None:  # of a Jacobian–vector product: nothing to be kept
+            return torch.cat([self.slots[:, :, :, self.end - self.seen : self.end], present], dim=3)
+        self.slots[:, :, :, self.end : end].copy_(present)
+        return self.slots[:, :, :, self.end - self.seen : end]
+
+    def advanced(self, present: Float[Tensor, "2 H B T C"]) -> KeyValueCache:
+        """The cache in which the present has become past."""
+        self.joined(present)
+        return dataclasses.replace(self, end=self.end + present.shape[3])
+
+    def hidden(self, time: int) -> Bool[Tensor, "B K"] | None:
+        """True where the text of a row has not begun at a key, of ``time`` present ones too; None if all have begun."""
+        first = self.moved + self.end - self.seen
+        if self.padding is None or self.padded <= first:
+            return None
+        positions = torch.arange(first, first + self.seen + time, device=self.padding.device)
+        return positions < self.padding[:, None]

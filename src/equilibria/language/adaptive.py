@@ -1,0 +1,86 @@
+"""AdaptiveShape: an adaptive embedding with its softmax, for vocabularies so large that most words are rare.
+
+Letters: D width, V vocabulary, d_i width of cluster i.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from equilibria.language.adaptive_heads import AdaptiveHead, TiedAdaptiveHead, UntiedAdaptiveHead
+from equilibria.language.clusters import AdaptiveEmbedding, Clusters
+from equilibria.language.embeddings import Dropped
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveShape:
+    """The hyper-parameters of an adaptive embedding and its head; token ids go from frequent to rare words."""
+
+    cutoffs: tuple[int, ...] = (20_000, 40_000, 200_000)
+    """The first token id of each cluster but the first, increasing; the defaults are those of WikiText-103."""
+    division: int = 4
+    """Cluster i has vectors of width ⌊width/division^i⌋; 1 gives all words the same width."""
+    width: int | None = None
+    """Width of the vectors of cluster 0; None for the model's width."""
+    projection_std: float = 0.01
+    """The projections to the model's width start from N(0, projection_std²)."""
+
+    def __post_init__(self) -> None:
+        if not self.cutoffs or self.cutoffs[0] < 1 or list(self.cutoffs) != sorted(set(self.cutoffs)):
+            raise ValueError(
+                f"AdaptiveShape(cutoffs={self.cutoffs}): cutoffs are at least one token id, each at least 1 and larger "
+                "than the one before; try (20_000, 40_000, 200_000), or no AdaptiveShape for a plain softmax."
+            )
+        if self.division < 1:
+            raise ValueError(
+                f"AdaptiveShape(division={self.division}): the division is at least 1; try 4, or 1 for vectors of the "
+                "same width in all clusters."
+            )
+        if self.width is not None:
+            self._widths(self.width)
+
+    def build(
+        self,
+        vocabulary_size: int,
+        *,
+        width: int,
+        tied: bool = True,
+        dropout: float = 0.0,
+        output_dropout: Dropped = "channel",
+        std: float = 0.01,
+    ) -> tuple[AdaptiveEmbedding, AdaptiveHead]:
+        """An embedding and a head with fresh parameters.
+
+        Args:
+            vocabulary_size: V, larger than the last cutoff.
+            width: D, of the model.
+            tied: whether the head reads the embedding's tables and projections, or has its own.
+            dropout: share dropped from the embedding's channels and from the head's input.
+            output_dropout: what is dropped from the head's input: a "channel" at all positions, or a whole "token".
+            std: tables, and the head's rows for the clusters, start from N(0, std²).
+        """
+        if self.cutoffs[-1] >= vocabulary_size:
+            raise ValueError(
+                f"AdaptiveShape(cutoffs={self.cutoffs}) over a vocabulary of {vocabulary_size}: each cluster has at "
+                "least one word, so all cutoffs are below the size of the vocabulary; try fewer or smaller cutoffs, "
+                "or no AdaptiveShape for a plain softmax."
+            )
+        clusters, widths = Clusters(self.cutoffs, vocabulary_size), self._widths(self.width or width)
+        common = {"width": width, "dropout": dropout, "std": std, "projection_std": self.projection_std}
+        embedding = AdaptiveEmbedding(clusters, widths=widths, division=self.division, **common)
+        if tied:
+            return embedding, TiedAdaptiveHead(embedding, output_dropout=output_dropout, **common)
+        self._widths(width)  # an untied head divides the model's width
+        head = UntiedAdaptiveHead(clusters, division=self.division, output_dropout=output_dropout, **common)
+        return embedding, head
+
+    def _widths(self, width: int) -> tuple[int, ...]:
+        """d_i for each cluster."""
+        widths = tuple(width // self.division**i for i in range(len(self.cutoffs) + 1))
+        if widths[-1] < 1:
+            raise ValueError(
+                f"AdaptiveShape(cutoffs={self.cutoffs}, division={self.division}) on a width of {width}: the last "
+                f"cluster would have vectors of width ⌊{width}/{self.division}^{len(self.cutoffs)}⌋ = {widths[-1]}, "
+                "and every width is at least 1; try a smaller division, fewer cutoffs or a larger width."
+            )
+        return widths
