@@ -18,6 +18,7 @@ import torch
 from equilibria.corpora import (
     PENN_TREEBANK_COUNTS,
     SYMBOLS,
+    WIKITEXT103_COUNTS,
     Corpus,
     Segments,
     Stream,
@@ -27,6 +28,7 @@ from equilibria.corpora import (
     penn_treebank,
     python_docs,
     text_folder,
+    wikitext103,
     witten_bell,
 )
 
@@ -52,7 +54,9 @@ def docs() -> Corpus:
     return python_docs()
 
 
-@pytest.fixture(scope="module", params=["python_docs", "words", "characters", "copying-paper", "copying-tcn"])
+@pytest.fixture(
+    scope="module", params=["python_docs", "words", "characters", "wikitext", "copying-paper", "copying-tcn"]
+)
 def corpus(request, tmp_path_factory, docs) -> Corpus:
     """One of every kind."""
     if request.param == "python_docs":
@@ -60,6 +64,11 @@ def corpus(request, tmp_path_factory, docs) -> Corpus:
     if request.param.startswith("copying"):
         return copying(blank=30, train=12, valid=8, test=4, variant=request.param.removeprefix("copying-"))
     folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "wikitext":
+        with pytest.MonkeyPatch.context() as patch:
+            for name, count in {"train": 13, "valid": 4, "test": 8, "vocabulary": 8}.items():
+                patch.setitem(WIKITEXT103_COUNTS, name, count)
+            return wikitext103(write(folder, name="wiki.{}.tokens"))
     if request.param == "words":
         return text_folder(write(folder))
     return text_folder(write(folder, {**TEXTS, "valid": "the cat"}), unit="character")
@@ -151,13 +160,13 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("text", ["", " \n\n"])
 def test_an_empty_file_is_named(tmp_path, text):
-    with pytest.raises(ValueError, match=r"valid\.txt is empty"):
+    with pytest.raises(ValueError, match=r"valid\.txt: the file is empty"):
         text_folder(write(tmp_path, {**TEXTS, "valid": text}))
 
 
 def test_undecodable_text_is_located(tmp_path):
     (write(tmp_path) / "test.txt").write_bytes("ein\ngrüner Baum".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"test\.txt is not UTF-8: byte 0xfc at byte offset 6, line 2,"):
+    with pytest.raises(ValueError, match=r"test\.txt: not UTF-8: byte 0xfc at byte offset 6, line 2,"):
         text_folder(tmp_path)
 
 
@@ -169,7 +178,7 @@ def test_a_token_the_training_text_lacks_is_named_with_its_file(tmp_path):
 
 
 def test_a_folder_that_is_not_the_penn_treebank_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="13 tokens in train, <eos> included, instead of 929589"):
+    with pytest.raises(ValueError, match="13 tokens in train, <eos> included, instead of 929,589"):
         penn_treebank(write(tmp_path))
 
 

@@ -1,8 +1,12 @@
-"""`equilibria prepare CORPUS`: look at a corpus before training on it. Nothing is copied and nothing is written."""
+"""`equilibria prepare CORPUS`: look at a corpus before training on it; WikiText is fetched first where it is missing.
+
+Nothing else is copied or written.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +21,16 @@ from equilibria.commands.display import summary_table
 from equilibria.commands.errors import UsageError, unknown
 from equilibria.commands.summary import NBSP, Row
 from equilibria.corpora import Corpus, memoryless_optimum
-from equilibria.training.sources import Copying, PennTreebank, PythonDocs, Source, TextFolder
+from equilibria.corpora.fetch import DATASET, WikiText, fetch_wikitext, is_vacant
+from equilibria.training.sources import (
+    Copying,
+    PennTreebank,
+    PythonDocs,
+    Source,
+    TextFolder,
+    WikiText2,
+    WikiText103,
+)
 from equilibria.training.yardstick import yardstick
 
 
@@ -26,9 +39,12 @@ class Options:
     """Read a corpus, check it, and say what is in it."""
 
     corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
-    """python-docs, ptb, text-folder or copying."""
+    """python-docs, ptb, wikitext103, wikitext2, text-folder or copying. WikiText is fetched from the Hugging Face Hub
+    if its folder is absent or empty, and written there as the three token files that it was published as; it needs
+    pip install "equilibria[data]". Files that are there are read, and never overwritten."""
     data: Path | None = None
-    """The folder with train.txt, valid.txt and test.txt, for ptb and text-folder."""
+    """The folder with train.txt, valid.txt and test.txt, for ptb and text-folder, or with the token files, for
+    wikitext103 and wikitext2; these are in data/wikitext-103 and data/wikitext-2 if no folder is named."""
     unit: Literal["word", "character"] = "word"
     """What one token of text-folder is."""
     lowercase: bool = False
@@ -40,6 +56,8 @@ class Options:
 SOURCES: dict[str, Callable[[Options], Source]] = {
     "python-docs": lambda options: PythonDocs(),
     "ptb": lambda options: PennTreebank(root=_folder(options)),
+    "wikitext103": lambda options: WikiText103(root=_fetched(options, "wikitext-103-v1")),
+    "wikitext2": lambda options: WikiText2(root=_fetched(options, "wikitext-2-v1")),
     "text-folder": lambda options: TextFolder(root=_folder(options), unit=options.unit, lowercase=options.lowercase),
     "copying": lambda options: Copying(blank=options.blank),
 }
@@ -52,9 +70,10 @@ def main(arguments: Sequence[str]) -> int:
         raise unknown("corpus", options.corpus, SOURCES)
     if options.data is not None and options.corpus in ("python-docs", "copying"):
         raise UsageError(f"--data {options.data}: {options.corpus} is not read from a folder; leave --data out.")
+    source = SOURCES[options.corpus](options)
     console = Console(highlight=False)
     with console.status(f"reading {options.corpus}"):
-        corpus = SOURCES[options.corpus](options).load()
+        corpus = source.load()
         rows = [*_splits(corpus), *_tokens(corpus), *_yardstick(corpus, options)]
     console.print(summary_table(rows, f"{corpus.name}, by {corpus.unit}s"))
     return 0
@@ -68,11 +87,22 @@ def _folder(options: Options) -> Path:
     return options.data
 
 
+def _fetched(options: Options, name: WikiText) -> Path:
+    """The folder of WikiText, with the files in it."""
+    root = (options.data or Path("data", name.removesuffix("-v1"))).expanduser()
+    if is_vacant(root):
+        print(f"Fetching {name} of {DATASET} into {root}, which is absent or empty.", file=sys.stderr)
+        fetch_wikitext(name, root)
+    elif options.data is None:
+        print(f"Reading {root}; --data names another folder.", file=sys.stderr)
+    return root
+
+
 def _splits(corpus: Corpus) -> list[Row]:
     rows = []
     for name, stream in (("Training", corpus.train), ("Validation", corpus.valid), ("Test", corpus.test)):
         if stream.episode is None:
-            rows.append(Row(name, f"{len(stream.ids):,} tokens"))
+            rows.append(Row(name, f"{1 + len(stream):,} tokens"))
         else:
             number = len(stream) // stream.episode
             rows.append(Row(name, f"{len(stream):,} tokens", f"{number:,} sequences of {stream.episode:,}"))
@@ -89,7 +119,7 @@ def _tokens(corpus: Corpus) -> list[Row]:
     if vocabulary.unknown is not None:
         place = vocabulary.tokens.index(vocabulary.unknown)
         shares = [
-            f"{name} {(stream.tokens == place).double().mean():.2%}"
+            f"{name} {(stream.tokens == place).sum() / len(stream):.2%}"
             for name, stream in (("training", corpus.train), ("validation", corpus.valid), ("test", corpus.test))
         ]
         rows.append(Row("Unknown", vocabulary.unknown, ", ".join(shares)))

@@ -5,15 +5,19 @@ A corpus of one's own is a function that returns a ``Corpus``; pass it wherever 
 
 from equilibria.corpora.copying import SYMBOLS, copying, memoryless_optimum
 from equilibria.corpora.corpus import Corpus, Stream, Unit
+from equilibria.corpora.fetch import fetch_wikitext
 from equilibria.corpora.ngram import witten_bell
 from equilibria.corpora.python_docs import python_docs
 from equilibria.corpora.segments import Segment, Segments
 from equilibria.corpora.text_folder import PENN_TREEBANK_COUNTS, penn_treebank, text_folder
 from equilibria.corpora.vocabulary import TextUnit, Vocabulary
+from equilibria.corpora.wikitext import WIKITEXT2_COUNTS, WIKITEXT103_COUNTS, wikitext2, wikitext103
 
 __all__ = [
     "PENN_TREEBANK_COUNTS",
     "SYMBOLS",
+    "WIKITEXT2_COUNTS",
+    "WIKITEXT103_COUNTS",
     "Corpus",
     "Segment",
     "Segments",
@@ -22,9 +26,12 @@ __all__ = [
     "Unit",
     "Vocabulary",
     "copying",
+    "fetch_wikitext",
     "memoryless_optimum",
     "penn_treebank",
     "python_docs",
     "text_folder",
+    "wikitext2",
+    "wikitext103",
     "witten_bell",
 ]

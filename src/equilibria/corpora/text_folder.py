@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from equilibria.corpora.corpus import Corpus, Stream
@@ -11,7 +13,7 @@ from equilibria.corpora.vocabulary import TextUnit, Vocabulary, check_unit
 FILE_NAMES = ("{split}.txt", "ptb.{split}.txt", "wiki.{split}.tokens")
 """What the file of a split may be called; the first that is there is read."""
 
-PENN_TREEBANK_COUNTS = {"train": 929589, "valid": 73760, "test": 82430, "vocabulary": 10000}
+PENN_TREEBANK_COUNTS = {"train": 929_589, "valid": 73_760, "test": 82_430, "vocabulary": 10_000}
 """Tokens of the Penn Treebank as Mikolov et al. (2010) prepared it, one ``<eos>`` a line included, and its words."""
 
 
@@ -28,14 +30,20 @@ def text_folder(root: Path, *, unit: TextUnit = "word", lowercase: bool = False)
             would become the word ``n``.
     """
     check_unit(unit)
-    paths = {split: _find(root.expanduser(), split) for split in ("train", "valid", "test")}
-    texts = {split: _read(path) for split, path in paths.items()}
-    if lowercase:
-        texts = {split: text.lower() for split, text in texts.items()}
-    vocabulary = Vocabulary.of_text(texts["train"], unit)
+    train, valid, test = (_find(root.expanduser(), split) for split in ("train", "valid", "test"))
+    with _naming(train):
+        vocabulary, ids = Vocabulary.of_lines(_lines(train, lowercase=lowercase), unit)
+        learnt = Stream.of_text(ids)
+
+    def encoded(path: Path) -> Stream:
+        with _naming(path):
+            return Stream.of_text(vocabulary.encode_lines(_lines(path, lowercase=lowercase)))
+
     return Corpus(
         name=root.expanduser().resolve().name,
-        **{split: _stream(text, vocabulary, paths[split]) for split, text in texts.items()},
+        train=learnt,
+        valid=encoded(valid),
+        test=encoded(test),
         vocabulary=vocabulary,
         unit=unit,
     )
@@ -46,19 +54,37 @@ def penn_treebank(root: Path) -> Corpus:
 
     Reference: Mikolov, Karafiát, Burget, Černocký, Khudanpur 2010, "Recurrent neural network based language model".
     """
+    return published(
+        root,
+        counts=PENN_TREEBANK_COUNTS,
+        name="penn_treebank",
+        title="the Penn Treebank",
+        files="the files that Mikolov prepared",
+    )
+
+
+def published(root: Path, *, counts: Mapping[str, int], name: str, title: str, files: str) -> Corpus:
+    """The words of a folder, which must be those of the literature.
+
+    Args:
+        root: the folder, as for ``text_folder``.
+        counts: the tokens of ``train``, ``valid`` and ``test`` and the words of the ``vocabulary``, ``<eos>`` included.
+        name: what reports call the corpus.
+        title: what an error calls it.
+        files: what to get instead, for an error.
+    """
     corpus = text_folder(root)
-    counts = {
-        split: 1 + len(getattr(corpus, split)) for split in ("train", "valid", "test")
-    }  # 1: the first is no target
-    counts["vocabulary"] = len(corpus.vocabulary)
-    for name, expected in PENN_TREEBANK_COUNTS.items():
-        if counts[name] != expected:
-            what = "words in its vocabulary" if name == "vocabulary" else f"tokens in {name}"
+    streams = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
+    found = {split: 1 + len(stream) for split, stream in streams.items()}  # 1: the first token is no target
+    found["vocabulary"] = len(corpus.vocabulary)
+    for part, expected in counts.items():
+        if found[part] != expected:
+            what = "words in its vocabulary" if part == "vocabulary" else f"tokens in {part}"
             raise ValueError(
-                f"{root} is not the Penn Treebank of the literature: it has {counts[name]} {what}, <eos> included, "
-                f"instead of {expected}; get the files that Mikolov prepared, or read these with text_folder."
+                f"{root} is not {title} of the literature: it has {found[part]:,} {what}, <eos> included, instead of "
+                f"{expected:,}; get {files}, or read these with text_folder."
             )
-    return dataclasses.replace(corpus, name="penn_treebank")
+    return dataclasses.replace(corpus, name=name)
 
 
 def _find(root: Path, split: str) -> Path:
@@ -79,28 +105,32 @@ def _find(root: Path, split: str) -> Path:
     )
 
 
-def _read(path: Path) -> str:
-    """The text of a file: UTF-8, any line ends, not blank."""
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at byte offset {error.start}, line {line}, cannot be "
-            "decoded; convert the file, for example with iconv -f LATIN1 -t UTF-8."
-        ) from None
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    if not text.strip():
-        raise ValueError(
-            f"{path} is empty ({len(data)} bytes, no word), and a split needs text; check how it was made."
-        )
-    return text
+def _lines(path: Path, *, lowercase: bool) -> Iterator[str]:
+    """The lines of a file: UTF-8, any line ends, not all blank. It is never in memory as a whole."""
+    offset, blank = 0, True
+    with path.open("rb") as file:
+        for number, data in enumerate(file, 1):
+            try:
+                line = data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"not UTF-8: byte 0x{data[error.start]:02x} at byte offset {offset + error.start}, line {number}, "
+                    "cannot be decoded; convert the file, for example with iconv -f LATIN1 -t UTF-8."
+                ) from None
+            if number == 1:
+                line = line.removeprefix("\ufeff")
+            if line.endswith("\r\n"):
+                line = line[:-2] + "\n"
+            offset, blank = offset + len(data), blank and not line.strip()
+            yield line.lower() if lowercase else line
+    if blank:
+        raise ValueError(f"the file is empty ({offset} bytes, no word), and a split needs text; check how it was made.")
 
 
-def _stream(text: str, vocabulary: Vocabulary, path: Path) -> Stream:
-    """The stream of a text; what is wrong with it is said with the name of the file."""
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a text is said with the name of its file."""
     try:
-        return Stream.of_text(vocabulary.encode(text))
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import io
 import re
 import typing
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -72,11 +74,37 @@ class Vocabulary:
         Characters come in the order of their code points. Words come most frequent first, as adaptive softmaxes expect,
         ties by first appearance, after ``<eos>`` with id 0.
         """
+        vocabulary, _ = cls.of_lines(_lines(text), unit)
+        return vocabulary
+
+    @classmethod
+    def of_lines(cls, lines: Iterable[str], unit: TextUnit) -> tuple[Vocabulary, Int[Tensor, " L"]]:
+        """The vocabulary of a text, as of ``of_text``, and the ids of the text (int64).
+
+        The text is read once and takes at most some twelve bytes a token: every new token gets the next free id, and
+        the ids are renumbered at the end.
+
+        Args:
+            lines: each with its line feed, which the last one may lack; what iterating over a text file returns.
+            unit: what a token is.
+        """
         check_unit(unit)
+        places, ids = _Places(), array("i")
+        if unit == "word":
+            places[END] = 0
+        for line in lines:
+            ids.extend(map(places.__getitem__, _tokens(line, unit=unit, end=END, finish=True)))
+        tokens, first = tuple(places), _tensor(ids)
         if unit == "character":
-            return cls(tokens=tuple(sorted(set(text))), unit=unit)
-        counts = Counter(text.split())
-        return cls(tokens=(END, *(word for word, _ in counts.most_common() if word != END)), unit=unit)
+            order = torch.tensor(sorted(range(len(tokens)), key=tokens.__getitem__), dtype=torch.int64)
+        else:
+            counts = torch.bincount(first, minlength=len(tokens))
+            counts[0] = len(first) + 1  # <eos> comes first, however often it occurs
+            order = counts.argsort(descending=True, stable=True)
+        renumbered = torch.empty_like(order)
+        renumbered[order] = torch.arange(len(order))
+        ordered = tuple(tokens[place] for place in order.tolist())
+        return cls(tokens=ordered, unit=unit), renumbered.index_select(0, first)
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -99,14 +127,17 @@ class Vocabulary:
             text: lines end in a line feed.
             finish: end the last line too when its line break is missing; False for a prompt that is to be continued.
         """
-        tokens, ids = self._split(text, finish=finish), self._ids
-        if self.unknown is not None:
-            unknown = ids[self.unknown]
-            return torch.tensor([ids.get(token, unknown) for token in tokens], dtype=torch.int64)
-        try:
-            return torch.tensor([ids[token] for token in tokens], dtype=torch.int64)
-        except KeyError:
-            raise ValueError(self._unknown_token(tokens)) from None
+        return self.encode_lines(_lines(text), finish=finish)
+
+    def encode_lines(self, lines: Iterable[str], *, finish: bool = True) -> Int[Tensor, " L"]:
+        """As ``encode``, of a text that is given line by line, as to ``of_lines``, and never held as a whole."""
+        ids, place = array("i"), self._places.__getitem__
+        for number, line in enumerate(lines, 1):
+            try:
+                ids.extend(map(place, _tokens(line, unit=self.unit, end=self.end, finish=finish)))
+            except KeyError as error:  # the ids before it are there already
+                raise ValueError(self._unknown_token(error.args[0], position=len(ids), line=number)) from None
+        return _tensor(ids).long()
 
     def decode(self, ids: Int[Tensor, " L"]) -> str:
         """The text of the ids."""
@@ -143,27 +174,57 @@ class Vocabulary:
     def _ids(self) -> dict[str, int]:
         return {token: place for place, token in enumerate(self.tokens)}
 
-    def _split(self, text: str, *, finish: bool) -> Sequence[str]:
-        if self.unit == "character":
-            return text
-        if self.end is None:
-            return text.split()
-        if finish and text and not text.endswith("\n"):
-            text += "\n"
-        return text.replace("\n", f" {self.end} ").split()
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        """The id of every token; of ``<unk>`` for all others, if there is ``<unk>``."""
+        return self._ids if self.unknown is None else _Known(self._ids)
 
-    def _unknown_token(self, tokens: Sequence[str]) -> str:
+    def _unknown_token(self, token: str, *, position: int, line: int) -> str:
         """The sentence about the first token that the vocabulary lacks."""
-        position, token = next((place, token) for place, token in enumerate(tokens) if token not in self._ids)
         place = f"position {position}"
         if self.unit == "character" or self.end is not None:
-            place += f", line {1 + tokens[:position].count(self.end or chr(10))}"
+            place += f", line {line}"
         near = ", ".join(map(repr, _nearest(token, self.tokens, self.unit)))
         return (
             f"The {self.unit} {token!r} ({place}) is not among the {len(self)} {self.unit}s of the vocabulary, which "
             f"has no {UNKNOWN!r}{f'; the nearest are {near}' if near else ''}; "
             f"replace it in the text, or take a vocabulary that contains it or {UNKNOWN!r}."
         )
+
+
+class _Places(dict[str, int]):
+    """The ids of tokens in the order of their first appearance: a new one gets the next."""
+
+    def __missing__(self, token: str) -> int:
+        self[token] = place = len(self)
+        return place
+
+
+class _Known(dict[str, int]):
+    """The ids of known tokens; the others have that of ``<unk>``, and are not remembered."""
+
+    def __missing__(self, token: str) -> int:
+        return self[UNKNOWN]
+
+
+def _lines(text: str) -> Iterable[str]:
+    """The lines of a text, each with its line feed; nothing else ends a line."""
+    return io.StringIO(text, newline="\n")
+
+
+def _tokens(line: str, *, unit: TextUnit, end: str | None, finish: bool) -> Sequence[str]:
+    """The tokens of one line: its characters, or its words and the end of the line if the vocabulary has one."""
+    if unit == "character":
+        return line
+    words = line.split()
+    if end is not None and (finish or line.endswith("\n")):
+        words.append(end)
+    return words
+
+
+def _tensor(ids: array[int]) -> Int[Tensor, " L"]:
+    """The numbers of an array("i"), not copied (int32)."""
+    return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
 
 
 def check_unit(unit: str) -> None:

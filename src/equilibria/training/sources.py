@@ -32,39 +32,87 @@ class PythonDocs(Source):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextFolder(Source):
-    """A folder with train.txt, valid.txt and test.txt."""
+class FolderSource(Source):
+    """A corpus that is read from a folder with a file for training, one for validation and one for testing."""
 
+    files: ClassVar[str] = "train.txt, valid.txt and test.txt"
+    """What the folder holds."""
+    origin: ClassVar[str] = ""
+    """Where such a folder comes from, for the error when none was named."""
     root: Path | None = None
     """The folder."""
+
+    def __post_init__(self) -> None:
+        """Makes the folder's path absolute: a run may be continued from another working directory."""
+        if self.root is not None:
+            object.__setattr__(self, "root", self.root.expanduser().absolute())
+
+    def folder(self) -> Path:
+        """The folder; an error if none was named."""
+        if self.root is None:
+            raise ValueError(
+                f"{type(self).__name__}(root=None): this corpus is read from a folder with {self.files}, and none was "
+                f"named; give it with --corpus.root FOLDER or --data FOLDER{self.origin}."
+            )
+        return self.root
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFolder(FolderSource):
+    """A folder with train.txt, valid.txt and test.txt."""
+
     unit: Literal["word", "character"] = "word"
     """What one token is."""
     lowercase: bool = False
     """Whether capital letters are lowered first."""
 
-    def __post_init__(self) -> None:
-        _from_anywhere(self)
-
     def load(self) -> Corpus:
         """The corpus; its vocabulary is that of train.txt."""
-        return corpora.text_folder(_required(self), unit=self.unit, lowercase=self.lowercase)
+        return corpora.text_folder(self.folder(), unit=self.unit, lowercase=self.lowercase)
 
 
 @dataclasses.dataclass(frozen=True)
-class PennTreebank(Source):
+class PennTreebank(FolderSource):
     """The Penn Treebank by words, as Mikolov prepared it: a folder with train.txt, valid.txt and test.txt."""
 
     unit: ClassVar = "word"
     """What one token is."""
-    root: Path | None = None
-    """The folder."""
-
-    def __post_init__(self) -> None:
-        _from_anywhere(self)
 
     def load(self) -> Corpus:
         """The corpus, its token counts checked."""
-        return corpora.penn_treebank(_required(self))
+        return corpora.penn_treebank(self.folder())
+
+
+@dataclasses.dataclass(frozen=True)
+class WikiText103(FolderSource):
+    """WikiText-103 by words: a folder with its three token files."""
+
+    unit: ClassVar = "word"
+    """What one token is."""
+    files: ClassVar[str] = "wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens"
+    """What the folder holds."""
+    origin: ClassVar[str] = "; `equilibria prepare wikitext103` fetches one"
+    """Where such a folder comes from."""
+
+    def load(self) -> Corpus:
+        """The corpus, its token counts checked; some half a minute."""
+        return corpora.wikitext103(self.folder())
+
+
+@dataclasses.dataclass(frozen=True)
+class WikiText2(FolderSource):
+    """WikiText-2 by words: a folder with its three token files."""
+
+    unit: ClassVar = "word"
+    """What one token is."""
+    files: ClassVar[str] = WikiText103.files
+    """What the folder holds."""
+    origin: ClassVar[str] = "; `equilibria prepare wikitext2` fetches one"
+    """Where such a folder comes from."""
+
+    def load(self) -> Corpus:
+        """The corpus, its token counts checked."""
+        return corpora.wikitext2(self.folder())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +146,4 @@ class Copying(Source):
         )
 
 
-CATALOGUE = (PythonDocs, TextFolder, PennTreebank, Copying)
-
-
-def _from_anywhere(source: TextFolder | PennTreebank) -> None:
-    """Make the folder's path absolute: a run may be continued from another working directory."""
-    if source.root is not None:
-        object.__setattr__(source, "root", source.root.expanduser().absolute())
-
-
-def _required(source: TextFolder | PennTreebank) -> Path:
-    if source.root is None:
-        raise ValueError(
-            f"{type(source).__name__}(root=None): this corpus is read from a folder with train.txt, valid.txt and "
-            "test.txt, and none was named; give it with --corpus.root FOLDER or --data FOLDER."
-        )
-    return source.root
+CATALOGUE = (PythonDocs, TextFolder, PennTreebank, WikiText103, WikiText2, Copying)
