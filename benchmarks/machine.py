@@ -38,6 +38,16 @@ def keep(name: str, rows: Any) -> Path:
     return path
 
 
+def write_into_docs(name: str, text: str, page: str = "reproducing") -> None:
+    """Puts ``text`` between the marks ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a page of the documentation."""
+    path = RESULTS.parents[1] / "docs" / f"{page}.md"
+    before, opening, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    _, closing, after = rest.partition(f"<!-- /{name} -->")
+    if not (opening and closing):
+        raise ValueError(f"{path} has no place for {name}: add the lines <!-- {name} --> and <!-- /{name} -->.")
+    path.write_text(f"{before}{opening}{text}\n{closing}{after}", encoding="utf-8")
+
+
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()

@@ -3,7 +3,10 @@ import math
 
 import pytest
 
-from equilibria.training import learning_rate
+from equilibria.gradients import Implicit
+from equilibria.solve import Stop
+from equilibria.solvers import Anderson
+from equilibria.training import Stage, growing_penalty, learning_rate
 
 
 def rate(step, **changes):
@@ -45,3 +48,53 @@ def test_a_warm_up_as_long_as_the_training_is_allowed():
 def test_steps_are_counted_from_one():
     with pytest.raises(ValueError, match="counted from 1"):
         rate(0)
+
+
+def grown(steps, **changes):
+    stage = Stage("implicit", steps, Anderson(), Stop(), Implicit(), penalty_share=0.4, budget_jitter=2)
+    return growing_penalty(stage, **({"first": 1.9, "increment": 0.1, "every": 10} | changes))
+
+
+def test_a_penalty_grows_every_so_many_steps_and_the_last_part_is_shorter():
+    parts = grown(25)
+    assert [(part.name, part.penalty, part.steps) for part in parts] == [
+        ("implicit γ=1.9", 1.9, 10),
+        ("implicit γ=2.0", 2.0, 10),
+        ("implicit γ=2.1", 2.1, 5),
+    ]
+    assert all((part.penalty_share, part.budget_jitter, part.solver) == (0.4, 2, Anderson()) for part in parts)
+
+
+def test_a_penalty_grows_by_the_steps_of_the_whole_training():
+    assert [part.steps for part in grown(25, done=8)] == [2, 10, 10, 3]
+    assert [part.steps for part in grown(20, done=10)] == [10, 10]
+    assert [part.steps for part in grown(5, done=8, every=100)] == [5]
+
+
+@pytest.mark.parametrize("done", [0, 3, 10, 19])
+@pytest.mark.parametrize("steps", [1, 9, 10, 11, 40])
+def test_growing_penalties_cover_the_stage(steps, done):
+    parts = grown(steps, done=done)
+    assert sum(part.steps for part in parts) == steps
+    ends = list(itertools.accumulate((part.steps for part in parts), initial=done))
+    assert all(end % 10 == 0 for end in ends[1:-1])
+    assert max(part.steps for part in parts) <= 10
+
+
+def test_penalties_are_round_numbers():
+    parts = grown(1000, first=0.1)
+    assert [part.penalty for part in parts] == [float(f"{0.1 * k:.1f}") for k in range(1, 101)]
+    assert len({part.name for part in parts}) == 100
+
+
+def test_a_penalty_that_does_not_grow_leaves_one_stage():
+    (part,) = grown(25, first=2, increment=0)
+    assert (part.name, part.penalty, part.steps) == ("implicit γ=2.0", 2.0, 25)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"first": -1.0}, {"increment": -0.1}, {"every": 0}, {"done": -1}, {"first": math.nan}]
+)
+def test_wrong_growths_are_named(wrong):
+    with pytest.raises(ValueError, match=rf"growing_penalty\({next(iter(wrong))}=.*at least"):
+        grown(25, **wrong)

@@ -238,6 +238,40 @@ def test_the_stop_for_evaluation_is_used():
     assert of(events, "step")[-1]["forward"]["evals"] > 3
 
 
+def jittered():
+    """Solves that always spend their budget; that of a training step falls short by up to two evaluations."""
+    stop = Stop(rtol=0, atol=0, max_evals=8)
+    gradient = Implicit(solver=Picard(), stop=dataclasses.replace(stop, max_evals=5))
+    return with_stage(experiment(), 1, stop=stop, gradient=gradient, steps=20, budget_jitter=2)
+
+
+def test_the_budgets_of_a_stage_are_drawn_in_training_only():
+    trainer, events = fitted(jittered())
+    steps = [event for event in of(events, "step") if event["stage"] == "implicit"]
+    assert {event["forward"]["evals"] - 1 for event in steps} == {6, 7, 8}  # one more carries the graph
+    assert {event["backward"]["evals"] for event in steps} == {5}
+    assert {event["forward"]["evals"] for event in of(events, "valid") if event["stage"] == "implicit"} == {8}
+    assert trainer.model.layer.stop == trainer.stage.stop
+
+
+def test_drawn_budgets_are_the_same_after_an_interruption(tmp_path):
+    def stop_at_step_20(event):
+        if event["step"] == 20:
+            raise KeyboardInterrupt
+
+    whole, events = fitted(jittered())
+    run = Run.start(tmp_path / "run", jittered())
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(jittered(), run, corpus(), on_event=stop_at_step_20).fit()
+    torch.manual_seed(7)
+    resumed = Trainer(jittered(), run, corpus())
+    assert resumed.resume() == 16
+    resumed.fit()
+    assert same_bits(trained_weights(resumed), trained_weights(whole))
+    expected = [event["forward"]["evals"] for event in of(events, "step")]
+    assert [event["forward"]["evals"] for event in of(run.events(), "step")] == expected
+
+
 def test_copying_trains_and_reports_the_share_of_right_answers():
     recipe = RECIPES["copying"]()
     task = copying(blank=5, train=12, valid=8, test=4)

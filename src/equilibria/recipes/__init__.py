@@ -2,12 +2,51 @@
 
 from collections.abc import Callable
 
-from equilibria.recipes.copying import copying
+from equilibria.recipes.copying import copying, copying_400
+from equilibria.recipes.copying_recurrent import copying_gru, copying_lstm
 from equilibria.recipes.ptb import ptb
 from equilibria.recipes.tiny import tiny
+from equilibria.recipes.wikitext import (
+    wikitext103_medium,
+    wikitext103_medium_adaptive,
+    wikitext103_small,
+    wikitext103_unrolled,
+    wikitext103_v2,
+    wikitext103_v2_jacobian_postln,
+    wikitext103_v2_jacobian_preln,
+)
 from equilibria.training import Experiment
 
-RECIPES: dict[str, Callable[[], Experiment]] = {"tiny": tiny, "copying": copying, "ptb": ptb}
+RECIPES: dict[str, Callable[[], Experiment]] = {
+    "tiny": tiny,
+    "copying": copying,
+    "copying-400": copying_400,
+    "copying-lstm": copying_lstm,
+    "copying-gru": copying_gru,
+    "ptb": ptb,
+    "wikitext103-small": wikitext103_small,
+    "wikitext103-medium": wikitext103_medium,
+    "wikitext103-medium-adaptive": wikitext103_medium_adaptive,
+    "wikitext103-v2": wikitext103_v2,
+    "wikitext103-v2-jacobian-postln": wikitext103_v2_jacobian_postln,
+    "wikitext103-v2-jacobian-preln": wikitext103_v2_jacobian_preln,
+    "wikitext103-unrolled": wikitext103_unrolled,
+}
 """Every recipe of the library by the name that the command line knows it by."""
 
-__all__ = ["RECIPES", "copying", "ptb", "tiny"]
+__all__ = [
+    "RECIPES",
+    "copying",
+    "copying_400",
+    "copying_gru",
+    "copying_lstm",
+    "ptb",
+    "tiny",
+    "wikitext103_medium",
+    "wikitext103_medium_adaptive",
+    "wikitext103_small",
+    "wikitext103_unrolled",
+    "wikitext103_v2",
+    "wikitext103_v2_jacobian_postln",
+    "wikitext103_v2_jacobian_preln",
+]

@@ -2,13 +2,22 @@
 
 from equilibria.training.checkpoint import CheckpointError
 from equilibria.training.comparison import memory_comparison
-from equilibria.training.evaluation import Evaluation, evaluate
+from equilibria.training.evaluation import Evaluation, Setting, evaluate
 from equilibria.training.experiment import Experiment, Stage, Training
+from equilibria.training.explicit import explicit
 from equilibria.training.memory import PeakMemory
 from equilibria.training.run import Run
-from equilibria.training.schedule import learning_rate
+from equilibria.training.schedule import growing_penalty, learning_rate
 from equilibria.training.serialise import from_json, to_json
-from equilibria.training.sources import Copying, PennTreebank, PythonDocs, Source, TextFolder
+from equilibria.training.sources import (
+    Copying,
+    PennTreebank,
+    PythonDocs,
+    Source,
+    TextFolder,
+    WikiText2,
+    WikiText103,
+)
 from equilibria.training.step import Step
 from equilibria.training.trainer import Trainer, TrainingStopped
 
@@ -21,6 +30,7 @@ __all__ = [
     "PennTreebank",
     "PythonDocs",
     "Run",
+    "Setting",
     "Source",
     "Stage",
     "Step",
@@ -28,8 +38,12 @@ __all__ = [
     "Trainer",
     "Training",
     "TrainingStopped",
+    "WikiText2",
+    "WikiText103",
     "evaluate",
+    "explicit",
     "from_json",
+    "growing_penalty",
     "learning_rate",
     "memory_comparison",
     "to_json",

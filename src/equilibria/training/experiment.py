@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from equilibria.corpora import Corpus
 from equilibria.equilibrium import Equilibrium, GradientRule
-from equilibria.language import LanguageModel, LanguageShape
+from equilibria.language import LanguageModel, LanguageShape, RecurrentShape
 from equilibria.solve import Solver, Stop
 from equilibria.training.names import nearest_or_all
 from equilibria.training.sources import Source
@@ -35,6 +38,8 @@ class Stage:
     """Probability with which a step has the penalty; the steps without it cost nothing more."""
     eval_stop: Stop | None = None
     """Tolerances and budget in evaluation; None for those of the training."""
+    budget_jitter: int = 0
+    """Evaluations by which the budget of a training step may fall short: each draws one of 0 … budget_jitter."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps")
@@ -44,6 +49,11 @@ class Stage:
             )
         if not 0 < self.penalty_share <= 1:
             raise ValueError(f"Stage(penalty_share={self.penalty_share}): a probability in (0, 1]; try 0.4.")
+        if not 0 <= self.budget_jitter < self.stop.max_evals:
+            raise ValueError(
+                f"Stage(budget_jitter={self.budget_jitter}): a budget of {self.stop.max_evals} evaluations falls short "
+                f"by 0 to {self.stop.max_evals - 1} of them; try 2, or 0 for the same budget in every step."
+            )
 
     @property
     def solves(self) -> dict[str, Any]:
@@ -55,6 +65,23 @@ class Stage:
         if isinstance(layer, Equilibrium):
             for name, value in self.solves.items():
                 setattr(layer, name, value)
+
+    @contextlib.contextmanager
+    def drawn_budget(self, layer: nn.Module) -> Iterator[None]:
+        """Let ``layer`` solve forward with a budget drawn for this step, max_evals − U{0, …, budget_jitter}.
+
+        So that no one depth is learnt by heart: from the code of Bai, Koltun and Kolter (2021). It is drawn from
+        PyTorch's generator, and only where there is something to draw; afterwards the layer has its own stop back.
+        """
+        if self.budget_jitter == 0 or not isinstance(layer, Equilibrium):
+            yield
+            return
+        stop, shortfall = layer.stop, int(torch.randint(self.budget_jitter + 1, ()))
+        layer.stop = dataclasses.replace(stop, max_evals=stop.max_evals - shortfall)
+        try:
+            yield
+        finally:
+            layer.stop = stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +160,7 @@ class Experiment:
     """What the run is called."""
     corpus: Source
     """Where the text comes from."""
-    model: LanguageShape
+    model: LanguageShape | RecurrentShape
     """The sizes of the model."""
     stages: tuple[Stage, ...]
     """The parts of the training, in order."""

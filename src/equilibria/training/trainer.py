@@ -127,7 +127,8 @@ class Trainer:
         rate = set_learning_rate(self.optimiser, self.experiment, self.steps_done + 1)
         segment = to(segment, self.device)
         model.train()
-        output = model(segment.tokens, segment.targets, None if segment.fresh else self.memory)
+        with self.stage.drawn_budget(model.layer):
+            output = model(segment.tokens, segment.targets, None if segment.fresh else self.memory)
         loss, penalty = output.nats.mean(), self._penalty(output)
         (loss if penalty is None else loss + self.stage.penalty * penalty).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if training.clip is None else training.clip)

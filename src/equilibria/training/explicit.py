@@ -1,0 +1,101 @@
+"""explicit: the explicit twin of an experiment, a network of L layers where the equilibrium was."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from equilibria.gradients import Unroll
+from equilibria.language import Explicit, LanguageShape
+from equilibria.training.comparison import network_of
+from equilibria.training.experiment import Experiment
+
+TRANSFORMER_XL: dict[str, Any] = {
+    "injection": False,
+    "affine": True,
+    "weight_norm": False,
+    "variational": False,
+    "norm": "post",
+    "init": "normal",
+    "std": 0.02,
+}
+"""What makes a layer of Transformer-XL of a ``TransformerShape``."""
+
+
+def explicit(
+    experiment: Experiment,
+    depth: int,
+    tied: bool = True,
+    *,
+    memory: Literal["last", "layers"] = "last",
+    checkpoint: bool = False,
+) -> Experiment:
+    """The experiment with a network of ``depth`` layers instead of the equilibrium, trained by back-propagation.
+
+    Corpus, sizes, optimiser and the number of steps are those of the equilibrium; its stages become one. Flags and
+    ``dataclasses.replace`` change the twin as they change any experiment.
+
+    Tied, every layer is the equilibrium's own cell f, injection included, and z_0 = 0: the weight-tied network of Bai,
+    Kolter and Koltun (2019, table 3), and with ever more layers the equilibrium itself.
+
+    Untied, it is a Transformer-XL (Dai et al. 2019) of the same sizes, with weights of their own for each layer: no
+    injection, so that x enters once; layer norms with gain and bias; no weight norm; dropout masks for each position;
+    weights from N(0, 0.02²). Deviations from its code: (1) the position biases u and v belong to a layer, and are not
+    shared by all; (2) W_o has a bias; (3) embedding, head, positions and dropout rates are those of the experiment.
+
+    Args:
+        experiment: with an equilibrium.
+        depth: L, layers.
+        tied: whether all layers share the weights of one cell.
+        memory: "last" lets all layers read the remembered states of the last one, as in an equilibrium; "layers"
+            remembers for each layer its own input, as Transformer-XL does. An untied network always does the latter.
+        checkpoint: keep only the states between layers, and evaluate each again in the backward pass.
+
+    Raises:
+        ValueError: there is no equilibrium to replace, or no layer to put in its place.
+    """
+    shape = _shape(experiment)
+    if depth < 1:
+        raise ValueError(f"explicit(depth={depth}): a network has at least one layer; try depth=12.")
+    # What an equilibrium would need to be that network: it says so in the log, though here nothing is solved.
+    stage = dataclasses.replace(
+        network_of(depth), name="explicit", steps=experiment.total_steps, gradient=Unroll(checkpoint=checkpoint)
+    )
+    layers = Explicit(depth=depth, tied=tied, memory=memory if tied else "layers", checkpoint=checkpoint)
+    return dataclasses.replace(
+        experiment,
+        name=f"{experiment.name}-{depth}-layers{'' if tied else '-untied'}",
+        model=dataclasses.replace(shape, cell=shape.cell if tied else _transformer_xl(shape.cell), explicit=layers),
+        stages=(stage,),
+        # Neither has a meaning without a fixed point.
+        training=dataclasses.replace(experiment.training, spectral_radius=0, measure_memory=False),
+    )
+
+
+def _shape(experiment: Experiment) -> LanguageShape:
+    """The shape of an equilibrium."""
+    shape = experiment.model
+    if not isinstance(shape, LanguageShape):
+        raise ValueError(
+            f"explicit({experiment.name!r}): its model is a {type(shape).__name__}, which has no equilibrium to be "
+            "replaced; take a recipe with a cell, such as tiny."
+        )
+    if shape.explicit is not None:
+        raise ValueError(
+            f"explicit({experiment.name!r}): its model is an explicit network of {shape.explicit.depth} layers "
+            "already; take the recipe that it comes from."
+        )
+    return shape
+
+
+def _transformer_xl(cell: Any) -> Any:
+    """The shape of a layer of Transformer-XL, or of a chain of them, with the sizes of ``cell``."""
+    if hasattr(cell, "cells"):
+        return dataclasses.replace(cell, cells=tuple(map(_transformer_xl, cell.cells)))
+    missing = TRANSFORMER_XL.keys() - {field.name for field in dataclasses.fields(cell)}
+    if missing:
+        raise ValueError(
+            f"explicit(tied=False): a {type(cell).__name__} has no {', '.join(sorted(missing))}, and the untied "
+            "network is a Transformer-XL; take a TransformerShape, or tied=True."
+        )
+    return dataclasses.replace(cell, **TRANSFORMER_XL)
