@@ -172,10 +172,10 @@ class LanguageModel(nn.Module):
         if hasattr(self.layer, "cache"):
             layer: Any = self.layer
             return layer.cache(batch, length=length, padding=padding, memory=memory, warm=warm)
-        if padding is not None:
+        if padding is not None or length is not None:
             raise ValueError(
-                f"{type(self.layer).__name__} cannot tell where rows of different lengths begin; give rows of one "
-                "length, or one row at a time."
+                f"{type(self.layer).__name__} has no cache: it cannot tell where rows of different lengths begin, and "
+                "its memory is as long as it is; give rows of one length, and no length of the memory."
             )
         return memory
 
