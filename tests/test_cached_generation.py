@@ -160,7 +160,7 @@ def test_each_token_is_a_solve_of_one_position():
     assert set(seen) == {1}
 
 
-def test_a_start_at_the_last_state_saves_evaluations():
+def test_a_start_at_the_last_state_saves_evaluations_where_tokens_repeat():
     evals = {}
     for warm in (False, True):
         torch.manual_seed(0)

@@ -57,7 +57,7 @@ class Cell(nn.Module, ABC):
         length: int | None = None,
         padding: Int[Tensor, " B"] | None = None,
         memory: Memory = None,
-        warm: bool = True,
+        warm: bool = False,
     ) -> Memory:
         """A memory for generation, position by position and without gradients: here ``memory`` as it is.
 

@@ -111,7 +111,7 @@ class ChainCell(Cell):
         length: int | None = None,
         padding: Int[Tensor, " B"] | None = None,
         memory: tuple[TransformerMemory | None, ...] | None = None,
-        warm: bool = True,
+        warm: bool = False,
     ) -> tuple[TransformerCache, ...]:
         """One cache a block, for generation; see ``TransformerCell.cache``."""
         memories = (None,) * len(self.blocks) if memory is None else memory

@@ -163,7 +163,7 @@ class LanguageModel(nn.Module):
         length: int | None = None,
         padding: Int[Tensor, " B"] | None = None,
         memory: Memory = None,
-        warm: bool = True,
+        warm: bool = False,
     ) -> Memory:
         """A memory for generation, which keeps what is computed of each position; see ``Cell.cache``.
 
