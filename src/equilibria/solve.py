@@ -327,17 +327,42 @@ class _Kept:
         self.z, self.fz = z, z.new_tensor(math.nan).expand_as(z)  # until f(z) is finite somewhere, f(z) is NaN
         self.residual = torch.full((len(z),), math.inf, dtype=z.dtype, device=z.device)
         self.status = torch.full((len(z),), int(Status.BUDGET_SPENT), device=z.device)
-        self.steps = torch.zeros(len(z), dtype=torch.long, device=z.device)
+        self._steps, self._steps_of_all = torch.zeros(len(z), dtype=torch.long, device=z.device), 0
         self.trace: list[Tensor] = []
         self.moving, self._all_moving = True, True
 
     def update(self, z: Tensor, fz: Tensor) -> Tensor:
         """Judge the new pair (z, f(z)); returns which samples go on."""
+        value, stop = fz.detach(), self._stop
+        gap, size = row_norm(value - z.detach()), row_norm(value)
+        tolerance = stop.atol + stop.rtol * size
+        if self._all_moving and self._only_better(gap, gap / size, tolerance):
+            self.z, self.fz = z, fz
+            return self._active
+        return self._judge(z, fz, gap, size, tolerance)
+
+    @property
+    def steps(self) -> Tensor:
+        """Steps of each sample."""
+        return self._steps + self._steps_of_all
+
+    def _only_better(self, gap: Tensor, relative: Tensor, tolerance: Tensor) -> bool:
+        """Whether every sample has improved and none is done, as in most steps: then little has to be noted."""
+        better = gap > tolerance  # which NaN is not
+        if self._stop.best:
+            better = better & (relative < self.residual)
+        else:
+            better = better & torch.isfinite(relative)
+        if not better.all():
+            return False
+        self.residual = relative
+        self.trace.append(relative)
+        return True
+
+    def _judge(self, z: Tensor, fz: Tensor, gap: Tensor, size: Tensor, tolerance: Tensor) -> Tensor:
         active, stop = self._active, self._stop
-        gap, size = row_norm(fz.detach() - z.detach()), row_norm(fz.detach())
         relative = torch.where(gap == 0, 0.0, gap / size)
         finite = torch.isfinite(gap) & torch.isfinite(size)
-        tolerance = stop.atol + stop.rtol * size
         met = active & finite & (gap <= tolerance) & (stop.rtol > 0 or stop.atol > 0)
         first = torch.isinf(self.residual)
         improved = active & finite & ((relative < self.residual) | met | first | (not stop.best))
@@ -359,8 +384,11 @@ class _Kept:
 
     def freeze(self, proposal: Tensor) -> Tensor:
         """The next iterate: samples that are done stay where they are."""
-        self.steps = self.steps + self._active
-        return proposal if self._all_moving else torch.where(self._active[:, None], proposal, self.z)
+        if self._all_moving:
+            self._steps_of_all += 1
+            return proposal
+        self._steps = self._steps + self._active
+        return torch.where(self._active[:, None], proposal, self.z)
 
 
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:

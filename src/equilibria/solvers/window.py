@@ -52,7 +52,7 @@ def ridge_solve(gram: Float[Tensor, "B W W"], target: Float[Tensor, "B W"], *, r
     """
     diagonal = gram.diagonal(dim1=1, dim2=2)
     filled = diagonal > 0
-    scale = torch.where(filled, torch.where(filled, diagonal, 1.0).rsqrt(), 0.0)
+    scale = torch.where(filled, diagonal, 1.0).rsqrt()
     scaled = gram * scale[:, :, None] * scale[:, None, :]
     regular = scaled + torch.diag_embed(torch.where(filled, ridge, 1.0).to(gram.dtype))
     solution, info = torch.linalg.solve_ex(regular, target * scale)
