@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from equilibria.__main__ import main
-from equilibria.commands import train
+from equilibria.cells import ChainShape
+from equilibria.commands import report, summary, train
 from equilibria.commands.loading import trained as trained_model
-from equilibria.commands.loading import with_data
+from equilibria.commands.loading import with_data, with_memory
 from equilibria.commands.recipe import experiment_of
+from equilibria.commands.record import read
 from equilibria.recipes import RECIPES
 from equilibria.training import Run, checkpoint, evaluate
 from equilibria.training.trainer import Trainer
@@ -55,6 +58,8 @@ def test_train_prints_a_line_a_step_the_table_a_sample_and_the_report(trained):
     assert text.startswith("small on text, in runs/small\n")
     assert "step 1/8 shallow  loss " in text
     assert "step 3  stage implicit begins" in text
+    for stop in ("3 evaluations and no tolerance", "at most 30 evaluations, tolerance 0.01"):
+        assert text.count(f"  validation: memory 4, segments of 8, 8 streams, {stop}, 128 of 129 tokens\n") == 1
     assert "backward" in next(line for line in text.splitlines() if line.startswith("step 8/8 implicit"))
     for label in ("Parameters", "Validation", "Yardstick", "Forward solve", "Backward solve", "Peak memory", "Time"):
         assert f"│ {label}" in text
@@ -136,9 +141,15 @@ def test_evaluate_prints_the_score_and_what_it_depends_on(run, capsys):
     text = capsys.readouterr().out
     for words in ("bits per character", "nats", "Memory length", "Segment length", "9 evaluations", "tolerance 0.5"):
         assert words in text
-    assert "Tokens scored  │ 129" in text
+    assert "Tokens scored  │ 129 of 129" in text
+    assert "exact: the text is read in one piece" in text
     sentence = fails(capsys, "evaluate", "runs/small", "--max-evals", "0", code=1)
     assert "at least 1" in sentence
+
+
+def asked(event: dict) -> dict:
+    """What a validation was asked for: the rest of its setting follows from the run."""
+    return {name: event["setting"][name] for name in ("batch_size", "segment_length", "max_segments")}
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
@@ -146,9 +157,10 @@ def test_a_model_scores_again_what_its_log_says(run, which):
     """To the last bit: solver, stop and gradient rule are those that the validation had."""
     found = trained_model(run, checkpoint=which)
     logged = [event for event in Run(run).events() if event["event"] == "valid" and event["step"] == found.step][-1]
-    again = evaluate(found.model, found.corpus.valid, **logged["setting"])
+    again = evaluate(found.model, found.corpus.valid, **asked(logged))
     assert again.nats_per_token == logged["nats"]
     assert again.forward == logged["forward"]
+    assert dataclasses.asdict(again.setting) == logged["setting"]
 
 
 def test_where_two_stages_meet_the_checkpoint_is_of_the_second(place):
@@ -164,7 +176,7 @@ def test_where_two_stages_meet_the_checkpoint_is_of_the_second(place):
         found = trained_model(run.path, checkpoint=which)
         assert found.step == 3
         assert (found.model.layer.solver, found.model.layer.gradient) == (second.solver, second.gradient)
-        again = evaluate(found.model, found.corpus.valid, **logged["setting"])
+        again = evaluate(found.model, found.corpus.valid, **asked(logged))
         assert again.nats_per_token == logged["nats"]
 
 
@@ -216,6 +228,13 @@ def test_evaluate_finds_a_corpus_that_has_moved(run, place, capsys):
     assert "do not fit a corpus" in fails(capsys, "evaluate", "runs/small", "--data", "moved", code=1)
 
 
+def test_weights_that_the_library_would_now_call_otherwise_are_not_blamed_on_the_corpus(run, capsys):
+    description = json.loads((run / "experiment.json").read_text())
+    description["model"]["cell"]["weight_norm"] = False
+    (run / "experiment.json").write_text(json.dumps(description))
+    assert "have other names" in fails(capsys, "evaluate", "runs/small", code=1)
+
+
 def test_generate_continues_the_prompt_and_repeats_itself_with_a_seed(run, capsys):
     texts = []
     for seed in ("1", "1", "2"):
@@ -232,7 +251,7 @@ def test_generate_continues_the_prompt_and_repeats_itself_with_a_seed(run, capsy
         (["--prompt", "aéb"], 2, "'é'"),
         (["--prompt", ""], 2, "--prompt is empty"),
         (["--prompt", "a", "--length", "0"], 2, "at least 1"),
-        (["--prompt", "a", "--temperature", "-1"], 1, "temperature"),
+        (["--prompt", "a", "--temperature", "-1"], 2, "temperature"),
     ],
 )
 def test_generate_refuses_what_it_cannot_do(run, capsys, words, code, sentence):
@@ -258,3 +277,121 @@ def test_a_stopped_training_is_one_sentence(place, capsys):
     assert lines[-1]["event"] == "stopped"
     assert main(["report", "runs/small"]) == 0
     assert capsys.readouterr().out.startswith("Stopped at step")
+
+
+def test_the_table_and_the_report_say_how_the_score_was_measured(run, capsys):
+    record = read(run)
+    (row,) = (row for row in summary.rows(record) if row.label == "Validation")
+    words = "memory 4, segments of 8, 8 streams, at most 30 evaluations, tolerance 0.01, 128 of 129 tokens"
+    assert row.beside.endswith(f", the best; {words}")
+    assert words in report.write(record).read_text(encoding="utf-8")
+
+
+def score_of(capsys, *words: str) -> tuple[str, str]:
+    """The score that `evaluate` prints, and everything else."""
+    assert main(["evaluate", *words]) == 0
+    text = capsys.readouterr().out
+    return re.search(r"Score +│ (\S+)", text)[1], text
+
+
+def test_evaluate_with_another_memory_scores_otherwise_and_says_so(run, capsys):
+    scores = {}
+    for length in ("0", "4", "9"):
+        scores[length], text = score_of(capsys, "runs/small", "--memory-length", length)
+        assert re.search(rf"Memory length +│ {length} tokens +│ {'4 in the training' if length != '4' else ' '}", text)
+    assert len(set(scores.values())) == 3
+    assert scores["4"] == score_of(capsys, "runs/small")[0]
+    assert "longest=40 or more" in fails(capsys, "evaluate", "runs/small", "--memory-length", "40", code=1)
+
+
+def test_evaluate_with_more_streams_says_what_that_leaves_out(run, capsys):
+    _, text = score_of(capsys, "runs/small", "--batch-size", "10")
+    assert "Tokens scored  │ 120 of 129" in text
+    assert "its first token has no past" in text
+
+
+def test_a_memory_is_set_in_every_block_of_a_chain():
+    value = experiment_of("tiny")
+    cell = value.model.cell
+    chain = dataclasses.replace(value, model=dataclasses.replace(value.model, cell=ChainShape(cells=(cell, cell))))
+    assert with_memory(chain, 7).model.cell == ChainShape(cells=(dataclasses.replace(cell, memory=7),) * 2)
+
+
+@pytest.mark.parametrize("words", ["--explicit 3", "--untied --explicit=3", "--explicit 3 --recompute"])
+def test_an_explicit_twin_goes_all_the_way(place, capsys, words):
+    words = words.split()
+    flags = ["--data", "text", "--stages.0.steps", "5", "--model.cell.inner", "6"]
+    assert main(["train", *words, "recipe.py:small", *flags]) == 0
+    name = "small-3-layers-untied" if "--untied" in words else "small-3-layers"
+    run = Run(Path("runs") / name)
+    text = capsys.readouterr().out
+    assert text.startswith(f"{name} on text, in runs/{name}\n")
+    assert "step 5/5 explicit  loss " in text
+    assert "validation: memory 4, segments of 8, 8 streams, 128 of 129 tokens" in text
+    assert not re.search("solve|forward|evaluations", text)
+    stored = run.experiment()
+    assert (stored.model.cell.inner, stored.total_steps, stored.model.explicit.depth) == (6, 5, 3)
+    assert stored.model.explicit.checkpoint == ("--recompute" in words)
+    page = (run.report / "index.html").read_text(encoding="utf-8")
+    assert "An explicit network of 3 layers with" in page
+    assert 'id="loss"' in page
+    assert 'id="residual"' not in page
+    assert "an explicit network of 3 layers" in score_of(capsys, str(run.path))[1]
+    assert "which solves nothing" in fails(capsys, "evaluate", str(run.path), "--max-evals", "9")
+    assert main(["generate", str(run.path), "--prompt", "ab", "--length", "5"]) == 0
+    assert len(capsys.readouterr().out) == 8
+    assert main(["train", "recipe.py:small", *words, "--resume", "--quiet"]) == 0  # with the numbers that it had
+
+
+def test_an_interrupted_twin_says_how_to_go_on(place, capsys, monkeypatch):
+    step = Trainer.step
+
+    def interrupted(trainer, segment):
+        if trainer.steps_done == 4:
+            raise KeyboardInterrupt
+        return step(trainer, segment)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        assert main(["train", "recipe.py:small", "--data", "text", "--explicit", "2", "--layer-memory"]) == 130
+    words = capsys.readouterr().err.strip().splitlines()[-1].partition("equilibria ")[2].split()
+    assert words[:5] == ["train", "recipe.py:small", "--layer-memory", "--explicit", "2"]
+    assert main(words) == 0
+    assert "going on after step 4 of 8" in capsys.readouterr().out
+
+
+RECURRENT = """
+import dataclasses
+from equilibria.language import RecurrentShape
+from recipe import small
+
+
+def gru():
+    value = small()
+    training = dataclasses.replace(value.training, spectral_radius=0)
+    model = RecurrentShape(network="gru", hidden=5)
+    return dataclasses.replace(value, name="gru", model=model, training=training)
+"""
+
+
+def test_a_recurrent_network_is_trained_evaluated_and_speaks(place, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(place)
+    (place / "own.py").write_text(RECURRENT)
+    assert main(["train", "own.py:gru", "--data", "text"]) == 0
+    assert "validation: segments of 8, 8 streams, 128 of 129 tokens" in capsys.readouterr().out
+    assert "a recurrent network (GRU) of 5 channels" in score_of(capsys, "runs/gru")[1]
+    assert "a RecurrentShape has no number" in fails(capsys, "evaluate", "runs/gru", "--memory-length", "3")
+    assert main(["generate", "runs/gru", "--prompt", "ab", "--length", "5"]) == 0
+    assert len(capsys.readouterr().out) == 8
+    assert "which has no equilibrium" in fails(capsys, "train", "own.py:gru", "--explicit", "3", code=1)
+
+
+def test_a_made_up_task_says_how_many_answers_are_right(place, capsys):
+    sizes = ["--corpus.blank", "5", "--corpus.train", "64", "--corpus.valid", "32", "--corpus.test", "32"]
+    assert main(["train", "copying-lstm", *sizes, "--stages.0.steps", "3", "--warmup", "0"]) == 0
+    text = capsys.readouterr().out
+    assert "validation: segments of 25, 32 streams, 800 of 800 tokens" in text
+    assert re.search(r"step 3  valid .* nats per symbol, [\d.]+ % right, best", text)
+    assert re.search(r"Right answers +│ [\d.]+ %", text)
+    _, text = score_of(capsys, "runs/copying-lstm", "--batch-size", "8")
+    assert re.search(r"Batch size +│ 8 streams +│ each sequence stands alone", text)

@@ -121,6 +121,34 @@ def test_the_summary_says_what_was_measured(tmp_path):
     assert rows["Peak memory"].beside.replace(summary.NBSP, " ").endswith("64 layers 64.0 MiB")
 
 
+def test_a_run_without_the_newer_settings_shows_those_it_has(tmp_path):
+    old = {"batch_size": 8, "segment_length": 64, "max_segments": None}
+    lines = [{**event, "setting": old} if event["event"] == "valid" else event for event in events()]
+    rows = {row.label: row for row in summary.rows(read(write(tmp_path / "run", lines)))}
+    assert rows["Validation"].beside == "step 100, the best; segments of 64, 8 streams"
+
+
+def test_right_answers_stand_beside_a_loss_that_says_little(tmp_path):
+    rows = summary.rows(read(write(tmp_path / "run", [*events(), {**valid(100, 1.0), "accuracy": 0.125}])))
+    assert [row.value for row in rows if row.label == "Right answers"] == ["12.5 %"]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({}, "A deep equilibrium model, in"),
+        (
+            {"explicit": {"depth": 12, "tied": True}},
+            "An explicit network of 12 layers with the weights of one cell, in",
+        ),
+        ({"explicit": {"depth": 1, "tied": False}}, "An explicit network of 1 layer with weights of their own, in"),
+        ({"kind": "RecurrentShape", "network": "lstm", "hidden": 57}, "A recurrent network (LSTM) of 57 channels, in"),
+    ],
+)
+def test_the_page_says_what_kind_of_network_it_is(tmp_path, model, words):
+    assert words in page_of(write(tmp_path / "run", events(), model=model))
+
+
 def test_parameters_are_counted_in_the_header_of_the_weights(tmp_path):
     torch, safetensors = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
     run = write(tmp_path / "run", events())

@@ -34,6 +34,7 @@ class Display:
         self._live: Live | None = None
         self._latest: dict[str, Event] = {}
         self._first: Event | None = None
+        self._conditions = ""
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -62,11 +63,19 @@ class Display:
             self._first = event
         if self._quiet:
             return
-        line = self._line(event)
-        if line is not None:
-            self._console.print(Text(line, style="dim"), soft_wrap=self._live is None)
+        for line in (self._setting(event), self._line(event)):
+            if line is not None:
+                self._console.print(Text(line, style="dim"), soft_wrap=self._live is None)
         if self._live is not None:
             self._live.update(self._panel())
+
+    def _setting(self, event: Event) -> str | None:
+        """How validation is measured, said once: where it has changed, as where a stage has another budget."""
+        conditions = formats.conditions(event) if event["event"] == "valid" else ""
+        if not conditions or conditions == self._conditions:
+            return None
+        self._conditions = conditions
+        return f"step {event['step']:,}  validation: {conditions}"
 
     def _line(self, event: Event) -> str | None:
         """The event as a line, if it deserves one: on a terminal the steps are in the panel."""
@@ -78,8 +87,9 @@ class Display:
         if kind == "valid":
             cost = self._solve(event["stage"], event.get("forward"))
             solves = f", {cost[0].replace('evaluations', 'evals')}, {cost[2]}" if cost else ""
+            right = "" if event.get("accuracy") is None else f", {formats.percent(event['accuracy'])} right"
             best = ", best" if event.get("best") else ""
-            return f"{number}  valid {formats.score(event, self._unit)}{solves}{best}"
+            return f"{number}  valid {formats.score(event, self._unit)}{right}{solves}{best}"
         return None
 
     def _step_line(self, event: Event) -> str:

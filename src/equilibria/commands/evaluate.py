@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -16,9 +16,9 @@ from equilibria.commands.errors import UsageError
 from equilibria.commands.loading import Trained, Which, trained
 from equilibria.commands.summary import Row
 from equilibria.equilibrium import Equilibrium
-from equilibria.solve import Stop
-from equilibria.training.evaluation import Evaluation
+from equilibria.training.evaluation import Evaluation, Setting
 from equilibria.training.evaluation import evaluate as score
+from equilibria.training.serialise import to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Options:
     recipe: str | None = None
     """FILE.py:FUNCTION that the run was trained from, if solvers or shapes of your own are in it."""
     batch_size: int = 1
-    """Streams read side by side; 1 is exact, more is faster."""
+    """Streams read side by side; 1 is exact, more is faster and what papers do: each begins without a past."""
+    memory_length: int | None = None
+    """Positions of the past that the model remembers; None for those of the training."""
     segment_length: int | None = None
     """Tokens in one solve; None for that of the training."""
     max_segments: int | None = None
@@ -49,30 +51,40 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the score."""
-    options = parse(Options, arguments, verb="evaluate")
-    for name in ("batch_size", "segment_length", "max_segments"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(
-                f"--{name.replace('_', '-')} {value}: it must be at least 1; leave it out for the default."
-            )
-    loaded = trained(options.run, checkpoint=options.checkpoint, data=options.data, recipe=options.recipe)
-    stop = _set_stop(loaded, options)
+    options = _checked(parse(Options, arguments, verb="evaluate"))
+    loaded = trained(
+        options.run,
+        checkpoint=options.checkpoint,
+        data=options.data,
+        recipe=options.recipe,
+        memory_length=options.memory_length,
+    )
+    _set_stop(loaded, options)
     stream = {"valid": loaded.corpus.valid, "test": loaded.corpus.test}[options.split]
-    length = options.segment_length or _length(loaded)
     console = Console(highlight=False)
     with console.status(f"reading {len(stream):,} tokens of {loaded.corpus.name} ({options.split})"):
         result = score(
             loaded.model,
             stream,
             batch_size=options.batch_size,
-            segment_length=None if stream.episode else length,
+            segment_length=None if stream.episode else options.segment_length or _length(loaded),
             max_segments=options.max_segments,
         )
     title = f"{options.run}, {options.checkpoint} checkpoint (step {loaded.step:,}), {options.split}"
-    rows = [*_scores(result, loaded.corpus.unit), *_conditions(loaded, options, stop, stream.episode or length)]
+    rows = [*_scores(result, loaded.corpus.unit), *_conditions(loaded, result.setting, episodes=bool(stream.episode))]
     console.print(summary_table([*rows, *_cost(result)], title))
     return 0
+
+
+def _checked(options: Options) -> Options:
+    """The options, refused where a number is too small."""
+    for name, least in (("batch_size", 1), ("memory_length", 0), ("segment_length", 1), ("max_segments", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value}: it must be at least {least}; leave it out for the default."
+            )
+    return options
 
 
 def _length(loaded: Trained) -> int:
@@ -80,14 +92,16 @@ def _length(loaded: Trained) -> int:
     return training.eval_segment_length or training.segment_length
 
 
-def _set_stop(loaded: Trained, options: Options) -> Stop | None:
-    """Change the stop of the model's solves as asked; returns the one that holds."""
+def _set_stop(loaded: Trained, options: Options) -> None:
+    """Change the stop of the model's solves as asked."""
     layer = loaded.model.layer
-    if not isinstance(layer, Equilibrium):
-        return None
     changes = {name: getattr(options, name) for name in ("max_evals", "rtol") if getattr(options, name) is not None}
-    layer.eval_stop = dataclasses.replace(layer.eval_stop or layer.stop, **changes)
-    return layer.eval_stop
+    if isinstance(layer, Equilibrium):
+        layer.eval_stop = dataclasses.replace(layer.eval_stop or layer.stop, **changes)
+    elif changes:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in changes)
+        network = formats.network(to_json(loaded.experiment)["model"])
+        raise UsageError(f"{flags}: the model of {options.run} is {network}, which solves nothing; leave it out.")
 
 
 def _scores(result: Evaluation, unit: str) -> list[Row]:
@@ -102,22 +116,47 @@ def _scores(result: Evaluation, unit: str) -> list[Row]:
     return [first, *answers]
 
 
-def _conditions(loaded: Trained, options: Options, stop: Stop | None, length: int) -> list[Row]:
-    cell = loaded.experiment.model.cell
-    rows = [
-        Row("Memory length", f"{cell.memory:,} tokens"),
-        Row("Segment length", f"{length:,} tokens", f"batch size {options.batch_size}"),
-    ]
-    if stop is not None:
-        rows.append(Row("Budget", f"{stop.max_evals} evaluations", f"relative tolerance {stop.rtol:g}"))
+def _conditions(loaded: Trained, setting: Setting, *, episodes: bool) -> list[Row]:
+    """What the score depends on."""
+    rows = []
+    if setting.memory_length is not None:
+        rows.append(Row("Memory length", f"{setting.memory_length:,} tokens", _seen(loaded, setting)))
+    rows.append(Row("Segment length", f"{setting.segment_length:,} tokens"))
+    if episodes:
+        streams = "each sequence stands alone"
+    elif setting.batch_size == 1:
+        streams = "exact: the text is read in one piece"
+    else:
+        streams = "each begins without memory, and its first token has no past"
+    rows.append(Row("Batch size", formats.numbered(setting.batch_size, "stream"), streams))
+    if setting.max_evals is not None:
+        evaluations = formats.numbered(setting.max_evals, "evaluation")
+        fixed = setting.rtol == setting.atol == 0
+        rows.append(Row("Budget", evaluations, "no tolerance" if fixed else f"relative tolerance {setting.rtol:g}"))
+    else:
+        rows.append(Row("Budget", "no solve", formats.network(to_json(loaded.experiment)["model"])))
     return rows
+
+
+def _seen(loaded: Trained, setting: Setting) -> str:
+    """Where the past that counts is not what the memory length says, or not what the training had."""
+    cell: Any = getattr(loaded.experiment.model, "cell", None)
+    blocks, notes = getattr(cell, "cells", (cell,)), []
+    before = max((getattr(block, "memory", 0) for block in blocks), default=0)
+    if before != setting.memory_length:
+        notes.append(f"{before:,} in the training")
+    window = min(getattr(block, "window", 0) or 1000 for block in blocks)
+    if (setting.memory_length or 0) + setting.segment_length > window:
+        notes.append(f"attention sees {window:,} tokens at most")
+    return "; ".join(notes)
 
 
 def _cost(result: Evaluation) -> list[Row]:
     speed = (
         f"in {formats.duration(result.seconds)}, {formats.count(result.tokens / max(result.seconds, 1e-9))} tokens/s"
     )
-    rows = [Row("Tokens scored", formats.count(result.tokens), speed)]
+    scored = f"{formats.count(result.tokens)} of {formats.count(result.setting.stream_tokens)}"
+    rows = [Row("Tokens scored", scored, speed)]
     if result.forward is not None:
         forward = result.forward
         beside = f"residual {formats.residual(forward['residual'])}, {formats.percent(forward['converged'])} converged"

@@ -218,7 +218,7 @@ def _per_step(axes: Axes, record: Record) -> bool:
 
 
 FIGURES: tuple[tuple[str, str, Callable[[Axes, Record], bool]], ...] = (
-    ("loss", "How well the model predicts: the training loss, and the validation of the whole held-out text.", _loss),
+    ("loss", "How well the model predicts: the training loss, and the validation, measured as the table says.", _loss),
     (
         "evaluations",
         "What a solve costs: evaluations of f until the equilibrium (forward) and its gradient (backward) were found.",

@@ -95,6 +95,53 @@ def score(event: dict[str, Any], unit: str) -> str:
     return f"{digits} {measure(unit)[1]}"
 
 
+def conditions(event: dict[str, Any]) -> str:
+    """What the score of a validation depends on, in words; what an older run has not written down is left out."""
+    setting = event.get("setting") or {}
+    known = {name: value for name, value in setting.items() if value is not None}
+    parts = []
+    if "memory_length" in known:
+        parts.append(f"memory {count(known['memory_length'])}" if known["memory_length"] else "no memory")
+    if "segment_length" in known:
+        parts.append(f"segments of {count(known['segment_length'])}")
+    if "batch_size" in known:
+        parts.append(numbered(known["batch_size"], "stream"))
+    if "max_evals" in known:
+        parts.append(budget(known))
+    if "tokens" in known:
+        parts.append(scored(known))
+    return ", ".join(parts)
+
+
+def budget(setting: dict[str, Any]) -> str:
+    """Budget and relative tolerance of the solves; without a tolerance the budget is always spent."""
+    if setting["rtol"] == setting["atol"] == 0:
+        return f"{numbered(setting['max_evals'], 'evaluation')} and no tolerance"
+    return f"at most {numbered(setting['max_evals'], 'evaluation')}, tolerance {setting['rtol']:g}"
+
+
+def scored(setting: dict[str, Any]) -> str:
+    """How many tokens of the text were scored."""
+    return f"{count(setting['tokens'])} of {count(setting['stream_tokens'])} tokens"
+
+
+def numbered(number: int, thing: str) -> str:
+    """1 stream, 2 streams."""
+    return f"{count(number)} {thing}{'' if number == 1 else 's'}"
+
+
+def network(model: dict[str, Any]) -> str:
+    """What a model is, by its part of experiment.json."""
+    explicit = model.get("explicit")
+    if model.get("kind") == "RecurrentShape":
+        channels = numbered(model.get("hidden", 0), "channel")
+        return f"a recurrent network ({str(model.get('network', '')).upper()}) of {channels}"
+    if explicit:
+        weights = "the weights of one cell" if explicit.get("tied", True) else "weights of their own"
+        return f"an explicit network of {numbered(explicit.get('depth', 0), 'layer')} with {weights}"
+    return "a deep equilibrium model"
+
+
 def common(labels: Iterable[str]) -> tuple[str, list[str]]:
     """["A order 1", "A order 2"] as "A" and ["order 1", "order 2"]: the first words that all share are said once."""
     words = [label.split() for label in labels]

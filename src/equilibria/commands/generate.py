@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jaxtyping import Int
+from torch import Tensor
+
 from equilibria.commands.arguments import Run, parse
 from equilibria.commands.errors import UsageError
 from equilibria.commands.loading import Trained, Which, trained
@@ -21,8 +24,8 @@ class Options:
 
     run: Run
     """The folder that `equilibria train` has written."""
-    prompt: str
-    """The beginning of the text."""
+    prompt: tuple[str, ...]
+    """The beginning of the text; several are continued side by side, and shown one after another."""
     length: int = 400
     """Tokens to generate: characters or words, as the model was trained."""
     temperature: float = 0.8
@@ -33,6 +36,10 @@ class Options:
     """Choose among the fewest likeliest tokens that have this probability together."""
     seed: int = 0
     """The same seed gives the same text."""
+    stop: str | None = None
+    """A token that ends the text, such as "<eos>" of a corpus of words; \\n stands for a line break."""
+    memory_length: int | None = None
+    """Positions that are remembered; None for those of the training."""
     checkpoint: Which = "best"
     """The checkpoint with the best validation, or the last one."""
     data: Path | None = None
@@ -42,7 +49,7 @@ class Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the prompt and its continuation, token by token."""
+    """Print each prompt and its continuation: one token by token, several one after another."""
     options = parse(Options, arguments, verb="generate")
     if options.length < 1:
         raise UsageError(f"--length {options.length}: it counts the tokens to generate and is at least 1; try 400.")
@@ -50,47 +57,85 @@ def main(arguments: Sequence[str]) -> int:
     # The first token comes before anything is printed: an impossible prompt gives its sentence and nothing else.
     pieces = continuation(loaded, options)
     first = next(pieces)
-    sys.stdout.write(options.prompt + first)
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    if len(options.prompt) > 1:
+        rows = zip(options.prompt, zip(first, *pieces, strict=True), strict=True)
+        sys.stdout.write("\n\n".join(prompt + "".join(row) for prompt, row in rows))
+    else:
+        sys.stdout.write("".join(options.prompt))
+        for (piece,) in itertools.chain([first], pieces):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
 
 
-def continuation(loaded: Trained, options: Options) -> Iterator[str]:
-    """The pieces of text that follow the prompt."""
+def continuation(loaded: Trained, options: Options) -> Iterator[tuple[str, ...]]:
+    """The pieces of text that follow: at each step one for each prompt, empty where that has ended."""
     vocabulary = loaded.corpus.vocabulary
     if loaded.corpus.unit == "symbol":
         raise UsageError(
             f"The corpus {loaded.corpus.name} is a made-up task, no text; generate needs a run on characters or words."
         )
-    if not options.prompt:
+    stop = None if options.stop is None else _token(vocabulary, options.stop)
+    device = next(loaded.model.parameters()).device
+    try:
+        tokens = stream(
+            loaded.model,
+            [_encoded(vocabulary, prompt).to(device) for prompt in options.prompt],
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            stop=stop,
+            memory_length=options.memory_length,
+            segment=loaded.experiment.training.segment_length,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    voices = [Voice(vocabulary, prompt, stop) for prompt in options.prompt]
+    steps = itertools.islice(tokens, options.length)
+    return (tuple(voice.piece(place) for voice, place in zip(voices, step.tolist(), strict=True)) for step in steps)
+
+
+class Voice:
+    """Turns the tokens of one row into pieces of text: words get their spaces, the end of a line its line break."""
+
+    def __init__(self, vocabulary: Vocabulary, before: str, stop: int | None) -> None:
+        self._vocabulary, self._last, self._stop, self._ended = vocabulary, before[-1:], stop, False
+
+    def piece(self, place: int) -> str:
+        """The text of one more token; nothing once the row has ended."""
+        self._ended = self._ended or place == self._stop
+        if self._ended:
+            return ""
+        token = self._vocabulary.tokens[place]
+        if self._vocabulary.unit == "word":
+            joined = self._last in ("", " ", "\n")
+            token = "\n" if token == self._vocabulary.end else token if joined else f" {token}"
+        self._last = token[-1:]
+        return token
+
+
+def _encoded(vocabulary: Vocabulary, prompt: str) -> Int[Tensor, " T"]:
+    if not prompt:
         raise UsageError("--prompt is empty, and the model needs something to continue; try --prompt 'The '.")
     try:
-        ids = vocabulary.encode(options.prompt, finish=False)
+        ids = vocabulary.encode(prompt, finish=False)
     except ValueError as error:
         raise UsageError(f"--prompt: {error}") from None
     if not len(ids):
-        raise UsageError(f"--prompt {options.prompt!r} has no word in it; try --prompt 'The '.")
-    tokens = stream(
-        loaded.model,
-        ids[None].to(next(loaded.model.parameters()).device),
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        segment=loaded.experiment.training.segment_length,
-    )
-    return spoken(vocabulary, (int(token) for token in itertools.islice(tokens, options.length)), options.prompt)
+        raise UsageError(f"--prompt {prompt!r} has no word in it; try --prompt 'The '.")
+    return ids
 
 
-def spoken(vocabulary: Vocabulary, ids: Iterator[int], before: str) -> Iterator[str]:
-    """Tokens as pieces of text; words get their spaces, the end of a line its line break."""
-    last = before[-1:]
-    for place in ids:
-        token = vocabulary.tokens[place]
-        if vocabulary.unit == "word":
-            token = "\n" if token == vocabulary.end else token if last in ("", " ", "\n") else f" {token}"
-        yield token
-        last = token[-1:]
+def _token(vocabulary: Vocabulary, text: str) -> int:
+    """The one token that ``text`` is."""
+    text = text.replace("\\n", "\n")
+    if vocabulary.unit == "word" and text == "\n" and vocabulary.end is not None:
+        text = vocabulary.end
+    if text not in vocabulary.tokens:
+        raise UsageError(
+            f"--stop {text!r} is none of the {len(vocabulary):,} {vocabulary.unit}s that the model knows; give one of "
+            "them, such as \\n for the end of a line."
+        )
+    return vocabulary.tokens.index(text)

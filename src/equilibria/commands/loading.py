@@ -18,7 +18,7 @@ from equilibria.training.checkpoint import CheckpointError
 from equilibria.training.device import choose_device
 from equilibria.training.experiment import Experiment
 from equilibria.training.run import Run
-from equilibria.training.snapshot import load_weights
+from equilibria.training.snapshot import load_weights, weights
 
 Which = Literal["best", "last"]
 """The checkpoint with the best validation of the last stage, or the newest one."""
@@ -44,6 +44,7 @@ def trained(
     checkpoint: Which = "best",
     data: Path | None = None,
     recipe: str | None = None,
+    memory_length: int | None = None,
     extra: Iterable[type] = (),
 ) -> Trained:
     """The model of the run in folder ``path``.
@@ -53,6 +54,7 @@ def trained(
         checkpoint: whose weights.
         data: where the corpus lies now, if it has moved.
         recipe: what the run was trained from, if it uses dataclasses from outside the library.
+        memory_length: positions of the past that the cell is to remember; None for those of the training.
         extra: these dataclasses themselves.
     """
     if recipe is not None:
@@ -65,10 +67,15 @@ def trained(
     if stored is None:
         raise CheckpointError(f"{path} has no good checkpoint yet: continue the training with --resume.")
     corpus = experiment.corpus.load()
-    model = experiment.build(corpus)
+    model = (experiment if memory_length is None else with_memory(experiment, memory_length)).build(corpus)
     try:
         load_weights(model, stored.model)
     except CheckpointError:
+        if weights(model).keys() != stored.model.keys():
+            raise CheckpointError(
+                f"The weights of {path} have other names than those that its experiment.json stands for in this "
+                "version of the library; use the version that wrote them, or train anew."
+            ) from None
         raise CheckpointError(
             f"The weights of {path} do not fit a corpus with {len(corpus.vocabulary):,} tokens in its vocabulary: is "
             f"{corpus.name} still the text it was trained on? Name the right folder with --data."
@@ -87,6 +94,24 @@ def with_data(experiment: Experiment, data: Path) -> Experiment:
             "a recipe that reads one, such as ptb."
         )
     return dataclasses.replace(experiment, corpus=dataclasses.replace(corpus, root=data.expanduser().absolute()))
+
+
+def with_memory(experiment: Experiment, length: int) -> Experiment:
+    """The experiment with a cell, in a chain with blocks, that remember ``length`` positions."""
+    model: Any = experiment.model
+    cell = _remembering(getattr(model, "cell", model), length)
+    return dataclasses.replace(experiment, model=dataclasses.replace(model, cell=cell))
+
+
+def _remembering(cell: Any, length: int) -> Any:
+    if hasattr(cell, "cells"):
+        return dataclasses.replace(cell, cells=tuple(_remembering(block, length) for block in cell.cells))
+    if not hasattr(cell, "memory"):
+        raise UsageError(
+            f"--memory-length {length}: a {type(cell).__name__} has no number of positions that it remembers; leave it "
+            "out for this model."
+        )
+    return dataclasses.replace(cell, memory=length)
 
 
 def device(experiment: Experiment) -> torch.device:

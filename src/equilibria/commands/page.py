@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from equilibria.commands import formats
 from equilibria.commands.figures import Drawing
 from equilibria.commands.record import Record
 from equilibria.commands.summary import Row
@@ -57,7 +58,7 @@ def render(
     """The whole page. ``sample`` is a prompt and its continuation; whatever is empty or None is left out."""
     body = [
         f"<h1>{escape(record.name)}</h1>",
-        f'<p class="soft">A deep equilibrium model, in <code>{escape(str(record.path))}</code>.</p>',
+        f'<p class="soft">{escape(_what(record))}, in <code>{escape(str(record.path))}</code>.</p>',
         f'<p class="{"soft" if record.finished else "notice"}">{escape(state)}</p>',
         _summary(summary),
         _figures(drawings),
@@ -73,6 +74,11 @@ def render(
         + '\n<footer class="soft">Written by <code>equilibria report</code>. The pictures lie beside this page as PNG '
         "files, too.</footer>\n</main>\n</body>\n</html>\n"
     )
+
+
+def _what(record: Record) -> str:
+    words = formats.network(record.experiment.get("model") or {})
+    return words[0].upper() + words[1:]
 
 
 def _summary(summary: Sequence[Row]) -> str:

@@ -56,7 +56,11 @@ def _model(record: Record) -> Iterator[Row]:
 def _validation(record: Record) -> Iterator[Row]:
     best, yardstick = record.best, record.last("yardstick")
     if best is not None:
-        yield Row("Validation", formats.score(best, record.unit), f"step {formats.count(best['step'])}, the best")
+        conditions = formats.conditions(best)
+        beside = f"step {formats.count(best['step'])}, the best" + (f"; {conditions}" if conditions else "")
+        yield Row("Validation", formats.score(best, record.unit), beside)
+        if best.get("accuracy") is not None:
+            yield Row("Right answers", formats.percent(best["accuracy"]), "of those asked for at the end of a sequence")
     marks = (yardstick or {}).get("rows", [])
     if marks:
         name, shorts = formats.common(row["label"] for row in marks)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,7 @@ from equilibria.recipes import RECIPES
 from equilibria.training import checkpoint
 from equilibria.training.device import choose_device
 from equilibria.training.experiment import Experiment
+from equilibria.training.explicit import explicit
 from equilibria.training.run import Run
 from equilibria.training.trainer import Trainer
 
@@ -50,6 +52,14 @@ class Options:
     """Folder of the run; None for runs/NAME, or the next free number."""
     data: Path | None = None
     """Folder of the corpus, for recipes that read one."""
+    explicit: int | None = None
+    """Train an explicit network of so many layers, which share one cell, in the place of the equilibrium."""
+    untied: tyro.conf.FlagCreatePairsOff[bool] = False
+    """With --explicit: each layer has its own weights, as in Transformer-XL."""
+    layer_memory: tyro.conf.FlagCreatePairsOff[bool] = False
+    """With --explicit: each layer remembers its own past, and not all that of the last one."""
+    recompute: tyro.conf.FlagCreatePairsOff[bool] = False
+    """With --explicit: keep less and compute the layers again in the backward pass."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on where the run stopped; starts it if there is none."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -58,20 +68,29 @@ class Options:
     """Show nothing but errors."""
 
 
-SWITCHES = ("-h", "--help", "--resume", "--overwrite", "--quiet")
+TWIN = ("--untied", "--layer-memory", "--recompute")
+"""Flags that say more about --explicit."""
+
+SWITCHES = ("-h", "--help", "--resume", "--overwrite", "--quiet", *TWIN)
 """Flags that stand alone."""
 
 HELP = """\
 usage: equilibria train RECIPE [--out DIR] [--data FOLDER] [--resume | --overwrite] [--quiet] [--field value …]
+                               [--explicit LAYERS [--untied] [--layer-memory] [--recompute]]
 
-RECIPE is one of {recipes}, or FILE.py:FUNCTION for a function that returns an Experiment.
+{recipes}
+
+--explicit LAYERS trains the recipe's explicit twin, a network of so many layers where the equilibrium was: with the
+weights of one cell, or --untied, a Transformer-XL; the other flags then change the numbers of the twin.
+
 `equilibria train RECIPE --help` lists every number of that recipe with its default."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train; returns 0, or 130 if interrupted."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP.format(recipes=", ".join(RECIPES)))
+        recipes = f"RECIPE is one of {', '.join(RECIPES)}, or FILE.py:FUNCTION for a function returning an Experiment."
+        print(HELP.format(recipes=textwrap.fill(recipes, width=119, break_on_hyphens=False)))
         return 0 if arguments else 2
     recipe, words = _split(arguments)
     options, path = _options(recipe, words)
@@ -90,14 +109,14 @@ def main(arguments: Sequence[str]) -> int:
                 display.resumed(trainer.resume())
             trainer.fit()
     except KeyboardInterrupt:
-        print(f"\n{_interrupted(run, recipe, display.step)}", file=sys.stderr)
+        print(f"\n{_interrupted(run, [recipe, *_twin_words(words)], display.step)}", file=sys.stderr)
         return 130
     _finish(run, options.experiment, corpus, console, quiet=options.quiet)
     return 0
 
 
-def _interrupted(run: Run, recipe: str, step: int) -> str:
-    again = shlex.join(["equilibria", "train", recipe, "--out", str(run.path), "--resume"])
+def _interrupted(run: Run, recipe: Sequence[str], step: int) -> str:
+    again = shlex.join(["equilibria", "train", *recipe, "--out", str(run.path), "--resume"])
     kept = checkpoint.all_in(run.checkpoints)
     place = f"from the checkpoint {kept[-1].name}" if kept else "from the beginning, for lack of a checkpoint"
     return f"Stopped at step {step:,}; this continues {place}: {again}"
@@ -127,8 +146,11 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
 
     A run that goes on starts from its own experiment.json, so that the flags it was started with need not be repeated.
     """
-    default = Options(experiment=experiment_of(recipe))
+    default = Options(experiment=_twin(experiment_of(recipe), words))
     options = parse(Options, words, verb=f"train {recipe}", default=default)
+    said = [name for name in TWIN if getattr(options, name[2:].replace("-", "_"))]
+    if said and options.explicit is None:
+        raise UsageError(f"{said[0]} says more about --explicit LAYERS, which is not there; try --explicit 12.")
     if options.resume and options.overwrite:
         raise UsageError("--resume goes on with a run and --overwrite removes it; give one of the two.")
     path = options.out or folder(options.experiment.name, taken=options.resume or options.overwrite)
@@ -141,6 +163,25 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
     if options.data is not None:
         options = dataclasses.replace(options, experiment=with_data(options.experiment, options.data))
     return options, path
+
+
+def _twin(experiment: Experiment, words: Sequence[str]) -> Experiment:
+    """The explicit twin of the experiment if the words ask for it: the other flags are read as those of the twin."""
+    known = _twin_words(words)
+    if not known:
+        return experiment
+    if not known[-1].lstrip("-").isdecimal():
+        raise UsageError(f"--explicit takes a number of layers, and {known[-1]!r} is none; try --explicit 12.")
+    tied, layers, checkpoint = ("--untied" not in known, "--layer-memory" in known, "--recompute" in known)
+    return explicit(experiment, int(known[-1]), tied, memory="layers" if layers else "last", checkpoint=checkpoint)
+
+
+def _twin_words(words: Sequence[str]) -> list[str]:
+    """The words about the explicit twin, the number of layers last; none if there is no --explicit."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--explicit=") else [word])]
+    depths = [depth for word, depth in itertools.pairwise(words) if word == "--explicit"]
+    plain = [word.replace("_", "-") for word in words]
+    return [*(word for word in plain if word in TWIN), "--explicit", depths[-1]] if depths else []
 
 
 def folder(name: str, *, taken: bool) -> Path:
@@ -176,5 +217,5 @@ def _sample(run: Run, experiment: Experiment, corpus: Corpus) -> None:
     text = corpus.vocabulary.decode(corpus.valid.tokens[:1000])
     line = text[text.find("\n") + 1 :].lstrip()
     prompt = " ".join(line.split()[:8]) if corpus.unit == "word" else line[:40]
-    pieces = continuation(loaded, Generation(run=run.path, prompt=prompt, length=SAMPLE[corpus.unit]))
-    report.write_sample(run.path, prompt=prompt, text="".join(pieces))
+    pieces = continuation(loaded, Generation(run=run.path, prompt=(prompt,), length=SAMPLE[corpus.unit]))
+    report.write_sample(run.path, prompt=prompt, text="".join(piece for (piece,) in pieces))

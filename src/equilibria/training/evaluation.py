@@ -9,13 +9,14 @@ import dataclasses
 import itertools
 import math
 import time
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from equilibria.corpora import SYMBOLS, Segment, Segments, Stream
-from equilibria.equilibrium import Memory
+from equilibria.equilibrium import Cell, Equilibrium
 from equilibria.language import LanguageModel, LanguageOutput
 from equilibria.language.modes import evaluating
 from equilibria.stability import spectral_radius
@@ -24,19 +25,48 @@ from equilibria.training.metrics import summary
 
 
 @dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a score depends on besides weights and text: it belongs beside every perplexity."""
+
+    batch_size: int
+    """Rows that were read side by side; each begins without a past."""
+    segment_length: int
+    """Tokens of each row in one solve."""
+    max_segments: int | None
+    """The first segments only; None for all."""
+    memory_length: int | None
+    """Positions of the past that the cell remembers; None for a layer whose memory has no length."""
+    max_evals: int | None
+    """Budget of a solve in evaluations of f; None for a layer that solves nothing."""
+    rtol: float | None
+    """Relative tolerance of a solve, likewise."""
+    atol: float | None
+    """Absolute tolerance of a solve, likewise; with both 0 the budget is the depth of a network."""
+    tokens: int
+    """Tokens that were scored."""
+    stream_tokens: int
+    """Tokens that the stream has."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What a model scores on a stream, and what its solves cost. Means are weighted by tokens."""
 
     nats_per_token: float
     """Mean loss, natural logarithm."""
-    tokens: int
-    """Tokens that were scored."""
+    setting: Setting
+    """How it was measured."""
     forward: dict[str, float] | None
     """Means over the solves: evals, residual (relative), converged (share of samples), steps; None without solves."""
     accuracy: float | None
     """Share of the answers of made-up tasks that are right, of the last ten targets of each episode; None for text."""
     seconds: float
     """Time it took."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were scored."""
+        return self.setting.tokens
 
     @property
     def bits(self) -> float:
@@ -74,8 +104,8 @@ def evaluate(
 ) -> Evaluation:
     """The mean loss in evaluation mode, without gradients, with the stop that the model has for evaluation.
 
-    A model's published score is the one with ``batch_size=1``: with more, the stream is cut to a multiple of it, and
-    the first tokens of each row are predicted without their past.
+    Exact is the score with ``batch_size=1``. With more, as in the published ones, the stream is cut to a multiple of
+    it, and each row begins without a past.
 
     Args:
         model: in any mode; the mode is restored.
@@ -88,15 +118,33 @@ def evaluate(
         raise ValueError(f"evaluate(max_segments={max_segments}): at least 1 segment is scored; None scores them all.")
     segments = Segments(stream, batch_size=batch_size, length=segment_length)
     began, device = time.perf_counter(), device_of(model)
-    totals = _Totals(answers=None if stream.episode is None else min(SYMBOLS, stream.episode))
-    memory: Memory = None
+    totals, memory = _Totals(answers=None if stream.episode is None else min(SYMBOLS, stream.episode)), None
     with evaluating(model):
         for segment in itertools.islice(segments.one_epoch(), max_segments):
             segment = to(segment, device)
             output = model(segment.tokens, segment.targets, None if segment.fresh else memory)
             memory = output.memory
             totals.add(model, segment, output)
-    return totals.evaluation(seconds=time.perf_counter() - began)
+    setting = Setting(
+        batch_size=batch_size,
+        segment_length=stream.episode or segment_length or len(stream),
+        max_segments=max_segments,
+        **_layer_setting(model.layer),
+        tokens=totals.tokens,
+        stream_tokens=len(stream),
+    )
+    return totals.evaluation(setting, seconds=time.perf_counter() - began)
+
+
+def _layer_setting(layer: nn.Module) -> dict[str, Any]:
+    """Memory, budget and tolerances of a layer in evaluation, each None where it has none."""
+    shapes = (getattr(cell, "shape", None) for cell in layer.modules() if isinstance(cell, Cell))
+    lengths = (getattr(shape, "memory", None) for shape in shapes)
+    stop = (layer.eval_stop or layer.stop) if isinstance(layer, Equilibrium) else None
+    return {
+        "memory_length": max((length for length in lengths if isinstance(length, int)), default=None),
+        **{name: getattr(stop, name, None) for name in ("max_evals", "rtol", "atol")},
+    }
 
 
 class _Totals:
@@ -104,12 +152,12 @@ class _Totals:
 
     def __init__(self, *, answers: int | None) -> None:
         self._answers = answers
-        self._nats, self._tokens, self._right, self._asked = 0.0, 0, 0, 0
+        self._nats, self.tokens, self._right, self._asked = 0.0, 0, 0, 0
         self._forward: dict[str, tuple[float, int]] = {}
 
     def add(self, model: LanguageModel, segment: Segment, output: LanguageOutput) -> None:
         count = segment.targets.numel()
-        self._tokens += count
+        self.tokens += count
         self._nats += float(output.nats.double().sum())
         if output.solution is not None:
             for name, value in summary(output.solution).items():
@@ -122,10 +170,10 @@ class _Totals:
             self._right += int((guesses == targets).sum())
             self._asked += targets.numel()
 
-    def evaluation(self, *, seconds: float) -> Evaluation:
+    def evaluation(self, setting: Setting, *, seconds: float) -> Evaluation:
         return Evaluation(
-            nats_per_token=self._nats / self._tokens,
-            tokens=self._tokens,
+            nats_per_token=self._nats / self.tokens,
+            setting=setting,
             forward={name: total / (weight or math.nan) for name, (total, weight) in self._forward.items()} or None,
             accuracy=self._right / self._asked if self._asked else None,
             seconds=seconds,
@@ -145,7 +193,14 @@ def jacobian_radius(
     That is at the equilibria where the solves converge, and in a stage of fixed depth at the output of that network.
 
     Above 1 plain iteration diverges there; far above 1 every solver has trouble. The probes are always the same.
+
+    Raises:
+        TypeError: the model is no equilibrium.
     """
+    if not isinstance(model.layer, Equilibrium):
+        raise TypeError(
+            f"jacobian_radius needs a model whose layer is an Equilibrium; this one is {type(model.layer)}."
+        )
     device = device_of(model)
     segment = to(Segments(stream, batch_size=batch_size, length=segment_length).at(0), device)
     with evaluating(model):

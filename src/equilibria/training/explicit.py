@@ -1,4 +1,13 @@
-"""explicit: the explicit twin of an experiment, a network of L layers where the equilibrium was."""
+"""explicit: the explicit twin of an experiment, a network of L layers where the equilibrium was.
+
+Tied, every layer is the equilibrium's own cell f, injection included, and z_0 = 0: the weight-tied network of Bai,
+Kolter and Koltun (2019, table 3), and with ever more layers the equilibrium itself.
+
+Untied, it is a Transformer-XL (Dai et al. 2019) of the same sizes, with weights of their own for each layer: no
+injection, so that x enters once; layer norms with gain and bias; no weight norm; dropout masks for each position;
+weights from N(0, 0.02²). Deviations from its code: (1) the position biases u and v belong to a layer, and are not
+shared by all; (2) W_o has a bias; (3) embedding, head, positions and dropout rates are those of the experiment.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +42,7 @@ def explicit(
     """The experiment with a network of ``depth`` layers instead of the equilibrium, trained by back-propagation.
 
     Corpus, sizes, optimiser and the number of steps are those of the equilibrium; its stages become one. Flags and
-    ``dataclasses.replace`` change the twin as they change any experiment.
-
-    Tied, every layer is the equilibrium's own cell f, injection included, and z_0 = 0: the weight-tied network of Bai,
-    Kolter and Koltun (2019, table 3), and with ever more layers the equilibrium itself.
-
-    Untied, it is a Transformer-XL (Dai et al. 2019) of the same sizes, with weights of their own for each layer: no
-    injection, so that x enters once; layer norms with gain and bias; no weight norm; dropout masks for each position;
-    weights from N(0, 0.02²). Deviations from its code: (1) the position biases u and v belong to a layer, and are not
-    shared by all; (2) W_o has a bias; (3) embedding, head, positions and dropout rates are those of the experiment.
+    ``dataclasses.replace`` change the twin as they change any experiment. The module says what the layers are.
 
     Args:
         experiment: with an equilibrium.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -97,7 +98,7 @@ class Log:
         )
 
     def valid(self, evaluation: Evaluation, *, step: int, stage: str, best: bool, setting: dict[str, Any]) -> None:
-        """A validation, with the setting that its numbers depend on."""
+        """A validation, with the setting that its numbers depend on: what was asked for, and what held."""
         self.write(
             "valid",
             step=step,
@@ -110,5 +111,5 @@ class Log:
             forward=evaluation.forward,
             seconds=self.seconds,
             best=best,
-            setting=setting,
+            setting={**setting, **dataclasses.asdict(evaluation.setting)},
         )

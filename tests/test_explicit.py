@@ -1,0 +1,163 @@
+"""The explicit twin of an experiment: sizes, agreement with the equilibrium's own network, training and resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from equilibria import Anderson, Implicit, Stop
+from equilibria.cells import ChainShape, TransformerShape
+from equilibria.equilibrium import Cell, Equilibrium
+from equilibria.language import LanguageShape, RecurrentShape
+from equilibria.training import Experiment, Run, Trainer, evaluate, explicit, from_json, to_json
+from equilibria.training.comparison import network_of
+from small_experiment import corpus, experiment, same_bits, trained_weights, without_times
+
+WAYS = pytest.mark.parametrize(
+    "choices",
+    [{}, {"memory": "layers"}, {"tied": False}, {"checkpoint": True}],
+    ids=["tied", "layer-memory", "untied", "recomputed"],
+)
+CELL = TransformerShape(width=8, heads=2, inner=12, memory=30)
+
+
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def model(value: Experiment):
+    torch.manual_seed(0)
+    return value.build(corpus())
+
+
+def test_the_twin_is_one_stage_of_as_many_steps_without_what_needs_a_fixed_point():
+    value, twin = experiment(), explicit(experiment(), 5)
+    (stage,) = twin.stages
+    assert (twin.name, stage.name, stage.steps, stage.penalty) == ("small-5-layers", "explicit", value.total_steps, 0)
+    assert stage.solves == network_of(5).solves
+    assert (twin.corpus, twin.model.cell) == (value.corpus, value.model.cell)
+    assert (twin.training.learning_rate, twin.training.spectral_radius) == (value.training.learning_rate, 0)
+    assert explicit(value, 5, tied=False).name == "small-5-layers-untied"
+
+
+@pytest.mark.parametrize("memory", ["last", "layers"])
+def test_tied_layers_have_the_parameters_of_the_equilibrium(memory):
+    assert count(model(explicit(experiment(), 7, memory=memory))) == count(model(experiment()))
+
+
+def test_untied_layers_have_each_the_parameters_of_a_block_of_transformer_xl():
+    value = explicit(experiment(), 5, tied=False)
+    cell = value.model.cell
+    assert (cell.injection, cell.affine, cell.weight_norm, cell.variational) == (False, True, False, False)
+    assert (cell.norm, cell.init, cell.std) == ("post", "normal", 0.02)
+    assert (cell.width, cell.heads, cell.inner, cell.memory, cell.dropout) == (8, 2, 12, 30, 0.1)
+    outside = count(model(experiment())) - count(model(experiment()).layer)
+    assert count(model(value)) == 5 * count(cell.build()) + outside
+
+
+def test_the_tied_twin_is_the_equilibrium_set_to_that_many_iterations():
+    """Over two segments; with a memory a layer it is the same network until there is something to remember."""
+    value = experiment()
+    twin, layers = (model(explicit(value, 4, memory=memory)).eval() for memory in ("last", "layers"))
+    equilibrium = model(value).eval()
+    assert isinstance(equilibrium.layer, Equilibrium)
+    network_of(4).apply_to(equilibrium.layer)
+    for one, two, three in zip(*(net.parameters() for net in (twin, equilibrium, layers)), strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+    ids, memories = torch.randint(len(corpus().vocabulary), (2, 2, 9)), (None, None, None)
+    for place, segment in enumerate(ids):
+        found = [net(segment, segment, past) for net, past in zip((twin, equilibrium, layers), memories, strict=True)]
+        memories = [output.memory for output in found]
+        torch.testing.assert_close(found[0].nats, found[1].nats, rtol=0, atol=1e-6)
+        assert torch.allclose(found[0].nats, found[2].nats, rtol=0, atol=1e-6) == (place == 0)
+
+
+@WAYS
+def test_twins_survive_json(choices):
+    value = explicit(experiment(), 3, **choices)
+    assert from_json(json.loads(json.dumps(to_json(value)))) == value
+
+
+def test_the_twin_of_a_chain_is_a_stack_of_chains():
+    chain = dataclasses.replace(experiment(), model=LanguageShape(cell=ChainShape(cells=(CELL, CELL))))
+    value = explicit(chain, 3, tied=False)
+    assert [cell.injection for cell in value.model.cell.cells] == [False, False]
+    assert from_json(json.loads(json.dumps(to_json(value)))) == value
+    trainer = Trainer(value, None, corpus())
+    assert torch.isfinite(trainer.step(next(iter(trainer._segments()))).loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainShape:
+    """A cell of one's own: it knows nothing of Transformers."""
+
+    width: int = 8
+
+    def build(self) -> Cell:
+        raise NotImplementedError
+
+
+def test_what_has_no_twin_is_refused(unhooked):
+    value = experiment()
+    with pytest.raises(ValueError, match=r"explicit\(depth=0\): a network has at least one layer"):
+        explicit(value, 0)
+    with pytest.raises(ValueError, match="an explicit network of 3 layers already"):
+        explicit(explicit(value, 3), 3)
+    with pytest.raises(ValueError, match="its model is a RecurrentShape, which has no equilibrium"):
+        explicit(dataclasses.replace(value, model=RecurrentShape()), 3)
+    own = dataclasses.replace(value, model=LanguageShape(cell=PlainShape()))
+    with pytest.raises(ValueError, match="a PlainShape has no affine, init"):
+        explicit(own, 3, tied=False)
+    assert explicit(own, 3).model.cell == PlainShape()
+
+
+class Killed(BaseException):
+    """No handler of the library may catch this."""
+
+
+@WAYS
+def test_a_twin_trains_and_goes_on_with_the_same_bits(tmp_path, choices):
+    value = explicit(experiment(), 3, **choices)
+
+    def finished(path, *, resume=False, until=None):
+        def on_event(event):
+            if event["step"] == until:
+                raise Killed
+
+        run = Run.start(path, value, resume=resume)
+        trainer = Trainer(value, run, corpus(), on_event=on_event)
+        if resume:
+            trainer.resume()
+        trainer.fit()
+        return trained_weights(trainer), run.events()
+
+    weights, events = finished(tmp_path / "whole")
+    losses = [event["loss"] for event in events if event["event"] == "step"]
+    assert losses[-1] < losses[0] - 0.1
+    assert all(event["forward"] is None for event in events if event["event"] == "step")
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", until=11)
+    resumed, resumed_events = finished(tmp_path / "run", resume=True)
+    assert same_bits(resumed, weights)
+    assert without_times(resumed_events) == without_times(events)
+
+
+@WAYS
+def test_a_score_says_how_long_the_memory_is_and_that_nothing_was_solved(choices):
+    found = evaluate(model(explicit(experiment(), 3, **choices)), corpus().valid, segment_length=20, batch_size=3)
+    setting = found.setting
+    assert (setting.memory_length, setting.max_evals, setting.rtol, found.forward) == (30, None, None, None)
+    assert (setting.tokens, setting.stream_tokens) == (198, 199)
+
+
+def test_an_equilibrium_says_with_which_stop_it_was_evaluated():
+    equilibrium = LanguageShape(cell=CELL).build(
+        len(corpus().vocabulary), solver=Anderson(), stop=Stop(), gradient=Implicit(), eval_stop=Stop(rtol=0.5)
+    )
+    setting = evaluate(equilibrium, corpus().valid, segment_length=50, max_segments=2).setting
+    assert (setting.memory_length, setting.max_evals, setting.rtol) == (30, 30, 0.5)
+    assert (setting.batch_size, setting.segment_length, setting.tokens) == (1, 50, 100)

@@ -1,0 +1,165 @@
+"""The recurrent yardsticks: sizes, memory, training, resuming and evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from equilibria import Anderson, Implicit, Stop
+from equilibria.language import LanguageShape, RecurrentShape
+from equilibria.recipes.copying import copying
+from equilibria.recipes.copying_recurrent import copying_gru, copying_lstm
+from equilibria.training import Run, Trainer, evaluate, from_json, to_json
+from equilibria.training.evaluation import jacobian_radius
+from small_experiment import corpus, experiment, same_bits, trained_weights, without_times
+
+V, B, T = 10, 3, 6
+NETWORKS = pytest.mark.parametrize("network", ["lstm", "gru"])
+
+
+def built(vocabulary_size=V, **choices):
+    shape = RecurrentShape(**{"hidden": 8, "inputs": 4} | choices)
+    return shape.build(vocabulary_size, solver=Anderson(), stop=Stop(), gradient=Implicit())
+
+
+def tokens(time=T):
+    return torch.randint(V, (B, time))
+
+
+@pytest.mark.parametrize(("network", "hidden", "parameters"), [("lstm", 57, 14_260), ("gru", 65, 13_920)])
+def test_the_yardsticks_of_the_paper_have_14_thousand_parameters_and_a_number_a_symbol(network, hidden, parameters):
+    model = built(network=network, hidden=hidden, inputs=1)
+    assert model.embedding.weight.shape == (V, 1)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters + V
+
+
+@NETWORKS
+def test_two_segments_joined_by_memory_are_one(network):
+    model = built(network=network).double().eval()
+    ids, targets = tokens(8), tokens(8)
+    joint = model(ids, targets)
+    first = model(ids[:, :5], targets[:, :5])
+    second = model(ids[:, 5:], targets[:, 5:], first.memory)
+    torch.testing.assert_close(torch.cat([first.nats, second.nats], dim=1), joint.nats, rtol=0, atol=1e-12)
+    assert not torch.allclose(model(ids[:, 5:], targets[:, 5:]).nats, second.nats)
+
+
+@NETWORKS
+def test_it_sees_no_future_and_solves_nothing(network):
+    model, ids = built(network=network).double().eval(), tokens()
+    changed = ids.clone()
+    changed[:, -1] = (ids[:, -1] + 1) % V
+    logits, memory = model.logits(ids)
+    other, _ = model.logits(changed)
+    assert torch.equal(logits[:, :-1], other[:, :-1])
+    assert not torch.equal(logits[:, -1], other[:, -1])
+    assert not memory.h.requires_grad
+    out = model(ids, ids).layer
+    assert out.solution is None
+    with pytest.raises(TypeError, match="no map"):
+        out.f(out.z)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = built(dropout=0.2)
+    first = model(tokens(), tokens())
+    model(tokens(), tokens(), first.memory).nats.mean().backward()
+    assert all((parameter.grad != 0).any() for parameter in model.parameters())
+
+
+@NETWORKS
+def test_it_continues_a_text_as_if_it_read_the_whole_again(network):
+    model, prompt = built(network=network), tokens(4)
+    text = model.generate(prompt, length=5, temperature=0)
+    whole = prompt
+    for _ in range(5):
+        whole = torch.cat([whole, model.eval().logits(whole)[0][:, -1:].argmax(dim=-1)], dim=1)
+    assert torch.equal(text, whole[:, 4:])
+
+
+def test_a_memory_of_other_streams_is_refused(unhooked):
+    model = built()
+    memory = model(tokens(), tokens()).memory
+    with pytest.raises(ValueError, match="memory is of 3 streams and the input of 2"):
+        model(tokens()[:2], tokens()[:2], memory)
+
+
+@pytest.mark.parametrize(
+    ("choices", "sentence"),
+    [
+        ({"network": "rnn"}, "network is 'lstm' or 'gru'"),
+        ({"hidden": 0}, "hidden is at least 1"),
+        ({"inputs": 0}, "inputs is at least 1"),
+        ({"inputs": 2, "dropout": 1.0}, r"dropout=1\.0"),
+        ({"dropout": 0.2}, "leaves nothing to read"),
+    ],
+)
+def test_impossible_shapes_are_refused(unhooked, choices, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        RecurrentShape(**choices)
+
+
+def recurrent(network="lstm", **training):
+    value = experiment(spectral_radius=0, **training)
+    return dataclasses.replace(value, model=RecurrentShape(network=network, hidden=8, inputs=4, dropout=0.1))
+
+
+@NETWORKS
+def test_an_experiment_with_it_survives_json(network):
+    value = recurrent(network)
+    assert from_json(json.loads(json.dumps(to_json(value)))) == value
+
+
+class Killed(BaseException):
+    """No handler of the library may catch this."""
+
+
+@NETWORKS
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, network):
+    value = recurrent(network)
+
+    def finished(path, *, resume=False, until=None):
+        def on_event(event):
+            if event["step"] == until:
+                raise Killed
+
+        run = Run.start(path, value, resume=resume)
+        trainer = Trainer(value, run, corpus(), on_event=on_event)
+        if resume:
+            trainer.resume()
+        trainer.fit()
+        return trained_weights(trainer), run.events()
+
+    weights, events = finished(tmp_path / "whole")
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", until=11)
+    resumed, resumed_events = finished(tmp_path / "run", resume=True)
+    assert same_bits(resumed, weights)
+    assert without_times(resumed_events) == without_times(events)
+
+
+def test_it_learns_a_sentence_and_its_score_says_that_nothing_was_solved():
+    trainer = Trainer(recurrent(learning_rate=3e-2), None, corpus())
+    before = evaluate(trainer.model, corpus().valid, segment_length=50)
+    trainer.fit()
+    after = evaluate(trainer.model, corpus().valid, segment_length=50)
+    assert after.nats_per_token < before.nats_per_token - 0.3
+    setting = after.setting
+    assert (setting.max_evals, setting.rtol, setting.memory_length, after.forward) == (None, None, None, None)
+    with pytest.raises(TypeError, match="Equilibrium"):
+        jacobian_radius(trainer.model, corpus().valid, segment_length=30)
+
+
+def test_the_recipes_are_copying_with_another_model():
+    whole = copying()
+    for value in (copying_lstm(), copying_gru()):
+        assert value.corpus == whole.corpus
+        assert value.total_steps == whole.total_steps
+        assert (value.training.optimiser, value.training.learning_rate, value.training.clip) == ("adam", 1e-3, 1.0)
+        assert not isinstance(value.model, LanguageShape)
+        names = ("learning_rate", "spectral_radius", "measure_memory")
+        same = {name: getattr(whole.training, name) for name in names}
+        assert dataclasses.replace(value.training, **same) == whole.training
