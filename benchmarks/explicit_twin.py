@@ -36,7 +36,7 @@ SHALLOW = 0.4
 def experiments(data: Path, depth: int) -> dict[str, Experiment]:
     """The two, without what costs time and is not compared."""
     whole = with_data(ptb(), data)
-    quiet = {"threads": 1, "measure_memory": False, "spectral_radius": 0, "yardstick": False, "valid_segments": 30}
+    quiet = {"threads": 1, "measure_memory": False, "spectral_radius": 0, "yardstick": False, "valid_segments": 10}
     whole = dataclasses.replace(whole, training=dataclasses.replace(whole.training, **quiet))
     return {"equilibrium": whole, "explicit": explicit(whole, depth)}
 

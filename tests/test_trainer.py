@@ -279,7 +279,7 @@ def test_copying_trains_and_reports_the_share_of_right_answers():
         recipe,
         stages=(dataclasses.replace(recipe.stages[0], steps=2), dataclasses.replace(recipe.stages[1], steps=2)),
         training=dataclasses.replace(
-            recipe.training, batch_size=4, eval_batch_size=4, valid_segments=None, measure_memory=False
+            recipe.training, batch_size=4, eval_batch_size=4, valid_segments=None, measure_memory=False, warmup=0
         ),
     )
     events = []

@@ -348,12 +348,8 @@ class _Kept:
 
     def _only_better(self, gap: Tensor, relative: Tensor, tolerance: Tensor) -> bool:
         """Whether every sample has improved and none is done, as in most steps: then little has to be noted."""
-        better = gap > tolerance  # which NaN is not
-        if self._stop.best:
-            better = better & (relative < self.residual)
-        else:
-            better = better & torch.isfinite(relative)
-        if not better.all():
+        better = relative < self.residual if self._stop.best else torch.isfinite(relative)
+        if not (better & (gap > tolerance)).all():  # NaN is neither
             return False
         self.residual = relative
         self.trace.append(relative)

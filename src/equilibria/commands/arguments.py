@@ -124,12 +124,21 @@ def _choice(got: str, flag: str, choices: str) -> str:
 
 
 _PATTERNS: tuple[tuple[str, Callable[..., str]], ...] = (
+    (
+        r"Error parsing (--\S+): no type matching .*\|INT could be instantiated from \['(.*?)'\]",
+        "{} takes a whole number, and {!r} is none.".format,
+    ),
+    (
+        r"Error parsing (--\S+): no type matching .*\|FLOAT could be instantiated from \['(.*?)'\]",
+        "{} takes a number, and {!r} is none.".format,
+    ),
     (r"Error parsing (--\S+): invalid literal for int.*: '(.*)'", "{} takes a whole number, and {!r} is none.".format),
     (r"Error parsing (--\S+): could not convert string to .*: '(.*)'", "{} takes a number, and {!r} is none.".format),
     (r"Error parsing (?!--)[\w.\-]+: (.*)", "{}".format),
     (r"invalid choice '(.*)' for argument '(.*)'. Expected one of (\(.*\))", _choice),
     (r"Missing value for argument '(.*)'. Expected 1 values", "{} needs a value after it.".format),
     (r"Missing value for argument '(.*)'. Expected (\d+) values", "{} needs {} values after it.".format),
+    (r"Missing from equilibria (\S+): (--\S+) \[.*\]\] (.*?) ?\(required\)", "{} needs {}: {}".format),
     (r"Missing from equilibria (\S+): ((?:--\S+ )?\S+) (.*?) ?\(required\)", "{} needs {}: {}".format),
 )
 """tyro's messages, and how they are said here."""

@@ -76,6 +76,8 @@ def continuation(loaded: Trained, options: Options) -> Iterator[tuple[str, ...]]
         raise UsageError(
             f"The corpus {loaded.corpus.name} is a made-up task, no text; generate needs a run on characters or words."
         )
+    if not options.prompt:
+        raise UsageError("--prompt is empty, and the model needs something to continue; try --prompt 'The '.")
     stop = None if options.stop is None else _token(vocabulary, options.stop)
     device = next(loaded.model.parameters()).device
     try:

@@ -66,10 +66,9 @@ class Record:
 
     @property
     def best(self) -> Event | None:
-        """The validation with the fewest nats in the newest stage that has one; None before the first."""
+        """The newest validation that was the best so far; None before the first."""
         valid = [event for event in self.of("valid") if math.isfinite(formats.plain(event["nats"]))]
-        newest = [event for event in valid if event.get("stage") == valid[-1].get("stage")]
-        return min(newest, key=lambda event: event["nats"], default=None)
+        return next((event for event in reversed(valid) if event.get("best")), None)
 
     @property
     def last_stage(self) -> list[Event]:

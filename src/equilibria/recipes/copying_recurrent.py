@@ -35,6 +35,5 @@ def _recurrent(name: str, model: RecurrentShape) -> Experiment:
         learning_rate=1e-3,
         clip=1.0,
         spectral_radius=0,  # there is no Jacobian of a fixed point
-        measure_memory=False,
     )
     return dataclasses.replace(whole, name=name, model=model, stages=(stage,), training=training)

@@ -28,21 +28,23 @@ def memory_comparison(
 ) -> list[Event]:
     """Peak bytes of one training step, forward and backward: the model as it is set, then unrolled to each depth.
 
-    Weights, gradients, mode and random generators are afterwards what they were.
+    Weights, gradients, mode and random generators are afterwards what they were. A model without an equilibrium has
+    one row.
 
     Args:
-        model: an equilibrium model; its solver, stop and gradient rule are those of the first row.
+        model: its solver, stop and gradient rule are those of the first row.
         segment: a batch, on the model's device.
         memory: what the model remembers of the segment before.
         depths: layers of the weight-tied networks of the other rows.
     """
     layer = model.layer
-    if not isinstance(layer, Equilibrium):
-        raise TypeError(f"memory_comparison needs a model whose layer is an Equilibrium; this one is a {type(layer)}.")
     with _untouched(model):
         peak, output = _peak(model, segment, memory)
         evals = None if output.solution is None else output.solution.evals
-        rows: list[Event] = [{"label": "equilibrium", "depth": None, "peak_bytes": peak, "evals": evals}]
+        label = type(layer).__name__.lower()
+        rows: list[Event] = [{"label": label, "depth": None, "peak_bytes": peak, "evals": evals}]
+        if not isinstance(layer, Equilibrium):
+            return rows
         for depth in depths:
             with set_to(layer, network_of(depth)):
                 peak, _ = _peak(model, segment, memory)

@@ -63,13 +63,15 @@ def explicit(
         network_of(depth), name="explicit", steps=experiment.total_steps, gradient=Unroll(checkpoint=checkpoint)
     )
     layers = Explicit(depth=depth, tied=tied, memory=memory if tied else "layers", checkpoint=checkpoint)
+    if not tied:
+        shape = dataclasses.replace(shape, cell=_transformer_xl(shape.cell), std=TRANSFORMER_XL["std"])
     return dataclasses.replace(
         experiment,
         name=f"{experiment.name}-{depth}-layers{'' if tied else '-untied'}",
-        model=dataclasses.replace(shape, cell=shape.cell if tied else _transformer_xl(shape.cell), explicit=layers),
+        model=dataclasses.replace(shape, explicit=layers),
         stages=(stage,),
-        # Neither has a meaning without a fixed point.
-        training=dataclasses.replace(experiment.training, spectral_radius=0, measure_memory=False),
+        # It has no meaning without a fixed point.
+        training=dataclasses.replace(experiment.training, spectral_radius=0),
     )
 
 

@@ -29,7 +29,7 @@ class Board:
 
 def _numbers(event: Event, prefix: str = "") -> Iterable[tuple[str, float]]:
     for name, value in event.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != "setting":  # which is no measurement
             yield from _numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and name != "step":
             yield prefix + name, float(value)

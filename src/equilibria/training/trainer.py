@@ -112,7 +112,7 @@ class Trainer:
             step = self.step(segment)
             self.log.count(step, time.perf_counter() - began)
             self._after(step)
-        if training.measure_memory and isinstance(self.model.layer, Equilibrium):
+        if training.measure_memory:
             rows = self.memory_comparison(training.memory_depths)
             self.log.write("memory", step=self.steps_done, rows=rows)
         self.log.write("done", step=self.steps_done, seconds=self.log.seconds)
@@ -160,14 +160,14 @@ class Trainer:
         if best:
             self.best = {"step": self.steps_done, "nats": found.nats_per_token, "stage": self.stage.name}
         self.log.valid(found, step=self.steps_done, stage=self.stage.name, best=best, setting=whole)
-        if training.spectral_radius:
+        if training.spectral_radius and isinstance(self.model.layer, Equilibrium):
             radius = jacobian_radius(self.model, self.corpus.valid, **setting, iterations=training.spectral_radius)
             fields = {"stage": self.stage.name, "mean": float(radius.mean()), "max": float(radius.max())}
             self.log.write("spectral_radius", step=self.steps_done, **fields)
         return found
 
     def memory_comparison(self, depths: Sequence[int] = (8, 16, 32, 64)) -> list[Event]:
-        """Peak bytes of one training step beside that of the same cell unrolled, on the next batch; changes nothing."""
+        """Peak bytes of a training step on the next batch, beside those of the same cell unrolled; changes nothing."""
         segment = to(next(iter(self._segments())), self.device)
         return memory_comparison(self.model, segment, None if segment.fresh else self.memory, depths)
 
@@ -189,7 +189,8 @@ class Trainer:
             self.validate()
         if changes:
             self._enter_stage()
-            self.best = None  # the stages before the last prepare for it, and are not compared with it
+            if self.stage.solves != stage.solves:
+                self.best = None  # a stage that solves in another way prepares for this one, and is not compared with it
             self.log.write("stage", step=done, stage=self.stage.name, **{"from": stage.name})
             self.validate()
         if ends or self.best is not best_before or done % training.checkpoint_every == 0:
