@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from equilibria.cells import TransformerShape
+from equilibria.commands.record import read
 from equilibria.corpora import Segments, copying
 from equilibria.gradients import Implicit
 from equilibria.language import LanguageShape
@@ -14,7 +15,7 @@ from equilibria.recipes import RECIPES
 from equilibria.solve import Stop, solve
 from equilibria.solvers import Picard
 from equilibria.stability import jacobian_penalty
-from equilibria.training import Run, Trainer, TrainingStopped, evaluate, learning_rate, metrics
+from equilibria.training import Run, Trainer, TrainingStopped, evaluate, growing_penalty, learning_rate, metrics
 from equilibria.training.evaluation import jacobian_radius
 from equilibria.training.yardstick import yardstick
 from small_experiment import corpus, experiment, same_bits, trained_weights, with_stage
@@ -345,6 +346,24 @@ def test_the_best_checkpoint_is_kept_and_found(tmp_path, caplog):
     assert run.newest().step == 30
     assert len(list(run.checkpoints.iterdir())) <= 3
     assert not caplog.records
+
+
+def test_stages_that_solve_alike_have_one_best_checkpoint(tmp_path, monkeypatch):
+    """With a growing penalty the best may be of an earlier part; the shallow stage does not take part."""
+    shallow, implicit = experiment(valid_every=3).stages
+    parts = growing_penalty(implicit, first=0.1, increment=0.1, every=6, done=6)
+    value = dataclasses.replace(experiment(valid_every=3, checkpoint_every=3), stages=(shallow, *parts))
+    scores = iter([1.0, 0.9, *(5 + place for place in range(20))])  # worse and worse from the switch on
+    monkeypatch.setattr(
+        "equilibria.training.trainer.evaluate",
+        lambda *given, **chosen: dataclasses.replace(evaluate(*given, **chosen), nats_per_token=next(scores)),
+    )
+    run = Run.start(tmp_path / "run", value)
+    Trainer(value, run, corpus()).fit()
+    assert [stage.name for stage in parts] == ["implicit γ=0.1", "implicit γ=0.2"]
+    assert run.best().state["best"] == {"step": 6, "nats": 5, "stage": "implicit γ=0.1"}
+    found = read(run.path).best
+    assert (found["step"], found["nats"], found["stage"]) == (6, 5, "implicit γ=0.1")
 
 
 def test_the_log_goes_to_tensorboard_too(tmp_path):

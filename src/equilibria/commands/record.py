@@ -66,9 +66,23 @@ class Record:
 
     @property
     def best(self) -> Event | None:
-        """The newest validation that was the best so far; None before the first."""
+        """The validation with the fewest nats in the newest stage that has one, or in those before that solve alike."""
         valid = [event for event in self.of("valid") if math.isfinite(formats.plain(event["nats"]))]
-        return next((event for event in reversed(valid) if event.get("best")), None)
+        alike = self._alike(valid[-1].get("stage")) if valid else set()
+        return min((event for event in valid if event.get("stage") in alike), key=lambda e: e["nats"], default=None)
+
+    def _alike(self, stage: Any) -> set[Any]:
+        """The stage, and the ones before it with the same solver, stop and gradient rule."""
+        names, how = {stage}, None
+        for part in reversed(self.experiment.get("stages", [])):
+            mine = tuple(str(part.get(name)) for name in ("solver", "stop", "gradient", "eval_stop"))
+            if part.get("name") == stage:
+                how = mine
+            elif how is not None and mine != how:
+                break
+            elif how is not None:
+                names.add(part.get("name"))
+        return names
 
     @property
     def last_stage(self) -> list[Event]:

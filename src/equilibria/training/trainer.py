@@ -190,7 +190,7 @@ class Trainer:
         if changes:
             self._enter_stage()
             if self.stage.solves != stage.solves:
-                self.best = None  # a stage that solves in another way prepares for this one, and is not compared with it
+                self.best = None  # what solves in another way prepares for this stage, and is not compared with it
             self.log.write("stage", step=done, stage=self.stage.name, **{"from": stage.name})
             self.validate()
         if ends or self.best is not best_before or done % training.checkpoint_every == 0:
