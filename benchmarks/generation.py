@@ -1,9 +1,10 @@
 """What a generated token costs: from the cache, and by solving the whole text again.
 
-python benchmarks/generation.py RUN [--longest 512]
+python benchmarks/generation.py RUN [RUN …] [--longest 512]
 
-RUN is a trained run with a memory, such as runs/demo. Times are medians; everything on one thread. Writes
-results/generation.json, results/generation.png and its part of docs/generation.md.
+The RUNs are trained, such as runs/demo; beside them stands the paper's small cell (width 500, inner width 2,500) with
+fresh weights. Times are medians on one thread. Writes results/generation.json, results/generation.png (of the first
+run) and its part of docs/generation.md.
 """
 
 from __future__ import annotations
@@ -19,52 +20,78 @@ from typing import Any
 import torch
 from machine import RESULTS, keep, write_into_docs
 
-from equilibria.commands.loading import Trained, trained
+from equilibria.commands.loading import trained
 from equilibria.equilibrium import Memory
 from equilibria.language import LanguageModel
+from equilibria.recipes import wikitext103_small
 from equilibria.solve import Stop
+from equilibria.solvers import Anderson
 
 WINDOW = 32
 """Tokens over which a median is taken."""
+WORDS = 10_000
+"""Vocabulary of the untrained model."""
+Texts = Callable[[int, int], torch.Tensor]
 
 
-def text_of(loaded: Trained, rows: int, length: int) -> torch.Tensor:
-    """Beginnings of equal parts of the validation text."""
+def trained_run(path: Path) -> tuple[str, LanguageModel, Texts]:
+    """A model by its name, with beginnings of equal parts of its validation text."""
+    loaded = trained(path)
     tokens = loaded.corpus.valid.tokens
-    return torch.stack([part[:length] for part in tokens.split(len(tokens) // rows)[:rows]])
+
+    def text(rows: int, length: int) -> torch.Tensor:
+        return torch.stack([part[:length] for part in tokens.split(len(tokens) // rows)[:rows]])
+
+    return f"`{loaded.experiment.name}`", loaded.model, text
+
+
+def papers_small() -> tuple[LanguageModel, Texts]:
+    """The cell of `wikitext103-small` with fresh weights, a plain softmax, and random words."""
+    torch.manual_seed(0)
+    shape = dataclasses.replace(wikitext103_small().model, adaptive=None)
+    solves = {**wikitext103_small().stages[-1].solves, "solver": Anderson(), "stop": Stop(rtol=1e-2)}
+    model = shape.build(WORDS, **solves).eval()
+    return model, lambda rows, length: torch.randint(WORDS, (rows, length))
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     began = time.perf_counter()
     found = run()
-    return time.perf_counter() - began, found
+    return 1e3 * (time.perf_counter() - began), found
 
 
 @torch.no_grad()
-def by_position(model: LanguageModel, text: torch.Tensor, memory: Memory) -> dict[str, list[float]]:
+def by_position(model: LanguageModel, text: torch.Tensor, memory: Memory) -> dict[str, Any]:
     """Milliseconds and evaluations of each token, read one by one, and the logits."""
     milliseconds, evals, logits = [], [], []
-    for place in range(text.shape[1]):
-        token = text[:, place : place + 1]
-        seconds, out = timed(lambda token=token, memory=memory: model(token, token, memory))
+    for token in text.split(1, dim=1):
+
+        def step(token: torch.Tensor = token, memory: Memory = memory) -> Any:
+            out = model.layer(model.embedding(token), memory)
+            return out, model.read(out.z)
+
+        spent, (out, seen) = timed(step)
         memory = out.memory
-        milliseconds.append(1e3 * seconds)
+        milliseconds.append(spent)
         evals.append(out.solution.evals)
-        logits.append(model.read(out.layer.z))
+        logits.append(seen)
     return {"milliseconds": milliseconds, "evals": evals, "logits": torch.cat(logits, dim=1)}
 
 
 @torch.no_grad()
 def anew(model: LanguageModel, text: torch.Tensor, lengths: list[int]) -> dict[int, dict[str, float]]:
-    """Milliseconds and evaluations of solving a whole text of each length, of which the last logits would be used."""
+    """Milliseconds and evaluations of solving a whole text of each length, of which the last logits are read."""
     found = {}
     for length in lengths:
-        rows = text[:, :length]
-        runs = [timed(lambda rows=rows: model(rows, rows)) for _ in range(5)]
-        found[length] = {
-            "milliseconds": 1e3 * statistics.median(seconds for seconds, _ in runs),
-            "evals": runs[-1][1].solution.evals,
-        }
+
+        def solve(rows: torch.Tensor = text[:, :length]) -> Any:
+            out = model.layer(model.embedding(rows))
+            model.read(out.z[:, -1:])
+            return out
+
+        runs = [timed(solve) for _ in range(5)]
+        milliseconds = statistics.median(spent for spent, _ in runs)
+        found[length] = {"milliseconds": milliseconds, "evals": runs[-1][1].solution.evals}
     return found
 
 
@@ -74,14 +101,37 @@ def curve(values: list[float]) -> dict[int, float]:
     return {end: statistics.median(values[end - WINDOW : end]) for end in ends}
 
 
+def costs(model: LanguageModel, texts: Texts, longest: int) -> dict[str, Any]:
+    """For batches of 1 and 8."""
+    rows = {}
+    for batch in (1, 8):
+        text = texts(batch, longest)
+        by_position(model, text[:, :64], model.cache(batch, length=longest))  # warm up
+        zero = by_position(model, text, model.cache(batch, length=longest))
+        warm = by_position(model, text, model.cache(batch, length=longest, warm=True))
+        whole = anew(model, text, [length for length in (32, 64, 128, 256, 512) if length <= longest])
+        cached = curve(zero["milliseconds"])
+        rows[f"batch {batch}"] = {
+            "cached": cached,
+            "anew": {length: row["milliseconds"] for length, row in whole.items()},
+            "ratio_at_256": whole[256]["milliseconds"] / cached[256],
+            "evals": {
+                "whole text of 256": whole[256]["evals"],
+                "one position, from zero": statistics.mean(zero["evals"]),
+                "one position, from the one before": statistics.mean(warm["evals"]),
+            },
+        }
+    return rows
+
+
 @torch.no_grad()
 def deviation(model: LanguageModel, text: torch.Tensor, stop: Stop) -> dict[str, Any]:
     """How far the logits read position by position are from those of the joint solve, both at ``stop``."""
-    model.layer.eval_stop, before = stop, model.layer.eval_stop
-    whole = model(text, text)
+    before, model.layer.eval_stop = model.layer.eval_stop, stop
+    whole = model.layer(model.embedding(text))
     ours = by_position(model, text, model.cache(len(text), length=text.shape[1]))["logits"]
     model.layer.eval_stop = before
-    joint = model.read(whole.layer.z)
+    joint = model.read(whole.z)
     return {
         "rtol": stop.rtol,
         "dtype": str(joint.dtype).removeprefix("torch."),
@@ -91,30 +141,11 @@ def deviation(model: LanguageModel, text: torch.Tensor, stop: Stop) -> dict[str,
     }
 
 
-def measured(loaded: Trained, longest: int) -> dict[str, Any]:
-    """Everything, for batches of 1 and 8."""
-    model, rows = loaded.model, {}
-    for batch in (1, 8):
-        text = text_of(loaded, batch, longest)
-        by_position(model, text[:, :64], model.cache(batch, length=longest))  # warm up
-        cold = by_position(model, text, model.cache(batch, length=longest, warm=False))
-        warm = by_position(model, text, model.cache(batch, length=longest, warm=True))
-        whole = anew(model, text, [length for length in (16, 32, 64, 128, 256, 512) if length <= longest])
-        rows[f"batch {batch}"] = {
-            "cached": curve(cold["milliseconds"]),
-            "anew": {length: row["milliseconds"] for length, row in whole.items()},
-            "ratio_at_256": whole[256]["milliseconds"] / curve(cold["milliseconds"])[256],
-            "evals": {
-                "anew": whole[256]["evals"],
-                "from zero": statistics.mean(cold["evals"]),
-                "from the position before": statistics.mean(warm["evals"]),
-            },
-        }
-    text = text_of(loaded, 8, 256)
-    rows["deviation"] = [deviation(model, text, dataclasses.replace(model.layer.stop, rtol=r)) for r in (1e-2, 1e-4)]
-    model.double()
-    rows["deviation"].append(deviation(model, text, Stop(rtol=1e-11, atol=0, max_evals=200)))
-    return rows
+def deviations(model: LanguageModel, texts: Texts) -> list[dict[str, Any]]:
+    """At the tolerance of the training, at a tight one, and in float64; the model is in float64 afterwards."""
+    text, stop = texts(8, 256), model.layer.eval_stop or model.layer.stop
+    rows = [deviation(model, text, dataclasses.replace(stop, rtol=r, max_evals=100)) for r in (1e-2, 1e-4)]
+    return [*rows, deviation(model.double(), text, Stop(rtol=1e-11, atol=0, max_evals=200))]
 
 
 def plot(rows: dict[str, Any]) -> None:
@@ -135,44 +166,46 @@ def plot(rows: dict[str, Any]) -> None:
     figure.savefig(RESULTS / "generation.png", dpi=160)
 
 
-def table(rows: dict[str, Any]) -> str:
+def table(found: dict[str, dict[str, Any]], exact: dict[str, list[dict[str, Any]]]) -> str:
     """For the docs."""
-    lines = ["| | batch 1 | batch 8 |", "|---|---|---|"]
-    pair = [rows["batch 1"], rows["batch 8"]]
+    columns = [(name, batch, row) for name, rows in found.items() for batch, row in rows.items()]
+    lines = ["| | " + " | ".join(f"{name}, {batch}" for name, batch, _ in columns) + " |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
 
-    def line(label: str, *values: str) -> None:
-        lines.append(f"| {label} | {' | '.join(values)} |")
+    def line(label: str, tell: Callable[[dict[str, Any]], str]) -> None:
+        lines.append(f"| {label} | {' | '.join(tell(row) for *_, row in columns)} |")
 
-    for length in pair[0]["anew"]:
-        if length in pair[0]["cached"]:
-            line(f"cache, ms a token at position {length}", *(f"{row['cached'][length]:.2f}" for row in pair))
-    for length in pair[0]["anew"]:
-        line(f"whole text anew, ms at length {length}", *(f"{row['anew'][length]:.1f}" for row in pair))
-    line("**times cheaper at 256**", *(f"**{row['ratio_at_256']:.0f}**" for row in pair))
-    for name in pair[0]["evals"]:
-        line(f"evaluations, {name}", *(f"{row['evals'][name]:.1f}" for row in pair))
+    for length in columns[0][2]["anew"]:
+        line(f"cache, ms a token at position {length}", lambda row, length=length: f"{row['cached'][length]:.2f}")
+    for length in columns[0][2]["anew"]:
+        line(f"whole text anew, ms at length {length}", lambda row, length=length: f"{row['anew'][length]:.1f}")
+    line("**times cheaper at 256**", lambda row: f"**{row['ratio_at_256']:.0f}**")
+    for name in columns[0][2]["evals"]:
+        line(f"evaluations, {name}", lambda row, name=name: f"{row['evals'][name]:.1f}")
+    lines += ["", "| run | tolerance | dtype | largest difference of a logit | same likeliest token | converged |"]
+    lines.append("|---|---|---|---|---|---|")
     lines += [
-        "",
-        "| tolerance | dtype | largest difference of a logit | same likeliest token | joint solves converged |",
-    ]
-    lines += ["|---|---|---|---|---|"]
-    lines += [
-        f"| {row['rtol']:g} | {row['dtype']} | {row['largest']:.1e} | {row['same_choice']:.2%} | "
+        f"| {name} | {row['rtol']:g} | {row['dtype']} | {row['largest']:.1e} | {row['same_choice']:.2%} | "
         f"{row['joint_converged']:.0%} |"
-        for row in rows["deviation"]
+        for name, rows in exact.items()
+        for row in rows
     ]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--longest", type=int, default=512)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = measured(trained(options.run, data=options.data), options.longest)
-    print(table(found))
-    print(keep("generation", found))
-    plot(found)
-    write_into_docs("generation", table(found), page="generation")
+    found, exact = {}, {}
+    for path in options.runs:
+        name, model, texts = trained_run(path)
+        found[name], exact[name] = costs(model, texts, options.longest), deviations(model, texts)
+    found["the paper's small"] = costs(*papers_small(), options.longest)
+    text = table(found, exact)
+    print(text)
+    print(keep("generation", {"costs": found, "exactness": exact}))
+    plot(next(iter(found.values())))
+    write_into_docs("generation", text, page="generation")

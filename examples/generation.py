@@ -1,0 +1,36 @@
+"""A language model of one's own in a loop of one's own; then prompts of different lengths, continued side by side.
+
+python examples/generation.py
+"""
+
+import torch
+
+from equilibria import Anderson, Implicit, Stop
+from equilibria.cells import TransformerShape
+from equilibria.corpora import Segments, Stream, Vocabulary
+from equilibria.language import LanguageShape
+
+torch.manual_seed(0)
+text = "the fixed point of a map is where the map leaves it.\n" * 60
+vocabulary = Vocabulary.of_text(text, unit="character")
+stream = Stream.of_text(vocabulary.encode(text))
+
+cell = TransformerShape(width=32, heads=4, inner=64, memory=32, positions="decay")
+stop = Stop(rtol=1e-2)
+model = LanguageShape(cell=cell, std=0.2).build(
+    len(vocabulary), solver=Anderson(), stop=stop, gradient=Implicit(stop=stop)
+)
+optimiser, memory = torch.optim.Adam(model.parameters(), lr=1e-2), None
+for segment, _ in zip(Segments(stream, batch_size=8, length=32), range(100), strict=False):
+    output = model(segment.tokens, segment.targets, None if segment.fresh else memory)
+    output.nats.mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    optimiser.zero_grad()
+    memory = output.memory
+
+print(output.solution)
+prompts = [vocabulary.encode(words, finish=False) for words in ("the fixed", "a map is wh")]
+tokens = model.generate(prompts, length=60, temperature=0, stop=int(vocabulary.encode("\n")[0]))
+for prompt, row in zip(prompts, tokens, strict=True):
+    print(vocabulary.decode(torch.cat([prompt, row])).rstrip())
