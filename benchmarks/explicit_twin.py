@@ -1,10 +1,12 @@
 """Penn Treebank at equal wall time: the deep equilibrium transformer and its explicit, weight-tied twin.
 
-python benchmarks/explicit_twin.py --data FOLDER [--minutes 15] [--depth 12]
+python benchmarks/explicit_twin.py --data FOLDER [--minutes 15] [--depth 12] [--only NAME …]
 
-Both have the same parameters, start, corpus, batches and optimiser. Each first gets its learning rate from short runs,
-whose speed then decides how many steps of a whole cosine fit into the time; the two trainings run side by side, one
-thread each. Writes results/explicit_twin.json and its part of docs/reproducing.md.
+All have the same parameters, start, corpus, batches and optimiser. ``explicit`` is the twin as ``--explicit`` makes
+it; ``curriculum`` is the same network after the same shallow stage as the equilibrium has. Each first gets its learning
+rate from short runs, whose speed then decides how many steps of a whole cosine fit into the time; two trainings at a
+time run side by side, one thread each. Writes results/explicit_twin.json and its part of docs/reproducing.md; with
+``--only`` the other rows stay as they are.
 """
 
 from __future__ import annotations
@@ -18,27 +20,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import keep, write_into_docs
+from machine import RESULTS, keep, write_into_docs
 
 from equilibria.commands.loading import trained, with_data
 from equilibria.corpora import Segments
 from equilibria.recipes import ptb
 from equilibria.training import Experiment, Run, Trainer, evaluate, explicit
+from equilibria.training.comparison import network_of
 from equilibria.training.memory import PeakMemory
 
 RATES = (1e-3, 2e-3, 4e-3)
-TUNING = {"equilibrium": (200, 100), "explicit": (200,)}
+TUNING = {"equilibrium": (200, 100), "explicit": (200,), "curriculum": (200, 100)}
 """Steps of each stage in the short runs."""
 SHALLOW = 0.4
-"""Share of the time in which the equilibrium is a network of three layers."""
+"""Share of the time in which equilibrium and curriculum are networks of three layers."""
 
 
 def experiments(data: Path, depth: int) -> dict[str, Experiment]:
-    """The two, without what costs time and is not compared."""
+    """All of them, without what costs time and is not compared."""
     whole = with_data(ptb(), data)
     quiet = {"threads": 1, "measure_memory": False, "spectral_radius": 0, "yardstick": False, "valid_segments": 10}
     whole = dataclasses.replace(whole, training=dataclasses.replace(whole.training, **quiet))
-    return {"equilibrium": whole, "explicit": explicit(whole, depth)}
+    layers = dataclasses.replace(network_of(depth), name="layers")
+    curriculum = dataclasses.replace(whole, name=f"ptb-3-to-{depth}-layers", stages=(whole.stages[0], layers))
+    return {"equilibrium": whole, "explicit": explicit(whole, depth), "curriculum": curriculum}
 
 
 def planned(experiment: Experiment, steps: tuple[int, ...], rate: float) -> Experiment:
@@ -77,8 +82,9 @@ def train(job: tuple[Experiment, Path]) -> dict[str, Any]:
 
 
 def together(jobs: list[tuple[Experiment, Path]]) -> list[dict[str, Any]]:
-    """Two trainings at a time, each with one thread."""
-    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+    """Two trainings at a time, each with one thread; those of one kind one after another."""
+    processes = min(2, len({experiment.name for experiment, _ in jobs}))
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
         return pool.map(train, jobs, chunksize=1)
 
 
@@ -100,7 +106,8 @@ def fitted(name: str, seconds: dict[str, float], budget: float) -> tuple[int, ..
     """Steps of each stage that take the time."""
     if name == "explicit":
         return (int(budget / seconds["explicit"]),)
-    return int(SHALLOW * budget / seconds["shallow"]), int((1 - SHALLOW) * budget / seconds["implicit"])
+    last = "implicit" if name == "equilibrium" else "layers"
+    return int(SHALLOW * budget / seconds["shallow"]), int((1 - SHALLOW) * budget / seconds[last])
 
 
 def scored(path: Path) -> dict[str, Any]:
@@ -131,7 +138,12 @@ def scored(path: Path) -> dict[str, Any]:
 
 def table(rows: dict[str, Any], *, minutes: float, depth: int) -> str:
     """The two side by side, for the docs."""
-    names = {"equilibrium": "equilibrium", "explicit": f"{depth} layers, tied"}
+    names = {
+        "equilibrium": "equilibrium",
+        "explicit": f"{depth} layers, tied",
+        "curriculum": f"3, then {depth} layers, tied",
+    }
+    names = {name: label for name, label in names.items() if name in rows}
 
     def line(label: str, tell: Any) -> str:
         return f"| {label} | " + " | ".join(tell(rows[name]) for name in names) + " |"
@@ -150,7 +162,7 @@ def table(rows: dict[str, Any], *, minutes: float, depth: int) -> str:
             "tokens/s in training",
             lambda r: ", ".join(f"{value:,.0f} ({name})" for name, value in r["tokens_per_second"].items()),
         ),
-        line("evaluations of f a step, forward", lambda r: mean(r["forward"]) if r["forward"] else str(depth)),
+        line("evaluations of f a step, forward", lambda r: mean(r["forward"]) if r["backward"] else str(depth)),
         line("products a step, backward", lambda r: mean(r["backward"])),
         line("peak memory of a training step", lambda r: f"{r['peak_bytes'] / 2**20:.0f} MiB"),
         line("validation perplexity", lambda r: f"{r['valid']['perplexity']:.1f}"),
@@ -167,15 +179,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("runs/explicit-twin"))
+    parser.add_argument("--only", nargs="+", default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
     pair = experiments(options.data, options.depth)
+    pair = {name: value for name, value in pair.items() if options.only is None or name in options.only}
     rows = tuned(pair, options.out)
     for name, row in rows.items():
         row["steps"] = fitted(name, row["seconds_a_step"], 60 * options.minutes)
     jobs = [(planned(pair[name], row["steps"], row["rate"]), options.out / name) for name, row in rows.items()]
     for (name, row), found in zip(rows.items(), together(jobs), strict=True):
         row |= found | scored(options.out / name)
+    if options.only is not None:
+        rows = json.loads((RESULTS / "explicit_twin.json").read_text(encoding="utf-8"))["rows"] | rows
     text = table(rows, minutes=options.minutes, depth=options.depth)
     print(text)
     print(keep("explicit_twin", rows))

@@ -168,7 +168,7 @@ def test_a_chain_injects_once():
 
 
 def test_masks_are_drawn_once_a_step(monkeypatch):
-    """However often f is evaluated: five of channels, of positions one, of attention one."""
+    """However often f is evaluated: three of channels, one of positions, one of attention."""
     draws = []
     draw = masks.dropout_mask
 

@@ -97,7 +97,7 @@ class TestCandidates:
         class Fixed(torch.nn.Module):
             vocabulary_size = 4
 
-            def logits(self, tokens, memory=None):
+            def logits(self, tokens, memory=None, *, last=False):
                 return TestCandidates.logits[:1].expand(len(tokens), 1, 4), None
 
         tokens = generate(Fixed(), torch.zeros(4000, 1, dtype=torch.long), length=1, temperature=0.5, top_k=3)

@@ -490,3 +490,22 @@ def test_on_a_gpu_as_on_the_cpu(name):
     weight, x = (t.detach().cuda().requires_grad_() for t in (weight, x))
     got = gradients(rule, solver, stop, lambda z: torch.tanh(z @ weight.mT + x), x, [weight, x])
     assert relative(got.cpu(), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_unrolling_anderson_past_convergence_has_a_finite_gradient(dtype):
+    """Then differences are exactly zero, and their columns of the small system are empty."""
+    shift = torch.ones(3, dtype=dtype, requires_grad=True)
+    stop = Stop(rtol=0, atol=0, max_evals=8, best=False)
+    solution = Unroll().run(lambda z: z + shift, torch.zeros(2, 3, dtype=dtype), Anderson(), stop)
+    solution.z.sum().backward()
+    assert torch.isfinite(shift.grad).all()
+    weight = torch.eye(3, dtype=dtype, requires_grad=True)
+    solution = Unroll().run(
+        lambda z: 0.1 * torch.tanh(z @ weight) + 1,
+        torch.zeros(2, 3, dtype=dtype),
+        Anderson(),
+        Stop(rtol=0, atol=0, max_evals=40, best=False),
+    )
+    solution.z.sum().backward()
+    assert torch.isfinite(weight.grad).all()

@@ -17,11 +17,14 @@ from torch.autograd import forward_ad
 class KeyValueCache:
     """A row of slots, filled from the left; those up to ``end`` hold the past, the ones after it the present.
 
-    The slots are written in place, so a cache has one future: after ``advanced`` only the new value may be used.
+    The slots are written in place and shared from one value to the next. A value that has a successor already, or is
+    used with gradients, is copied first: so each stays what it is, and the newest alone is quick.
     """
 
     slots: Float[Tensor, "2 H B S C"]
     """Keys and values."""
+    written: list[int]
+    """The one number in it: how many of the slots hold what a value has remembered."""
     length: int
     """Past positions that are seen at most."""
     end: int
@@ -40,7 +43,15 @@ class KeyValueCache:
         """No past yet; ``width`` is C, ``like`` gives dtype and device."""
         slots = like.new_empty(2, heads, batch, 0, width)
         padded = 0 if padding is None else int(padding.max())
-        return cls(slots=slots, length=length, end=0, moved=0, padding=padding if padded else None, padded=padded)
+        return cls(
+            slots=slots,
+            written=[0],
+            length=length,
+            end=0,
+            moved=0,
+            padding=padding if padded else None,
+            padded=padded,
+        )
 
     @property
     def seen(self) -> int:
@@ -52,26 +63,39 @@ class KeyValueCache:
 
         The unseen slots before the past are dropped then.
         """
-        if self.end + time <= self.slots.shape[3]:
+        if self._newest and self.end + time <= self.slots.shape[3]:
             return self
-        past = self.slots[:, :, :, self.end - self.seen : self.end]
+        past = self._past
         # As many slots again as are kept: the copy is paid for by that many tokens.
         room = max(time, min(self.length, max(64, 2 * self.seen)))
         slots = torch.cat([past, past.new_zeros(*past.shape[:3], room, past.shape[4])], dim=3)
-        return dataclasses.replace(self, slots=slots, end=self.seen, moved=self.moved + self.end - self.seen)
+        moved = self.moved + self.end - self.seen
+        return dataclasses.replace(self, slots=slots, written=[self.seen], end=self.seen, moved=moved)
+
+    @property
+    def _newest(self) -> bool:
+        return self.written == [self.end]
+
+    @property
+    def _past(self) -> Float[Tensor, "2 H B M C"]:
+        return self.slots[:, :, :, self.end - self.seen : self.end]
 
     def joined(self, present: Float[Tensor, "2 H B T C"]) -> Float[Tensor, "2 H B K C"]:
-        """Keys and values of the past and the present side by side: a view of the slots."""
+        """Keys and values of the past and the present side by side: where that is allowed, a view of the slots."""
         end = self.end + present.shape[3]
-        if forward_ad.unpack_dual(present).tangent is not None:  # of a Jacobian–vector product: nothing to be kept
-            return torch.cat([self.slots[:, :, :, self.end - self.seen : self.end], present], dim=3)
+        tangent = forward_ad.unpack_dual(present).tangent  # of a Jacobian–vector product
+        if tangent is not None or torch.is_grad_enabled() or not self._newest:
+            return torch.cat([self._past, present], dim=3)
         self.slots[:, :, :, self.end : end].copy_(present)
         return self.slots[:, :, :, self.end - self.seen : end]
 
     def advanced(self, present: Float[Tensor, "2 H B T C"]) -> KeyValueCache:
         """The cache in which the present has become past."""
-        self.joined(present)
-        return dataclasses.replace(self, end=self.end + present.shape[3])
+        time = present.shape[3]
+        cache = self.with_room(time)
+        cache.slots[:, :, :, cache.end : cache.end + time].copy_(present)
+        cache.written[0] = cache.end + time
+        return dataclasses.replace(cache, end=cache.end + time)
 
     def hidden(self, time: int) -> Bool[Tensor, "B K"] | None:
         """True where the text of a row has not begun at a key, of ``time`` present ones too; None if all have begun."""

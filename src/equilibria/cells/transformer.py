@@ -155,7 +155,7 @@ class TransformerCell(Cell):
 
         It stands wherever a ``TransformerMemory`` does, without gradients: by the exactness law, what is solved from it
         position by position is the equilibrium of the whole text, as far as its length and the window reach. The
-        weights are those of this moment.
+        weights may not change meanwhile.
 
         Args:
             batch: rows.
@@ -166,6 +166,13 @@ class TransformerCell(Cell):
                 neighbours resemble each other; on text it saved nothing.
         """
         shape = self.shape
+        if self.training:
+            raise ValueError("a cache is for evaluation mode, where nothing is dropped; call model.eval() first.")
+        if memory is not None and not isinstance(memory, TransformerMemory):
+            raise ValueError(
+                f"the memory is a {type(memory).__name__}, and a cache is made from a TransformerMemory, as a solve "
+                "without cache gives it; where there is a cache already, go on with that."
+            )
         if memory is not None and padding is not None:
             raise ValueError(
                 "padding stands before the text of a row, and the memory would stand before the padding; give rows of "
@@ -211,7 +218,7 @@ class TransformerCell(Cell):
     def _check_memory(self, x: Tensor, memory: TransformerMemory | TransformerCache | None) -> None:
         if isinstance(memory, TransformerCache):
             if torch.is_grad_enabled():
-                raise ValueError("a cache is written in place and has no gradient; use it under torch.no_grad().")
+                raise ValueError("a cache has no gradient; use it under torch.no_grad().")
             streams = memory.past.slots.shape[2]
         else:
             streams = len(x) if memory is None else len(memory.z)

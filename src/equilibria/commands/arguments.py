@@ -7,6 +7,7 @@ import dataclasses
 import io
 import itertools
 import re
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -60,11 +61,20 @@ def flags(value: Any, prefix: str = "") -> dict[str, Any]:
     items = enumerate(value) if isinstance(value, tuple) else _fields(value)
     for name, part in items:
         path = f"{prefix}{name}".replace("_", "-")
+        if part is None and _holds_dataclass(value, name):
+            continue  # kinds are the recipe's to choose, so there is no flag
         if dataclasses.is_dataclass(part) or (isinstance(part, tuple) and any(map(dataclasses.is_dataclass, part))):
             found |= flags(part, "" if path in TRANSPARENT else f"{path}.")
         else:
             found[f"--{path}"] = part
     return found
+
+
+def _holds_dataclass(value: Any, name: Any) -> bool:
+    """Whether the field may hold a dataclass instead of None."""
+    if not dataclasses.is_dataclass(value):
+        return False
+    return any(map(dataclasses.is_dataclass, typing.get_args(typing.get_type_hints(type(value))[name])))
 
 
 TRANSPARENT = ("experiment",)

@@ -131,8 +131,7 @@ def _conditions(loaded: Trained, setting: Setting, *, episodes: bool) -> list[Ro
     rows.append(Row("Batch size", formats.numbered(setting.batch_size, "stream"), streams))
     if setting.max_evals is not None:
         evaluations = formats.numbered(setting.max_evals, "evaluation")
-        fixed = setting.rtol == setting.atol == 0
-        rows.append(Row("Budget", evaluations, "no tolerance" if fixed else f"relative tolerance {setting.rtol:g}"))
+        rows.append(Row("Budget", evaluations, formats.tolerance(dataclasses.asdict(setting))))
     else:
         rows.append(Row("Budget", "no solve", formats.network(to_json(loaded.experiment)["model"])))
     return rows

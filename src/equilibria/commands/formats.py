@@ -114,10 +114,17 @@ def conditions(event: dict[str, Any]) -> str:
 
 
 def budget(setting: dict[str, Any]) -> str:
-    """Budget and relative tolerance of the solves; without a tolerance the budget is always spent."""
+    """Budget and tolerance of the solves; without a tolerance the budget is always spent."""
     if setting["rtol"] == setting["atol"] == 0:
         return f"{numbered(setting['max_evals'], 'evaluation')} and no tolerance"
-    return f"at most {numbered(setting['max_evals'], 'evaluation')}, tolerance {setting['rtol']:g}"
+    return f"at most {numbered(setting['max_evals'], 'evaluation')}, {tolerance(setting)}"
+
+
+def tolerance(setting: dict[str, Any]) -> str:
+    """The relative tolerance; where there is none, the absolute one, if there is that."""
+    if setting["rtol"] > 0:
+        return f"tolerance {setting['rtol']:g}"
+    return f"absolute tolerance {setting['atol']:.2g}" if setting["atol"] > 0 else "no tolerance"
 
 
 def scored(setting: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from equilibria.training.run import Run
 from equilibria.training.snapshot import load_weights, weights
 
 Which = Literal["best", "last"]
-"""The checkpoint with the best validation of the last stage, or the newest one."""
+"""The checkpoint with the best validation (see ``Run.best``), or the newest one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

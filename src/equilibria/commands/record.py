@@ -9,6 +9,7 @@ from typing import Any
 
 from equilibria.commands import formats
 from equilibria.commands.errors import UsageError
+from equilibria.training.experiment import SOLVES
 from equilibria.training.metrics import Event
 from equilibria.training.names import nearest
 from equilibria.training.run import Run
@@ -75,7 +76,7 @@ class Record:
         """The stage, and the ones before it with the same solver, stop and gradient rule."""
         names, how = {stage}, None
         for part in reversed(self.experiment.get("stages", [])):
-            mine = tuple(str(part.get(name)) for name in ("solver", "stop", "gradient", "eval_stop"))
+            mine = [part.get(name) for name in SOLVES]
             if part.get("name") == stage:
                 how = mine
             elif how is not None and mine != how:

@@ -138,7 +138,7 @@ def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 def _takes_value(word: str) -> bool:
     """Whether the next word of the command line is a value of this one."""
-    return word.startswith("-") and "=" not in word and word not in SWITCHES
+    return word.startswith("-") and "=" not in word and word.replace("_", "-") not in SWITCHES
 
 
 def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:

@@ -34,8 +34,10 @@ class Speaker(Protocol):
         """V."""
         ...
 
-    def logits(self, tokens: Int[Tensor, "B T"], memory: Memory = None) -> tuple[Float[Tensor, "B T V"], Memory]:
-        """The logits after each token, and the memory for the tokens that follow."""
+    def logits(
+        self, tokens: Int[Tensor, "B T"], memory: Memory = None, *, last: bool = False
+    ) -> tuple[Float[Tensor, "B _ V"], Memory]:
+        """The logits after each token, or after the last one only, and the memory for the tokens that follow."""
         ...
 
 
@@ -100,7 +102,7 @@ def stream(
 ) -> Iterator[Int[Tensor, " B"]]:
     """One token a row after another, for showing text while it is made; arguments as of ``generate``.
 
-    Without ``stop`` it has no end. The weights are those of the call.
+    Without ``stop`` it has no end. The weights may not change meanwhile.
     """
     _check_choices(temperature=temperature, top_k=top_k, top_p=top_p, segment=segment, memory_length=memory_length)
     tokens, padding = _rows(prompt)
@@ -111,7 +113,7 @@ def stream(
     choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     def continued(past: Memory, ended: Tensor) -> Iterator[Tensor]:
-        *before, rows = tokens.split(segment or tokens.shape[1], dim=1)
+        *before, rows = _pieces(tokens, segment)
         for piece in before:
             past = _read(model, piece, past)[1]
         while not (stop is not None and ended.all()):
@@ -162,7 +164,16 @@ def _choose(
 def _read(model: Speaker, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
     """``model.logits`` in evaluation mode without gradients; each submodule gets its own mode back."""
     with evaluating(model):
-        return model.logits(tokens, memory)
+        return model.logits(tokens, memory, last=True)
+
+
+def _pieces(tokens: Int[Tensor, "B T"], segment: int | None) -> list[Int[Tensor, "B _"]]:
+    """The prompt cut into segments from its end, where all rows end: so a row is cut alike in any company."""
+    time = tokens.shape[1]
+    if segment is None or segment >= time:
+        return [tokens]
+    first = time % segment
+    return [*([tokens[:, :first]] if first else []), *tokens[:, first:].split(segment, dim=1)]
 
 
 def _memory(model: Speaker, batch: int, *, length: int | None, padding: Tensor | None, memory: Memory) -> Memory:

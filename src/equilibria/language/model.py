@@ -147,10 +147,15 @@ class LanguageModel(nn.Module):
         out = self.layer(self.embedding(tokens), memory)
         return LanguageOutput(nats=self.head.nats(out.z, targets, self.embedding), memory=out.memory, layer=out)
 
-    def logits(self, tokens: Int[Tensor, "B T"], memory: Memory = None) -> tuple[Float[Tensor, "B T V"], Memory]:
-        """The logits after each token (an adaptive head gives log-probabilities), and the memory for what follows."""
+    def logits(
+        self, tokens: Int[Tensor, "B T"], memory: Memory = None, *, last: bool = False
+    ) -> tuple[Float[Tensor, "B _ V"], Memory]:
+        """The logits after each token, or after the ``last`` one only, and the memory for the tokens that follow.
+
+        An adaptive head gives log-probabilities.
+        """
         out = self.layer(self.embedding(tokens), memory)
-        return self.read(out.z), out.memory
+        return self.read(out.z[:, -1:] if last else out.z), out.memory
 
     def read(self, z: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """The logits that the head reads off states z."""

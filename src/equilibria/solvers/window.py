@@ -50,10 +50,11 @@ def ridge_solve(gram: Float[Tensor, "B W W"], target: Float[Tensor, "B W"], *, r
 
     The system is scaled to a unit diagonal first, so that the ridge λ acts on every column alike, whatever its length.
     """
-    tiny = torch.finfo(gram.dtype).tiny  # keeps an empty column solvable, and is nothing beside the 1 of any other
-    scale = gram.diagonal(dim1=1, dim2=2).clamp_min(tiny).rsqrt()
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    filled = diagonal > 0
+    scale = torch.where(filled, diagonal, 1.0).rsqrt()  # of an empty column too it is a plain number, with a gradient
     regular = gram * scale[:, :, None] * scale[:, None, :]
-    regular.diagonal(dim1=1, dim2=2).add_(max(ridge, tiny))
+    regular = regular + torch.diag_embed(torch.where(filled, ridge, 1.0).to(gram.dtype))
     solution, info = torch.linalg.solve_ex(regular, target * scale)
     usable = (info == 0) & torch.isfinite(solution).all(dim=1)
     return torch.where(usable[:, None], solution * scale, 0.0)

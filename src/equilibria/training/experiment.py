@@ -17,6 +17,9 @@ from equilibria.solve import Solver, Stop
 from equilibria.training.names import nearest_or_all
 from equilibria.training.sources import Source
 
+SOLVES = ("solver", "stop", "gradient", "eval_stop")
+"""What of a stage decides how an ``Equilibrium`` solves, and which stages' validations can be compared."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -58,7 +61,7 @@ class Stage:
     @property
     def solves(self) -> dict[str, Any]:
         """How an ``Equilibrium`` solves in this stage, by the names of its attributes."""
-        return {name: getattr(self, name) for name in ("solver", "stop", "gradient", "eval_stop")}
+        return {name: getattr(self, name) for name in SOLVES}
 
     def apply_to(self, layer: nn.Module) -> None:
         """Let ``layer`` solve as in this stage; a layer that solves nothing stays as it is."""

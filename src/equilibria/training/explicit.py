@@ -6,7 +6,9 @@ Kolter and Koltun (2019, table 3), and with ever more layers the equilibrium its
 Untied, it is a Transformer-XL (Dai et al. 2019) of the same sizes, with weights of their own for each layer: no
 injection, so that x enters once; layer norms with gain and bias; no weight norm; dropout masks for each position;
 weights from N(0, 0.02²). Deviations from its code: (1) the position biases u and v belong to a layer, and are not
-shared by all; (2) W_o has a bias; (3) embedding, head, positions and dropout rates are those of the experiment.
+shared by all; (2) W_o has a bias; (3) gains of the layer norms start at 1, and not from N(1, 0.02²); (4) clusters of
+words, positions, dropout rates and what is dropped from the output are those of the experiment. Of a chain of blocks,
+each layer is a chain of as many.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from equilibria.training.experiment import Experiment
 TRANSFORMER_XL: dict[str, Any] = {
     "injection": False,
     "affine": True,
+    "attention_norm": False,
     "weight_norm": False,
     "variational": False,
     "norm": "post",

@@ -131,7 +131,7 @@ class Run:
         return checkpoint.newest(self.checkpoints)
 
     def best(self) -> Checkpoint:
-        """The checkpoint with the best validation of the last stage.
+        """The checkpoint with the best validation of the last stage, or of those before it that solve alike.
 
         Raises:
             CheckpointError: the run has no checkpoint yet, or the best one is damaged.

@@ -189,10 +189,10 @@ class Trainer:
             self.validate()
         if changes:
             self._enter_stage()
+            self.log.write("stage", step=done, stage=self.stage.name, **{"from": stage.name})
             if self.stage.solves != stage.solves:
                 self.best = None  # what solves in another way prepares for this stage, and is not compared with it
-            self.log.write("stage", step=done, stage=self.stage.name, **{"from": stage.name})
-            self.validate()
+                self.validate()
         if ends or self.best is not best_before or done % training.checkpoint_every == 0:
             self._checkpoint()
 
