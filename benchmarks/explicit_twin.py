@@ -167,6 +167,7 @@ def table(rows: dict[str, Any], *, minutes: float, depth: int) -> str:
         line("peak memory of a training step", lambda r: f"{r['peak_bytes'] / 2**20:.0f} MiB"),
         line("validation perplexity", lambda r: f"{r['valid']['perplexity']:.1f}"),
         line("test perplexity", lambda r: f"{r['test']['perplexity']:.1f}"),
+        line("tokens scored, validation and test", lambda r: f"{r['valid']['tokens']:,}, {r['test']['tokens']:,}"),
         line("tokens/s in evaluation, batch 1", lambda r: f"{r['test']['tokens_per_second']:,.0f}"),
     ]
     return "\n".join(lines)

@@ -2,9 +2,8 @@
 
 python benchmarks/generation.py RUN [RUN …] [--longest 512]
 
-The RUNs are trained, such as runs/demo; beside them stands the paper's small cell (width 500, inner width 2,500) with
-fresh weights. Times are medians on one thread. Writes results/generation.json, results/generation.png (of the first
-run) and its part of docs/generation.md.
+The RUNs are trained, such as runs/demo. Times are medians on one thread; run it on an idle machine. Writes
+results/generation.json, results/generation.png (of the first run) and its part of docs/generation.md.
 """
 
 from __future__ import annotations
@@ -23,14 +22,10 @@ from machine import RESULTS, keep, write_into_docs
 from equilibria.commands.loading import trained
 from equilibria.equilibrium import Memory
 from equilibria.language import LanguageModel
-from equilibria.recipes import wikitext103_small
 from equilibria.solve import Stop
-from equilibria.solvers import Anderson
 
 WINDOW = 32
 """Tokens over which a median is taken."""
-WORDS = 10_000
-"""Vocabulary of the untrained model."""
 Texts = Callable[[int, int], torch.Tensor]
 
 
@@ -43,15 +38,6 @@ def trained_run(path: Path) -> tuple[str, LanguageModel, Texts]:
         return torch.stack([part[:length] for part in tokens.split(len(tokens) // rows)[:rows]])
 
     return f"`{loaded.experiment.name}`", loaded.model, text
-
-
-def papers_small() -> tuple[LanguageModel, Texts]:
-    """The cell of `wikitext103-small` with fresh weights, a plain softmax, and random words."""
-    torch.manual_seed(0)
-    shape = dataclasses.replace(wikitext103_small().model, adaptive=None)
-    solves = {**wikitext103_small().stages[-1].solves, "solver": Anderson(), "stop": Stop(rtol=1e-2)}
-    model = shape.build(WORDS, **solves).eval()
-    return model, lambda rows, length: torch.randint(WORDS, (rows, length))
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -203,7 +189,6 @@ if __name__ == "__main__":
     for path in options.runs:
         name, model, texts = trained_run(path)
         found[name], exact[name] = costs(model, texts, options.longest), deviations(model, texts)
-    found["the paper's small"] = costs(*papers_small(), options.longest)
     text = table(found, exact)
     print(text)
     print(keep("generation", {"costs": found, "exactness": exact}))

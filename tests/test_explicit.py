@@ -110,7 +110,7 @@ def test_what_has_no_twin_is_refused(unhooked):
     with pytest.raises(ValueError, match="its model is a RecurrentShape, which has no equilibrium"):
         explicit(dataclasses.replace(value, model=RecurrentShape()), 3)
     own = dataclasses.replace(value, model=LanguageShape(cell=PlainShape()))
-    with pytest.raises(ValueError, match="a PlainShape has no affine, init"):
+    with pytest.raises(ValueError, match="a PlainShape has no affine, attention_norm, init"):
         explicit(own, 3, tied=False)
     assert explicit(own, 3).model.cell == PlainShape()
 

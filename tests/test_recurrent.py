@@ -157,9 +157,8 @@ def test_the_recipes_are_copying_with_another_model():
     whole = copying()
     for value in (copying_lstm(), copying_gru()):
         assert value.corpus == whole.corpus
-        assert value.total_steps == whole.total_steps
         assert (value.training.optimiser, value.training.learning_rate, value.training.clip) == ("adam", 1e-3, 1.0)
         assert not isinstance(value.model, LanguageShape)
-        names = ("learning_rate", "spectral_radius", "measure_memory")
+        names = ("learning_rate", "spectral_radius", "valid_every")
         same = {name: getattr(whole.training, name) for name in names}
         assert dataclasses.replace(value.training, **same) == whole.training

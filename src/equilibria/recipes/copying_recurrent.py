@@ -26,11 +26,12 @@ def copying_gru() -> Experiment:
 
 
 def _recurrent(name: str, model: RecurrentShape) -> Experiment:
-    """``copying`` with another model, in one stage of as many steps; corpus and batches change where they do there."""
+    """``copying`` with another model, in one stage of as many minutes; corpus and batches follow it."""
     whole = copying()
-    stage = dataclasses.replace(whole.stages[0], name="recurrent", steps=whole.total_steps)
+    stage = dataclasses.replace(whole.stages[0], name="recurrent", steps=8_000)
     training = dataclasses.replace(
         whole.training,
+        valid_every=1_000,
         optimiser="adam",
         learning_rate=1e-3,
         clip=1.0,
