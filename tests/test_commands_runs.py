@@ -317,12 +317,13 @@ def test_a_memory_is_set_in_every_block_of_a_chain():
     assert with_memory(chain, 7).model.cell == ChainShape(cells=(dataclasses.replace(cell, memory=7),) * 2)
 
 
-@pytest.mark.parametrize("words", ["--explicit 3", "--untied --explicit=3", "--explicit 3 --recompute"])
+@pytest.mark.parametrize("words", ["--explicit 3", "--untied --explicit=3", "--explicit 3 --recompute --layer-memory"])
 def test_an_explicit_twin_goes_all_the_way(place, capsys, words):
     words = words.split()
     flags = ["--data", "text", "--stages.0.steps", "5", "--model.cell.inner", "6"]
     assert main(["train", *words, "recipe.py:small", *flags]) == 0
-    name = "small-3-layers-untied" if "--untied" in words else "small-3-layers"
+    name = "small-3-layers"
+    name += "-untied" if "--untied" in words else "-layer-memory-recomputed" if "--recompute" in words else ""
     run = Run(Path("runs") / name)
     text = capsys.readouterr().out
     assert text.startswith(f"{name} on text, in runs/{name}\n")

@@ -166,6 +166,8 @@ class TransformerCell(Cell):
                 neighbours resemble each other; on text it saved nothing.
         """
         shape = self.shape
+        if batch < 1:
+            raise ValueError(f"cache(batch={batch}): a cache is for at least one row.")
         if self.training:
             raise ValueError("a cache is for evaluation mode, where nothing is dropped; call model.eval() first.")
         if memory is not None and not isinstance(memory, TransformerMemory):

@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         data=options.data,
         recipe=options.recipe,
         memory_length=options.memory_length,
+        segment=options.segment_length,
     )
     _set_stop(loaded, options)
     stream = {"valid": loaded.corpus.valid, "test": loaded.corpus.test}[options.split]

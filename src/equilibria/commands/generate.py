@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -15,6 +16,7 @@ from equilibria.commands.arguments import Run, parse
 from equilibria.commands.errors import UsageError
 from equilibria.commands.loading import Trained, Which, trained
 from equilibria.corpora import Vocabulary
+from equilibria.equilibrium import LayerOutput
 from equilibria.language.generate import stream
 
 
@@ -35,7 +37,7 @@ class Options:
     top_p: float | None = None
     """Choose among the fewest likeliest tokens that have this probability together."""
     seed: int = 0
-    """The same seed gives the same text."""
+    """The same seed gives the same text to the same prompts."""
     stop: str | None = None
     """A token that ends the text, such as "<eos>" of a corpus of words; \\n stands for a line break."""
     memory_length: int | None = None
@@ -53,7 +55,14 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Options, arguments, verb="generate")
     if options.length < 1:
         raise UsageError(f"--length {options.length}: it counts the tokens to generate and is at least 1; try 400.")
-    loaded = trained(options.run, checkpoint=options.checkpoint, data=options.data, recipe=options.recipe)
+    loaded = trained(
+        options.run,
+        checkpoint=options.checkpoint,
+        data=options.data,
+        recipe=options.recipe,
+        memory_length=options.memory_length,
+    )
+    failed = _Failures(loaded)
     # The first token comes before anything is printed: an impossible prompt gives its sentence and nothing else.
     pieces = continuation(loaded, options)
     first = next(pieces)
@@ -66,7 +75,48 @@ def main(arguments: Sequence[str]) -> int:
             sys.stdout.write(piece)
             sys.stdout.flush()
     sys.stdout.write("\n")
+    for note in (*_unknown_words(loaded.corpus.vocabulary, options.prompt), *failed.notes()):
+        print(f"note: {note}", file=sys.stderr)
     return 0
+
+
+class _Failures:
+    """Counts the solves of a generation that end without meeting their tolerance."""
+
+    def __init__(self, loaded: Trained) -> None:
+        self._solves, self._failed = 0, 0
+        loaded.model.layer.register_forward_hook(self._count)
+
+    def _count(self, layer: Any, given: Any, output: LayerOutput) -> None:
+        if output.solution is not None and not has_fixed_depth(layer):
+            self._solves += output.solution.converged.numel()
+            self._failed += int((~output.solution.converged).sum())
+
+    def notes(self) -> list[str]:
+        """One sentence, if there were any."""
+        if not self._failed:
+            return []
+        return [
+            f"{self._failed:,} of {self._solves:,} solves did not converge, so the text may depend on its company; "
+            "`equilibria evaluate` tells how the model does on its own corpus."
+        ]
+
+
+def has_fixed_depth(layer: Any) -> bool:
+    """Whether an equilibrium is set to use its whole budget, with no tolerance."""
+    stop = layer.eval_stop or layer.stop
+    return stop.rtol == stop.atol == 0
+
+
+def _unknown_words(vocabulary: Vocabulary, prompts: Sequence[str]) -> list[str]:
+    """A sentence about the words of the prompts that the model reads as the unknown word."""
+    if vocabulary.unknown is None or vocabulary.unit != "word":
+        return []
+    known = set(vocabulary.tokens)
+    words = list(dict.fromkeys(word for prompt in prompts for word in prompt.split() if word not in known))
+    if not words:
+        return []
+    return [f"the model does not know {', '.join(map(repr, words[:8]))} and reads {vocabulary.unknown} instead."]
 
 
 def continuation(loaded: Trained, options: Options) -> Iterator[tuple[str, ...]]:

@@ -45,6 +45,7 @@ def trained(
     data: Path | None = None,
     recipe: str | None = None,
     memory_length: int | None = None,
+    segment: int | None = None,
     extra: Iterable[type] = (),
 ) -> Trained:
     """The model of the run in folder ``path``.
@@ -55,6 +56,7 @@ def trained(
         data: where the corpus lies now, if it has moved.
         recipe: what the run was trained from, if it uses dataclasses from outside the library.
         memory_length: positions of the past that the cell is to remember; None for those of the training.
+        segment: positions that are to be solved at once beside them; None for those of the training.
         extra: these dataclasses themselves.
     """
     if recipe is not None:
@@ -67,7 +69,9 @@ def trained(
     if stored is None:
         raise CheckpointError(f"{path} has no good checkpoint yet: continue the training with --resume.")
     corpus = experiment.corpus.load()
-    model = (experiment if memory_length is None else with_memory(experiment, memory_length)).build(corpus)
+    model = (experiment if memory_length is None else with_memory(experiment, memory_length, segment=segment)).build(
+        corpus
+    )
     try:
         load_weights(model, stored.model)
     except CheckpointError:
@@ -96,20 +100,26 @@ def with_data(experiment: Experiment, data: Path) -> Experiment:
     return dataclasses.replace(experiment, corpus=dataclasses.replace(corpus, root=data.expanduser().absolute()))
 
 
-def with_memory(experiment: Experiment, length: int) -> Experiment:
-    """The experiment with a cell, in a chain with blocks, that remember ``length`` positions."""
+def with_memory(experiment: Experiment, length: int, *, segment: int | None = None) -> Experiment:
+    """The experiment with a cell, in a chain with blocks, that remember ``length`` positions beside a segment."""
     model: Any = experiment.model
-    cell = _remembering(getattr(model, "cell", model), length)
+    cell = _remembering(getattr(model, "cell", model), length, segment or experiment.training.segment_length)
     return dataclasses.replace(experiment, model=dataclasses.replace(model, cell=cell))
 
 
-def _remembering(cell: Any, length: int) -> Any:
+def _remembering(cell: Any, length: int, segment: int) -> Any:
     if hasattr(cell, "cells"):
-        return dataclasses.replace(cell, cells=tuple(_remembering(block, length) for block in cell.cells))
+        return dataclasses.replace(cell, cells=tuple(_remembering(block, length, segment) for block in cell.cells))
     if not hasattr(cell, "memory"):
         raise UsageError(
             f"--memory-length {length}: a {type(cell).__name__} has no number of positions that it remembers; leave it "
             "out for this model."
+        )
+    longest = cell.longest - segment
+    if cell.positions == "decay" and min(length, (cell.window or 1000) - 1) > longest:
+        raise UsageError(
+            f"--memory-length {length}: this cell has position biases for {cell.longest:,} positions, memory and a "
+            f"segment of {segment:,} together; give at most {max(0, longest):,}."
         )
     return dataclasses.replace(cell, memory=length)
 

@@ -228,6 +228,11 @@ def _check_choices(
 
 
 def _check_shape(tokens: Tensor, *, axes: int) -> None:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"the prompt holds a {type(tokens).__name__}, and must be a tensor [rows, tokens] or a list of tensors "
+            "[tokens]; for one row give [Vocabulary.encode(text)]."
+        )
     if tokens.ndim != axes or tokens.dtype not in (torch.int32, torch.int64):
         wanted = "[rows, tokens]" if axes == 2 else "[tokens] in each row of the list"
         raise ValueError(

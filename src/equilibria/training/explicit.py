@@ -66,11 +66,12 @@ def explicit(
         network_of(depth), name="explicit", steps=experiment.total_steps, gradient=Unroll(checkpoint=checkpoint)
     )
     layers = Explicit(depth=depth, tied=tied, memory=memory if tied else "layers", checkpoint=checkpoint)
+    kind = "-untied" if not tied else "-layer-memory" if memory == "layers" else ""
     if not tied:
         shape = dataclasses.replace(shape, cell=_transformer_xl(shape.cell), std=TRANSFORMER_XL["std"])
     return dataclasses.replace(
         experiment,
-        name=f"{experiment.name}-{depth}-layers{'' if tied else '-untied'}",
+        name=f"{experiment.name}-{depth}-layers{kind}{'-recomputed' if checkpoint else ''}",
         model=dataclasses.replace(shape, explicit=layers),
         stages=(stage,),
         # It has no meaning without a fixed point.
