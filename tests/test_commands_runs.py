@@ -301,7 +301,35 @@ def test_evaluate_with_another_memory_scores_otherwise_and_says_so(run, capsys):
         assert re.search(rf"Memory length +│ {length} tokens +│ {'4 in the training' if length != '4' else ' '}", text)
     assert len(set(scores.values())) == 3
     assert scores["4"] == score_of(capsys, "runs/small")[0]
-    assert "longest=40 or more" in fails(capsys, "evaluate", "runs/small", "--memory-length", "40", code=1)
+    assert "give at most 24." in fails(capsys, "evaluate", "runs/small", "--memory-length", "40")
+    assert "segment of 20 together; give at most 12." in fails(
+        capsys, "evaluate", "runs/small", "--memory-length", "13", "--segment-length", "20"
+    )
+    assert "give at most 24." in fails(capsys, "generate", "runs/small", "--prompt", "ab", "--memory-length", "25")
+
+
+def test_several_prompts_and_a_stop(run, capsys):
+    words = ["--temperature", "0", "--length", "6"]
+    assert main(["generate", "runs/small", "--prompt", "ab", "abcabda", *words]) == 0
+    texts = capsys.readouterr().out.removesuffix("\n").split("\n\n")
+    assert [len(text) for text in texts] == [2 + 6, 7 + 6]
+    assert [text[: len(text) - 6] for text in texts] == ["ab", "abcabda"]
+    assert main(["generate", "runs/small", "--prompt", "ab", *words]) == 0
+    alone = capsys.readouterr().out.removesuffix("\n")
+    stop = alone[4]
+    assert main(["generate", "runs/small", "--prompt", "ab", *words, "--stop", stop]) == 0
+    assert capsys.readouterr().out.removesuffix("\n") == alone[: alone.index(stop, 2)]
+    assert "none of the" in fails(capsys, "generate", "runs/small", "--prompt", "ab", "--stop", "abd")
+
+
+def test_generation_says_how_many_solves_failed(run, capsys):
+    stored = json.loads(Path("runs/small/experiment.json").read_text())
+    for stage in stored["stages"]:
+        stage["stop"] |= {"rtol": 1e-9, "atol": 0.0, "max_evals": 3}
+        stage["eval_stop"] = None
+    Path("runs/small/experiment.json").write_text(json.dumps(stored))
+    assert main(["generate", "runs/small", "--prompt", "ab", "--length", "4"]) == 0
+    assert "note: 4 of 4 solves did not converge" in capsys.readouterr().err
 
 
 def test_evaluate_with_more_streams_says_what_that_leaves_out(run, capsys):

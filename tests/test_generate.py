@@ -151,6 +151,13 @@ def test_refuses(choice, sentence):
         generate(built(), prompt(), **({"length": 1} | choice))
 
 
+def test_refuses_lists_of_numbers(unhooked):
+    with pytest.raises(TypeError, match="the prompt holds a list"):
+        generate(built(), [[1, 2, 3], [4]], length=2)
+    with pytest.raises(ValueError, match=r"cache\(batch=0\)"):
+        built().eval().cache(0)
+
+
 def test_refuses_prompts():
     with pytest.raises(ValueError, match=r"shape \(3, 0\)"):
         stream(built(), prompt(0))
