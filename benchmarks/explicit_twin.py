@@ -25,9 +25,7 @@ from machine import RESULTS, keep, write_into_docs
 from equilibria.commands.loading import trained, with_data
 from equilibria.corpora import Segments
 from equilibria.recipes import ptb
-from equilibria.training import Experiment, Run, Trainer, evaluate, explicit
-from equilibria.training.comparison import network_of
-from equilibria.training.memory import PeakMemory
+from equilibria.training import Experiment, Run, Trainer, evaluate, explicit, memory_comparison, network_of
 
 RATES = (1e-3, 2e-3, 4e-3)
 TUNING = {"equilibrium": (200, 100), "explicit": (200,), "curriculum": (200, 100)}
@@ -41,7 +39,7 @@ def experiments(data: Path, depth: int) -> dict[str, Experiment]:
     whole = with_data(ptb(), data)
     quiet = {"threads": 1, "measure_memory": False, "spectral_radius": 0, "yardstick": False, "valid_segments": 10}
     whole = dataclasses.replace(whole, training=dataclasses.replace(whole.training, **quiet))
-    layers = dataclasses.replace(network_of(depth), name="layers")
+    layers = network_of(depth, name="layers")
     curriculum = dataclasses.replace(whole, name=f"ptb-3-to-{depth}-layers", stages=(whole.stages[0], layers))
     return {"equilibrium": whole, "explicit": explicit(whole, depth), "curriculum": curriculum}
 
@@ -116,13 +114,10 @@ def scored(path: Path) -> dict[str, Any]:
     model, training = loaded.model, loaded.experiment.training
     segment = Segments(loaded.corpus.train, batch_size=training.batch_size, length=training.segment_length).at(0)
     memory = model(segment.tokens, segment.targets).memory
-    model.train()
-    with PeakMemory(torch.device("cpu")) as peak:
-        model(segment.tokens, segment.targets, memory).nats.mean().backward()
-    model.zero_grad(set_to_none=True)
+    (peak,) = memory_comparison(model, segment, memory, depths=())
     result: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "peak_bytes": peak.peak,
+        "peak_bytes": peak["peak_bytes"],
     }
     for split in ("valid", "test"):
         began = time.perf_counter()

@@ -1,6 +1,8 @@
 """An experiment that takes a second and uses everything whose state a checkpoint must hold."""
 
 import dataclasses
+import random
+from pathlib import Path
 
 import torch
 
@@ -10,7 +12,7 @@ from equilibria.gradients import Implicit, Unroll
 from equilibria.language import LanguageShape
 from equilibria.solve import Stop
 from equilibria.solvers import Anderson, Picard
-from equilibria.training import Experiment, PythonDocs, Stage, Trainer, Training
+from equilibria.training import Experiment, PythonDocs, Run, Stage, Trainer, Training
 
 TEXT = "the fixed point of a map is where the map leaves it; " * 30
 SOLVER, STOP = Anderson(window=3), Stop(rtol=1e-2, max_evals=8)
@@ -83,3 +85,31 @@ def with_stage(value: Experiment, index: int, **changes) -> Experiment:
     stages = list(value.stages)
     stages[index] = dataclasses.replace(stages[index], **changes)
     return dataclasses.replace(value, stages=tuple(stages))
+
+
+class Killed(BaseException):
+    """No handler of the library may catch this."""
+
+
+def finished(
+    path: Path, value: Experiment | None = None, *, resume: bool = False, on_event=None
+) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The weights and the log of a run that is started, or goes on, and ends or is killed."""
+    value = value or experiment()
+    torch.manual_seed(random.randrange(1000))  # the process that goes on has other random numbers
+    run = Run.start(path, value, resume=resume)
+    trainer = Trainer(value, run, corpus(), on_event=on_event)
+    if resume:
+        trainer.resume()
+    trainer.fit()
+    return trained_weights(trainer), run.events()
+
+
+def kill_at(step: int):
+    """Kills a run when it logs this step."""
+
+    def on_event(event):
+        if event["step"] == step:
+            raise Killed
+
+    return on_event

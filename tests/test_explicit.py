@@ -12,9 +12,9 @@ from equilibria import Anderson, Implicit, Stop
 from equilibria.cells import ChainShape, TransformerShape
 from equilibria.equilibrium import Cell, Equilibrium
 from equilibria.language import LanguageShape, RecurrentShape
-from equilibria.training import Experiment, Run, Trainer, evaluate, explicit, from_json, to_json
+from equilibria.training import Experiment, Trainer, evaluate, explicit, from_json, to_json
 from equilibria.training.comparison import network_of
-from small_experiment import corpus, experiment, same_bits, trained_weights, without_times
+from small_experiment import Killed, corpus, experiment, finished, kill_at, same_bits, without_times
 
 WAYS = pytest.mark.parametrize(
     "choices",
@@ -115,33 +115,16 @@ def test_what_has_no_twin_is_refused(unhooked):
     assert explicit(own, 3).model.cell == PlainShape()
 
 
-class Killed(BaseException):
-    """No handler of the library may catch this."""
-
-
 @WAYS
 def test_a_twin_trains_and_goes_on_with_the_same_bits(tmp_path, choices):
     value = explicit(experiment(), 3, **choices)
-
-    def finished(path, *, resume=False, until=None):
-        def on_event(event):
-            if event["step"] == until:
-                raise Killed
-
-        run = Run.start(path, value, resume=resume)
-        trainer = Trainer(value, run, corpus(), on_event=on_event)
-        if resume:
-            trainer.resume()
-        trainer.fit()
-        return trained_weights(trainer), run.events()
-
-    weights, events = finished(tmp_path / "whole")
+    weights, events = finished(tmp_path / "whole", value)
     losses = [event["loss"] for event in events if event["event"] == "step"]
     assert losses[-1] < losses[0] - 0.1
     assert all(event["forward"] is None for event in events if event["event"] == "step")
     with pytest.raises(Killed):
-        finished(tmp_path / "run", until=11)
-    resumed, resumed_events = finished(tmp_path / "run", resume=True)
+        finished(tmp_path / "run", value, on_event=kill_at(11))
+    resumed, resumed_events = finished(tmp_path / "run", value, resume=True)
     assert same_bits(resumed, weights)
     assert without_times(resumed_events) == without_times(events)
 

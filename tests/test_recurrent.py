@@ -12,9 +12,9 @@ from equilibria import Anderson, Implicit, Stop
 from equilibria.language import LanguageShape, RecurrentShape
 from equilibria.recipes.copying import copying
 from equilibria.recipes.copying_recurrent import copying_gru, copying_lstm
-from equilibria.training import Run, Trainer, evaluate, from_json, to_json
+from equilibria.training import Trainer, evaluate, from_json, to_json
 from equilibria.training.evaluation import jacobian_radius
-from small_experiment import corpus, experiment, same_bits, trained_weights, without_times
+from small_experiment import Killed, corpus, experiment, finished, kill_at, same_bits, without_times
 
 V, B, T = 10, 3, 6
 NETWORKS = pytest.mark.parametrize("network", ["lstm", "gru"])
@@ -113,30 +113,13 @@ def test_an_experiment_with_it_survives_json(network):
     assert from_json(json.loads(json.dumps(to_json(value)))) == value
 
 
-class Killed(BaseException):
-    """No handler of the library may catch this."""
-
-
 @NETWORKS
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, network):
     value = recurrent(network)
-
-    def finished(path, *, resume=False, until=None):
-        def on_event(event):
-            if event["step"] == until:
-                raise Killed
-
-        run = Run.start(path, value, resume=resume)
-        trainer = Trainer(value, run, corpus(), on_event=on_event)
-        if resume:
-            trainer.resume()
-        trainer.fit()
-        return trained_weights(trainer), run.events()
-
-    weights, events = finished(tmp_path / "whole")
+    weights, events = finished(tmp_path / "whole", value)
     with pytest.raises(Killed):
-        finished(tmp_path / "run", until=11)
-    resumed, resumed_events = finished(tmp_path / "run", resume=True)
+        finished(tmp_path / "run", value, on_event=kill_at(11))
+    resumed, resumed_events = finished(tmp_path / "run", value, resume=True)
     assert same_bits(resumed, weights)
     assert without_times(resumed_events) == without_times(events)
 

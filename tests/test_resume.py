@@ -16,24 +16,7 @@ import pytest
 import torch
 
 from equilibria.training import CheckpointError, Run, TextFolder, Trainer, checkpoint
-from small_experiment import corpus, experiment, same_bits, trained_weights, without_times
-
-
-class Killed(BaseException):
-    """No handler of the library may catch this."""
-
-
-def finished(
-    path: Path, value=None, *, resume: bool = False, on_event=None
-) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    value = value or experiment()
-    torch.manual_seed(random.randrange(1000))  # the process that goes on has other random numbers
-    run = Run.start(path, value, resume=resume)
-    trainer = Trainer(value, run, corpus(), on_event=on_event)
-    if resume:
-        trainer.resume()
-    trainer.fit()
-    return trained_weights(trainer), run.events()
+from small_experiment import Killed, corpus, experiment, finished, same_bits, without_times
 
 
 @pytest.fixture(scope="module")

@@ -118,9 +118,14 @@ class Equilibrium(nn.Module):
         def f(z: Tensor) -> Tensor:
             return self.cell(z, context)
 
-        stop = self.stop if self.training or self.eval_stop is None else self.eval_stop
+        stop = self.stop if self.training else self.evaluation_stop
         solution = self.gradient.run(f, self.cell.start(context), self.solver, stop)
         return LayerOutput(z=solution.z, memory=self.cell.remember(solution.z, context), f=f, solution=solution)
+
+    @property
+    def evaluation_stop(self) -> Stop:
+        """The stop that holds in ``eval()`` mode."""
+        return self.eval_stop or self.stop
 
     def cache(self, batch: int, **choices: Any) -> Memory:
         """A memory for generation; see ``Cell.cache``."""

@@ -49,6 +49,11 @@ class Stop:
                 "at least 1; try 30."
             )
 
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether anything can count as converged; if not, the solve is a network of fixed depth."""
+        return self.rtol > 0 or self.atol > 0
+
 
 class Status(enum.IntEnum):
     """How the solve of one sample ended. ``status.advice`` says what to do about it."""
@@ -359,7 +364,7 @@ class _Kept:
         active, stop = self._active, self._stop
         relative = torch.where(gap == 0, 0.0, gap / size)
         finite = torch.isfinite(gap) & torch.isfinite(size)
-        met = active & finite & (gap <= tolerance) & (stop.rtol > 0 or stop.atol > 0)
+        met = active & finite & (gap <= tolerance) & stop.has_tolerance
         first = torch.isinf(self.residual)
         improved = active & finite & ((relative < self.residual) | met | first | (not stop.best))
         self.status = torch.where(met, int(Status.CONVERGED), self.status)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -107,6 +107,7 @@ class Attention(nn.Module):
         *,
         weights: AttentionWeights,
         table: Tensor | None = None,
+        hidden: Bool[Tensor, "B K"] | None = None,
     ) -> AttentionContext:
         """The constants.
 
@@ -116,10 +117,10 @@ class Attention(nn.Module):
             past: keys and values of the memory, as ``keys_and_values`` gives them, or a cache of them.
             weights: of these parameters.
             table: the table of ``positions`` for the past and x, or for more; made if None.
+            hidden: keys that the queries of a row do not see but at their own places.
         """
         batch, time, _ = x.shape
-        cache = past if isinstance(past, KeyValueCache) else None
-        length = cache.seen if cache is not None else 0 if past is None else past.shape[3]  # pyright: ignore
+        length = past.seen if isinstance(past, KeyValueCache) else 0 if past is None else past.shape[3]
         return AttentionContext(
             weights=weights,
             injection=weights.bias if injection is None else torch.addcmul(weights.bias, injection, weights.scale),
@@ -131,7 +132,7 @@ class Attention(nn.Module):
                 memory=length,
                 like=x,
                 table=table,
-                hidden=None if cache is None else cache.hidden(time),
+                hidden=hidden,
             ),
             drop=dropout_mask(
                 (self.heads * batch, time, length + time), rate=self.dropout, training=self.training, like=x
@@ -144,11 +145,11 @@ class Attention(nn.Module):
         weights, past = context.weights, context.past
         added = context.injection.flatten(0, -2) if context.injection.ndim > 1 else context.injection
         qkv = torch.addmm(added, x.flatten(0, 1), weights.qkv).view(batch, time, -1)
-        q, k, v = self._split(qkv)
-        if isinstance(past, KeyValueCache):
-            k, v = past.joined(self._split(qkv)[1:])
-        elif past is not None:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
+        parts = self._split(qkv)
+        q, kv = parts[0], parts[1:]
+        if past is not None:
+            kv = past.joined(kv) if isinstance(past, KeyValueCache) else torch.cat([past, kv], dim=3)
+        k, v = kv
         scores = context.scores(q.flatten(0, 1), k.flatten(0, 1))
         attended = masked(torch.softmax(scores, dim=-1), context.drop)
         heads = torch.bmm(attended, v.flatten(0, 1)).view(self.heads, batch, time, -1)

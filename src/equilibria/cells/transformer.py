@@ -86,20 +86,20 @@ class TransformerCell(Cell):
     ) -> TransformerContext:
         """``prepare`` with an injection from elsewhere: several cells may share one."""
         self._check_memory(x, memory)
-        cache, table, last, hidden = None, None, None, None
+        table, last, hidden = None, None, None
         if isinstance(memory, TransformerCache):
             weights, table, last = memory.weights, memory.table, memory.last
-            past = cache = memory.past.with_room(x.shape[1])
-            hidden = cache.hidden(x.shape[1])
+            past = memory.past.with_room(x.shape[1])
+            hidden = past.hidden(x.shape[1])
             table = table if x.shape[1] == 1 else None  # it reaches back from one new position only
-            memory = dataclasses.replace(memory, past=cache)
+            memory = dataclasses.replace(memory, past=past)
         else:
             weights = self._weights()
             past = None if memory is None else self._keys_and_values(memory.z, memory.u, weights)
         start = torch.zeros_like(x) if last is None or x.shape[1] > 1 else last
         return TransformerContext(
             weights=weights,
-            attention=self.attention.prepare(x, injection, past, weights=weights.attention, table=table),
+            attention=self.attention.prepare(x, injection, past, weights=weights.attention, table=table, hidden=hidden),
             start=start if self.shape.injection else x,
             injection=None if injection is None else injection.detach(),
             drop_attention=self._mask(x, self.shape.width),

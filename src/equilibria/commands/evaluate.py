@@ -98,7 +98,7 @@ def _set_stop(loaded: Trained, options: Options) -> None:
     layer = loaded.model.layer
     changes = {name: getattr(options, name) for name in ("max_evals", "rtol") if getattr(options, name) is not None}
     if isinstance(layer, Equilibrium):
-        layer.eval_stop = dataclasses.replace(layer.eval_stop or layer.stop, **changes)
+        layer.eval_stop = dataclasses.replace(layer.evaluation_stop, **changes)
     elif changes:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in changes)
         network = formats.network(to_json(loaded.experiment)["model"])

@@ -88,7 +88,7 @@ class _Failures:
         loaded.model.layer.register_forward_hook(self._count)
 
     def _count(self, layer: Any, given: Any, output: LayerOutput) -> None:
-        if output.solution is not None and not has_fixed_depth(layer):
+        if output.solution is not None and layer.evaluation_stop.has_tolerance:
             self._solves += output.solution.converged.numel()
             self._failed += int((~output.solution.converged).sum())
 
@@ -100,12 +100,6 @@ class _Failures:
             f"{self._failed:,} of {self._solves:,} solves did not converge, so the text may depend on its company; "
             "`equilibria evaluate` tells how the model does on its own corpus."
         ]
-
-
-def has_fixed_depth(layer: Any) -> bool:
-    """Whether an equilibrium is set to use its whole budget, with no tolerance."""
-    stop = layer.eval_stop or layer.stop
-    return stop.rtol == stop.atol == 0
 
 
 def _unknown_words(vocabulary: Vocabulary, prompts: Sequence[str]) -> list[str]:
@@ -139,7 +133,6 @@ def continuation(loaded: Trained, options: Options) -> Iterator[tuple[str, ...]]
             top_p=options.top_p,
             seed=options.seed,
             stop=stop,
-            memory_length=options.memory_length,
             segment=loaded.experiment.training.segment_length,
         )
     except ValueError as error:

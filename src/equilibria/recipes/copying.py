@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from equilibria.cells import TransformerShape
-from equilibria.gradients import Implicit, Unroll
+from equilibria.gradients import Implicit
 from equilibria.language import LanguageShape
 from equilibria.solve import Stop
-from equilibria.solvers import Anderson, Picard
-from equilibria.training import Copying, Experiment, Stage, Training
+from equilibria.solvers import Anderson
+from equilibria.training import Copying, Experiment, Stage, Training, network_of
 
 
 def copying() -> Experiment:
@@ -28,13 +28,7 @@ def copying() -> Experiment:
             std=0.3,  # as in `tiny`: embeddings that start small learn late
         ),
         stages=(
-            Stage(
-                name="shallow",
-                steps=400,
-                solver=Picard(),
-                stop=Stop(rtol=0, atol=0, max_evals=4, best=False),
-                gradient=Unroll(),
-            ),
+            network_of(3, name="shallow", steps=400),
             Stage(
                 name="implicit",
                 steps=800,
@@ -65,12 +59,11 @@ def copying_400() -> Experiment:
     A CPU takes seconds for an implicit step: attention grows with the square of the length.
     """
     short = copying()
-    solver = Anderson(window=6)
     shallow, implicit = short.stages
     stop = Stop(rtol=1e-3, max_evals=30)
     stages = (
         dataclasses.replace(shallow, steps=1_000),
-        dataclasses.replace(implicit, steps=9_000, stop=stop, gradient=Implicit(solver=solver, stop=stop)),
+        dataclasses.replace(implicit, steps=9_000, stop=stop, gradient=Implicit(solver=implicit.solver, stop=stop)),
     )
     return dataclasses.replace(
         short,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from equilibria.cells import TransformerShape
-from equilibria.gradients import Implicit, Unroll
+from equilibria.gradients import Implicit
 from equilibria.language import LanguageShape
 from equilibria.solve import Stop
-from equilibria.solvers import Anderson, Picard
-from equilibria.training import Experiment, PennTreebank, Stage, Training
+from equilibria.solvers import Anderson
+from equilibria.training import Experiment, PennTreebank, Stage, Training, network_of
 
 
 def ptb() -> Experiment:
@@ -25,13 +25,7 @@ def ptb() -> Experiment:
             std=0.05,  # five times the paper's, as in `tiny`: embeddings that start small learn late
         ),
         stages=(
-            Stage(
-                name="shallow",
-                steps=1600,
-                solver=Picard(),
-                stop=Stop(rtol=0, atol=0, max_evals=4, best=False),
-                gradient=Unroll(),
-            ),
+            network_of(3, name="shallow", steps=1600),
             Stage(
                 name="implicit",
                 steps=1400,

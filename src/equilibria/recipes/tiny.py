@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from equilibria.cells import TransformerShape
-from equilibria.gradients import Implicit, Unroll
+from equilibria.gradients import Implicit
 from equilibria.language import LanguageShape
 from equilibria.solve import Stop
-from equilibria.solvers import Anderson, Picard
-from equilibria.training import Experiment, PythonDocs, Stage, Training
+from equilibria.solvers import Anderson
+from equilibria.training import Experiment, PythonDocs, Stage, Training, network_of
 
 
 def tiny() -> Experiment:
@@ -21,13 +21,7 @@ def tiny() -> Experiment:
             std=0.1,  # ten times the paper's: embeddings that start small stay on the plateau of the bigrams for long
         ),
         stages=(
-            Stage(
-                name="shallow",
-                steps=1250,
-                solver=Picard(),
-                stop=Stop(rtol=0, atol=0, max_evals=4, best=False),
-                gradient=Unroll(),
-            ),
+            network_of(3, name="shallow", steps=1250),
             Stage(
                 name="implicit",
                 steps=750,

@@ -14,14 +14,15 @@ is an accident of all three: output dropout drops whole tokens (``output_dropout
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from equilibria.cells import ChainShape, TransformerShape
-from equilibria.gradients import Implicit, Unroll
+from equilibria.gradients import Implicit
 from equilibria.language import AdaptiveShape, LanguageShape
 from equilibria.solve import Stop
-from equilibria.solvers import Anderson, Broyden, Picard
-from equilibria.training import Experiment, Stage, Training, WikiText103, growing_penalty
+from equilibria.solvers import Anderson, Broyden
+from equilibria.training import Experiment, Stage, Training, WikiText103, growing_penalty, network_of
 
 _LENGTH = 150
 
@@ -69,7 +70,7 @@ def wikitext103_v2() -> Experiment:
         gradient=Implicit(solver=Broyden(memory=35), stop=Stop(rtol=1e-3, max_evals=35)),
     )
     cell = TransformerShape(width=700, heads=10, inner=48_000, memory=150, norm="post", dropout=0.05)
-    stages = (_shallow(steps=32_000, layers=2), implicit)
+    stages = (network_of(2, name="shallow", steps=32_000), implicit)
     return _experiment("wikitext103-v2", cell, stages, division=4, eval_batch_size=16)
 
 
@@ -92,7 +93,7 @@ def wikitext103_v2_jacobian_postln() -> Experiment:
         width=700, heads=10, inner=48_000, memory=300, norm="post", dropout=0.06, attention_dropout=0.01
     )
     growing = growing_penalty(implicit, first=1.9, increment=0.1, every=35_000, done=32_000)
-    stages = (_shallow(steps=32_000, layers=2), *growing)
+    stages = (network_of(2, name="shallow", steps=32_000), *growing)
     return _experiment("wikitext103-v2-jacobian-postln", cell, stages, division=4, eval_batch_size=16)
 
 
@@ -114,7 +115,7 @@ def wikitext103_v2_jacobian_preln() -> Experiment:
         width=700, heads=10, inner=48_000, memory=300, norm="pre-normalised", dropout=0.06, attention_dropout=0.01
     )
     growing = growing_penalty(implicit, first=2.0, increment=0.1, every=30_000, done=32_000)
-    stages = (_shallow(steps=32_000, layers=2), *growing)
+    stages = (network_of(2, name="shallow", steps=32_000), *growing)
     return _experiment("wikitext103-v2-jacobian-preln", cell, stages, division=4, eval_batch_size=16)
 
 
@@ -139,13 +140,8 @@ def wikitext103_unrolled() -> Experiment:
         init="normal",
         std=0.01,
     )
-    unrolled = Stage(
-        name="unrolled",
-        steps=150_000,
-        solver=Picard(),
-        stop=Stop(rtol=0, atol=0, max_evals=13, best=False),
-        gradient=Unroll(checkpoint=True),
-        eval_stop=Stop(rtol=1e-3, max_evals=13),
+    unrolled = dataclasses.replace(
+        network_of(12, name="unrolled", steps=150_000, checkpoint=True), eval_stop=Stop(rtol=1e-3, max_evals=13)
     )
     cell = ChainShape(cells=(block, block, block))
     return _experiment("wikitext103-unrolled", cell, (unrolled,), division=4, warmup=8_000, eval_batch_size=16)
@@ -164,13 +160,7 @@ def _of_2019(width: int) -> tuple[Stage, ...]:
         stop=Stop(rtol=0, atol=1e-6 * math.sqrt(_LENGTH * width), max_evals=30),
         gradient=Implicit(solver=Broyden(memory=40), stop=Stop(rtol=0, atol=0, max_evals=40)),
     )
-    return _shallow(steps=16_000, layers=2), implicit
-
-
-def _shallow(*, steps: int, layers: int) -> Stage:
-    """Pre-training: the cell applied so many times, by back-propagation."""
-    stop = Stop(rtol=0, atol=0, max_evals=layers + 1, best=False)
-    return Stage(name="shallow", steps=steps, solver=Picard(), stop=stop, gradient=Unroll())
+    return network_of(2, name="shallow", steps=16_000), implicit
 
 
 def _experiment(

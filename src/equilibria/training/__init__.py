@@ -1,7 +1,7 @@
 """Training: an experiment as one value, the trainer, its run directory, evaluation and measurements."""
 
 from equilibria.training.checkpoint import CheckpointError
-from equilibria.training.comparison import memory_comparison
+from equilibria.training.comparison import memory_comparison, network_of
 from equilibria.training.evaluation import Evaluation, Setting, evaluate
 from equilibria.training.experiment import Experiment, Stage, Training
 from equilibria.training.explicit import explicit
@@ -46,5 +46,6 @@ __all__ = [
     "growing_penalty",
     "learning_rate",
     "memory_comparison",
+    "network_of",
     "to_json",
 ]

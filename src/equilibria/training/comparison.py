@@ -52,10 +52,11 @@ def memory_comparison(
     return rows
 
 
-def network_of(depth: int) -> Stage:
-    """The stage that makes an equilibrium a weight-tied network of ``depth`` layers."""
-    stop = Stop(rtol=0, atol=0, max_evals=depth + 1, best=False)
-    return Stage(name=f"{depth} layers", steps=1, solver=Picard(), stop=stop, gradient=Unroll())
+def network_of(depth: int, *, name: str | None = None, steps: int = 1, checkpoint: bool = False) -> Stage:
+    """The stage that makes an equilibrium a weight-tied network of ``depth`` layers, by back-propagation."""
+    stop = Stop(rtol=0, atol=0, max_evals=depth + 1, best=False)  # the last evaluation tells the residual
+    gradient = Unroll(checkpoint=checkpoint)
+    return Stage(name=name or f"{depth} layers", steps=steps, solver=Picard(), stop=stop, gradient=gradient)
 
 
 @contextlib.contextmanager

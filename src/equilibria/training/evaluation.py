@@ -140,7 +140,7 @@ def _layer_setting(layer: nn.Module) -> dict[str, Any]:
     """Memory, budget and tolerances of a layer in evaluation, each None where it has none."""
     shapes = (getattr(cell, "shape", None) for cell in layer.modules() if isinstance(cell, Cell))
     lengths = (getattr(shape, "memory", None) for shape in shapes)
-    stop = (layer.eval_stop or layer.stop) if isinstance(layer, Equilibrium) else None
+    stop = layer.evaluation_stop if isinstance(layer, Equilibrium) else None
     return {
         "memory_length": max((length for length in lengths if isinstance(length, int)), default=None),
         **{name: getattr(stop, name, None) for name in ("max_evals", "rtol", "atol")},

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from equilibria.gradients import Unroll
 from equilibria.language import Explicit, LanguageShape
 from equilibria.training.comparison import network_of
 from equilibria.training.experiment import Experiment
@@ -62,9 +61,7 @@ def explicit(
     if depth < 1:
         raise ValueError(f"explicit(depth={depth}): a network has at least one layer; try depth=12.")
     # What an equilibrium would need to be that network: it says so in the log, though here nothing is solved.
-    stage = dataclasses.replace(
-        network_of(depth), name="explicit", steps=experiment.total_steps, gradient=Unroll(checkpoint=checkpoint)
-    )
+    stage = network_of(depth, name="explicit", steps=experiment.total_steps, checkpoint=checkpoint)
     layers = Explicit(depth=depth, tied=tied, memory=memory if tied else "layers", checkpoint=checkpoint)
     kind = "-untied" if not tied else "-layer-memory" if memory == "layers" else ""
     if not tied:
