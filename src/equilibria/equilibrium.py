@@ -1,4 +1,4 @@
-"""Equilibrium: a cell, a solver, a stopping rule and a gradient rule make a layer; Stack: the explicit baseline.
+"""Equilibrium: a cell, a solver, a stopping rule and a gradient rule make a layer; Unrolled, Stack: explicit networks.
 
 Letters: B batch, T time, D width.
 """
@@ -11,16 +11,25 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from equilibria.layer import Cell, Context, LayerOutput, Memory
 from equilibria.solve import Map, Solution, Solver, Stop, check_kind, solve
 
-Context = Any
-"""What a cell computes once per solve: its own choice of value, constant during the solve."""
-Memory = Any
-"""What a cell remembers of one segment for the next: its own choice of value, detached, or None."""
+__all__ = [
+    "Cell",
+    "Context",
+    "Equilibrium",
+    "GradientRule",
+    "LayerOutput",
+    "Memory",
+    "Stack",
+    "Unrolled",
+    "check_parts",
+    "without_graph",
+]
 
 
 class GradientRule(ABC):
@@ -29,67 +38,6 @@ class GradientRule(ABC):
     @abstractmethod
     def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
         """The solution of z = f(z) from z0; its ``z`` carries the gradient."""
-
-
-class Cell(nn.Module, ABC):
-    """One weight-tied map z ↦ f(z; x), split into what is constant during a solve and what is not."""
-
-    @abstractmethod
-    def prepare(self, x: Float[Tensor, "B T D"], memory: Memory) -> Context:
-        """Everything that does not depend on z, with graph: once per forward pass."""
-
-    @abstractmethod
-    def start(self, context: Context) -> Tensor:
-        """The first iterate z0."""
-
-    @abstractmethod
-    def forward(self, z: Tensor, context: Context) -> Tensor:
-        """f(z): pure, so that the same inputs give the same bits."""
-
-    @abstractmethod
-    def remember(self, z: Tensor, context: Context) -> Memory:
-        """What the next segment of the same streams needs of this one, detached."""
-
-    def cache(
-        self,
-        batch: int,
-        *,
-        length: int | None = None,
-        padding: Int[Tensor, " B"] | None = None,
-        memory: Memory = None,
-        warm: bool = False,
-    ) -> Memory:
-        """A memory for generation, position by position and without gradients: here ``memory`` as it is.
-
-        A cell that can do better keeps what it computes of each position once (see ``TransformerCell.cache``).
-
-        Args:
-            batch: rows.
-            length: positions that are remembered; None for those of the cell.
-            padding: positions at which the text of each row has not begun, for rows of different lengths.
-            memory: of what came before.
-            warm: start a position from the state of the one before it.
-        """
-        if padding is not None:
-            raise ValueError(
-                f"rows of different lengths need a memory that knows where each begins, and {type(self).__name__} has "
-                "none; give rows of one length, or one row at a time."
-            )
-        return memory
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LayerOutput:
-    """What a layer gives back, equilibrium or explicit."""
-
-    z: Tensor
-    """The output [B *state], which carries the gradient."""
-    memory: Memory
-    """For the next segment of the same streams."""
-    f: Map
-    """The map whose fixed point was sought (Stack: the last layer's), for stability measures."""
-    solution: Solution | None
-    """How the solve went; None from a Stack, which solves nothing."""
 
 
 class Equilibrium(nn.Module):
@@ -120,7 +68,13 @@ class Equilibrium(nn.Module):
 
         stop = self.stop if self.training else self.evaluation_stop
         solution = self.gradient.run(f, self.cell.start(context), self.solver, stop)
-        return LayerOutput(z=solution.z, memory=self.cell.remember(solution.z, context), f=f, solution=solution)
+        return LayerOutput(
+            z=solution.z,
+            memory=self.cell.remember(solution.z, context),
+            f=f,
+            solution=solution,
+            output=self.cell.output(solution.z),
+        )
 
     @property
     def evaluation_stop(self) -> Stop:
@@ -146,22 +100,37 @@ class Unrolled(nn.Module):
         cell: the map f.
         depth: L, evaluations of f.
         checkpoint: keep only the states and evaluate f again in the backward pass (T. Chen et al. 2016).
+        auxiliary_every: in training, give the outputs of layers k, 2k, … ≤ L too, for auxiliary losses; 0 for none.
     """
 
-    def __init__(self, cell: Cell, depth: int, *, checkpoint: bool = False) -> None:
+    def __init__(self, cell: Cell, depth: int, *, checkpoint: bool = False, auxiliary_every: int = 0) -> None:
         super().__init__()
         check_kind("cell", cell, Cell, "TransformerCell(TransformerShape()), or a Cell of your own")
         if depth < 1:
             raise ValueError(f"Unrolled(depth={depth}): a network has at least one layer; try depth=12.")
-        self.cell, self.depth, self.checkpoint = cell, depth, checkpoint
+        if not 0 <= auxiliary_every <= depth:
+            raise ValueError(
+                f"Unrolled(depth={depth}, auxiliary_every={auxiliary_every}): one of the {depth} layers at least has "
+                "an auxiliary output, or none with 0; try a fifth of the depth."
+            )
+        self.cell, self.depth, self.checkpoint, self.auxiliary_every = cell, depth, checkpoint, auxiliary_every
 
     def forward(self, x: Float[Tensor, "B T D"], memory: Memory = None) -> LayerOutput:
         """The last state under input ``x [B T D]`` and the memory of the previous segment."""
         context = self.cell.prepare(x, memory)
-        z = self.cell.start(context)
-        for _ in range(self.depth):
+        z, auxiliary = self.cell.start(context), []
+        for layer in range(1, self.depth + 1):
             z = _layer(self.cell, z, context, checkpoint=self.checkpoint)
-        return LayerOutput(z=z, memory=self.cell.remember(z, context), f=lambda z: self.cell(z, context), solution=None)
+            if self.training and self.auxiliary_every and layer % self.auxiliary_every == 0:
+                auxiliary.append(self.cell.output(z))
+        return LayerOutput(
+            z=z,
+            memory=self.cell.remember(z, context),
+            f=lambda z: self.cell(z, context),
+            solution=None,
+            output=self.cell.output(z),
+            auxiliary=tuple(auxiliary),
+        )
 
     def cache(self, batch: int, **choices: Any) -> Memory:
         """A memory for generation; see ``Cell.cache``."""
@@ -170,7 +139,7 @@ class Unrolled(nn.Module):
 
     def extra_repr(self) -> str:
         """Depth."""
-        return f"depth={self.depth}, checkpoint={self.checkpoint}"
+        return f"depth={self.depth}, checkpoint={self.checkpoint}, auxiliary_every={self.auxiliary_every}"
 
 
 class Stack(nn.Module):
@@ -204,7 +173,13 @@ class Stack(nn.Module):
         for cell, context in zip(self._cells, contexts, strict=True):
             kept.append(cell.remember(z, context))
             z = _layer(cell, z, context, checkpoint=self.checkpoint)
-        return LayerOutput(z=z, memory=tuple(kept), f=lambda z: self.cells[-1](z, contexts[-1]), solution=None)
+        return LayerOutput(
+            z=z,
+            memory=tuple(kept),
+            f=lambda z: self.cells[-1](z, contexts[-1]),
+            solution=None,
+            output=self._cells[-1].output(z),
+        )
 
     def cache(self, batch: int, *, memory: tuple[Memory, ...] | None = None, **choices: Any) -> tuple[Memory, ...]:
         """A memory for generation, one entry a layer; see ``Cell.cache``."""

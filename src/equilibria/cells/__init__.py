@@ -8,8 +8,10 @@ from equilibria.cells.chain import ChainCell, ChainContext, ChainShape
 from equilibria.cells.transformer import TransformerCell
 from equilibria.cells.transformer_context import TransformerCache, TransformerContext, TransformerMemory
 from equilibria.cells.transformer_shape import TransformerShape
+from equilibria.cells.trellis import TrellisCache, TrellisCell, TrellisContext, TrellisMemory
+from equilibria.cells.trellis_shape import TrellisShape
 
-CELLS: tuple[AffineShape | TransformerShape | ChainShape, ...] = (
+CELLS: tuple[AffineShape | TransformerShape | ChainShape | TrellisShape, ...] = (
     AffineShape(width=8),
     TransformerShape(width=8, heads=2, inner=12, memory=5),
     TransformerShape(width=8, heads=2, inner=12, memory=16, positions="decay", longest=32),
@@ -26,6 +28,10 @@ CELLS: tuple[AffineShape | TransformerShape | ChainShape, ...] = (
             TransformerShape(width=8, heads=1, inner=16, memory=16, positions="decay", longest=32),
         )
     ),
+    TrellisShape(width=6, hidden=5, outputs=4),
+    TrellisShape(width=4, hidden=3, outputs=4, recurrence="scan", weight_norm=False, injection_init="normal"),
+    TrellisShape(width=4, hidden=4, outputs=2, dropout=0.2, weight_dropout=0.3),
+    TrellisShape(width=4, hidden=4, outputs=2, dropout=0.2, weight_dropout=0.3, recurrence="scan"),
 )
 
 __all__ = [
@@ -41,4 +47,9 @@ __all__ = [
     "TransformerContext",
     "TransformerMemory",
     "TransformerShape",
+    "TrellisCache",
+    "TrellisCell",
+    "TrellisContext",
+    "TrellisMemory",
+    "TrellisShape",
 ]

@@ -31,6 +31,11 @@ class AffineShape:
         if not 0 <= self.norm < math.inf:
             raise ValueError(f"AffineShape(norm={self.norm}): the norm of A is finite and ≥ 0; try 0.5.")
 
+    @property
+    def outputs(self) -> int:
+        """D, channels of what the layers after read: the whole state."""
+        return self.width
+
     def build(self) -> AffineCell:
         """The cell, with fresh parameters."""
         return AffineCell(self)

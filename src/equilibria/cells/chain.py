@@ -43,6 +43,11 @@ class ChainShape:
         return self.cells[0].width
 
     @property
+    def outputs(self) -> int:
+        """D, channels of what the layers after read: the whole state."""
+        return self.width
+
+    @property
     def memory(self) -> int:
         """M, positions that are remembered."""
         return self.cells[0].memory

@@ -77,6 +77,11 @@ class TransformerShape:
         check_rate("TransformerShape", "dropout", self.dropout)
         check_rate("TransformerShape", "attention_dropout", self.attention_dropout)
 
+    @property
+    def outputs(self) -> int:
+        """D, channels of what the layers after read: the whole state."""
+        return self.width
+
     def build(self) -> TransformerCell:
         """The cell, with fresh parameters."""
         from equilibria.cells.transformer import TransformerCell  # which imports its shape

@@ -43,11 +43,12 @@ class NormedLinear(nn.Module):
         self.gain = nn.Parameter(self.direction.detach().norm(dim=1)) if normed else None
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
-    def effective(self) -> Float[Tensor, "out in"]:
-        """W, with graph."""
+    def effective(self, direction: Float[Tensor, "out in"] | None = None) -> Float[Tensor, "out in"]:
+        """W, with graph; of another v, of which entries were dropped, if it is given."""
+        v = self.direction if direction is None else direction
         if self.gain is None:
-            return self.direction
-        return self.direction * (self.gain / torch.linalg.vector_norm(self.direction, dim=1)).unsqueeze(1)
+            return v
+        return v * (self.gain / torch.linalg.vector_norm(v, dim=1)).unsqueeze(1)
 
     def extra_repr(self) -> str:
         """Sizes and kind."""
