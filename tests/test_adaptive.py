@@ -231,6 +231,92 @@ class TestEmbedding:
         ids = torch.tensor([[22, 0, 7, 20, 5]])
         assert torch.autograd.gradcheck(lambda *_: embedding(ids), tuple(embedding.parameters()))
 
+    @every
+    def test_drops_whole_words(self, shape):
+        embedding, _ = built(shape, word_dropout=0.5)
+        ids = torch.randperm(V).repeat(B, 2)
+        out, full = embedding.train()(ids), embedding.eval()(ids)
+        lost = (out == 0).all(dim=2)
+        assert 0 < lost[0].sum() < 2 * V
+        assert torch.equal(lost, lost[0, :V].repeat(B, 2))
+        torch.testing.assert_close(out, full * 2 * ~lost[..., None])
+
+    @every
+    def test_is_not_scaled_where_that_is_said(self, shape):
+        embedding, _ = built(shape)
+        plain, _ = built(shape, scaled=False)
+        plain.load_state_dict(embedding.state_dict())
+        ids = tokens()
+        torch.testing.assert_close(plain(ids) * D**0.5, embedding(ids))
+
+    @either
+    def test_uniform_start(self, tied):
+        shape = AdaptiveShape(cutoffs=(500, 900), division=2, projection_std=3.0)
+        embedding, head = shape.build(2_000, width=32, tied=tied, std=0.1 / 3**0.5, init="uniform")
+        for name, parameter in (*embedding.named_parameters(), *head.named_parameters()):
+            largest = float(parameter.detach().abs().max())
+            if "bias" in name:
+                continue
+            if "projection" in name or name.endswith(".0.weight"):
+                assert largest > 3, name
+            else:
+                assert 0.08 < largest <= 0.1, name
+
+
+class TestSplitCrossEntropy:
+    """TrellisNet's loss on WikiText-103, as a special case."""
+
+    shape = AdaptiveShape(cutoffs=(5, 9, 16), division=1, slot_std=0.0)
+
+    def test_is_its_equation(self):
+        """p(w) = p(slot of w's cluster)·p(w | cluster), rows of the embedding and one bias a word; nothing else."""
+        embedding, head = built(self.shape, scaled=False)
+        assert [name for name, _ in embedding.named_parameters()] == ["tables.0"]
+        assert sorted(name for name, _ in head.named_parameters()) == ["bias", "slot_bias", "slot_weight"]
+        h = states(1, 4)
+        table, bias = embedding.tables[0], head.bias
+        first = torch.cat([h @ table[:5].T + bias[:5], h @ head.slot_weight.T + head.slot_bias], dim=-1).softmax(-1)
+        expected = [first[..., :5]]
+        for slot, (begin, end) in enumerate([(5, 9), (9, 16), (16, V)]):
+            within = (h @ table[begin:end].T + bias[begin:end]).softmax(-1)
+            expected.append(first[..., 5 + slot : 6 + slot] * within)
+        expected = torch.cat(expected, dim=-1)
+        torch.testing.assert_close(head(h, embedding).exp(), expected)
+        targets = torch.tensor([[0, 6, 15, V - 1]])
+        torch.testing.assert_close(
+            head.nats(h, targets, embedding), -expected.gather(-1, targets[..., None])[..., 0].log()
+        )
+
+    @pytest.mark.parametrize(("tied", "init"), [(True, "normal"), (True, "uniform"), (False, "uniform")])
+    def test_slots_start_from_zero_and_the_rest_as_without(self, tied, init):
+        heads = []
+        for slot_std in (None, 0.0):
+            torch.manual_seed(1)
+            shape = dataclasses.replace(self.shape, slot_std=slot_std)
+            embedding, head = shape.build(V, width=D, tied=tied, init=init)
+            slots, words = (
+                (head.slot_weight, embedding.tables[0])
+                if tied
+                else (head.softmax.head.weight[5:], head.softmax.head.weight[:5])
+            )
+            heads.append((slots.detach(), words.detach()))
+            assert all(p.requires_grad and p.is_leaf for p in head.parameters())
+        assert heads[0][0].abs().min() > 0
+        assert (heads[1][0] == 0).all()
+        assert torch.equal(heads[0][1], heads[1][1])
+
+    def test_slots_have_their_own_deviation(self):
+        shape = dataclasses.replace(self.shape, slot_std=5.0)
+        _, head = shape.build(V, width=D, init="uniform", std=0.01)
+        assert head.slot_weight.detach().std() > 2
+
+    def test_has_the_parameters_of_the_published_model(self):
+        shape = dataclasses.replace(self.shape, cutoffs=(2_800, 20_000, 76_000))
+        with torch.device("meta"):
+            embedding, head = shape.build(267_735, width=512)
+        assert sum(p.numel() for p in embedding.parameters()) == 267_735 * 512
+        assert sum(p.numel() for p in head.parameters()) == 267_735 + 3 * 513
+
 
 class TestTies:
     def test_names(self):
@@ -317,6 +403,16 @@ class TestSizes:
             embedding(targets)
         assert largest.seen == 64 * 16
 
+    def test_word_dropout_draws_one_number_a_word(self):
+        """And copies no table, which would be 16 times as many."""
+        size, ids = 100_000, torch.randint(100_000, (4, 16))
+        shape = AdaptiveShape(cutoffs=(9, 99), division=2)
+        clustered, _ = shape.build(size, width=16, tied=True, word_dropout=0.1)
+        for embedding in (clustered, Embedding(vocabulary_size=size, width=16, word_dropout=0.1)):
+            with Largest() as largest:
+                embedding.train()(ids)
+            assert largest.seen == size
+
 
 class Largest(TorchDispatchMode):
     """The number of entries of the largest tensor that an operation gives back, views and transposes aside."""
@@ -351,15 +447,14 @@ class TestOutputDropout:
         else:
             embedding, head = SHAPES["published"].build(V, width=D, tied=head == "tied", std=0.5, **drops)
         h, targets = states().float(), tokens()
+        torch.manual_seed(1)
+        out = head.dropped(h)
+        torch.manual_seed(1)
+        assert torch.equal(out, dropped(h, rate=0.5, training=True, kind=kind))
         for call in (lambda h: head(h, embedding), lambda h: head.nats(h, targets, embedding)):
-            torch.manual_seed(1)
-            out = call(h)
-            torch.manual_seed(1)
-            masked = dropped(h, rate=0.5, training=True, kind=kind)
-            head.eval()
-            assert torch.equal(out, call(masked))
-            assert not torch.allclose(out, call(h))
-            head.train()
+            assert torch.equal(call(out), call(out))  # which is a step of its own, done before
+            assert not torch.allclose(call(out), call(h))
+        assert head.eval().dropped(h) is h
 
     def test_channel_is_the_default(self):
         _, head = SHAPES["published"].build(V, width=D)
@@ -376,6 +471,7 @@ class TestErrors:
             ({"cutoffs": (5, 5)}, r"cutoffs=\(5, 5\).*larger than the one before"),
             ({"cutoffs": (9, 5)}, r"cutoffs=\(9, 5\).*larger than the one before"),
             ({"division": 0}, r"division=0.*at least 1; try 4"),
+            ({"slot_std": -0.1}, r"slot_std=-0\.1.*at least 0"),
             ({"width": 0}, r"width of 0.*at least 1"),
             ({"width": 63}, r"⌊63/4\^3⌋ = 0.*smaller division"),
         ],
@@ -404,6 +500,8 @@ class TestErrors:
         for tied in (True, False):
             with pytest.raises(ValueError, match=r"dropout=1\.0"):
                 SHAPES["published"].build(V, width=D, tied=tied, dropout=1.0)
+            with pytest.raises(ValueError, match=r"word_dropout=1\.0"):
+                SHAPES["published"].build(V, width=D, tied=tied, word_dropout=1.0)
             with pytest.raises(ValueError, match=r"output_dropout='row'.*'channel'.*'token'"):
                 SHAPES["published"].build(V, width=D, tied=tied, output_dropout="row")
         with pytest.raises(ValueError, match="output_dropout='row'"):

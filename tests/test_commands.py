@@ -63,7 +63,7 @@ def test_every_verb_explains_itself(capsys, verb):
         ("train tiny --training.betas 1", "--training.betas needs 2 values after it."),
         (
             "train tiny --optimiser adamm",
-            "--training.optimiser is one of adam, adamw, and not 'adamm'; did you mean adam",
+            "--training.optimiser is one of adam, adamw, sgd, asgd, and not 'adamm'; did you mean adam",
         ),
         ("train tiny --untied", "--untied says more about --explicit LAYERS"),
         ("train tiny --explicit x", "--explicit takes a number of layers, and 'x' is none; try --explicit 12."),

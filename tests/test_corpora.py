@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from equilibria.corpora import (
+    PENN_TREEBANK_CHARACTER_COUNTS,
     PENN_TREEBANK_COUNTS,
     SYMBOLS,
     WIKITEXT103_COUNTS,
@@ -26,6 +27,7 @@ from equilibria.corpora import (
     copying,
     memoryless_optimum,
     penn_treebank,
+    penn_treebank_characters,
     python_docs,
     text_folder,
     wikitext103,
@@ -180,6 +182,18 @@ def test_a_token_the_training_text_lacks_is_named_with_its_file(tmp_path):
 def test_a_folder_that_is_not_the_penn_treebank_is_refused(tmp_path):
     with pytest.raises(ValueError, match="13 tokens in train, <eos> included, instead of 929,589"):
         penn_treebank(write(tmp_path))
+    with pytest.raises(ValueError, match="Treebank by characters: it has 4 characters in train instead of 5,101,618"):
+        penn_treebank_characters(write(tmp_path, dict.fromkeys(TEXTS, "a b\n")))
+
+
+def test_penn_treebank_by_characters_spells_everything(tmp_path, monkeypatch):
+    for part, count in {"train": 24, "valid": 7, "test": 5, "vocabulary": 15}.items():
+        monkeypatch.setitem(PENN_TREEBANK_CHARACTER_COUNTS, part, count)
+    texts = {"train": " mr. <unk> is N \n rose \n", "valid": " is N \n", "test": " ros\r\n"}
+    corpus = penn_treebank_characters(write(tmp_path, texts))
+    assert (corpus.name, corpus.unit) == ("penn_treebank_characters", "character")
+    assert "".join(corpus.vocabulary.tokens) == "\n .<>Neikmnorsu"
+    assert corpus.vocabulary.decode(corpus.train.ids) == texts["train"]
 
 
 @needs_data
@@ -194,6 +208,22 @@ def test_penn_treebank_has_its_published_counts():
     assert corpus.vocabulary.tokens[:5] == ("<eos>", "the", "<unk>", "N", "of")
     lines = (folder / "valid.txt").read_text(encoding="utf-8").splitlines()
     assert corpus.vocabulary.decode(corpus.valid.ids) == "".join(" ".join(line.split()) + "\n" for line in lines)
+
+
+@needs_data
+def test_penn_treebank_by_characters_has_the_counts_of_its_files():
+    folder = Path(str(DATA)) / "ptb"
+    corpus = penn_treebank_characters(folder)
+    streams = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
+    found = {split: len(stream.ids) for split, stream in streams.items()}
+    assert found | {"vocabulary": len(corpus.vocabulary)} == PENN_TREEBANK_CHARACTER_COUNTS
+    assert "".join(corpus.vocabulary.tokens) == "\n #$&'*-./0123456789<>N\\abcdefghijklmnopqrstuvwxyz"
+    # The published counts, in thousands, are of files with one blank fewer a line.
+    lines = {split: int((stream.ids == 0).sum()) for split, stream in streams.items()}
+    assert [(found[split] - lines[split]) // 1000 for split in lines] == [5_059, 396, 446]
+    text = corpus.vocabulary.decode(corpus.valid.ids)
+    assert text == (folder / "valid.txt").read_text(encoding="utf-8")
+    assert all(line.startswith(" ") and line.endswith(" ") for line in text.splitlines())
 
 
 @needs_data

@@ -9,10 +9,26 @@ import tyro
 from torch import nn
 
 from equilibria import gradients, solvers
+from equilibria.commands.arguments import parse
+from equilibria.commands.train import Options
 from equilibria.recipes import RECIPES
 from equilibria.solve import Stop
 from equilibria.solvers import Anderson
-from equilibria.training import Copying, Experiment, PennTreebank, PythonDocs, TextFolder, Training, from_json, to_json
+from equilibria.training import (
+    Copying,
+    Cosine,
+    Experiment,
+    Milestones,
+    NonMonotone,
+    PennTreebank,
+    Plateau,
+    PythonDocs,
+    TextFolder,
+    Training,
+    from_json,
+    to_json,
+)
+from equilibria.training.decay import CATALOGUE
 from small_experiment import corpus, experiment, with_stage
 
 
@@ -31,6 +47,35 @@ def test_every_gradient_rule_survives_json(rule):
     needed = {"Neumann": {"terms": 3}, "Phantom": {"steps": 2, "damping": 0.5}}
     value = with_stage(experiment(), 1, gradient=rule(**needed.get(rule.__name__, {})))
     assert through_json(value) == value
+
+
+DECAYS = {
+    Cosine: {},
+    Milestones: {"steps": (3, 7), "divide": 2.0},
+    NonMonotone: {"window": 3, "floor": 0.1},
+    Plateau: {"patience": 2},
+}
+
+
+@pytest.mark.parametrize("kind", CATALOGUE, ids=lambda kind: kind.__name__)
+def test_every_decay_survives_json(kind):
+    value = experiment(decay=kind(**DECAYS[kind]), optimiser="sgd", momentum=0.5, overlap=3, eval_overlap=0)
+    assert through_json(value) == value
+    assert through_json(value).training.decay == kind(**DECAYS[kind])
+
+
+def test_the_numbers_of_a_decay_are_flags():
+    def changed(kind, *words):
+        value = Options(experiment(decay=kind(**DECAYS[kind])))
+        return parse(Options, words, verb="train", default=value).experiment.training
+
+    assert changed(Milestones, "--training.decay.steps", "4", "9", "12", "--divide", "3").decay == Milestones(
+        steps=(4, 9, 12), divide=3.0
+    )
+    assert changed(NonMonotone, "--training.decay.window", "5").decay == NonMonotone(window=5, floor=0.1)
+    assert changed(Plateau, "--patience", "1").decay == Plateau(patience=1)
+    assert changed(Cosine, "--optimiser", "sgd", "--momentum", "0.9").momentum == 0.9
+    assert changed(Cosine, "--training.overlap", "7").overlap == 7
 
 
 def test_paths_and_none_survive_json(tmp_path):
@@ -72,7 +117,9 @@ def edited(change) -> dict:
         (lambda d: d["stages"][1]["solver"].update(kind="Andersen"), r"stages\.1\.solver.*'Andersen'.*Anderson"),
         (lambda d: d["training"].update(learning_rat=1), r"training.*'learning_rat'.*learning_rate"),
         (lambda d: d["training"].update(batch_size="8"), r"training\.batch_size is '8'.*a int"),
-        (lambda d: d["training"].update(optimiser="sgd"), r"training\.optimiser is 'sgd'.*'adam' or 'adamw'"),
+        (lambda d: d["training"].update(optimiser="sdg"), r"training\.optimiser is 'sdg'.*'adam' or 'adamw' or 'sgd'"),
+        (lambda d: d["training"].update(decay={"kind": "Cosin"}), r"training\.decay.*'Cosin'.*Cosine"),
+        (lambda d: d["training"].update(decay={"kind": "Stop"}), r"decay is a Stop; it must be a Decay"),
         (lambda d: d["training"].update(betas=[0.9]), r"betas has 1 entries; it must have 2"),
         (lambda d: d["stages"][0].update(solver={"kind": "Stop"}), r"solver is a Stop; it must be a Solver"),
         (lambda d: d["stages"][0].pop("name"), r"stages\.0 lacks name"),
@@ -186,9 +233,33 @@ def test_a_source_knows_the_unit_of_its_corpus(source):
         {"betas": (0.9, 1.0)},
         {"warmup": 1000},
         {"spectral_radius": 2},
+        {"overlap": 20},
+        {"overlap": -1},
+        {"eval_overlap": 20},
+        {"momentum": 0.9},
+        {"momentum": 1.0, "optimiser": "sgd"},
         {"keep": 0},
     ],
 )
 def test_wrong_numbers_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         experiment(**wrong)
+
+
+def test_an_overlap_is_measured_by_the_segments_of_its_own_reading():
+    assert experiment(overlap=15, eval_segment_length=16).training.evaluation["overlap"] == 15
+    with pytest.raises(ValueError, match=r"eval_overlap=15\): segments of 15 tokens.*at most 14"):
+        experiment(overlap=15, eval_segment_length=15)
+    assert experiment(overlap=15, eval_segment_length=15, eval_overlap=0).training.evaluation["overlap"] == 0
+
+
+@pytest.mark.parametrize("decay", [Cosine(), Plateau(), Milestones(steps=(3,))])
+def test_averaging_begins_with_the_non_monotone_criterion_only(decay):
+    with pytest.raises(ValueError, match=r"optimiser='asgd'.*NonMonotone triggers"):
+        experiment(optimiser="asgd", decay=decay)
+    assert experiment(optimiser="asgd", decay=NonMonotone()).training.optimiser == "asgd"
+
+
+def test_a_final_rate_without_a_cosine_is_refused():
+    with pytest.raises(ValueError, match=r"final_learning_rate=0\.001.*only a cosine"):
+        experiment(final_learning_rate=1e-3, decay=Plateau())

@@ -10,11 +10,21 @@ import torch
 from torch.nn import functional
 
 from equilibria import Anderson, Equilibrium, Implicit, Picard, Stack, Stop, Unroll
-from equilibria.cells import TransformerShape
-from equilibria.language import Embedding, LanguageModel, LanguageShape, SoftmaxHead
+from equilibria.cells import TransformerShape, TrellisShape
+from equilibria.language import (
+    AdaptiveShape,
+    Embedding,
+    Explicit,
+    ExtraLosses,
+    LanguageModel,
+    LanguageShape,
+    MixtureShape,
+    SoftmaxHead,
+)
 
 CELL = TransformerShape(width=16, heads=2, inner=24, memory=8)
 SHAPE = LanguageShape(cell=CELL)
+TRELLIS = TrellisShape(width=8, hidden=10, outputs=8, std=0.3)
 V, B, T = 11, 3, 6
 
 
@@ -36,6 +46,67 @@ def test_embedding_is_scaled_and_drops_whole_channels():
     assert torch.equal(dropped, (out == 0).any(dim=1))
     kept = ~dropped[:, None].expand_as(out)
     torch.testing.assert_close(out[kept], (embedding.eval()(ids) * 2)[kept])
+
+
+class TestWordDropout:
+    def test_a_word_is_lost_at_all_its_occurrences_in_all_streams(self):
+        embedding = Embedding(vocabulary_size=V, width=16, word_dropout=0.25, std=1.0)
+        ids = torch.arange(V).repeat(B, 3)
+        full, shares = embedding.eval()(ids), []
+        for _ in range(200):
+            out = embedding.train()(ids)
+            lost = (out == 0).all(dim=2)
+            torch.testing.assert_close(out, full / 0.75 * ~lost[..., None])
+            words = lost[0, :V]
+            assert torch.equal(lost, words.repeat(B, 3))
+            shares.append(words.double().mean())
+        assert 0.2 < torch.stack(shares).mean() < 0.3
+
+    def test_nothing_is_lost_in_evaluation(self):
+        embedding = Embedding(vocabulary_size=V, width=16, word_dropout=0.5)
+        ids = tokens()
+        assert torch.equal(embedding.eval()(ids), embedding.weight[ids] * 4)
+
+    def test_a_lost_word_gets_no_gradient_as_input_and_the_tied_head_sees_it(self):
+        model = built(dataclasses.replace(SHAPE, word_dropout=0.9))
+        ids = torch.arange(V)[None]
+        torch.manual_seed(3)
+        vectors = model.embedding(ids)
+        lost = (vectors == 0).all(dim=2)[0]
+        assert 0 < lost.sum() < V
+        (gradient,) = torch.autograd.grad(vectors.sum(), model.embedding.weight)
+        assert torch.equal((gradient == 0).all(dim=1), lost)
+        h = torch.randn(1, 1, 16)
+        assert torch.equal(model.read(h), torch.nn.functional.linear(h, model.embedding.weight))
+
+    def test_comes_with_the_dropout_of_channels(self):
+        embedding = Embedding(vocabulary_size=V, width=64, dropout=0.5, word_dropout=0.5, std=1.0)
+        out = embedding.train()(torch.arange(V).repeat(2, 1))
+        words, channels = (out[0] == 0).all(dim=1), (out == 0).all(dim=1)
+        assert 0 < words.sum() < V
+        assert not torch.equal(channels[0], channels[1])
+        assert torch.equal(out[0] == 0, words[:, None] | channels[0])
+
+
+class TestStart:
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_uniform_has_the_same_variance(self, tied):
+        shape = dataclasses.replace(SHAPE, init="uniform", std=0.1 / 3**0.5, tied=tied)
+        model = shape.build(5_000, solver=Anderson(), stop=Stop(), gradient=Implicit())
+        tables = [model.embedding.weight] if tied else [model.embedding.weight, model.head.weight]
+        for table in tables:
+            table = table.detach()
+            assert 0.0999 < table.abs().max() <= 0.1
+            assert abs(float(table.std()) / (0.1 / 3**0.5) - 1) < 0.01
+
+    def test_is_not_scaled_where_that_is_said(self):
+        embedding, ids = Embedding(vocabulary_size=V, width=16, scaled=False), tokens()
+        assert torch.equal(embedding(ids), embedding.weight[ids])
+        assert built(dataclasses.replace(SHAPE, scaled=False)).embedding.scale == 1
+
+    def test_another_distribution_is_refused(self, unhooked):
+        with pytest.raises(ValueError, match=r"init='orthogonal'.*'normal' or a 'uniform'"):
+            Embedding(vocabulary_size=V, width=16, init="orthogonal")
 
 
 def test_nats_are_the_cross_entropy_of_the_logits():
@@ -90,9 +161,192 @@ def test_output_dropout_is_by_channel():
     head = SoftmaxHead(width=16, vocabulary_size=16, tied=False, dropout=0.5)
     with torch.no_grad():
         head.weight.copy_(torch.eye(16))
-    out = head.train()(torch.ones(B, T, 16), Embedding(vocabulary_size=16, width=16))
+    out = head.train().dropped(torch.ones(B, T, 16))
     assert torch.equal(out, out[:, :1].expand_as(out))
     assert set(out.unique().tolist()) == {0.0, 2.0}
+    embedding = Embedding(vocabulary_size=16, width=16)
+    assert torch.equal(head(out, embedding), out)  # what is dropped is dropped once
+    assert torch.equal(head.eval().dropped(out), out)
+
+
+HEADS = {
+    "one softmax": {},
+    "untied": {"tied": False},
+    "clusters": {"adaptive": AdaptiveShape(cutoffs=(4,), division=2)},
+    "untied clusters": {"adaptive": AdaptiveShape(cutoffs=(4,), division=2), "tied": False},
+    "mixture": {"mixture": MixtureShape(experts=2)},
+    "untied mixture": {"mixture": MixtureShape(experts=2), "tied": False},
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_options_reach_embedding_and_head(head):
+    shape = dataclasses.replace(SHAPE, word_dropout=0.1, output_dropout="token", scaled=False, init="uniform", **head)
+    model = built(dataclasses.replace(shape, dropout=0.25, input_dropout=0.5, std=3.0))
+    assert (model.embedding.dropout, model.head.dropout) == (0.5, 0.25)
+    assert (model.embedding.word_dropout, model.embedding.scale, model.head.output_dropout) == (0.1, 1.0, "token")
+    assert built(dataclasses.replace(shape, dropout=0.25)).embedding.dropout == 0.25
+    assert built(dataclasses.replace(shape, dropout=0.25, input_dropout=0.0)).embedding.dropout == 0
+    for name, table in model.named_parameters():
+        if any(part in name for part in ("embedding.weight", "tables", "head.weight", "slot_weight", "tail.0.1")):
+            largest = float(table.detach().abs().max())
+            assert 3 < largest <= 3 * 3**0.5, name  # of so many normal numbers some would be larger
+    ids = tokens()
+    model.eval()
+    torch.testing.assert_close(
+        model(ids, ids).nats, -model.logits(ids)[0].log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    )
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_the_output_is_dropped_once(head):
+    model, ids = built(dataclasses.replace(SHAPE, dropout=0.5, input_dropout=0.0, std=1.0, **head)), tokens()
+    h = model.layer(model.embedding(ids)).output
+    calls = {
+        "nats": (lambda: model(ids, ids).nats, lambda h: model.head.nats(h, ids, model.embedding)),
+        "logits": (lambda: model.logits(ids)[0], lambda h: model.head(h, model.embedding)),
+    }
+    for name, (whole, read) in calls.items():
+        torch.manual_seed(1)
+        out = whole()
+        torch.manual_seed(1)
+        assert torch.equal(out, read(model.head.dropped(h))), name
+        assert not torch.allclose(out, read(h)), name
+
+
+def test_a_head_of_ones_own_needs_no_dropout(unhooked):
+    class Own(torch.nn.Module):
+        def nats(self, h, targets, embedding):
+            return h.sum(-1)
+
+        def forward(self, h, embedding):
+            return h
+
+    layer = built().layer
+    model = LanguageModel(Embedding(vocabulary_size=V, width=16), layer, Own())
+    out = model(tokens(), tokens())
+    torch.testing.assert_close(out.nats, out.layer.z.sum(-1))
+    assert torch.equal(model.read(out.layer.z), out.layer.z)
+
+
+class TestSkip:
+    """Positions that are read and not scored."""
+
+    @pytest.mark.parametrize("shape", [SHAPE, LanguageShape(cell=TRELLIS)])
+    def test_leaves_the_nats_of_the_others(self, shape):
+        model, ids, targets = built(shape).eval(), tokens(), tokens()
+        joint, late = model(ids, targets), model(ids, targets, skip=2)
+        assert late.nats.shape == (B, T - 2)
+        assert torch.equal(late.nats, joint.nats[:, 2:])
+        assert torch.equal(late.layer.z, joint.layer.z)
+
+    def test_no_loss_reaches_the_head_from_them(self):
+        model, ids = built(dataclasses.replace(SHAPE, tied=False)), tokens()
+        targets = torch.full((B, T), 1)
+        targets[:, :4] = 9
+        model(ids, targets, skip=4).nats.sum().backward()
+        assert (model.head.bias.grad[9] > 0).all()  # never a target that is scored
+        assert (model.head.bias.grad[1] < 0).all()
+
+    @pytest.mark.parametrize("skip", [-1, T, T + 1])
+    def test_leaves_something(self, skip):
+        with pytest.raises(ValueError, match=f"skip={skip} positions of a segment of 6: at least one"):
+            built()(tokens(), tokens(), skip=skip)
+
+
+class TestTrellis:
+    @pytest.mark.parametrize("explicit", [None, Explicit(depth=9)])
+    def test_the_head_reads_the_last_channels_of_h(self, explicit):
+        model = built(LanguageShape(cell=TRELLIS, explicit=explicit, std=0.5)).eval()
+        ids, targets = tokens(), tokens()
+        out = model(ids, targets)
+        logits, memory = model.logits(ids)
+        h = out.layer.z[..., 10:18]
+        assert out.layer.z.shape == (B, T, 36)
+        assert torch.equal(out.layer.output, h)
+        torch.testing.assert_close(logits, torch.nn.functional.linear(h, model.embedding.weight, model.head.bias))
+        torch.testing.assert_close(model.logits(ids, last=True)[0], logits[:, -1:])
+        again = model(ids, targets, memory)
+        assert not torch.allclose(again.nats, out.nats)
+
+    def test_generates(self):
+        model = built(LanguageShape(cell=TRELLIS, std=0.5), stop=Stop(rtol=1e-6, max_evals=60))
+        assert model.generate(tokens(), length=4).shape == (B, 4)
+
+    def test_an_untied_head_or_a_mixture_reads_as_many_outputs_as_there_are(self):
+        cell = dataclasses.replace(TRELLIS, outputs=5)
+        mixture = built(LanguageShape(cell=cell, mixture=MixtureShape(experts=2)))
+        untied = built(LanguageShape(cell=cell, tied=False))
+        clusters = built(LanguageShape(cell=cell, tied=False, adaptive=AdaptiveShape(cutoffs=(4,), division=2)))
+        for model in (mixture, untied, clusters):
+            model(tokens(), tokens()).nats.mean().backward()
+            assert all(p.grad is not None for p in model.parameters())
+        assert untied.head.weight.shape == (V, 5)
+
+    def test_every_option_at_once(self):
+        shape = LanguageShape(
+            cell=dataclasses.replace(TRELLIS, dropout=0.2, weight_dropout=0.3),
+            explicit=Explicit(depth=6, auxiliary_every=2, checkpoint=True),
+            mixture=MixtureShape(experts=3, dropout=0.2),
+            dropout=0.3,
+            input_dropout=0.2,
+            word_dropout=0.1,
+            scaled=False,
+            init="uniform",
+            std=0.1,
+            losses=ExtraLosses(activation=2, temporal_activation=1, auxiliary=0.05),
+        )
+        model = built(shape)
+        out = model(tokens(), tokens(), model(tokens(), tokens()).memory, skip=2)
+        (out.nats.mean() + out.extra).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+class TestRefused:
+    """In one sentence each."""
+
+    narrow = dataclasses.replace(TRELLIS, outputs=5)
+
+    @pytest.mark.parametrize(
+        ("fields", "sentence"),
+        [
+            ({"adaptive": AdaptiveShape(cutoffs=(4,)), "mixture": MixtureShape()}, "give one of them"),
+            ({"cell": narrow}, r"width 8 with 5 outputs.*tied=False or a MixtureShape"),
+            ({"cell": narrow, "adaptive": AdaptiveShape(cutoffs=(4,))}, "width 8 with 5 outputs"),
+        ],
+    )
+    def test_shapes(self, fields, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            LanguageShape(**fields)
+
+    @pytest.mark.parametrize(
+        ("fields", "sentence"),
+        [
+            ({"explicit": Explicit(tied=False, memory="layers")}, "a TrellisNet is weight-tied.*give tied=True"),
+            ({"losses": ExtraLosses(auxiliary=0.1)}, r"auxiliary=0\.1.*auxiliary_every"),
+            ({"losses": ExtraLosses(auxiliary=0.1), "explicit": Explicit()}, r"auxiliary=0\.1.*auxiliary_every"),
+            ({"word_dropout": 1.0}, r"word_dropout=1\.0"),
+            ({"input_dropout": 1.0}, r"dropout=1\.0"),
+        ],
+    )
+    def test_models(self, fields, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            built(LanguageShape(cell=TRELLIS, **fields))
+
+    @pytest.mark.parametrize(
+        ("fields", "sentence"),
+        [
+            ({"auxiliary_every": -1}, r"depth=12, auxiliary_every=-1.*1 … 12"),
+            ({"auxiliary_every": 13}, r"depth=12, auxiliary_every=13.*1 … 12"),
+            ({"auxiliary_every": 3, "memory": "layers"}, r"auxiliary_every=3, memory='layers'.*give memory='last'"),
+            ({"auxiliary_every": 3, "memory": "layers", "tied": False}, r"only a weight-tied"),
+        ],
+    )
+    def test_explicit_networks(self, fields, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            Explicit(**fields)
 
 
 def test_every_parameter_gets_a_gradient():

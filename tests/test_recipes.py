@@ -11,7 +11,7 @@ from equilibria.recipes import RECIPES
 from equilibria.training import Trainer, WikiText103, from_json, to_json
 from small_experiment import corpus, trained_weights
 
-WIKITEXT = [name for name in RECIPES if name.startswith("wikitext103")]
+WIKITEXT = [name for name in RECIPES if name.startswith("wikitext103") and "trellis" not in name]
 VOCABULARY = 267_735
 
 

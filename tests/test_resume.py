@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from equilibria.training import CheckpointError, Run, TextFolder, Trainer, checkpoint
-from small_experiment import Killed, corpus, experiment, finished, same_bits, without_times
+from equilibria.training import CheckpointError, NonMonotone, Plateau, Run, TextFolder, Trainer, checkpoint
+from equilibria.training.snapshot import weights
+from small_experiment import Killed, corpus, experiment, finished, kill_at, same_bits, without_times
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,64 @@ def test_stopped_again_and_again(tmp_path, uninterrupted):
     resumed, resumed_events = finished(tmp_path / "run", resume=True)
     assert same_bits(resumed, weights)
     assert without_times(resumed_events) == without_times(events)
+
+
+DECAYS = {
+    "sgd": {"optimiser": "sgd", "momentum": 0.5, "decay": NonMonotone(window=1, divide=1.5, floor=0.0)},
+    "asgd": {"optimiser": "asgd", "decay": NonMonotone(window=1)},
+    "plateau": {"decay": Plateau(patience=0, divide=1.5), "overlap": 13},
+}
+
+
+def decaying(name):
+    """Too fast to be good, so that validations get worse again and again."""
+    rate = {"learning_rate": 0.1} if name == "plateau" else {"learning_rate": 20.0, "warmup": 0}
+    return experiment(valid_every=1, checkpoint_every=3, **rate, **DECAYS[name])
+
+
+@pytest.fixture(scope="module", params=DECAYS)
+def decayed(request, tmp_path_factory):
+    weights, events = finished(tmp_path_factory.mktemp("run") / "whole", decaying(request.param))
+    rates = {event["learning_rate"] for event in events if event["event"] == "step"}
+    assert len(rates) == 1 if request.param == "asgd" else len(rates) > 3
+    return request.param, weights, events
+
+
+@pytest.mark.parametrize("step", [3, 7, 11, 12, 14, 17])
+def test_what_the_validations_have_done_is_remembered(tmp_path, decayed, step):
+    name, weights, events = decayed
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", decaying(name), on_event=kill_at(step))
+    resumed, resumed_events = finished(tmp_path / "run", decaying(name), resume=True)
+    assert same_bits(resumed, weights)
+    assert without_times(resumed_events) == without_times(events)
+
+
+def test_averages_and_weights_are_both_in_the_checkpoint(tmp_path):
+    finished(tmp_path / "run", decaying("asgd"))
+    newest = Run(tmp_path / "run").newest()
+    assert newest.state["validated"]["divisions"] > 0
+    trainer = Trainer(decaying("asgd"), Run(tmp_path / "run"), corpus())
+    trainer.resume()
+    raw = weights(trainer.model)
+    assert same_bits(newest.optimiser["weights"], raw)
+    assert newest.model.keys() == raw.keys()
+    assert not same_bits(newest.model, raw)
+
+
+def test_checkpoints_and_runs_of_older_versions_go_on(tmp_path, uninterrupted):
+    """They say nothing of decays, of validations and of overlaps."""
+    with pytest.raises(Killed):
+        finished(tmp_path / "run", on_event=killed_after(25))
+    run = Run(tmp_path / "run")
+    newest, described = run.newest(), run.stored()
+    state = {name: value for name, value in newest.state.items() if name != "validated"}
+    checkpoint.save(run.checkpoints, dataclasses.replace(newest, state=state))
+    for name in ("decay", "momentum", "overlap", "eval_overlap"):
+        del described["training"][name]
+    run.description.write_text(json.dumps(described))
+    resumed, _ = finished(tmp_path / "run", resume=True)
+    assert same_bits(resumed, uninterrupted[0])
 
 
 @pytest.mark.parametrize("seed", range(3))

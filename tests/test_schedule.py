@@ -2,11 +2,13 @@ import itertools
 import math
 
 import pytest
+import torch
 
 from equilibria.gradients import Implicit
 from equilibria.solve import Stop
 from equilibria.solvers import Anderson
-from equilibria.training import Stage, growing_penalty, learning_rate
+from equilibria.training import Milestones, NonMonotone, Plateau, Stage, growing_penalty, learning_rate
+from equilibria.training.decay import Validated
 
 
 def rate(step, **changes):
@@ -48,6 +50,98 @@ def test_a_warm_up_as_long_as_the_training_is_allowed():
 def test_steps_are_counted_from_one():
     with pytest.raises(ValueError, match="counted from 1"):
         rate(0)
+
+
+def test_milestones_divide_the_rate_after_each_of_them():
+    rates = [rate(s, warmup=2, decay=Milestones(steps=(4, 6), divide=10.0)) for s in range(1, 9)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_a_milestone_within_the_warm_up_divides_what_comes_after():
+    rates = [rate(s, warmup=3, decay=Milestones(steps=(2,), divide=2.0)) for s in range(1, 6)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("peak", "expected"), [(20.0, [20.0, 5.0, 1.25, 0.3125, 0.078125, 0.02, 0.02]), (0.01, [0.01] * 7)]
+)
+def test_divisions_stop_at_the_floor_and_never_raise_a_rate(peak, expected):
+    rates = [rate(5, peak=peak, warmup=1, decay=NonMonotone(), divisions=count) for count in range(7)]
+    assert rates == pytest.approx(expected)
+    assert rate(1, peak=1.0, warmup=2, decay=NonMonotone(), divisions=3) == 0.5  # the warm-up is not divided
+
+
+def divided_at(decay, losses):
+    """The validations, from 1, after which the rate is divided."""
+    validated, places = Validated(), []
+    for place, loss in enumerate(losses, start=1):
+        before, validated = validated.divisions, validated.after(loss, decay)
+        places += [place] * (validated.divisions - before)
+    return places
+
+
+def test_the_non_monotone_criterion_is_that_of_awd_lstm():
+    """Written as in the code: the loss is compared before it joins the list."""
+    generator = torch.Generator().manual_seed(0)
+    losses = (torch.rand(60, generator=generator) + torch.linspace(2, 0, 60)).tolist()
+    expected, best_val_loss, nonmono = [], [], 4
+    for place, val_loss in enumerate(losses, start=1):
+        if len(best_val_loss) > nonmono and val_loss > min(best_val_loss[:-nonmono]):
+            expected.append(place)
+        best_val_loss.append(val_loss)
+    assert divided_at(NonMonotone(window=4), losses) == expected
+    assert 0 < len(expected) < 50
+
+
+def test_worse_than_the_last_few_only_divides_nothing():
+    assert divided_at(NonMonotone(window=2), [5.0, 4.0, 3.0, 3.5, 3.9]) == []  # all below 4, the best but two
+    assert divided_at(NonMonotone(window=2), [5.0, 3.0, 4.0, 4.0, 3.5]) == [5]
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_a_plateau_is_that_of_torch(patience):
+    generator = torch.Generator().manual_seed(patience)
+    losses = (torch.rand(80, generator=generator) + torch.linspace(1, 0, 80)).tolist()
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=patience, eps=0)
+    validated, decay = Validated(), Plateau(patience=patience, divide=2.0)
+    for loss in losses:
+        scheduler.step(loss)
+        validated = validated.after(loss, decay)
+        mine = rate(9, warmup=1, decay=decay, divisions=validated.divisions)
+        assert mine == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-9)
+    assert validated.divisions > 2
+
+
+def test_a_loss_that_is_not_finite_is_worse_than_any_other():
+    assert divided_at(NonMonotone(window=1), [1.0, 1.0, math.nan]) == [3]
+    assert divided_at(Plateau(patience=0), [1.0, math.inf]) == [2]
+
+
+def test_where_the_model_changes_losses_are_forgotten_and_divisions_are_not():
+    validated = Validated().after(1.0, Plateau(patience=0)).after(2.0, Plateau(patience=0))
+    assert (validated.losses, validated.divisions) == ((1.0, 2.0), 1)
+    assert validated.anew() == Validated(losses=(), divisions=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (Milestones, {"steps": ()}),
+        (Milestones, {"steps": (5, 5)}),
+        (Milestones, {"steps": (0, 5)}),
+        (Milestones, {"steps": (5,), "divide": 1.0}),
+        (NonMonotone, {"window": 0}),
+        (NonMonotone, {"divide": 0.25}),
+        (NonMonotone, {"floor": -1.0}),
+        (Plateau, {"patience": -1}),
+        (Plateau, {"divide": math.inf}),
+        (Plateau, {"threshold": math.nan}),
+    ],
+)
+def test_wrong_decays_are_named(kind, wrong):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\({list(wrong)[-1]}=.*try "):
+        kind(**wrong)
 
 
 def grown(steps, **changes):

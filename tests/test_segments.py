@@ -98,6 +98,52 @@ def test_one_row_reads_every_target():
     assert sum(piece.targets.numel() for piece in segments.one_epoch()) == 11
 
 
+OVERLAPS = st.integers(1, 9).flatmap(lambda length: st.tuples(st.just(length), st.integers(0, length - 1)))
+
+
+@given(cut=OVERLAPS, **{name: kind for name, kind in SHAPES.items() if name != "length"})
+@settings(deadline=None)
+def test_with_overlap_every_target_is_scored_exactly_once(cut, batch_size, world_size, extra):
+    (length, overlap), rows = cut, batch_size * world_size
+    scored = []
+    for rank in range(world_size):
+        numbers = {"length": length, "overlap": overlap, "rank": rank, "world_size": world_size}
+        segments = Segments(counting(rows + extra), batch_size=batch_size, **numbers)
+        pieces = list(segments.one_epoch())
+        assert len(pieces) == len(segments)
+        assert all(piece.scored == piece.targets[:, piece.skip :].numel() > 0 for piece in pieces)
+        scored.append(torch.cat([piece.targets[:, piece.skip :] for piece in pieces], dim=1))
+    assert torch.equal(torch.cat(scored).flatten(), 1 + torch.arange((rows + extra) // rows * rows))
+
+
+def test_a_segment_with_overlap_reads_the_end_of_the_one_before_anew_and_remembers_nothing():
+    pieces = list(Segments(counting(20), batch_size=2, length=5, overlap=3).one_epoch())  # rows of 10
+    assert [piece.tokens[0].tolist() for piece in pieces] == [
+        [0, 1, 2, 3, 4],
+        [2, 3, 4, 5, 6],
+        [4, 5, 6, 7, 8],
+        [6, 7, 8, 9],
+    ]
+    assert [piece.skip for piece in pieces] == [0, 3, 3, 3]
+    assert [piece.scored for piece in pieces] == [10, 4, 4, 2]
+    assert all(piece.fresh for piece in pieces)
+    assert [piece.skip for piece in Segments(counting(20), batch_size=2, length=5).one_epoch()] == [0, 0]
+
+
+@given(position=st.integers(0, 40), cut=OVERLAPS, extra=st.integers(0, 60))
+@settings(deadline=None)
+def test_with_overlap_too_resumed_is_uninterrupted(position, cut, extra):
+    whole = Segments(counting(2 + extra), batch_size=2, length=cut[0], overlap=cut[1])
+    resumed = dataclasses.replace(whole, position=position)
+    expected = itertools.islice(whole, position, position + 12)
+    assert all(same(first, second) for first, second in zip(expected, resumed, strict=False))
+
+
+def test_an_overlap_of_episodes_is_refused():
+    with pytest.raises(ValueError, match=r"overlap=2\): each segment is a whole episode.*overlap=0"):
+        Segments(counting(10, episode=5), batch_size=2, overlap=2)
+
+
 @pytest.mark.parametrize(
     ("numbers", "sentence"),
     [
@@ -107,6 +153,8 @@ def test_one_row_reads_every_target():
         ({"batch_size": 1, "world_size": 11}, "or fewer processes"),
         ({"batch_size": 1, "rank": 2, "world_size": 2}, "ranks are 0 … 1"),
         ({"batch_size": 1, "position": -1}, r"position=-1\): it must be at least 0"),
+        ({"batch_size": 1, "overlap": 4}, r"overlap=4\): segments of 4 tokens.*at most 3"),
+        ({"batch_size": 1, "overlap": -1}, r"overlap=-1\): it must be at least 0"),
         ({"batch_size": 1, "length": 0}, "try length=64"),
         ({"batch_size": 1, "length": None}, "try length=64"),
     ],

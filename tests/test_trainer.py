@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -6,19 +7,33 @@ import math
 import pytest
 import torch
 
-from equilibria.cells import TransformerShape
+from equilibria.__main__ import main
+from equilibria.cells import TransformerShape, TrellisShape
+from equilibria.commands.errors import UsageError
+from equilibria.commands.loading import trained, with_data, with_memory
+from equilibria.commands.recipe import experiment_of
 from equilibria.commands.record import read
 from equilibria.corpora import Segments, copying
 from equilibria.gradients import Implicit
-from equilibria.language import LanguageShape
+from equilibria.language import ExtraLosses, LanguageShape
 from equilibria.recipes import RECIPES
 from equilibria.solve import Stop, solve
 from equilibria.solvers import Picard
 from equilibria.stability import jacobian_penalty
-from equilibria.training import Run, Trainer, TrainingStopped, evaluate, growing_penalty, learning_rate, metrics
+from equilibria.training import (
+    NonMonotone,
+    Run,
+    Trainer,
+    TrainingStopped,
+    evaluate,
+    growing_penalty,
+    learning_rate,
+    metrics,
+)
 from equilibria.training.evaluation import jacobian_radius
 from equilibria.training.yardstick import yardstick
 from small_experiment import corpus, experiment, same_bits, trained_weights, with_stage
+from small_run import fails, furnish
 
 
 def fitted(value, **options):
@@ -140,6 +155,140 @@ def test_memory_is_carried_and_reset_where_an_epoch_begins():
     trainer.step(dataclasses.replace(segments.at(len(segments)), position=2))
     assert trainer.memory.z.shape == (4, 20, 8)
     assert not trainer.memory.z.requires_grad
+
+
+def with_model(value, **changes):
+    return dataclasses.replace(value, model=dataclasses.replace(value.model, **changes))
+
+
+def test_the_models_own_losses_are_added_to_the_loss_and_logged_apart():
+    losses = ExtraLosses(activation=0.7, temporal_activation=0.3)
+    plain = with_model(experiment(clip=None), dropout=0.0)
+    trainer = Trainer(with_model(plain, losses=losses), None, corpus())
+    twin, without = (Trainer(plain, None, corpus()) for _ in range(2))
+    segment = next(iter(trainer._segments()))
+    torch.manual_seed(3)
+    step = trainer.step(segment)
+    torch.manual_seed(3)
+    nothing = without.step(segment)
+    torch.manual_seed(3)
+    output = twin.model(segment.tokens, segment.targets)
+    states = output.layer.output
+    extra = 0.7 * states.square().mean() + 0.3 * states.diff(dim=1).square().mean()
+    (output.nats.mean() + extra).backward()
+    extra = extra.detach()
+    norm = torch.stack([p.grad.norm() for p in twin.model.parameters()]).norm()
+    assert nothing.extra is None
+    assert float(step.loss) == pytest.approx(float(nothing.loss))  # the mean of the nats alone
+    assert float(step.extra) == pytest.approx(float(extra), rel=1e-5)
+    assert float(step.gradient_norm) == pytest.approx(float(norm), rel=1e-5)
+    assert float(step.gradient_norm) != pytest.approx(float(nothing.gradient_norm), rel=1e-3)
+
+
+def test_what_is_added_stands_in_the_log():
+    _, events = fitted(with_model(experiment(), losses=ExtraLosses(activation=1.0)))
+    assert all(event["extra"] > 0 for event in of(events, "step"))
+    _, events = fitted(experiment())
+    assert all(event["extra"] is None for event in of(events, "step"))
+
+
+def test_segments_with_overlap_are_read_without_memory_and_scored_in_part():
+    value = experiment(overlap=15, eval_overlap=5, valid_segments=None, warmup=0)
+    trainer, twin = Trainer(value, None, corpus()), Trainer(value, None, corpus())
+    first, second = itertools.islice(trainer._segments(), 2)
+    steps = []
+    for segment in (first, second):
+        torch.manual_seed(1)
+        steps.append(trainer.step(segment))
+    assert [step.tokens for step in steps] == [4 * 20, 4 * 5]
+    torch.manual_seed(1)
+    twin.step(first)
+    torch.manual_seed(1)
+    nats = twin.model(second.tokens, second.targets, None).nats.detach()
+    assert float(steps[1].loss) == pytest.approx(float(nats[:, 15:].mean()), rel=1e-5)
+    assert float(steps[1].loss) != pytest.approx(float(nats.mean()), rel=1e-5)
+    found = trainer.validate()
+    assert (found.setting.overlap, found.setting.memory_length) == (5, 0)
+    assert found.tokens == 198  # two rows of 99
+
+
+def test_an_evaluation_with_overlap_scores_every_token_once_with_the_past_of_its_segment():
+    model = experiment().build(corpus()).eval()
+    valid = corpus().valid
+    found = evaluate(model, valid, segment_length=30, overlap=20)
+    nats, tokens = 0.0, valid.tokens[None]
+    for start in range(0, 199, 10):
+        piece = slice(start, start + 30)
+        with torch.no_grad():
+            scores = model(tokens[:, piece], valid.targets[None, piece]).nats
+        nats += float(scores[:, 20 if start else 0 :].sum())
+        if start + 30 >= 199:
+            break
+    assert (found.tokens, found.setting.overlap, found.setting.segment_length) == (199, 20, 30)
+    assert found.nats_per_token == pytest.approx(nats / 199, rel=1e-5)
+    assert found.nats_per_token != pytest.approx(evaluate(model, valid, segment_length=30).nats_per_token, rel=1e-6)
+
+
+def test_the_command_reads_with_the_overlap_of_the_training_or_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    furnish(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    value = with_data(experiment_of("recipe.py:small"), tmp_path / "text")
+    numbers = {"overlap": 3, "measure_memory": False, "spectral_radius": 0}
+    value = dataclasses.replace(value, training=dataclasses.replace(value.training, **numbers))
+    Trainer(value, Run.start(tmp_path / "run", value), value.corpus.load()).fit()
+    loaded = trained(tmp_path / "run")
+    for chosen, overlap in (((), 3), (("--overlap", "5"), 5), (("--overlap", "0"), 0)):
+        assert main(["evaluate", "run", "--max-segments", "4", *chosen]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        stream = loaded.corpus.valid
+        expected = evaluate(loaded.model, stream, segment_length=8, overlap=overlap, max_segments=4)
+        assert f"{expected.bits:.4f} bits" in text
+        assert (f"reads the last {overlap} of the one before anew" in text) == (overlap > 0)
+        assert ("Memory length" in text) == (overlap == 0)
+        assert f"{expected.tokens} of {len(stream)}" in text
+        assert expected.tokens == 8 + 3 * (8 - overlap)
+    assert "at most 7" in fails(capsys, "evaluate", "run", "--overlap", "8")
+    assert "--overlap -1: it must be at least 0" in fails(capsys, "evaluate", "run", "--overlap", "-1")
+
+
+@pytest.mark.parametrize("overlap", [0, 12])
+def test_a_trellis_is_trained_validated_and_measured(tmp_path, overlap):
+    cell = TrellisShape(width=6, hidden=5, outputs=6, dropout=0.2, weight_dropout=0.2, std=0.3)
+    value = with_model(
+        experiment(overlap=overlap, measure_memory=True, memory_depths=(2,), optimiser="sgd", decay=NonMonotone()),
+        cell=cell,
+        losses=ExtraLosses(activation=2.0, temporal_activation=1.0),
+    )
+    run = Run.start(tmp_path / "run", value)
+    trainer = Trainer(value, run, corpus())
+    trainer.fit()
+    events = run.events()
+    assert [event["step"] for event in of(events, "step")] == list(range(1, 19))
+    assert all(math.isfinite(event["loss"]) and event["extra"] > 0 for event in of(events, "step"))
+    setting = of(events, "valid")[-1]["setting"]
+    assert (setting["memory_length"], setting["overlap"], setting["max_evals"]) == (None, overlap, 8)
+    assert of(events, "spectral_radius")[-1]["mean"] > 0
+    assert [row["depth"] for row in of(events, "memory")[0]["rows"]] == [None, 2]
+    assert all(row["peak_bytes"] > 0 for row in of(events, "memory")[0]["rows"])
+    resumed = Trainer(value, run, corpus())
+    assert resumed.resume() == 18
+    assert same_bits(trained_weights(resumed), trained_weights(trainer))
+    with pytest.raises(UsageError, match="a TrellisShape has no number of positions that it remembers"):
+        with_memory(value, 3)
+
+
+def test_the_answers_of_a_trellis_are_read_off_its_output():
+    """Its state is wider than what the head reads."""
+    task = copying(blank=5, train=4, valid=4, test=4)
+    shape = LanguageShape(cell=TrellisShape(width=6, hidden=5, outputs=6))
+    model = shape.build(len(task.vocabulary), **experiment().stages[1].solves)
+    found = evaluate(model, task.valid, batch_size=2)
+    with torch.no_grad():
+        model.eval()
+        segments = list(Segments(task.valid, batch_size=2).one_epoch())
+        right = [model.logits(piece.tokens)[0][:, -10:].argmax(dim=-1) == piece.targets[:, -10:] for piece in segments]
+    assert found.accuracy == pytest.approx(float(torch.stack(right).double().mean()))
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])

@@ -11,6 +11,7 @@ from torch import nn
 from equilibria import Anderson, Equilibrium, Implicit, Picard, Stop, Unroll, solve
 from equilibria.cells import TrellisCell, TrellisMemory, TrellisShape
 from equilibria.cells.scan import _doubling, _one_by_one, scan
+from equilibria.cells.weight_norm import NormedLinear
 from equilibria.equilibrium import Unrolled
 
 B, T = 3, 7
@@ -208,9 +209,9 @@ def test_one_mask_of_the_hidden_state_for_all_times_and_the_past():
     assert context.drop.shape == (B, 1, SHAPE.channels)
     dropped = torch.cat([context.drop == 0, torch.zeros_like(context.drop, dtype=torch.bool)], dim=-1)
     assert dropped.any()
-    torch.testing.assert_close(prepared(memory.z + dropped).injection, context.injection)
-    assert not torch.allclose(prepared(memory.z + ~dropped).injection, context.injection)
     z = torch.randn(B, T, 2 * SHAPE.channels, dtype=torch.float64)
+    torch.testing.assert_close(cell(z, prepared(memory.z + dropped)), cell(z, context))
+    assert not torch.allclose(cell(z, prepared(memory.z + ~dropped)), cell(z, context))
     torch.testing.assert_close(cell(z + dropped, context), cell(z, context))
 
 
@@ -240,6 +241,34 @@ def test_solver_needs_fewer_evaluations_with_the_scan():
         assert solution.converged.all()
         evals[recurrence] = solution.evals
     assert 2 * evals["scan"] < evals["delayed"]
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("dropping", [True, False])
+def test_effective_weights_are_differentiable_twice(normed, dropping):
+    linear = NormedLinear(inputs=6, outputs=4, normed=normed, init="normal", std=1.0).double()
+    kept = torch.rand(4, 3) > 0.5 if dropping else None
+    parameters = [p for p in (linear.direction, linear.gain) if p is not None]
+
+    def effective(*values):
+        names = ("direction", "gain")[: len(values)]
+        choices = {"kept": kept, "rate": 0.5} if dropping else {}
+        call = torch.func.functional_call
+        return call(Effective(linear), {f"linear.{n}": v for n, v in zip(names, values, strict=True)}, (), choices)
+
+    assert torch.autograd.gradcheck(effective, parameters)
+    assert torch.autograd.gradgradcheck(effective, parameters)
+
+
+class Effective(nn.Module):
+    """A module whose output is W."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, **choices):
+        return self.linear.effective(**choices)
 
 
 # the scan itself

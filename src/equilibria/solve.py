@@ -153,14 +153,17 @@ class DifferentiableMap(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class AffineMap(DifferentiableMap):
-    """u ↦ L(u) + offset with a known linear part, so that Jacobian–vector products need no derivative."""
+    """u ↦ L(u) + factor·offset with a known linear part, so that Jacobian–vector products need no derivative."""
 
     linear: Map
     offset: Tensor
+    factor: Tensor | None = None
+    """One number a sample, [B 1 … 1], with which nobody has to keep the product; None for 1."""
 
     def __call__(self, z: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
-        """L(z) + offset."""
-        return self.linear(z) + self.offset
+        """L(z) + factor·offset."""
+        linear = self.linear(z)
+        return linear + self.offset if self.factor is None else torch.addcmul(linear, self.offset, self.factor)
 
     def jvp(self, z: Float[Tensor, "B *state"], v: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
         """L(v)."""
@@ -179,7 +182,6 @@ class Evaluator:
         self.algebra = algebra_dtype(z0.dtype)
         self.autocast = Autocast(z0.device.type)
         self.evals, self._max_evals = 0, max_evals
-        self.start = z0.reshape(len(z0), -1).to(self.algebra)
         self.active = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
 
     @property
@@ -296,21 +298,17 @@ def solve(f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> 
     check_kind("solver", solver, Solver, "Anderson()")
     check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
     evaluate = Evaluator(f, z0, stop.max_evals)
+    z = z0.reshape(len(z0), -1).to(evaluate.algebra)
+    del z0  # a state that would be kept for nothing
     with evaluate.autocast.off():
-        return _iterate(evaluate, solver, stop)
-
-
-def _iterate(evaluate: Evaluator, solver: Solver, stop: Stop) -> Solution:
-    z = evaluate.start
-    history = solver.init(z)
-    kept = _Kept(z, stop)
-    while True:
-        fz = evaluate(z)
-        evaluate.active = kept.update(z, fz)
-        if not kept.moving or evaluate.remaining < solver.cost:
-            break
-        proposal, history = solver.step(evaluate, z, fz, history)
-        z = kept.freeze(evaluate.rounded(proposal))
+        history, kept = solver.init(z), _Kept(z, stop)
+        while True:
+            fz = evaluate(z)
+            evaluate.active = kept.update(z, fz)
+            if not kept.moving or evaluate.remaining < solver.cost:
+                break
+            proposal, history = solver.step(evaluate, z, fz, history)
+            z = kept.freeze(evaluate.rounded(proposal))
     return Solution(
         z=evaluate.shaped(kept.z),
         fz=evaluate.shaped(kept.fz),

@@ -60,15 +60,15 @@ class TrellisContext:
 
     weights: TrellisWeights
     injection: Float[Tensor, "B T H4"]
-    """u_t + b, and at the first time also W⁰ ĥ_{−1}."""
-    past: Float[Tensor, "B 1 H"]
+    """u_t + b; where T is 1 also W⁰ ĥ_{−1}."""
+    past_h: Float[Tensor, "B 1 H"]
+    """ĥ_{−1}."""
+    past_c: Float[Tensor, "B 1 H"]
     """c_{−1}."""
     drop: Float[Tensor, "B 1 H"] | None
     """D, the dropout mask of h."""
     present: Float[Tensor, "B T 1"] | None
     """0 at times before the text of a row begins, where f is 0; None without any."""
-    start: Float[Tensor, "B T H2"]
-    """The first iterate."""
     last: Float[Tensor, "B 1 E"] | None
     """x at the last time, as it is remembered."""
     cache: TrellisCache | None
@@ -121,24 +121,26 @@ class TrellisCell(Cell):
         before = x.new_zeros(len(x), 1, shape.width) if memory is None or memory.x is None else memory.x.to(x.dtype)
         pairs = torch.cat([torch.cat([before, x[:, :-1]], dim=1), x], dim=-1)
         injection = functional.linear(pairs, weights.input, self.state.bias)
-        if memory is not None:
-            past = functional.linear(masked(h, drop), weights.state[:, :channels])
-            injection = torch.cat([injection[:, :1] + past, injection[:, 1:]], dim=1)
-        warm = cache is not None and cache.warm and x.shape[1] == 1
+        h = masked(h, drop)
+        if x.shape[1] == 1 and memory is not None:  # as in generation: then W⁰ has nothing more to do
+            injection = injection + functional.linear(h, weights.state[:, :channels])
         return TrellisContext(
             weights=weights,
             injection=injection,
-            past=c,
+            past_h=h,
+            past_c=c,
             drop=drop,
             present=present,
-            start=cache.memory.z if cache is not None and warm else x.new_zeros(*x.shape[:2], 2 * channels),
-            last=x[:, -1:].detach() if shape.carry_input else None,
+            last=x[:, -1:].detach().clone() if shape.carry_input else None,
             cache=cache,
         )
 
     def start(self, context: TrellisContext) -> Float[Tensor, "B T H2"]:
         """Zero; in generation, if asked for, the state of the position before."""
-        return context.start
+        cache, (batch, time, gates) = context.cache, context.injection.shape
+        if cache is not None and cache.warm and time == 1:
+            return cache.memory.z
+        return context.past_c.new_zeros(batch, time, gates // 2)
 
     def forward(self, z: Float[Tensor, "B T H2"], context: TrellisContext) -> Float[Tensor, "B T H2"]:
         """f(z)."""
@@ -147,18 +149,18 @@ class TrellisCell(Cell):
         i, o, g, f = gates.split(self.shape.channels, dim=-1)
         update, keep = i.sigmoid() * g.tanh(), f.sigmoid()
         if self.shape.recurrence == "scan" and z.shape[1] > 1:
-            c = scan(masked(keep, context.present), masked(update, context.present), context.past)
+            c = scan(masked(keep, context.present), masked(update, context.present), context.past_c)
         else:
-            c = torch.addcmul(update, keep, torch.cat([context.past.to(c.dtype), c[:, :-1]], dim=1))
+            c = torch.addcmul(update, keep, torch.cat([context.past_c.to(c.dtype), c[:, :-1]], dim=1))
         return masked(torch.cat([o.sigmoid() * c.tanh(), c], dim=-1), context.present)
 
     def _preactivation(self, h: Float[Tensor, "B T H"], context: TrellisContext) -> Float[Tensor, "B T H4"]:
-        """W⁰ ĥ_{t−1} + W¹ ĥ_t + injection; the first time has its W⁰ ĥ_{−1} there."""
+        """W⁰ ĥ_{t−1} + W¹ ĥ_t + injection."""
         weight, channels = context.weights.state, self.shape.channels
         if h.shape[1] == 1:
             h, weight = h[:, 0], weight[:, channels:]
         else:
-            h = torch.cat([functional.pad(h[:, :-1], (0, 0, 1, 0)), h], dim=-1).flatten(0, 1)
+            h = torch.cat([torch.cat([context.past_h.to(h.dtype), h[:, :-1]], dim=1), h], dim=-1).flatten(0, 1)
         return torch.addmm(context.injection.flatten(0, 1), h, weight.t()).view_as(context.injection)
 
     def output(self, z: Float[Tensor, "B T H2"]) -> Float[Tensor, "B T O"]:
@@ -167,7 +169,7 @@ class TrellisCell(Cell):
 
     def remember(self, z: Float[Tensor, "B T H2"], context: TrellisContext) -> TrellisMemory | TrellisCache:
         """h, c and x at the last time, detached; a cache, with them."""
-        memory = TrellisMemory(z=z[:, -1:].detach(), x=context.last)
+        memory = TrellisMemory(z=z[:, -1:].detach().clone(), x=context.last)  # a view would keep all of z
         if context.cache is None:
             return memory
         padding = context.cache.padding
@@ -223,9 +225,11 @@ class TrellisCell(Cell):
 
     def _dropped(self, linear: NormedLinear) -> Tensor:
         """The effective matrix, with DropConnect on the raw weights of the past (Merity, McCann, Socher 2017)."""
-        past, now = linear.direction.chunk(2, dim=1)
-        mask = dropout_mask(past.shape, rate=self.shape.weight_dropout, training=self.training, like=past)
-        return linear.effective() if mask is None else linear.effective(torch.cat([past * mask, now], dim=1))
+        rate, (rows, columns) = self.shape.weight_dropout, linear.direction.shape
+        if rate == 0 or not self.training:
+            return linear.effective()
+        kept = torch.empty(rows, columns // 2, dtype=torch.bool, device=linear.direction.device).bernoulli_(1 - rate)
+        return linear.effective(kept, rate)
 
     def _check(self, x: Tensor, memory: TrellisMemory | None, cache: TrellisCache | None) -> None:
         if x.shape[2] != self.shape.width:

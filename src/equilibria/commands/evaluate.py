@@ -41,6 +41,8 @@ class Options:
     """Positions of the past that the model remembers; None for those of the training."""
     segment_length: int | None = None
     """Tokens in one solve; None for that of the training."""
+    overlap: int | None = None
+    """Tokens that a segment reads anew of the one before, in the place of a memory; None for those of the training."""
     max_segments: int | None = None
     """Read only the first segments; None for all."""
     max_evals: int | None = None
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
             loaded.model,
             stream,
             batch_size=options.batch_size,
-            segment_length=None if stream.episode else options.segment_length or _length(loaded),
+            **_segments(loaded, options, episodes=bool(stream.episode)),
             max_segments=options.max_segments,
         )
     title = f"{options.run}, {options.checkpoint} checkpoint (step {loaded.step:,}), {options.split}"
@@ -79,7 +81,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _checked(options: Options) -> Options:
     """The options, refused where a number is too small."""
-    for name, least in (("batch_size", 1), ("memory_length", 0), ("segment_length", 1), ("max_segments", 1)):
+    from_one, from_zero = ("batch_size", "segment_length", "max_segments"), ("memory_length", "overlap")
+    for name, least in [*((name, 1) for name in from_one), *((name, 0) for name in from_zero)]:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UsageError(
@@ -88,9 +91,19 @@ def _checked(options: Options) -> Options:
     return options
 
 
-def _length(loaded: Trained) -> int:
-    training = loaded.experiment.training
-    return training.eval_segment_length or training.segment_length
+def _segments(loaded: Trained, options: Options, *, episodes: bool) -> dict[str, Any]:
+    """How the text is cut: as in the training's validations, unless the options say otherwise."""
+    usual = loaded.experiment.training.evaluation
+    length = None if episodes else options.segment_length or usual["segment_length"]
+    overlap = usual["overlap"] if options.overlap is None else options.overlap
+    if overlap and episodes:
+        raise UsageError(f"--overlap {overlap}: every sequence of this corpus stands alone; leave it out.")
+    if length is not None and overlap >= length:
+        raise UsageError(
+            f"--overlap {overlap}: segments of {length:,} tokens share less than that with the one before; give at "
+            f"most {length - 1:,}, or 0, or a longer --segment-length."
+        )
+    return {"segment_length": length, "overlap": overlap}
 
 
 def _set_stop(loaded: Trained, options: Options) -> None:
@@ -120,15 +133,16 @@ def _scores(result: Evaluation, unit: str) -> list[Row]:
 def _conditions(loaded: Trained, setting: Setting, *, episodes: bool) -> list[Row]:
     """What the score depends on."""
     rows = []
-    if setting.memory_length is not None:
+    if setting.memory_length is not None and not setting.overlap:
         rows.append(Row("Memory length", f"{setting.memory_length:,} tokens", _seen(loaded, setting)))
-    rows.append(Row("Segment length", f"{setting.segment_length:,} tokens"))
+    again = f"each reads the last {setting.overlap:,} of the one before anew, unscored, and has no memory"
+    rows.append(Row("Segment length", f"{setting.segment_length:,} tokens", again if setting.overlap else ""))
     if episodes:
         streams = "each sequence stands alone"
-    elif setting.batch_size == 1:
-        streams = "exact: the text is read in one piece"
-    else:
+    elif setting.batch_size > 1:
         streams = "each begins without memory, and its first token has no past"
+    else:
+        streams = "the text is read in one piece" if setting.overlap else "exact: the text is read in one piece"
     rows.append(Row("Batch size", formats.numbered(setting.batch_size, "stream"), streams))
     if setting.max_evals is not None:
         evaluations = formats.numbered(setting.max_evals, "evaluation")

@@ -32,6 +32,13 @@ class Segment:
     """Place in the epoch, from 0."""
     position: int
     """Place since the beginning of training, from 0: epoch · segments per epoch + index."""
+    skip: int = 0
+    """The first positions, which are read and not scored: the segment before has scored them."""
+
+    @property
+    def scored(self) -> int:
+        """How many targets are scored: those of all rows, from position ``skip`` on."""
+        return self.targets[:, self.skip :].numel()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +49,11 @@ class Segments:
     shuffled. The tokens left over, fewer than there are rows (times the episode), are never read, and the first tokens
     of a row see none before them: scores to be published are taken with one row, which loses neither. The last segment
     of an epoch is shorter where T does not divide the row, so means over segments are weighted by their tokens.
+
+    With an ``overlap`` of O tokens nothing is remembered from segment to segment: each is fresh, begins T − O tokens
+    after the one before, and reads the last O tokens of that anew, without scoring them ("effective history", Bai,
+    Kolter and Koltun 2019). Deviation from their code: the first segment of a row is scored from its first token on,
+    so that each target is scored exactly once, as without overlap.
 
     A stream of independent episodes gives rows of whole episodes and one episode a row as the segment, always fresh.
 
@@ -56,6 +68,8 @@ class Segments:
     """Rows of this rank."""
     length: int | None = None
     """Tokens a segment; ignored when the stream has episodes, which have a length of their own."""
+    overlap: int = 0
+    """Tokens that a segment shares with the one before, in the place of a memory; 0 for memory."""
     rank: int = 0
     """Which process this is: it reads the rows rank · batch_size … (rank + 1) · batch_size − 1."""
     world_size: int = 1
@@ -79,7 +93,7 @@ class Segments:
 
     def __len__(self) -> int:
         """Segments per epoch."""
-        return -(-self._row_length // self._step)
+        return 1 + max(0, -(-(self._row_length - self._length) // self._step))
 
     def __iter__(self) -> Iterator[Segment]:
         """The segments from ``position`` on, epoch after epoch."""
@@ -92,15 +106,16 @@ class Segments:
     def at(self, position: int) -> Segment:
         """The segment at a position, whatever was read before."""
         epoch, index = divmod(position, len(self))
-        piece = slice(index * self._step, (index + 1) * self._step)
+        piece = slice(index * self._step, index * self._step + self._length)
         tokens, targets = self._table
         return Segment(
             tokens=tokens[:, piece].contiguous(),
             targets=targets[:, piece].contiguous(),
-            fresh=index == 0 or not self._continuous,
+            fresh=index == 0 or self.overlap > 0 or not self._continuous,
             epoch=epoch,
             index=index,
             position=position,
+            skip=self.overlap if index else 0,
         )
 
     @property
@@ -118,10 +133,16 @@ class Segments:
         return len(self.stream) // whole // self._rows * whole
 
     @property
+    def _length(self) -> int:
+        """Tokens a segment."""
+        length = self.stream.episode or self.length
+        assert length is not None  # _check_numbers
+        return length
+
+    @property
     def _step(self) -> int:
-        step = self.stream.episode or self.length
-        assert step is not None  # _check_numbers
-        return step
+        """Tokens from the beginning of a segment to that of the next."""
+        return self._length - self.overlap
 
     @functools.cached_property
     def _table(self) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
@@ -134,7 +155,7 @@ class Segments:
         return rows(self.stream.tokens), rows(self.stream.targets)
 
     def _check_numbers(self) -> None:
-        for name, least in (("batch_size", 1), ("world_size", 1), ("position", 0)):
+        for name, least in (("batch_size", 1), ("world_size", 1), ("position", 0), ("overlap", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"Segments({name}={value}): it must be at least {least}; try {name}={least}.")
         if not 0 <= self.rank < self.world_size:
@@ -146,4 +167,14 @@ class Segments:
             raise ValueError(
                 f"Segments(length={self.length}): continuous text is cut into segments of at least 1 token; "
                 "try length=64."
+            )
+        if self.overlap and not self._continuous:
+            raise ValueError(
+                f"Segments(overlap={self.overlap}): each segment is a whole episode, and episodes share nothing; "
+                "give overlap=0."
+            )
+        if self.overlap >= self._length:
+            raise ValueError(
+                f"Segments(overlap={self.overlap}): segments of {self._length} tokens share less than that with the "
+                f"one before; give at most {self._length - 1}, or 0 for none."
             )

@@ -13,9 +13,6 @@ from equilibria.corpora.vocabulary import TextUnit, Vocabulary, check_unit
 FILE_NAMES = ("{split}.txt", "ptb.{split}.txt", "wiki.{split}.tokens")
 """What the file of a split may be called; the first that is there is read."""
 
-PENN_TREEBANK_COUNTS = {"train": 929_589, "valid": 73_760, "test": 82_430, "vocabulary": 10_000}
-"""Tokens of the Penn Treebank as Mikolov et al. (2010) prepared it, one ``<eos>`` a line included, and its words."""
-
 
 def text_folder(root: Path, *, unit: TextUnit = "word", lowercase: bool = False) -> Corpus:
     """The corpus in the files ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8) of a folder.
@@ -49,40 +46,30 @@ def text_folder(root: Path, *, unit: TextUnit = "word", lowercase: bool = False)
     )
 
 
-def penn_treebank(root: Path) -> Corpus:
-    """The Penn Treebank by words, from the folder with its three files; other counts than the published are refused.
-
-    Reference: Mikolov, Karafiát, Burget, Černocký, Khudanpur 2010, "Recurrent neural network based language model".
-    """
-    return published(
-        root,
-        counts=PENN_TREEBANK_COUNTS,
-        name="penn_treebank",
-        title="the Penn Treebank",
-        files="the files that Mikolov prepared",
-    )
-
-
-def published(root: Path, *, counts: Mapping[str, int], name: str, title: str, files: str) -> Corpus:
-    """The words of a folder, which must be those of the literature.
+def published(
+    root: Path, *, counts: Mapping[str, int], name: str, title: str, files: str, unit: TextUnit = "word"
+) -> Corpus:
+    """The text of a folder, which must be that of the literature.
 
     Args:
         root: the folder, as for ``text_folder``.
-        counts: the tokens of ``train``, ``valid`` and ``test`` and the words of the ``vocabulary``, ``<eos>`` included.
+        counts: the tokens of ``train``, ``valid`` and ``test`` and of the ``vocabulary``; of words with ``<eos>``.
         name: what reports call the corpus.
         title: what an error calls it.
         files: what to get instead, for an error.
+        unit: what a token is.
     """
-    corpus = text_folder(root)
+    corpus = text_folder(root, unit=unit)
     streams = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
     found = {split: 1 + len(stream) for split, stream in streams.items()}  # 1: the first token is no target
     found["vocabulary"] = len(corpus.vocabulary)
+    tokens, end = ("tokens", ", <eos> included,") if unit == "word" else ("characters", "")
     for part, expected in counts.items():
         if found[part] != expected:
-            what = "words in its vocabulary" if part == "vocabulary" else f"tokens in {part}"
+            what = f"{unit}s in its vocabulary" if part == "vocabulary" else f"{tokens} in {part}"
             raise ValueError(
-                f"{root} is not {title} of the literature: it has {found[part]:,} {what}, <eos> included, instead of "
-                f"{expected:,}; get {files}, or read these with text_folder."
+                f"{root} is not {title}: it has {found[part]:,} {what}{end} instead of {expected:,}; get {files}, or "
+                "read these with text_folder."
             )
     return dataclasses.replace(corpus, name=name)
 

@@ -28,7 +28,7 @@ def wikitext103(root: Path) -> Corpus:
         root,
         counts=WIKITEXT103_COUNTS,
         name="wikitext103",
-        title="WikiText-103",
+        title="WikiText-103 of the literature",
         files="the token files of wikitext-103-v1",
     )
 
@@ -39,6 +39,6 @@ def wikitext2(root: Path) -> Corpus:
         root,
         counts=WIKITEXT2_COUNTS,
         name="wikitext2",
-        title="WikiText-2",
+        title="WikiText-2 of the literature",
         files="the token files of wikitext-2-v1",
     )

@@ -43,7 +43,8 @@ def attached(f: Map, solution: Solution, adjoint: Adjoint) -> Solution:
     fz = f(z).to(z.dtype)
     # z's own gradient is asked for by products only; what a full backward pass leaves in it is of no use.
     z.register_post_accumulate_grad_hook(_forget)
-    out = dataclasses.replace(solution, z=fz, evals=solution.evals + 1)
+    # The same bits as the f(z*) without graph, whose memory is let go.
+    out = dataclasses.replace(solution, z=fz, fz=fz.detach(), evals=solution.evals + 1)
     if all(leaf is z for leaf in leaves_below(fz)):  # all is frozen: no graph is kept and no adjoint will be solved
         return dataclasses.replace(out, z=fz.detach())
     point = Linearised(z=z, fz=fz, autocast=autocast)
@@ -121,7 +122,6 @@ def solve_adjoint(point: Linearised, g: Float[Tensor, "B *state"], solver: Solve
     size = row_norm(wide.reshape(len(g), -1)).view(-1, *[1] * (g.ndim - 1))
     sound = torch.isfinite(size)
     scale = torch.where(sound & (size > 0), size, 1.0)
-    unit = torch.where(sound, wide / scale, 0.0)
-    solution = solve(AffineMap(point.vjp, unit), unit, solver, stop)
-    u, fu = (torch.where(sound, x * scale, torch.nan).to(g.dtype) for x in (solution.z, solution.fz))
+    solution = solve(AffineMap(point.vjp, wide, 1 / scale), (wide / scale).masked_fill_(~sound, 0.0), solver, stop)
+    u, fu = ((x * scale).masked_fill_(~sound, torch.nan).to(g.dtype) for x in (solution.z, solution.fz))
     return dataclasses.replace(solution, z=u, fz=fu, history=None)

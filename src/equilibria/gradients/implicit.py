@@ -34,9 +34,10 @@ class Implicit(GradientRule):
     def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
         """The solution, with f(z*) as its differentiable z."""
         solution = without_graph(f, z0, solver, stop)
+        solved = solution.adjoint  # of the solution no more is held until the backward pass
 
         def adjoint(point: Linearised, g: Tensor) -> Tensor:
-            solution.adjoint.append(solve_adjoint(point, g, self.solver, self.stop))
-            return solution.adjoint[-1].z
+            solved.append(solve_adjoint(point, g, self.solver, self.stop))
+            return solved[-1].z
 
         return attached(f, solution, adjoint)

@@ -31,12 +31,13 @@ class Neumann(GradientRule):
     def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
         """The solution, with f(z*) as its differentiable z."""
         solution = without_graph(f, z0, solver, stop)
+        solved = solution.adjoint  # of the solution no more is held until the backward pass
 
         def adjoint(point: Linearised, g: Tensor) -> Tensor:
             if self.terms == 0:
                 return g
             budget = Stop(rtol=0, atol=0, max_evals=self.terms, best=False)
-            solution.adjoint.append(solve_adjoint(point, g, Picard(), budget))
-            return solution.adjoint[-1].fz
+            solved.append(solve_adjoint(point, g, Picard(), budget))
+            return solved[-1].fz
 
         return attached(f, solution, adjoint)

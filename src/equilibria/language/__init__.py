@@ -6,8 +6,11 @@ from equilibria.language.clusters import AdaptiveEmbedding
 from equilibria.language.embeddings import Embedding
 from equilibria.language.generate import generate, stream
 from equilibria.language.heads import SoftmaxHead
-from equilibria.language.model import Explicit, LanguageModel, LanguageOutput, LanguageShape
+from equilibria.language.losses import ExtraLosses
+from equilibria.language.mixture import MixtureHead, MixtureShape
+from equilibria.language.model import LanguageModel, LanguageOutput
 from equilibria.language.recurrent import RecurrentShape
+from equilibria.language.shape import Explicit, LanguageShape
 
 __all__ = [
     "AdaptiveEmbedding",
@@ -15,9 +18,12 @@ __all__ = [
     "AdaptiveShape",
     "Embedding",
     "Explicit",
+    "ExtraLosses",
     "LanguageModel",
     "LanguageOutput",
     "LanguageShape",
+    "MixtureHead",
+    "MixtureShape",
     "RecurrentShape",
     "SoftmaxHead",
     "TiedAdaptiveHead",

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from equilibria.cells.masks import check_rate
 from equilibria.language.clusters import AdaptiveEmbedding, Clusters
-from equilibria.language.embeddings import Dropped, dropped
+from equilibria.language.embeddings import Dropped, Init, dropped, started
 from equilibria.language.heads import check_output_dropout
 
 Readers = list[Callable[[Tensor], Tensor]]
@@ -47,9 +47,13 @@ class AdaptiveHead(nn.Module, ABC):
     def readers(self, embedding: AdaptiveEmbedding) -> Readers:
         """The logits of each cluster, as functions of the states."""
 
+    def dropped(self, h: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """h ⊙ mask: what ``forward`` and ``nats`` are given; in evaluation h itself."""
+        return dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout)
+
     def forward(self, h: Float[Tensor, "B T D"], embedding: AdaptiveEmbedding) -> Float[Tensor, "B T V"]:
         """The log-probabilities of all words, for generation; as large as a plain softmax."""
-        h, (read, *others) = self._dropped(h), self.readers(embedding)
+        read, *others = self.readers(embedding)
         head = _wide(read(h)).log_softmax(dim=-1)
         words, *slots = head.split([self.clusters.sizes[0], *(1 for _ in others)], dim=-1)
         tails = [_wide(other(h)).log_softmax(dim=-1) for other in others]
@@ -59,7 +63,7 @@ class AdaptiveHead(nn.Module, ABC):
         self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: AdaptiveEmbedding
     ) -> Float[Tensor, "B T"]:
         """−log p(target), position by position; a tail sees only the positions whose target it has."""
-        states, words = self._dropped(h).flatten(0, 1), targets.flatten()
+        states, words = h.flatten(0, 1), targets.flatten()
         read, *others = self.readers(embedding)
         _, *pieces = self.clusters.pieces(words)
         slots = self.clusters.sizes[0] - 1 + self.clusters.of(words)
@@ -70,9 +74,6 @@ class AdaptiveHead(nn.Module, ABC):
         ]
         positions = torch.cat([piece.positions for piece in pieces])
         return nats.index_add(0, positions, torch.cat(rare)).view(targets.shape)
-
-    def _dropped(self, h: Tensor) -> Tensor:
-        return dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout)
 
     def extra_repr(self) -> str:
         """Sizes and rate."""
@@ -93,8 +94,10 @@ class TiedAdaptiveHead(AdaptiveHead):
         width: D, channels of the state.
         dropout: share of h that is dropped.
         output_dropout: what of h, as in ``SoftmaxHead``.
-        std: the head's rows for the slots start from N(0, std²); all biases start at 0.
+        std: the head's rows for the slots start with this standard deviation; all biases start at 0.
         projection_std: Q_0 starts from N(0, projection_std²).
+        init: whether those rows start from N(0, std²) or from U(±√3·std).
+        slot_std: they start from N(0, slot_std²) instead; None for ``std`` and ``init``.
     """
 
     def __init__(
@@ -106,13 +109,17 @@ class TiedAdaptiveHead(AdaptiveHead):
         output_dropout: Dropped = "channel",
         std: float = 0.01,
         projection_std: float = 0.01,
+        init: Init = "normal",
+        slot_std: float | None = None,
     ) -> None:
         super().__init__(embedding.clusters, dropout=dropout, output_dropout=output_dropout)
         slots, first = len(self.clusters.cutoffs), embedding.tables[0].shape[1]
         own = None if embedding.projection(0) is None else torch.empty(width, first).normal_(std=projection_std)
         self.projection = None if own is None else nn.Parameter(own)
         self.bias = nn.Parameter(torch.zeros(self.clusters.vocabulary_size))
-        self.slot_weight = nn.Parameter(torch.empty(slots, first).normal_(std=std))
+        rows = torch.empty(slots, first)
+        rows = started(rows, std=std, init=init) if slot_std is None else started(rows, std=slot_std)
+        self.slot_weight = nn.Parameter(rows)
         self.slot_bias = nn.Parameter(torch.zeros(slots))
 
     def readers(self, embedding: AdaptiveEmbedding) -> Readers:
@@ -139,8 +146,11 @@ class UntiedAdaptiveHead(AdaptiveHead):
         division: of the width, from cluster to cluster.
         dropout: share of h that is dropped.
         output_dropout: what of h, as in ``SoftmaxHead``.
-        std: the rows for words and slots start from N(0, std²); the bias of cluster 0 and the slots starts at 0.
+        std: the rows for words and slots start with this standard deviation; the bias of cluster 0 and the slots
+            starts at 0.
         projection_std: the tails' maps of D channels start from N(0, projection_std²).
+        init: whether those rows start from N(0, std²) or from U(±√3·std).
+        slot_std: the rows for slots start from N(0, slot_std²) instead; None for ``std`` and ``init``.
     """
 
     def __init__(
@@ -153,6 +163,8 @@ class UntiedAdaptiveHead(AdaptiveHead):
         output_dropout: Dropped = "channel",
         std: float = 0.01,
         projection_std: float = 0.01,
+        init: Init = "normal",
+        slot_std: float | None = None,
     ) -> None:
         super().__init__(clusters, dropout=dropout, output_dropout=output_dropout)
         self.softmax = nn.AdaptiveLogSoftmaxWithLoss(
@@ -163,7 +175,9 @@ class UntiedAdaptiveHead(AdaptiveHead):
                 nn.init.zeros_(parameter)
             else:
                 projects = name.startswith("tail") and name.endswith(".0.weight")
-                nn.init.normal_(parameter, std=projection_std if projects else std)
+                started(parameter, std=projection_std if projects else std, init="normal" if projects else init)
+        if slot_std is not None:
+            started(self.softmax.head.weight.detach()[clusters.sizes[0] :], std=slot_std)
 
     def readers(self, embedding: AdaptiveEmbedding) -> Readers:
         """h ↦ W_i h, in cluster 0 with bias."""

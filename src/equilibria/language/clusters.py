@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.cells.masks import check_rate
-from equilibria.language.embeddings import dropped
+from equilibria.language.embeddings import Init, dropped, started, words_dropped
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Clusters:
 
 
 class AdaptiveEmbedding(nn.Module):
-    """E_i[token] P_iᵀ √D for a token of cluster i (Baevski and Auli 2019, §3.1), with whole channels dropped.
+    """E_i[token] P_iᵀ √D for a token of cluster i (Baevski and Auli 2019, §3.1), with words and channels dropped.
 
     Table E_i has a row of width d_i = ⌊d_0/division^i⌋ for each of the cluster's words, and P_i (D × d_i) makes it a
     vector of the model, in cluster 0 too. With division 1 there is one table for all clusters, ``tables[0]``, and a
@@ -69,8 +69,11 @@ class AdaptiveEmbedding(nn.Module):
         widths: d_i, one a cluster.
         division: 1 for one table.
         dropout: share of the channels that is dropped, the same ones at all positions of a segment.
-        std: the tables start from N(0, std²).
+        std: the tables start with this standard deviation.
         projection_std: the projections start from N(0, projection_std²).
+        word_dropout: share of the words that is dropped, as in ``Embedding``.
+        scaled: whether the vectors are multiplied by √D.
+        init: whether the tables start from N(0, std²) or from U(±√3·std).
     """
 
     def __init__(
@@ -83,19 +86,24 @@ class AdaptiveEmbedding(nn.Module):
         dropout: float = 0.0,
         std: float = 0.01,
         projection_std: float = 0.01,
+        word_dropout: float = 0.0,
+        scaled: bool = True,
+        init: Init = "normal",
     ) -> None:
         super().__init__()
         check_rate("AdaptiveEmbedding", "dropout", dropout)
-        self.clusters, self.dropout, self.scale = clusters, dropout, math.sqrt(width)
+        check_rate("AdaptiveEmbedding", "word_dropout", word_dropout)
+        self.clusters, self.dropout, self.word_dropout = clusters, dropout, word_dropout
+        self.scale = math.sqrt(width) if scaled else 1.0
         shapes = list(zip(clusters.sizes, widths, strict=True))
         if division == 1:
             shapes = [(clusters.vocabulary_size, widths[0])]
         projected = [d for _, d in shapes] if division > 1 or widths[0] != width else []
-        self.tables = nn.ParameterList([torch.empty(size, d).normal_(std=std) for size, d in shapes])
+        self.tables = nn.ParameterList([started(torch.empty(shape), std=std, init=init) for shape in shapes])
         self.projections = nn.ParameterList([torch.empty(width, d).normal_(std=projection_std) for d in projected])
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """E_i[tokens] P_iᵀ·√D ⊙ mask."""
+        """E_i[tokens] P_iᵀ·√D ⊙ masks."""
         flat = tokens.flatten()
         if len(self.tables) == 1:
             rows = self._rows(0, flat)
@@ -104,7 +112,8 @@ class AdaptiveEmbedding(nn.Module):
             rows = torch.cat([self._rows(cluster, piece.words) for cluster, piece in enumerate(pieces)])
             positions = torch.cat([piece.positions for piece in pieces])
             rows = torch.zeros_like(rows).index_copy(0, positions, rows)
-        rows = rows.unflatten(0, tokens.shape) * self.scale
+        choices = {"rate": self.word_dropout, "training": self.training, "vocabulary_size": self.vocabulary_size}
+        rows = words_dropped(rows.unflatten(0, tokens.shape) * self.scale, tokens, **choices)
         return dropped(rows, rate=self.dropout, training=self.training)
 
     @property
@@ -128,5 +137,6 @@ class AdaptiveEmbedding(nn.Module):
         return rows if projection is None else functional.linear(rows, projection)
 
     def extra_repr(self) -> str:
-        """Sizes and rate."""
-        return f"vocabulary_size={self.vocabulary_size}, cutoffs={self.clusters.cutoffs}, dropout={self.dropout}"
+        """Sizes and rates."""
+        sizes = f"vocabulary_size={self.vocabulary_size}, cutoffs={self.clusters.cutoffs}"
+        return f"{sizes}, dropout={self.dropout}, word_dropout={self.word_dropout}"

@@ -16,6 +16,15 @@ from torch.nn import functional
 from equilibria.cells.masks import check_rate, dropout_mask, masked
 
 Dropped = Literal["channel", "token"]
+Init = Literal["normal", "uniform"]
+
+
+def started(tensor: Tensor, *, std: float, init: Init = "normal") -> Tensor:
+    """The tensor, filled from N(0, std²), or from U(−√3·std, √3·std), which has the same variance."""
+    if init not in ("normal", "uniform"):
+        raise ValueError(f"init={init!r}: tables start from a 'normal' or a 'uniform' distribution; try 'normal'.")
+    bound = math.sqrt(3) * std
+    return nn.init.normal_(tensor, std=std) if init == "normal" else nn.init.uniform_(tensor, -bound, bound)
 
 
 def dropped(
@@ -34,28 +43,67 @@ def dropped(
     return masked(x, dropout_mask(shape, rate=rate, training=training, like=x))
 
 
+def words_dropped(
+    rows: Float[Tensor, "*tokens D"],
+    tokens: Int[Tensor, "*tokens"],
+    *,
+    rate: float,
+    training: bool,
+    vocabulary_size: int,
+) -> Float[Tensor, "*tokens D"]:
+    """The rows of a table at the tokens, where in training a share of all words is 0 (Gal and Ghahramani 2016, §4.2).
+
+    A word is dropped at all its occurrences or at none. One number a word is drawn and looked up, so that the table is
+    neither changed nor copied, as it is in Merity, Keskar and Socher 2017, §4.3.
+
+    Args:
+        rows: of the tokens.
+        tokens: word by word.
+        rate: the share, 0 ≤ rate < 1; what is kept is multiplied by 1/(1 − rate).
+        training: the module's mode; in evaluation nothing is dropped.
+        vocabulary_size: V, words.
+    """
+    mask = dropout_mask((vocabulary_size, 1), rate=rate, training=training, like=rows)
+    return masked(rows, None if mask is None else functional.embedding(tokens, mask))
+
+
 class Embedding(nn.Module):
-    """Rows of a learned table times √D (Vaswani et al. 2017, §3.4), with whole channels dropped.
+    """Rows of a learned table times √D (Vaswani et al. 2017, §3.4), with whole words and whole channels dropped.
 
     Args:
         vocabulary_size: V, rows of the table.
         width: D, their length.
         dropout: share of the channels that is dropped, the same ones at all positions of a segment.
-        std: the table starts from N(0, std²).
+        std: the table starts with this standard deviation.
+        word_dropout: share of the words that is dropped, each at all its occurrences; a tied head sees them all.
+        scaled: whether the rows are multiplied by √D.
+        init: whether the table starts from N(0, std²) or from U(±√3·std).
     """
 
-    def __init__(self, *, vocabulary_size: int, width: int, dropout: float = 0.0, std: float = 0.01) -> None:
+    def __init__(
+        self,
+        *,
+        vocabulary_size: int,
+        width: int,
+        dropout: float = 0.0,
+        std: float = 0.01,
+        word_dropout: float = 0.0,
+        scaled: bool = True,
+        init: Init = "normal",
+    ) -> None:
         super().__init__()
         check_rate("Embedding", "dropout", dropout)
+        check_rate("Embedding", "word_dropout", word_dropout)
         if vocabulary_size < 1:
             raise ValueError(f"Embedding(vocabulary_size={vocabulary_size}): a vocabulary has at least one token.")
-        self.dropout, self.scale = dropout, math.sqrt(width)
-        self.weight = nn.Parameter(torch.empty(vocabulary_size, width).normal_(std=std))
+        self.dropout, self.word_dropout, self.scale = dropout, word_dropout, math.sqrt(width) if scaled else 1.0
+        self.weight = nn.Parameter(started(torch.empty(vocabulary_size, width), std=std, init=init))
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """E[tokens]·√D ⊙ mask."""
+        """E[tokens]·√D ⊙ masks."""
         rows = functional.embedding(tokens, self.weight) * self.scale
-        return dropped(rows, rate=self.dropout, training=self.training)
+        choices = {"rate": self.word_dropout, "training": self.training, "vocabulary_size": self.vocabulary_size}
+        return dropped(words_dropped(rows, tokens, **choices), rate=self.dropout, training=self.training)
 
     @property
     def vocabulary_size(self) -> int:
@@ -63,5 +111,6 @@ class Embedding(nn.Module):
         return len(self.weight)
 
     def extra_repr(self) -> str:
-        """Sizes and rate."""
-        return f"vocabulary_size={self.vocabulary_size}, width={self.weight.shape[1]}, dropout={self.dropout}"
+        """Sizes and rates."""
+        sizes = f"vocabulary_size={self.vocabulary_size}, width={self.weight.shape[1]}"
+        return f"{sizes}, dropout={self.dropout}, word_dropout={self.word_dropout}"

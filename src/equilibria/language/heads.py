@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.cells.masks import check_rate
-from equilibria.language.embeddings import Dropped, Embedding, dropped
+from equilibria.language.embeddings import Dropped, Embedding, Init, dropped, started
 
 
 class SoftmaxHead(nn.Module):
-    """logits = W (h ⊙ mask) + b, over the whole vocabulary.
+    """logits = W h + b over the whole vocabulary, from an output that ``dropped`` has masked.
 
     A tied head has no W: it reads the embedding's table at each call (Press and Wolf 2017), so there is one Parameter,
     with one gradient and one entry in the state dict, whatever is moved, cast, copied or sharded.
@@ -27,7 +27,8 @@ class SoftmaxHead(nn.Module):
         dropout: share of h that is dropped.
         output_dropout: what of h: a "channel", the same ones at all positions of a segment, or a "token", which loses
             all its channels (what the code of Bai, Kolter and Koltun 2019 does to the output of its Transformer).
-        std: an untied W starts from N(0, std²); b starts at 0.
+        std: an untied W starts with this standard deviation; b starts at 0.
+        init: whether it does from N(0, std²) or from U(±√3·std).
     """
 
     def __init__(
@@ -39,18 +40,22 @@ class SoftmaxHead(nn.Module):
         dropout: float = 0.0,
         output_dropout: Dropped = "channel",
         std: float = 0.01,
+        init: Init = "normal",
     ) -> None:
         super().__init__()
         check_rate("SoftmaxHead", "dropout", dropout)
         check_output_dropout("SoftmaxHead", output_dropout)
         self.dropout = dropout
         self.output_dropout: Dropped = output_dropout
-        self.weight = None if tied else nn.Parameter(torch.empty(vocabulary_size, width).normal_(std=std))
+        self.weight = None if tied else nn.Parameter(started(torch.empty(vocabulary_size, width), std=std, init=init))
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
+
+    def dropped(self, h: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """h ⊙ mask: what ``forward`` and ``nats`` are given; in evaluation h itself."""
+        return dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout)
 
     def forward(self, h: Float[Tensor, "B T D"], embedding: Embedding) -> Float[Tensor, "B T V"]:
         """The logits."""
-        h = dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout)
         weight = embedding.weight if self.weight is None else self.weight
         return functional.linear(h, weight, self.bias)
 

@@ -1,118 +1,40 @@
 """A language model: an embedding, a layer (an equilibrium or an explicit stack) and a head.
 
-Letters: B batch, T time, D width, V vocabulary.
+Letters: B batch, T time, S scored positions, O channels of the layer's output, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equilibria.cells import ChainShape, TransformerShape
-from equilibria.equilibrium import Equilibrium, GradientRule, LayerOutput, Memory, Stack, Unrolled
-from equilibria.language.adaptive import AdaptiveShape
+from equilibria.equilibrium import LayerOutput, Memory
 from equilibria.language.adaptive_heads import AdaptiveHead
 from equilibria.language.clusters import AdaptiveEmbedding
-from equilibria.language.embeddings import Dropped, Embedding
+from equilibria.language.embeddings import Embedding
 from equilibria.language.generate import generate
 from equilibria.language.heads import SoftmaxHead
-from equilibria.solve import Solution, Solver, Stop
-
-
-@dataclasses.dataclass(frozen=True)
-class Explicit:
-    """An explicit network in the place of the equilibrium."""
-
-    depth: int = 12
-    """L, layers: applications of the cell."""
-    tied: bool = True
-    """Whether all layers share their weights."""
-    memory: Literal["last", "layers"] = "last"
-    """What a layer remembers: the last state, as the equilibrium does, or its own input, as untied layers must."""
-    checkpoint: bool = False
-    """Whether only the states are kept and each layer is evaluated again in the backward pass."""
-
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"Explicit(depth={self.depth}): a network has at least one layer; try depth=12.")
-        if self.memory not in ("last", "layers"):
-            raise ValueError(f"Explicit(memory={self.memory!r}): it is 'last' or 'layers'.")
-        if not self.tied and self.memory == "last":
-            raise ValueError(
-                "Explicit(tied=False, memory='last'): layers with weights of their own remember their own inputs; "
-                "give memory='layers'."
-            )
-
-    def build(self, cell: TransformerShape | ChainShape) -> Unrolled | Stack:
-        """The network, with fresh parameters."""
-        if not self.tied:
-            return Stack([cell.build() for _ in range(self.depth)], checkpoint=self.checkpoint)
-        if self.memory == "last":
-            return Unrolled(cell.build(), self.depth, checkpoint=self.checkpoint)
-        return Stack([cell.build()] * self.depth, checkpoint=self.checkpoint)
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageShape:
-    """The hyper-parameters of a ``LanguageModel``: an equilibrium, or an explicit network, of one cell."""
-
-    cell: TransformerShape | ChainShape = dataclasses.field(default_factory=TransformerShape)
-    """The cell; its width is the width of embedding and head too."""
-    explicit: Explicit | None = None
-    """The explicit network that the layer is; None for the equilibrium."""
-    adaptive: AdaptiveShape | None = None
-    """Clusters of words by frequency, for embedding and head; None for one table of all words."""
-    tied: bool = True
-    """Whether the head uses the embedding's table, or one of its own."""
-    dropout: float = 0.0
-    """Share of channels dropped from the embedding and from the output; the cell has its own rates."""
-    output_dropout: Dropped = "channel"
-    """What is dropped from the output: the same channels at all positions, or, as in the authors' code, positions."""
-    std: float = 0.01
-    """Embedding and untied head start from N(0, std²); embeddings are then multiplied by √width."""
-
-    def build(
-        self,
-        vocabulary_size: int,
-        *,
-        solver: Solver,
-        stop: Stop,
-        gradient: GradientRule,
-        eval_stop: Stop | None = None,
-    ) -> LanguageModel:
-        """The model over ``vocabulary_size`` tokens, with fresh parameters; an explicit one solves nothing."""
-        if self.explicit is None:
-            if isinstance(self.cell, TransformerShape) and not self.cell.injection:
-                raise ValueError(
-                    "LanguageShape(cell=TransformerShape(injection=False), explicit=None): the equilibrium of a cell "
-                    "into which nothing is injected does not depend on the text; give injection=True, or Explicit(…)."
-                )
-            layer = Equilibrium(self.cell.build(), solver, stop, gradient, eval_stop)
-        else:
-            layer = self.explicit.build(self.cell)
-        sizes = {"width": self.cell.width, "dropout": self.dropout, "std": self.std}
-        chosen = {"tied": self.tied, "output_dropout": self.output_dropout}
-        if self.adaptive is not None:
-            embedding, head = self.adaptive.build(vocabulary_size, **sizes, **chosen)
-            return LanguageModel(embedding, layer, head)
-        embedding = Embedding(vocabulary_size=vocabulary_size, **sizes)
-        return LanguageModel(embedding, layer, SoftmaxHead(vocabulary_size=vocabulary_size, **sizes, **chosen))
+from equilibria.language.losses import NO_LOSSES, ExtraLosses
+from equilibria.language.mixture import MixtureHead
+from equilibria.solve import Solution
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageOutput:
     """What a language model gives back for one segment."""
 
-    nats: Float[Tensor, "B T"]
-    """−log p(target) at each position, with gradient; its mean is the loss, nats/ln 2 are bits."""
+    nats: Float[Tensor, "B S"]
+    """−log p(target) at each scored position, with gradient; its mean is the loss, nats/ln 2 are bits."""
     memory: Memory
     """For the next segment of the same streams."""
     layer: LayerOutput
     """The layer's own output: z, f and the solution."""
+    extra: Float[Tensor, ""] | None = None
+    """What training adds to the mean of ``nats``, with gradient; None where that is nothing."""
 
     @property
     def solution(self) -> Solution | None:
@@ -127,14 +49,20 @@ class LanguageModel(nn.Module):
         embedding: tokens to vectors.
         layer: vectors to states, with memory: ``Equilibrium``, ``Unrolled``, ``Stack``, or any module that gives a
             ``LayerOutput``.
-        head: states to logits, or to log-probabilities; it is handed the embedding, to which it may be tied.
+        head: outputs to logits, or to log-probabilities; it is handed the embedding, to which it may be tied. One with
+            ``dropped`` has masked the outputs before, once for all that is computed from them.
+        losses: what training adds to the mean of the nats.
     """
 
     def __init__(
-        self, embedding: Embedding | AdaptiveEmbedding, layer: nn.Module, head: SoftmaxHead | AdaptiveHead
+        self,
+        embedding: Embedding | AdaptiveEmbedding,
+        layer: nn.Module,
+        head: SoftmaxHead | AdaptiveHead | MixtureHead,
+        losses: ExtraLosses = NO_LOSSES,
     ) -> None:
         super().__init__()
-        self.embedding, self.layer = embedding, layer
+        self.embedding, self.layer, self.losses = embedding, layer, losses
         self.head: Any = head  # which takes the embedding of its own kind
 
     @property
@@ -142,24 +70,49 @@ class LanguageModel(nn.Module):
         """V."""
         return self.embedding.vocabulary_size
 
-    def forward(self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], memory: Memory = None) -> LanguageOutput:
-        """The nats of the targets, under the memory of the previous segment."""
-        out = self.layer(self.embedding(tokens), memory)
-        return LanguageOutput(nats=self.head.nats(out.z, targets, self.embedding), memory=out.memory, layer=out)
+    def forward(
+        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], memory: Memory = None, *, skip: int = 0
+    ) -> LanguageOutput:
+        """The nats of the targets, under the memory of the previous segment.
+
+        Args:
+            tokens: of one segment.
+            targets: the token that follows each.
+            memory: of the segment before.
+            skip: positions, the first ones, that are read and not scored: S = T − skip.
+        """
+        if not 0 <= skip < tokens.shape[1]:
+            raise ValueError(
+                f"skip={skip} positions of a segment of {tokens.shape[1]}: at least one is scored; give 0 ≤ skip < "
+                f"{tokens.shape[1]}."
+            )
+        layer = self.layer(self.embedding(tokens), memory)
+        output, wanted = layer.output[:, skip:], targets[:, skip:]
+        kept = self._dropped(output)
+        nats = self.head.nats(kept, wanted, self.embedding)
+        extra = None
+        if self.training:
+            between = (self._dropped(between[:, skip:]) for between in layer.auxiliary)
+            extra = self.losses.of(output, kept, (self.head.nats(h, wanted, self.embedding) for h in between))
+        return LanguageOutput(nats=nats, memory=layer.memory, layer=layer, extra=extra)
 
     def logits(
         self, tokens: Int[Tensor, "B T"], memory: Memory = None, *, last: bool = False
     ) -> tuple[Float[Tensor, "B _ V"], Memory]:
         """The logits after each token, or after the ``last`` one only, and the memory for the tokens that follow.
 
-        An adaptive head gives log-probabilities.
+        An adaptive head and a mixture give log-probabilities.
         """
         out = self.layer(self.embedding(tokens), memory)
-        return self.read(out.z[:, -1:] if last else out.z), out.memory
+        return self.read(out.output[:, -1:] if last else out.output), out.memory
 
-    def read(self, z: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
-        """The logits that the head reads off states z."""
-        return self.head(z, self.embedding)
+    def read(self, h: Float[Tensor, "B T O"]) -> Float[Tensor, "B T V"]:
+        """The logits that the head reads off outputs h of the layer."""
+        return self.head(self._dropped(h), self.embedding)
+
+    def _dropped(self, h: Float[Tensor, "B T O"]) -> Float[Tensor, "B T O"]:
+        """h ⊙ mask, by the head's own rate; a head without such a step is given h."""
+        return self.head.dropped(h) if hasattr(self.head, "dropped") else h
 
     def cache(
         self,

@@ -6,6 +6,14 @@ from equilibria.recipes.copying import copying, copying_400
 from equilibria.recipes.copying_recurrent import copying_gru, copying_lstm
 from equilibria.recipes.ptb import ptb
 from equilibria.recipes.tiny import tiny
+from equilibria.recipes.trellis import (
+    ptb_char_trellis,
+    ptb_char_trellis_deep,
+    ptb_trellis,
+    ptb_trellis_deep,
+    wikitext103_trellis,
+    wikitext103_trellis_deep,
+)
 from equilibria.recipes.wikitext import (
     wikitext103_medium,
     wikitext103_medium_adaptive,
@@ -24,6 +32,10 @@ RECIPES: dict[str, Callable[[], Experiment]] = {
     "copying-lstm": copying_lstm,
     "copying-gru": copying_gru,
     "ptb": ptb,
+    "ptb-trellis": ptb_trellis,
+    "ptb-trellis-deep": ptb_trellis_deep,
+    "ptb-char-trellis": ptb_char_trellis,
+    "ptb-char-trellis-deep": ptb_char_trellis_deep,
     "wikitext103-small": wikitext103_small,
     "wikitext103-medium": wikitext103_medium,
     "wikitext103-medium-adaptive": wikitext103_medium_adaptive,
@@ -31,6 +43,8 @@ RECIPES: dict[str, Callable[[], Experiment]] = {
     "wikitext103-v2-jacobian-postln": wikitext103_v2_jacobian_postln,
     "wikitext103-v2-jacobian-preln": wikitext103_v2_jacobian_preln,
     "wikitext103-unrolled": wikitext103_unrolled,
+    "wikitext103-trellis": wikitext103_trellis,
+    "wikitext103-trellis-deep": wikitext103_trellis_deep,
 }
 """Every recipe of the library by the name that the command line knows it by."""
 
@@ -41,10 +55,16 @@ __all__ = [
     "copying_gru",
     "copying_lstm",
     "ptb",
+    "ptb_char_trellis",
+    "ptb_char_trellis_deep",
+    "ptb_trellis",
+    "ptb_trellis_deep",
     "tiny",
     "wikitext103_medium",
     "wikitext103_medium_adaptive",
     "wikitext103_small",
+    "wikitext103_trellis",
+    "wikitext103_trellis_deep",
     "wikitext103_unrolled",
     "wikitext103_v2",
     "wikitext103_v2_jacobian_postln",

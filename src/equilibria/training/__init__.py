@@ -2,13 +2,15 @@
 
 from equilibria.training.checkpoint import CheckpointError
 from equilibria.training.comparison import memory_comparison, network_of
+from equilibria.training.decay import Cosine, Decay, Milestones, NonMonotone, Plateau, learning_rate
 from equilibria.training.evaluation import Evaluation, Setting, evaluate
-from equilibria.training.experiment import Experiment, Stage, Training
+from equilibria.training.experiment import Experiment, Stage
 from equilibria.training.explicit import explicit
 from equilibria.training.memory import PeakMemory
 from equilibria.training.run import Run
-from equilibria.training.schedule import growing_penalty, learning_rate
+from equilibria.training.schedule import growing_penalty
 from equilibria.training.serialise import from_json, to_json
+from equilibria.training.settings import Training
 from equilibria.training.sources import (
     Copying,
     PennTreebank,
@@ -24,10 +26,15 @@ from equilibria.training.trainer import Trainer, TrainingStopped
 __all__ = [
     "CheckpointError",
     "Copying",
+    "Cosine",
+    "Decay",
     "Evaluation",
     "Experiment",
+    "Milestones",
+    "NonMonotone",
     "PeakMemory",
     "PennTreebank",
+    "Plateau",
     "PythonDocs",
     "Run",
     "Setting",

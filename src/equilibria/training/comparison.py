@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from equilibria.corpora import Segment
 from equilibria.equilibrium import Equilibrium, Memory
@@ -71,11 +73,17 @@ def set_to(layer: Equilibrium, stage: Stage) -> Iterator[None]:
             setattr(layer, name, value)
 
 
+def loss_of(output: LanguageOutput) -> Float[Tensor, ""]:
+    """What a model without a penalty is trained by: the mean of the nats, and its own losses where it has any."""
+    loss = output.nats.mean()
+    return loss if output.extra is None else loss + output.extra
+
+
 def _peak(model: LanguageModel, segment: Segment, memory: Memory) -> tuple[int, LanguageOutput]:
     model.zero_grad(set_to_none=True)
     with PeakMemory(device_of(model)) as peak:
-        output = model(segment.tokens, segment.targets, memory)
-        output.nats.mean().backward()
+        output = model(segment.tokens, segment.targets, memory, skip=segment.skip)
+        loss_of(output).backward()
     return peak.peak, output
 
 

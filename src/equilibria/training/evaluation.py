@@ -1,4 +1,4 @@
-"""evaluate: the loss of a model on a stream, its memory carried from segment to segment.
+"""evaluate: the loss of a model on a stream, read segment by segment.
 
 Letters: B batch, T time, V vocabulary.
 """
@@ -32,10 +32,12 @@ class Setting:
     """Rows that were read side by side; each begins without a past."""
     segment_length: int
     """Tokens of each row in one solve."""
+    overlap: int
+    """Tokens that a segment shares with the one before, in the place of a memory; 0 for memory."""
     max_segments: int | None
     """The first segments only; None for all."""
     memory_length: int | None
-    """Positions of the past that the cell remembers; None for a layer whose memory has no length."""
+    """Positions of the past that the cell remembers; None for a layer whose memory has no length, 0 with overlap."""
     max_evals: int | None
     """Budget of a solve in evaluations of f; None for a layer that solves nothing."""
     rtol: float | None
@@ -100,6 +102,7 @@ def evaluate(
     *,
     batch_size: int = 1,
     segment_length: int | None = None,
+    overlap: int = 0,
     max_segments: int | None = None,
 ) -> Evaluation:
     """The mean loss in evaluation mode, without gradients, with the stop that the model has for evaluation.
@@ -112,37 +115,41 @@ def evaluate(
         stream: what is scored.
         batch_size: rows that are read side by side.
         segment_length: tokens of each row in one solve; streams of episodes need none.
+        overlap: tokens that a segment shares with the one before, read anew and not scored; with 0 the memory is
+            carried instead.
         max_segments: read only the first ones; None for all.
     """
     if max_segments is not None and max_segments < 1:
         raise ValueError(f"evaluate(max_segments={max_segments}): at least 1 segment is scored; None scores them all.")
-    segments = Segments(stream, batch_size=batch_size, length=segment_length)
+    segments = Segments(stream, batch_size=batch_size, length=segment_length, overlap=overlap)
     began, device = time.perf_counter(), device_of(model)
     totals, memory = _Totals(answers=None if stream.episode is None else min(SYMBOLS, stream.episode)), None
     with evaluating(model):
         for segment in itertools.islice(segments.one_epoch(), max_segments):
             segment = to(segment, device)
-            output = model(segment.tokens, segment.targets, None if segment.fresh else memory)
+            output = model(segment.tokens, segment.targets, None if segment.fresh else memory, skip=segment.skip)
             memory = output.memory
             totals.add(model, segment, output)
     setting = Setting(
         batch_size=batch_size,
         segment_length=stream.episode or segment_length or len(stream),
+        overlap=overlap,
         max_segments=max_segments,
-        **_layer_setting(model.layer),
+        **_layer_setting(model.layer, carried=overlap == 0),
         tokens=totals.tokens,
         stream_tokens=len(stream),
     )
     return totals.evaluation(setting, seconds=time.perf_counter() - began)
 
 
-def _layer_setting(layer: nn.Module) -> dict[str, Any]:
+def _layer_setting(layer: nn.Module, *, carried: bool) -> dict[str, Any]:
     """Memory, budget and tolerances of a layer in evaluation, each None where it has none."""
     shapes = (getattr(cell, "shape", None) for cell in layer.modules() if isinstance(cell, Cell))
     lengths = (getattr(shape, "memory", None) for shape in shapes)
+    longest = max((length for length in lengths if isinstance(length, int)), default=None)
     stop = layer.evaluation_stop if isinstance(layer, Equilibrium) else None
     return {
-        "memory_length": max((length for length in lengths if isinstance(length, int)), default=None),
+        "memory_length": longest if carried or longest is None else 0,
         **{name: getattr(stop, name, None) for name in ("max_evals", "rtol", "atol")},
     }
 
@@ -156,7 +163,7 @@ class _Totals:
         self._forward: dict[str, tuple[float, int]] = {}
 
     def add(self, model: LanguageModel, segment: Segment, output: LanguageOutput) -> None:
-        count = segment.targets.numel()
+        count = segment.scored
         self.tokens += count
         self._nats += float(output.nats.double().sum())
         if output.solution is not None:
@@ -165,7 +172,7 @@ class _Totals:
                 known = math.isfinite(value)  # a residual that was never finite has no mean
                 self._forward[name] = (total + count * value, weight + count) if known else (total, weight)
         if self._answers is not None:
-            guesses = model.read(output.layer.z[:, -self._answers :]).argmax(dim=-1)
+            guesses = model.read(output.layer.output[:, -self._answers :]).argmax(dim=-1)
             targets = segment.targets[:, -self._answers :]
             self._right += int((guesses == targets).sum())
             self._asked += targets.numel()

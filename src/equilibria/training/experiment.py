@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from equilibria.corpora import Corpus
 from equilibria.equilibrium import Equilibrium, GradientRule
-from equilibria.language import LanguageModel, LanguageShape, RecurrentShape
+from equilibria.language import LanguageModel, LanguageOutput, LanguageShape, RecurrentShape
 from equilibria.solve import Solver, Stop
+from equilibria.stability import jacobian_penalty
 from equilibria.training.names import nearest_or_all
+from equilibria.training.settings import Training, at_least
 from equilibria.training.sources import Source
 
 SOLVES = ("solver", "stop", "gradient", "eval_stop")
@@ -45,7 +48,7 @@ class Stage:
     """Evaluations by which the budget of a training step may fall short: each draws one of 0 … budget_jitter."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps")
+        at_least(self, 1, "steps")
         if self.penalty < 0:
             raise ValueError(
                 f"Stage(penalty={self.penalty}): the weight of the penalty is ≥ 0; try 1.0, or 0 for none."
@@ -86,73 +89,13 @@ class Stage:
         finally:
             layer.stop = stop
 
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """How the weights are trained, and what is written down meanwhile."""
-
-    batch_size: int = 8
-    """Streams of text that are read side by side."""
-    segment_length: int = 64
-    """Tokens of each stream in one step; corpora of independent sequences take whole ones."""
-    learning_rate: float = 1e-3
-    """The largest learning rate, at the end of the warm-up."""
-    warmup: int = 0
-    """Steps in which the learning rate grows from 0."""
-    final_learning_rate: float = 0.0
-    """What the learning rate falls towards, along half a cosine; a step after the last would have it."""
-    optimiser: Literal["adam", "adamw"] = "adam"
-    """Adam, or Adam with decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the two moments."""
-    epsilon: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.0
-    """Weight decay per step, times the learning rate."""
-    clip: float | None = 0.25
-    """Largest Euclidean norm of the whole gradient; None for no limit."""
-    seed: int = 0
-    """Draws the initial weights, the dropout masks and the probes of the penalty."""
-    device: str = "auto"
-    """"cpu", "cuda", "cuda:1", …; "auto" takes a GPU if there is one."""
-    threads: int | None = None
-    """Threads of PyTorch on the CPU; None leaves them as they are."""
-    log_every: int = 10
-    """Steps between two lines of the log."""
-    valid_every: int = 500
-    """Steps between two validations."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints; a validation that is the best one makes one too."""
-    keep: int = 2
-    """Newest checkpoints that stay, besides the best one."""
-    eval_batch_size: int = 8
-    """Streams that are read side by side in validation; 1 scores every token but the first."""
-    eval_segment_length: int | None = None
-    """Tokens of each stream in one step of validation; None for segment_length."""
-    valid_segments: int | None = None
-    """Segments of the validation text that are read; None for all."""
-    yardstick: bool = True
-    """Whether corpora of characters get Witten–Bell n-grams of order 1 to 4 as a yardstick, at the start."""
-    spectral_radius: int = 40
-    """Power iterations for the spectral radius of the Jacobian at each validation; 0 for none."""
-    measure_memory: bool = True
-    """Whether the memory of a training step is measured at the end, beside that of the same cell unrolled."""
-    memory_depths: tuple[int, ...] = (8, 16, 32, 64)
-    """Depths of the unrolled networks in that measurement."""
-    tensorboard: bool = False
-    """Whether the log is written for TensorBoard as well."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size", "segment_length", "log_every", "valid_every", "checkpoint_every", "keep")
-        _at_least(self, 1, "eval_batch_size", "eval_segment_length", "valid_segments", "threads")
-        _at_least(self, 0, "warmup", "seed", "spectral_radius", "weight_decay", "final_learning_rate")
-        _above_zero(self, "learning_rate", "clip", "epsilon")
-        if 0 < self.spectral_radius < 3:
-            raise ValueError(f"Training(spectral_radius={self.spectral_radius}): 3 iterations at least; try 40, or 0.")
-        if self.optimiser not in ("adam", "adamw"):
-            raise ValueError(f"Training(optimiser={self.optimiser!r}): it is 'adam' or 'adamw'.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"Training(betas={self.betas}): both decays lie in [0, 1); try (0.9, 0.999).")
+    def drawn_penalty(self, output: LanguageOutput) -> Float[Tensor, ""] | None:
+        """The Jacobian penalty of a step, without its weight; None if the step has none, which may be drawn."""
+        if self.penalty == 0 or output.solution is None:
+            return None
+        if self.penalty_share < 1 and float(torch.rand(())) >= self.penalty_share:
+            return None
+        return jacobian_penalty(output.layer.f, output.solution.z.detach()).mean()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,17 +157,3 @@ class Experiment:
     def build(self, corpus: Corpus) -> LanguageModel:
         """The model with fresh weights, drawn from PyTorch's generator, set to the first stage."""
         return self.model.build(len(corpus.vocabulary), **self.stages[0].solves)
-
-
-def _at_least(value: object, least: int, *names: str) -> None:
-    for name in names:
-        number = getattr(value, name)
-        if number is not None and number < least:
-            raise ValueError(f"{type(value).__name__}({name}={number}): it must be at least {least}.")
-
-
-def _above_zero(value: object, *names: str) -> None:
-    for name in names:
-        number = getattr(value, name)
-        if number is not None and not 0 < number < float("inf"):
-            raise ValueError(f"{type(value).__name__}({name}={number}): it must be a finite number above 0.")

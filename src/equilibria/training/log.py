@@ -94,6 +94,7 @@ class Log:
             tokens_per_second=speed,
             forward=None if solution is None else summary(solution),
             backward=None if adjoint is None else summary(adjoint),
+            extra=None if step.extra is None else float(step.extra),
             penalty=None if step.penalty is None else float(step.penalty),
         )
 

@@ -1,27 +1,40 @@
-"""The optimiser of an experiment."""
+"""The optimiser of an experiment, its learning rate, and the averages of NT-ASGD."""
 
 from __future__ import annotations
 
-from torch import nn
-from torch.optim import Adam, AdamW, Optimizer
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
 
-from equilibria.training.experiment import Experiment, Training
-from equilibria.training.schedule import learning_rate
+import torch
+from torch import Tensor, nn
+from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
+
+from equilibria.training.decay import Validated, learning_rate
+from equilibria.training.experiment import Experiment
+from equilibria.training.settings import Training
 
 
 def build_optimiser(model: nn.Module, training: Training) -> Optimizer:
-    """Adam or AdamW over all parameters of the model."""
+    """The optimiser over all parameters of the model.
+
+    "asgd" is NT-ASGD (Merity, Keskar and Socher 2017, algorithm 1): plain SGD until a validation triggers the
+    non-monotone criterion, and from then on the same SGD, whose weights are averaged:
+
+        θ_{k+1} = θ_k − η g_k,    θ̄_k = 1/(k − T + 1) Σ_{i=T…k} θ_i
+
+    The rate η stays as it is, and T is the second step after the trigger, as in PyTorch's ``ASGD`` and their code.
+    """
+    parameters, rate, weight_decay = model.parameters(), training.learning_rate, training.weight_decay
+    if training.optimiser == "sgd":
+        return SGD(parameters, lr=rate, weight_decay=weight_decay, momentum=training.momentum)
+    if training.optimiser == "asgd":
+        return ASGD(parameters, lr=rate, weight_decay=weight_decay, lambd=0.0, t0=math.inf)
     kind = {"adam": Adam, "adamw": AdamW}[training.optimiser]
-    return kind(
-        model.parameters(),
-        lr=training.learning_rate,
-        betas=training.betas,
-        eps=training.epsilon,
-        weight_decay=training.weight_decay,
-    )
+    return kind(parameters, lr=rate, weight_decay=weight_decay, betas=training.betas, eps=training.epsilon)
 
 
-def set_learning_rate(optimiser: Optimizer, experiment: Experiment, step: int) -> float:
+def set_learning_rate(optimiser: Optimizer, experiment: Experiment, step: int, validated: Validated) -> float:
     """Set, and return, the learning rate of the step, counted from 1: it is set before the step."""
     training = experiment.training
     rate = learning_rate(
@@ -30,7 +43,62 @@ def set_learning_rate(optimiser: Optimizer, experiment: Experiment, step: int) -
         warmup=training.warmup,
         total=experiment.total_steps,
         final=training.final_learning_rate,
+        decay=training.decay,
+        divisions=0 if isinstance(optimiser, ASGD) else validated.divisions,  # there they begin the averaging instead
     )
     for group in optimiser.param_groups:
         group["lr"] = rate
+    if isinstance(optimiser, ASGD):  # which computes the rate of a step at the end of the step before
+        for state in optimiser.state.values():
+            state["eta"].fill_(rate)
     return rate
+
+
+def note_validation(optimiser: Optimizer, validated: Validated, experiment: Experiment, loss: float) -> Validated:
+    """What the validations say after one more; the first time that they trigger, ASGD begins to average."""
+    after = validated.after(loss, experiment.training.decay)
+    if isinstance(optimiser, ASGD) and after.divisions > 0 and not _averages(optimiser):
+        _begin_averaging(optimiser)
+    return after
+
+
+def leave_behind(optimiser: Optimizer, validated: Validated) -> Validated:
+    """What the validations say where the model changes: losses are forgotten, and averages begin anew."""
+    if isinstance(optimiser, ASGD) and _averages(optimiser):
+        _begin_averaging(optimiser)
+    return validated.anew()
+
+
+@contextlib.contextmanager
+def averaged(optimiser: Optimizer) -> Iterator[bool]:
+    """Let the parameters be the averages of ASGD for a while, if there are any; says whether there are."""
+    averages = _averages(optimiser)
+    kept = [parameter.detach().clone() for parameter in averages]
+    _fill(averages.keys(), averages.values())
+    try:
+        yield bool(averages)
+    finally:
+        _fill(averages.keys(), kept)
+
+
+def _averages(optimiser: Optimizer) -> dict[Tensor, Tensor]:
+    """The averages of the parameters; empty before they begin, and with every other optimiser."""
+    averaging = any(group.get("t0", math.inf) < math.inf for group in optimiser.param_groups)
+    return {parameter: state["ax"] for parameter, state in optimiser.state.items()} if averaging else {}
+
+
+@torch.no_grad()
+def _begin_averaging(optimiser: ASGD) -> None:
+    """Let the averages begin with the present weights, whatever they were."""
+    steps = [float(state["step"]) for state in optimiser.state.values()]
+    for group in optimiser.param_groups:
+        group["t0"] = max(steps, default=0.0)
+    for parameter, state in optimiser.state.items():
+        state["ax"].copy_(parameter)
+        state["mu"].fill_(1.0)
+
+
+@torch.no_grad()
+def _fill(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

@@ -12,7 +12,7 @@ from equilibria.training import checkpoint, metrics
 from equilibria.training.checkpoint import Checkpoint, CheckpointError
 from equilibria.training.experiment import Experiment
 from equilibria.training.metrics import Event
-from equilibria.training.serialise import from_json, to_json
+from equilibria.training.serialise import from_json, kinds_in, to_json
 
 WITHOUT_INFLUENCE = frozenset(
     {
@@ -165,7 +165,9 @@ class Run:
 
     def _go_on(self, experiment: Experiment) -> None:
         """Take over what may change in a run that goes on, and refuse the rest."""
-        stored, asked = dict(_leaves(self.stored())), dict(_leaves(to_json(experiment)))
+        # Read as an experiment, since a run of an older version lacks fields, which have their defaults.
+        before = to_json(self.experiment(extra=kinds_in(experiment)))
+        stored, asked = dict(_leaves(before)), dict(_leaves(to_json(experiment)))
         changed = [name for name in sorted(stored.keys() | asked.keys()) if stored.get(name) != asked.get(name)]
         for name in changed:
             if ".".join(name.split(".")[:2]) not in WITHOUT_INFLUENCE:

@@ -12,7 +12,7 @@ from typing import Any
 
 from equilibria import gradients, language, solvers
 from equilibria.solve import Stop
-from equilibria.training import sources
+from equilibria.training import decay, sources
 from equilibria.training.experiment import Experiment, Stage, Training
 from equilibria.training.names import nearest_or_all
 
@@ -28,8 +28,8 @@ def to_json(experiment: Experiment) -> dict[str, JSON]:
 def from_json(data: Mapping[str, JSON], *, extra: Iterable[type] = ()) -> Experiment:
     """The experiment that ``to_json`` wrote.
 
-    Kinds are looked up in a table made of the catalogues of sources, solvers, gradient rules and shapes, and never
-    imported by name.
+    Kinds are looked up in a table made of the catalogues of sources, solvers, gradient rules, decays and shapes, and
+    never imported by name.
 
     Args:
         data: nested dicts; a field that is left out has its default.
@@ -45,12 +45,22 @@ def from_json(data: Mapping[str, JSON], *, extra: Iterable[type] = ()) -> Experi
     return experiment
 
 
+def kinds_in(value: Any) -> set[type]:
+    """Every dataclass that occurs in an experiment, those from outside the library included."""
+    if isinstance(value, tuple):
+        return set().union(*map(kinds_in, value))
+    if not dataclasses.is_dataclass(value):
+        return set()
+    parts = (kinds_in(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return {type(value)}.union(*parts)
+
+
 @functools.cache
 def _kinds() -> dict[str, type]:
     """Every dataclass that an experiment of the library can hold, by name."""
     kinds: dict[str, type] = {}
     pending = [Experiment, Stage, Training, Stop, language.LanguageShape]
-    pending += [*sources.CATALOGUE, *solvers.CATALOGUE, *gradients.CATALOGUE]
+    pending += [*sources.CATALOGUE, *solvers.CATALOGUE, *gradients.CATALOGUE, *decay.CATALOGUE]
     while pending:
         kind = pending.pop()
         if kind.__name__ not in kinds:

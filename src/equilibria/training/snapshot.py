@@ -16,6 +16,7 @@ from equilibria.language.modes import evaluating
 from equilibria.training.checkpoint import Checkpoint, CheckpointError
 from equilibria.training.device import device_of
 from equilibria.training.nested import flatten, owned, rebuild
+from equilibria.training.optimiser import averaged
 
 _log = logging.getLogger(__name__)
 
@@ -23,15 +24,26 @@ _log = logging.getLogger(__name__)
 def capture(
     model: LanguageModel, optimiser: Optimizer, memory: Memory, *, step: int, state: Mapping[str, Any]
 ) -> Checkpoint:
-    """The checkpoint of this moment, the states of PyTorch's random generators included."""
+    """The checkpoint of this moment, the states of PyTorch's random generators included.
+
+    Where ASGD averages, the averages are the model, and the weights that the training goes on with stand beside the
+    optimiser.
+    """
     random: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if device_of(model).type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device_of(model))
+    kept: dict[str, Any] = {"optimiser": optimiser.state_dict(), "random": random}
+    model_weights = weights(model)
+    with averaged(optimiser) as averaging:
+        if averaging:
+            model_weights = {name: tensor.clone() for name, tensor in model_weights.items()}
+    if averaging:
+        kept["weights"] = weights(model)
     return Checkpoint(
         step=step,
-        model=weights(model),
+        model=model_weights,
         memory=flatten(memory),
-        optimiser={"optimiser": optimiser.state_dict(), "random": random},
+        optimiser=kept,
         state={**state, **circumstances(model), "torch": torch.__version__},
     )
 
@@ -44,7 +56,7 @@ def restore(checkpoint: Checkpoint, model: LanguageModel, optimiser: Optimizer, 
     Raises:
         CheckpointError: the checkpoint is of a model with other weights.
     """
-    load_weights(model, checkpoint.model)
+    load_weights(model, checkpoint.optimiser.get("weights", checkpoint.model))
     optimiser.load_state_dict(checkpoint.optimiser["optimiser"])
     memory = _memory(checkpoint, model, batch_size=batch_size)
     random = checkpoint.optimiser["random"]

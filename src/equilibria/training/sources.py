@@ -84,6 +84,18 @@ class PennTreebank(FolderSource):
 
 
 @dataclasses.dataclass(frozen=True)
+class PennTreebankCharacters(FolderSource):
+    """The Penn Treebank by characters, from the same three files as ``PennTreebank``."""
+
+    unit: ClassVar = "character"
+    """What one token is."""
+
+    def load(self) -> Corpus:
+        """The corpus, its counts checked."""
+        return corpora.penn_treebank_characters(self.folder())
+
+
+@dataclasses.dataclass(frozen=True)
 class WikiText103(FolderSource):
     """WikiText-103 by words: a folder with its three token files."""
 
@@ -146,4 +158,4 @@ class Copying(Source):
         )
 
 
-CATALOGUE = (PythonDocs, TextFolder, PennTreebank, WikiText103, WikiText2, Copying)
+CATALOGUE = (PythonDocs, TextFolder, PennTreebank, PennTreebankCharacters, WikiText103, WikiText2, Copying)

@@ -15,7 +15,9 @@ class Step:
     """What one training step gives back: tensors, so that nobody waits for the device unless the numbers are read."""
 
     loss: Float[Tensor, ""]
-    """Mean nats per token, without the penalty."""
+    """Mean nats per token, without what is added to it."""
+    extra: Float[Tensor, ""] | None
+    """What the model's own losses in training have added, weighted; None if it has none."""
     penalty: Float[Tensor, ""] | None
     """Jacobian penalty without its weight; None if the step had none."""
     gradient_norm: Float[Tensor, ""]

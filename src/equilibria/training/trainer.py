@@ -5,6 +5,8 @@ Letters: B batch, T time, D width.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -13,22 +15,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from equilibria.corpora import Corpus, Segment, Segments
 from equilibria.equilibrium import Equilibrium, Memory
-from equilibria.language import LanguageOutput
-from equilibria.stability import jacobian_penalty
 from equilibria.training import checkpoint, metrics
-from equilibria.training.comparison import memory_comparison
+from equilibria.training.comparison import loss_of, memory_comparison
+from equilibria.training.decay import Validated
 from equilibria.training.device import choose_device, to
 from equilibria.training.evaluation import Evaluation, evaluate, jacobian_radius
 from equilibria.training.experiment import Experiment
 from equilibria.training.log import Log
 from equilibria.training.metrics import Event
 from equilibria.training.nested import owned
-from equilibria.training.optimiser import build_optimiser, set_learning_rate
+from equilibria.training.optimiser import averaged, build_optimiser, leave_behind, note_validation, set_learning_rate
 from equilibria.training.run import Run
 from equilibria.training.snapshot import capture, restore
 from equilibria.training.step import Step
@@ -74,6 +74,8 @@ class Trainer:
         self.memory: Memory = None
         self.best: dict[str, Any] | None = None
         """The best validation of the stage: its step and nats."""
+        self.validated = Validated()
+        """What the validations have done to the learning rate."""
         self._enter_stage()
 
     def resume(self) -> int:
@@ -88,6 +90,7 @@ class Trainer:
         if found is not None:
             self.memory = restore(found, self.model, self.optimiser, batch_size=self.experiment.training.batch_size)
             self.steps_done, self.best = found.step, found.state["best"]
+            self.validated = Validated.stored(found.state.get("validated"))
             self._enter_stage()
             # These are damaged, and the newest are to be those that are written from now on.
             checkpoint.discard_after(self.run.checkpoints, found.step)
@@ -124,47 +127,55 @@ class Trainer:
             TrainingStopped: the loss or the gradient is not finite; weights and optimiser are untouched.
         """
         training, model = self.experiment.training, self.model
-        rate = set_learning_rate(self.optimiser, self.experiment, self.steps_done + 1)
+        rate = set_learning_rate(self.optimiser, self.experiment, self.steps_done + 1, self.validated)
         segment = to(segment, self.device)
         model.train()
         with self.stage.drawn_budget(model.layer):
-            output = model(segment.tokens, segment.targets, None if segment.fresh else self.memory)
-        loss, penalty = output.nats.mean(), self._penalty(output)
-        (loss if penalty is None else loss + self.stage.penalty * penalty).backward()
+            output = model(segment.tokens, segment.targets, None if segment.fresh else self.memory, skip=segment.skip)
+        loss, penalty = output.nats.detach().mean(), self.stage.drawn_penalty(output)
+        (loss_of(output) if penalty is None else loss_of(output) + self.stage.penalty * penalty).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if training.clip is None else training.clip)
-        if not bool(torch.isfinite(loss.detach()) & torch.isfinite(norm)):
-            self._stop(loss=float(loss.detach()), gradient_norm=float(norm))
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            self._stop(loss=float(loss), gradient_norm=float(norm))
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.memory = owned(output.memory)
         self.steps_done += 1
         return Step(
-            loss=loss.detach(),
+            loss=loss,
+            extra=None if output.extra is None else output.extra.detach(),
             penalty=None if penalty is None else penalty.detach(),
             gradient_norm=norm.detach(),
             learning_rate=rate,
-            tokens=segment.targets.numel(),
+            tokens=segment.scored,
             solution=output.solution,
         )
 
     def validate(self) -> Evaluation:
-        """The loss on the validation stream with the stage's solver and stop, logged; the best one is noted."""
-        training = self.experiment.training
-        setting = {
-            "batch_size": training.eval_batch_size,
-            "segment_length": training.eval_segment_length or training.segment_length,
-        }
-        whole = {**setting, "max_segments": training.valid_segments}
-        found = evaluate(self.model, self.corpus.valid, **whole)
-        best = math.isfinite(found.nats_per_token) and (self.best is None or found.nats_per_token < self.best["nats"])
-        if best:
-            self.best = {"step": self.steps_done, "nats": found.nats_per_token, "stage": self.stage.name}
-        self.log.valid(found, step=self.steps_done, stage=self.stage.name, best=best, setting=whole)
-        if training.spectral_radius and isinstance(self.model.layer, Equilibrium):
-            radius = jacobian_radius(self.model, self.corpus.valid, **setting, iterations=training.spectral_radius)
-            fields = {"stage": self.stage.name, "mean": float(radius.mean()), "max": float(radius.max())}
-            self.log.write("spectral_radius", step=self.steps_done, **fields)
+        """The loss on the validation stream with the stage's solver and stop, logged; the best one is noted.
+
+        It may divide the learning rate, or begin the averaging; once weights are averaged, the averages are scored.
+        """
+        training, stage = self.experiment.training, self.stage
+        whole = {**training.evaluation, "max_segments": training.valid_segments}
+        with self.averaged():
+            found = evaluate(self.model, self.corpus.valid, **whole)
+            nats, step = found.nats_per_token, self.steps_done
+            best = math.isfinite(nats) and (self.best is None or nats < self.best["nats"])
+            if best:
+                self.best = {"step": step, "nats": nats, "stage": stage.name}
+            self.log.valid(found, step=step, stage=stage.name, best=best, setting=whole)
+            if training.spectral_radius and isinstance(self.model.layer, Equilibrium):
+                rows = {"batch_size": whole["batch_size"], "segment_length": whole["segment_length"]}
+                radius = jacobian_radius(self.model, self.corpus.valid, **rows, iterations=training.spectral_radius)
+                fields = {"stage": stage.name, "mean": float(radius.mean()), "max": float(radius.max())}
+                self.log.write("spectral_radius", step=step, **fields)
+        self.validated = note_validation(self.optimiser, self.validated, self.experiment, nats)
         return found
+
+    def averaged(self) -> contextlib.AbstractContextManager[bool]:
+        """The model with its averaged weights for a while, if there are any; says whether there are."""
+        return averaged(self.optimiser)
 
     def memory_comparison(self, depths: Sequence[int] = (8, 16, 32, 64)) -> list[Event]:
         """Peak bytes of a training step on the next batch, beside those of the same cell unrolled; changes nothing."""
@@ -192,6 +203,7 @@ class Trainer:
             self.log.write("stage", step=done, stage=self.stage.name, **{"from": stage.name})
             if self.stage.solves != stage.solves:
                 self.best = None  # what solves in another way prepares for this stage, and is not compared with it
+                self.validated = leave_behind(self.optimiser, self.validated)
                 self.validate()
         if ends or self.best is not best_before or done % training.checkpoint_every == 0:
             self._checkpoint()
@@ -207,26 +219,15 @@ class Trainer:
             self.corpus.train,
             batch_size=training.batch_size,
             length=training.segment_length,
+            overlap=training.overlap,
             position=self.steps_done,  # one segment a step
         )
-
-    def _penalty(self, output: LanguageOutput) -> Float[Tensor, ""] | None:
-        stage, solution = self.stage, output.solution
-        if stage.penalty == 0 or solution is None:
-            return None
-        if stage.penalty_share < 1 and float(torch.rand(())) >= stage.penalty_share:
-            return None
-        return jacobian_penalty(output.layer.f, solution.z.detach()).mean()
 
     def _checkpoint(self) -> None:
         if self.run is None:
             return
-        state = {
-            "stage": self.stage.name,
-            "position": self.steps_done,
-            "best": self.best,
-            "seconds": self.log.seconds,
-        }
+        state = {"stage": self.stage.name, "position": self.steps_done, "best": self.best, "seconds": self.log.seconds}
+        state["validated"] = dataclasses.asdict(self.validated)
         kept = capture(self.model, self.optimiser, self.memory, step=self.steps_done, state=state)
         checkpoint.force(self.run.metrics)
         checkpoint.save(self.run.checkpoints, kept)

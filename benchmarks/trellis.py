@@ -1,0 +1,231 @@
+"""A training step and an evaluation of DEQ-TrellisNet beside its explicit network of 60 layers: memory and time.
+
+python benchmarks/trellis.py train --data FOLDER --run RUN [--shallow 800 --implicit 200]
+    trains the recipe ptb-trellis for a short while (Adam, segments of 35), so that the weights are none that were just
+    drawn: fresh ones are solved in fewer evaluations
+python benchmarks/trellis.py measure --data FOLDER --run RUN [--repeats 3]
+    measures all networks with these weights at the size of the recipe (24M parameters, batch 16 × 110), interleaved;
+    writes results/trellis.json and its part of docs/reproducing.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import keep, write_into_docs
+from torch import Tensor
+
+from equilibria import Anderson, Broyden, Equilibrium, GradientRule, Implicit, Picard, Solver, Stop
+from equilibria.commands.loading import trained, with_data
+from equilibria.corpora import Segment, Segments
+from equilibria.equilibrium import Unrolled
+from equilibria.language import LanguageModel
+from equilibria.language.modes import evaluating
+from equilibria.recipes import ptb_trellis
+from equilibria.training import Experiment, PeakMemory, Run, Stage, Trainer, Training, network_of
+
+DEPTH = 60
+MIB = 2**20
+
+
+def short(data: Path, *, shallow: int, implicit: int) -> Experiment:
+    """The recipe with few steps, by Adam, of short segments; sizes and dropout rates are its own."""
+    whole = with_data(ptb_trellis(), data)
+    solver, stop = Picard(), Stop(rtol=1e-2, max_evals=40)
+    stages = (
+        network_of(3, name="shallow", steps=shallow),
+        Stage("implicit", steps=implicit, solver=solver, stop=stop, gradient=Implicit(solver, stop)),
+    )
+    training = Training(
+        batch_size=16,
+        segment_length=35,
+        learning_rate=1e-3,
+        warmup=50,
+        valid_every=200,
+        checkpoint_every=200,
+        valid_segments=20,
+        eval_batch_size=12,
+        spectral_radius=0,
+        measure_memory=False,
+        threads=1,
+    )
+    return dataclasses.replace(whole, name="ptb-trellis-short", stages=stages, training=training)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One row of the table."""
+
+    name: str
+    recurrence: str
+    solver: Solver | None = None
+    adjoint: Solver | None = None
+    checkpoint: bool = False
+
+    def layer(self, cell: Any, stop: Stop) -> torch.nn.Module:
+        """The layer around a cell."""
+        if self.solver is None or self.adjoint is None:
+            return Unrolled(cell, DEPTH, checkpoint=self.checkpoint)
+        gradient: GradientRule = Implicit(self.adjoint, stop)
+        return Equilibrium(cell, self.solver, stop, gradient)
+
+
+NETWORKS = (
+    Network("equilibrium, scan, Picard", "scan", Picard(), Picard()),
+    Network("equilibrium, scan, Anderson(3)", "scan", Anderson(window=3), Anderson(window=3)),
+    Network("equilibrium, scan, Broyden(20)", "scan", Broyden(memory=20), Broyden(memory=20)),
+    Network("equilibrium, delayed, Picard", "delayed", Picard(), Picard()),
+    Network("equilibrium, delayed, Broyden(20)", "delayed", Broyden(memory=20), Broyden(memory=20)),
+    Network(f"{DEPTH} layers", "delayed"),
+    Network(f"{DEPTH} layers, checkpointed", "delayed", checkpoint=True),
+)
+
+
+def built(
+    network: Network, experiment: Experiment, weights: dict[str, Tensor], stop: Stop, words: int
+) -> LanguageModel:
+    """The model of a network with the trained weights, in training mode."""
+    shape = experiment.model
+    shape = dataclasses.replace(shape, cell=dataclasses.replace(shape.cell, recurrence=network.recurrence))
+    model = shape.build(words, solver=Picard(), stop=stop, gradient=Implicit())
+    model.load_state_dict(weights)
+    model.layer = network.layer(model.layer.cell, stop)
+    return model.train()
+
+
+def training_step(model: LanguageModel, segment: Segment, memory: Any) -> Any:
+    """Forward and backward, with the loss of the training."""
+    output = model(segment.tokens, segment.targets, memory)
+    loss = output.nats.mean()
+    (loss if output.extra is None else loss + output.extra).backward()
+    return output
+
+
+def layer_step(model: LanguageModel, x: Tensor, memory: Any) -> Any:
+    """The same of the layer alone, as the paper leaves embeddings out."""
+    out = model.layer(x, memory)
+    (out.output / out.output.numel()).sum().backward()
+    return out
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall time."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def peak(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Peak MiB above what was live before, with the result held as training holds it."""
+    with PeakMemory() as memory:
+        result = work()
+    return memory.peak / MIB, result
+
+
+def measure(data: Path, run: Path, *, repeats: int, rtol: float) -> list[dict[str, Any]]:
+    """All rows, the times interleaved over the networks."""
+    loaded = trained(run, data=data)
+    experiment, weights = with_data(ptb_trellis(), data), loaded.model.state_dict()
+    words, stop = loaded.model.vocabulary_size, Stop(rtol=rtol, max_evals=200)
+    training = experiment.training
+    batches = iter(Segments(loaded.corpus.train, batch_size=training.batch_size, length=training.segment_length))
+    past, segment = next(batches), next(batches)
+    models = {network.name: built(network, experiment.model, weights, stop, words) for network in NETWORKS}
+    with evaluating(loaded.model):
+        memory, x = loaded.model(past.tokens, past.targets).memory, loaded.model.embedding(segment.tokens)
+    rows = [needs(name, model, segment, memory, x) for name, model in models.items()]
+    for repeat in range(repeats):
+        for row, model in zip(rows, models.values(), strict=True):
+            time_once(row, model, segment, memory, seed=repeat)
+    base = next(row for row in rows if row["network"] == f"{DEPTH} layers")
+    for row in rows:
+        for kind in ("train", "inference"):
+            row[f"{kind}_seconds"] = statistics.median(row[f"{kind}_seconds"])
+            row[f"{kind}_ratio"] = row[f"{kind}_seconds"] / base[f"{kind}_seconds"]
+        row |= {f"{kind}_share": row[f"{kind}_mib"] / base[f"{kind}_mib"] for kind in ("step", "layer")}
+        row["rtol"] = rtol
+    return rows
+
+
+def needs(name: str, model: LanguageModel, segment: Segment, memory: Any, x: Tensor) -> dict[str, Any]:
+    """A row with the memory of a step, and with what its solves took."""
+    training_step(model, segment, memory)  # the gradients are there from now on
+    torch.manual_seed(0)
+    step, output = peak(lambda: training_step(model, segment, memory))
+    row: dict[str, Any] = {"network": name, "step_mib": step, "train_seconds": [], "inference_seconds": []}
+    if output.solution is not None:
+        backward = output.solution.adjoint[-1]
+        row |= {"forward": output.solution.evals, "backward": backward.evals}
+        row["converged"] = float(torch.cat([output.solution.converged, backward.converged]).double().mean())
+    del output
+    torch.manual_seed(0)
+    row["layer_mib"], _ = peak(lambda: layer_step(model, x, memory))
+    print(row, flush=True)
+    return row
+
+
+def time_once(row: dict[str, Any], model: LanguageModel, segment: Segment, memory: Any, *, seed: int) -> None:
+    """One more time of each kind."""
+    torch.manual_seed(seed)  # the same masks for all
+    row["train_seconds"].append(seconds(lambda: training_step(model, segment, memory)))
+    with evaluating(model):
+        row["inference_seconds"].append(seconds(lambda: model(segment.tokens, segment.targets, memory)))
+        if seed == 0:
+            row["inference_evals"] = getattr(model(segment.tokens, segment.targets, memory).solution, "evals", DEPTH)
+    print(row["network"], row["train_seconds"][-1], row["inference_seconds"][-1], flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """For the documentation."""
+    lines = [
+        "| network | evaluations forward + backward | training step | of the 60 layers | inference | of the 60 layers "
+        "| memory of a step | of the 60 layers | of the layer alone | of the 60 layers |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        evals = f"{row['forward']} + {row['backward']}" if "forward" in row else str(DEPTH)
+        if row.get("converged", 1.0) < 1.0:
+            evals += f" ({row['converged']:.0%} converged)"
+        lines.append(
+            f"| {row['network']} | {evals} | {row['train_seconds']:.1f} s | {row['train_ratio']:.2f} | "
+            f"{row['inference_seconds']:.1f} s | {row['inference_ratio']:.2f} | {row['step_mib']:,.0f} MiB | "
+            f"{row['step_share']:.1%} | {row['layer_mib']:,.0f} MiB | {row['layer_share']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def train(data: Path, run: Path, *, shallow: int, implicit: int) -> None:
+    """The short training; prints its validations."""
+    experiment = short(data, shallow=shallow, implicit=implicit)
+
+    def show(event: dict[str, Any]) -> None:
+        if event["event"] == "valid":
+            print(event["step"], event["stage"], event["perplexity"], event["forward"], flush=True)
+
+    Trainer(experiment, Run.start(run, experiment, overwrite=True), experiment.corpus.load(), on_event=show).fit()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "measure"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--shallow", type=int, default=800)
+    parser.add_argument("--implicit", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rtol", type=float, default=1e-3)
+    given = parser.parse_args()
+    if given.what == "train":
+        train(given.data, given.run, shallow=given.shallow, implicit=given.implicit)
+    else:
+        found = measure(given.data, given.run, repeats=given.repeats, rtol=given.rtol)
+        print(table(found))
+        print(keep("trellis", found))
+        write_into_docs("trellis", table(found))

@@ -1,0 +1,141 @@
+"""Training: the numbers by which the weights of a model are trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from equilibria.training.decay import CATALOGUE, Cosine, Decay, NonMonotone
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How the weights are trained, and what is written down meanwhile."""
+
+    batch_size: int = 8
+    """Streams of text that are read side by side."""
+    segment_length: int = 64
+    """Tokens of each stream in one step; corpora of independent sequences take whole ones."""
+    overlap: int = 0
+    """Tokens that a segment shares with the one before: read anew, without memory, and not scored; 0 for memory."""
+    learning_rate: float = 1e-3
+    """The largest learning rate, at the end of the warm-up."""
+    warmup: int = 0
+    """Steps in which the learning rate grows from 0."""
+    decay: Decay = dataclasses.field(default_factory=Cosine)
+    """How the learning rate falls after the warm-up."""
+    final_learning_rate: float = 0.0
+    """What the learning rate falls towards, along half a cosine; a step after the last would have it."""
+    optimiser: Literal["adam", "adamw", "sgd", "asgd"] = "adam"
+    """Adam, Adam with decoupled weight decay, SGD, or SGD with averaged weights once decay=NonMonotone triggers."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's two moments."""
+    epsilon: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    momentum: float = 0.0
+    """Share of the last update that SGD repeats, before the learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay per step, times the learning rate; all but "adamw" add it to the gradient, after the clipping."""
+    clip: float | None = 0.25
+    """Largest Euclidean norm of the whole gradient; None for no limit."""
+    seed: int = 0
+    """Draws the initial weights, the dropout masks and the probes of the penalty."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", …; "auto" takes a GPU if there is one."""
+    threads: int | None = None
+    """Threads of PyTorch on the CPU; None leaves them as they are."""
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    valid_every: int = 500
+    """Steps between two validations."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; a validation that is the best one makes one too."""
+    keep: int = 2
+    """Newest checkpoints that stay, besides the best one."""
+    eval_batch_size: int = 8
+    """Streams that are read side by side in validation; 1 scores every token but the first."""
+    eval_segment_length: int | None = None
+    """Tokens of each stream in one step of validation; None for segment_length."""
+    eval_overlap: int | None = None
+    """Tokens that a segment of the validation shares with the one before; None for overlap."""
+    valid_segments: int | None = None
+    """Segments of the validation text that are read; None for all."""
+    yardstick: bool = True
+    """Whether corpora of characters get Witten–Bell n-grams of order 1 to 4 as a yardstick, at the start."""
+    spectral_radius: int = 40
+    """Power iterations for the spectral radius of the Jacobian at each validation; 0 for none."""
+    measure_memory: bool = True
+    """Whether the memory of a training step is measured at the end, beside that of the same cell unrolled."""
+    memory_depths: tuple[int, ...] = (8, 16, 32, 64)
+    """Depths of the unrolled networks in that measurement."""
+    tensorboard: bool = False
+    """Whether the log is written for TensorBoard as well."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size", "segment_length", "log_every", "valid_every", "checkpoint_every", "keep")
+        at_least(self, 1, "eval_batch_size", "eval_segment_length", "valid_segments", "threads")
+        at_least(self, 0, "warmup", "seed", "spectral_radius", "weight_decay", "final_learning_rate")
+        at_least(self, 0, "overlap", "eval_overlap")
+        _above_zero(self, "learning_rate", "clip", "epsilon")
+        if 0 < self.spectral_radius < 3:
+            raise ValueError(f"Training(spectral_radius={self.spectral_radius}): 3 iterations at least; try 40, or 0.")
+        self._check_optimiser()
+        self._check_overlaps()
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """How the validation text is read, by the names of ``evaluate``."""
+        return {
+            "batch_size": self.eval_batch_size,
+            "segment_length": self.eval_segment_length or self.segment_length,
+            "overlap": self.overlap if self.eval_overlap is None else self.eval_overlap,
+        }
+
+    def _check_optimiser(self) -> None:
+        if self.optimiser not in ("adam", "adamw", "sgd", "asgd"):
+            raise ValueError(f"Training(optimiser={self.optimiser!r}): it is 'adam', 'adamw', 'sgd' or 'asgd'.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"Training(betas={self.betas}): both decays lie in [0, 1); try (0.9, 0.999).")
+        if not 0 <= self.momentum < 1 or (self.momentum and self.optimiser != "sgd"):
+            raise ValueError(
+                f"Training(momentum={self.momentum}, optimiser={self.optimiser!r}): a share in [0, 1), for 'sgd' only; "
+                "try 0.9, or 0 for none."
+            )
+        if self.optimiser == "asgd" and not isinstance(self.decay, NonMonotone):
+            raise ValueError(
+                f"Training(optimiser='asgd', decay={self.decay}): the averaging begins where NonMonotone triggers; "
+                "give decay=NonMonotone(), or optimiser='sgd'."
+            )
+        if self.final_learning_rate and not isinstance(self.decay, Cosine) and type(self.decay) in CATALOGUE:
+            raise ValueError(
+                f"Training(final_learning_rate={self.final_learning_rate}, decay={self.decay}): only a cosine falls "
+                "towards a final rate; give decay=Cosine(), or final_learning_rate=0."
+            )
+
+    def _check_overlaps(self) -> None:
+        """An overlap of the evaluation that is too long must not come out after hours."""
+        length, overlap = self.evaluation["segment_length"], self.evaluation["overlap"]
+        for name, shared, whole in (
+            ("overlap", self.overlap, self.segment_length),
+            ("eval_overlap", overlap, length),
+        ):
+            if shared >= whole:
+                raise ValueError(
+                    f"Training({name}={shared}): segments of {whole} tokens share less than that with the one before; "
+                    f"give at most {whole - 1}, or 0 for none."
+                )
+
+
+def at_least(value: object, least: int, *names: str) -> None:
+    """Refuse numbers of a dataclass that are there and too small."""
+    for name in names:
+        number = getattr(value, name)
+        if number is not None and number < least:
+            raise ValueError(f"{type(value).__name__}({name}={number}): it must be at least {least}.")
+
+
+def _above_zero(value: object, *names: str) -> None:
+    for name in names:
+        number = getattr(value, name)
+        if number is not None and not 0 < number < float("inf"):
+            raise ValueError(f"{type(value).__name__}({name}={number}): it must be a finite number above 0.")
