@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch
 from machine import keep, write_into_docs
 from torch import Tensor
 
-from equilibria import Anderson, Broyden, Equilibrium, GradientRule, Implicit, Picard, Solver, Stop
+from equilibria import Anderson, Broyden, Equilibrium, GradientRule, Implicit, Picard, Solver, Stop, solve
 from equilibria.commands.loading import trained, with_data
 from equilibria.corpora import Segment, Segments
 from equilibria.equilibrium import Unrolled
@@ -88,11 +89,8 @@ NETWORKS = (
 )
 
 
-def built(
-    network: Network, experiment: Experiment, weights: dict[str, Tensor], stop: Stop, words: int
-) -> LanguageModel:
+def built(network: Network, shape: Any, weights: dict[str, Tensor], stop: Stop, words: int) -> LanguageModel:
     """The model of a network with the trained weights, in training mode."""
-    shape = experiment.model
     shape = dataclasses.replace(shape, cell=dataclasses.replace(shape.cell, recurrence=network.recurrence))
     model = shape.build(words, solver=Picard(), stop=stop, gradient=Implicit())
     model.load_state_dict(weights)
@@ -182,6 +180,51 @@ def time_once(row: dict[str, Any], model: LanguageModel, segment: Segment, memor
     print(row["network"], row["train_seconds"][-1], row["inference_seconds"][-1], flush=True)
 
 
+def starts(data: Path, run: Path, *, rtol: float) -> list[dict[str, Any]]:
+    """Evaluations to the tolerance from other starts than zero, in evaluation mode."""
+    loaded = trained(run, data=data)
+    training, stop = ptb_trellis().training, Stop(rtol=rtol, max_evals=200)
+    batches = iter(Segments(loaded.corpus.train, batch_size=training.batch_size, length=training.segment_length))
+    past, segment = next(batches), next(batches)
+    rows = []
+    for recurrence in ("scan", "delayed"):
+        network = Network(recurrence, recurrence, Picard(), Picard())
+        shape, words = ptb_trellis().model, loaded.model.vocabulary_size
+        model = built(network, shape, loaded.model.state_dict(), stop, words)
+        cell: Any = model.layer.cell
+        with evaluating(model):
+            before = model(past.tokens, past.targets).layer
+            context = cell.prepare(model.embedding(segment.tokens), before.memory)
+            zero = cell.start(context)
+            candidates = {
+                "zero": zero,
+                "the last state of the past at all times": before.z[:, -1:].expand_as(zero),
+                "the states of the segment before": before.z,
+            }
+            for name, start in candidates.items():
+                solution = solve(lambda z: cell(z, context), start, Picard(), stop)  # noqa: B023
+                evals = (solution.steps + 1).double().mean()
+                rows.append({"recurrence": recurrence, "start": name, "evals": float(evals)})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """The validations of the short training, up to the weights that were measured."""
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    fields = ("step", "stage", "seconds", "perplexity", "forward")
+    return [{name: event[name] for name in fields} for event in events if event["event"] == "valid"]
+
+
+def table_of_starts(rows: list[dict[str, Any]]) -> str:
+    """For the documentation."""
+    lines = ["| start | evaluations, scan | evaluations, delayed |", "|---|---:|---:|"]
+    for start in dict.fromkeys(row["start"] for row in rows):
+        found = {row["recurrence"]: row["evals"] for row in rows if row["start"] == start}
+        lines.append(f"| {start} | {found['scan']:.1f} | {found['delayed']:.1f} |")
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """For the documentation."""
     lines = [
@@ -225,7 +268,9 @@ if __name__ == "__main__":
     if given.what == "train":
         train(given.data, given.run, shallow=given.shallow, implicit=given.implicit)
     else:
+        others = starts(given.data, given.run, rtol=given.rtol)
         found = measure(given.data, given.run, repeats=given.repeats, rtol=given.rtol)
-        print(table(found))
-        print(keep("trellis", found))
-        write_into_docs("trellis", table(found))
+        text = f"{table(found)}\n\n{table_of_starts(others)}"
+        print(text)
+        print(keep("trellis", {"training": history(given.run), "networks": found, "starts": others}))
+        write_into_docs("trellis", text)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from equilibria import Anderson, Implicit, NewtonKrylov, Stop
-from equilibria.cells import ChainShape, TransformerCell, TransformerShape
+from equilibria.cells import ChainShape, TransformerCell, TransformerShape, TrellisCache, TrellisCell, TrellisShape
 from equilibria.cells.positions import RelativePositions
 from equilibria.language import Explicit, LanguageShape, generate, stream
 from equilibria.stability import spectral_radius
@@ -22,6 +22,9 @@ SHAPES = {
     "pre-normalised": dataclasses.replace(SMALL, norm="pre-normalised", affine=True),
     "window": dataclasses.replace(SMALL, window=6),
     "chain": ChainShape(cells=(SMALL, dataclasses.replace(SMALL, heads=4, positions="decay", longest=80))),
+    "trellis": TrellisShape(width=10, hidden=8, outputs=10),
+    "trellis, scan": TrellisShape(width=10, hidden=8, outputs=10, recurrence="scan"),
+    "trellis, input not carried": TrellisShape(width=10, hidden=8, outputs=10, carry_input=False),
 }
 RAGGED = (1, 7, 3, 12, 5, 12, 2, 9)
 
@@ -34,6 +37,9 @@ def built(cell=SMALL, *, stop=TIGHT, dtype=torch.float64, solver=None, **options
         for module in model.modules():
             if isinstance(module, TransformerCell):
                 make_contraction(module)
+            if isinstance(module, TrellisCell):
+                module.state.gain.copy_(0.7 + 0.3 * torch.rand_like(module.state.gain))
+                module.input.gain.mul_(3)
     return model.to(dtype).eval()
 
 
@@ -265,9 +271,46 @@ def test_what_is_remembered_matters():
             token = logits[:, -1:].argmax(-1)
             expected, _ = model.logits(token, memory)
             for block in memory if isinstance(memory, tuple) else (memory,):
-                block.past.slots.copy_(block.past.slots.roll(1, dims=3))  # a state is where its neighbour was
+                kept = block.memory.z if isinstance(block, TrellisCache) else block.past.slots
+                kept.copy_(kept.roll(1, dims=-2 if kept.ndim == 5 else 0))  # a state is where its neighbour was
             changed, _ = model.logits(token, memory)
         assert float((changed - expected).abs().max()) > 1e-2, name
+
+
+@pytest.mark.parametrize("part", ["z", "x"])
+def test_both_parts_of_what_a_trellis_remembers_matter(part):
+    model, text = built(SHAPES["trellis"]), torch.randint(V, (2, 12))
+    with torch.no_grad():
+        logits, cache = model.logits(text, model.cache(2))
+        token = logits[:, -1:].argmax(-1)
+        expected, _ = model.logits(token, cache)
+        changed = dataclasses.replace(cache.memory, **{part: torch.zeros_like(getattr(cache.memory, part))})
+        other, _ = model.logits(token, dataclasses.replace(cache, memory=changed))
+    assert float((other - expected).abs().max()) > 1e-2
+
+
+def test_a_trellis_remembers_a_text_of_any_length_in_one_state():
+    model = built(SHAPES["trellis"], stop=Stop(rtol=1e-6, atol=1e-6, max_evals=60), dtype=torch.float32)
+    (row,) = ragged((9,))
+    sizes, read = set(), model.logits
+
+    def listening(tokens, memory=None, **choices):
+        logits, memory = read(tokens, memory, **choices)
+        sizes.add(memory.memory.z.shape)
+        return logits, memory
+
+    model.logits = listening
+    tokens = generate(model, [row], length=256, temperature=0)[0]
+    assert sizes == {(1, 1, 36)}
+    with torch.no_grad():
+        logits, _ = read(torch.cat([row, tokens])[None])
+    assert torch.equal(tokens, logits[0, len(row) - 1 : -1].argmax(-1))
+    assert len(tokens.unique()) > 3
+
+
+def test_a_trellis_has_no_length_of_memory_to_choose():
+    with pytest.raises(ValueError, match="one state, of all the text before it"):
+        generate(built(SHAPES["trellis"]), torch.zeros(1, 2, dtype=torch.long), length=2, memory_length=5)
 
 
 class TestCache:

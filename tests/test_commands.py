@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from equilibria.__main__ import main
-from equilibria.commands import arguments, errors, train
+from equilibria.commands import arguments, errors, prepare, train
 from equilibria.commands.recipe import experiment_of
-from equilibria.training import checkpoint
+from equilibria.corpora import PENN_TREEBANK_CHARACTER_COUNTS
+from equilibria.training import WikiText2, WikiText103, checkpoint
+from equilibria.training.sources import CATALOGUE
 from small_run import fails, furnish
 
 
@@ -89,6 +91,7 @@ def test_every_verb_explains_itself(capsys, verb):
         ("report runs/none", "runs/none does not exist"),
         ("prepare pbt", "There is no corpus 'pbt'; did you mean ptb?"),
         ("prepare ptb", "ptb is read from a folder with train.txt, valid.txt and test.txt; give it with --data."),
+        ("prepare ptb-char", "ptb-char is read from a folder with train.txt, valid.txt and test.txt; give it with"),
         ("prepare copying --data text", "copying is not read from a folder; leave --data out."),
     ],
 )
@@ -112,6 +115,23 @@ def test_prepare_counts_tokens(place, capsys):
     assert "order\N{NO-BREAK SPACE}4" in text
     assert main(["prepare", "copying", "--blank", "5"]) == 0
     assert "20,000 sequences of 25" in capsys.readouterr().out
+
+
+def test_prepare_reads_the_penn_treebank_by_characters(place, capsys, monkeypatch):
+    for part, count in {"train": 520, "valid": 130, "test": 130, "vocabulary": 6}.items():
+        monkeypatch.setitem(PENN_TREEBANK_CHARACTER_COUNTS, part, count)
+    assert main(["prepare", "ptb-char", "--data", "text"]) == 0
+    text = capsys.readouterr().out
+    assert "penn_treebank_characters, by characters" in text
+    assert "6 characters" in text
+    assert "bits per character on validation" in text
+
+
+def test_prepare_knows_every_source():
+    options = prepare.Options(corpus="", data=Path("somewhere"))
+    made = {name: make for name, make in prepare.SOURCES.items() if not name.startswith("wikitext")}
+    kinds = {type(make(options)) for make in made.values()}
+    assert kinds == set(CATALOGUE) - {WikiText103, WikiText2}
 
 
 def test_prepare_reports_the_unknown_word(place, capsys):

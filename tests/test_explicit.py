@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from equilibria import Anderson, Implicit, Stop
-from equilibria.cells import ChainShape, TransformerShape
+from equilibria.cells import ChainShape, TransformerShape, TrellisShape
 from equilibria.equilibrium import Cell, Equilibrium
 from equilibria.language import LanguageShape, RecurrentShape
 from equilibria.training import Experiment, Trainer, evaluate, explicit, from_json, to_json
@@ -113,6 +113,9 @@ def test_what_has_no_twin_is_refused(unhooked):
     with pytest.raises(ValueError, match="a PlainShape has no affine, attention_norm, init"):
         explicit(own, 3, tied=False)
     assert explicit(own, 3).model.cell == PlainShape()
+    trellis = dataclasses.replace(value, model=LanguageShape(cell=TrellisShape(outputs=400)))
+    with pytest.raises(ValueError, match="a TrellisNet is weight-tied"):
+        explicit(trellis, 3, tied=False)
 
 
 @WAYS

@@ -128,6 +128,21 @@ def test_a_run_without_the_newer_settings_shows_those_it_has(tmp_path):
     assert rows["Validation"].beside == "step 100, the best; segments of 64, 8 streams"
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"memory_length": 64, "overlap": 0}, "memory 64, segments of 110"),
+        ({"memory_length": 0, "overlap": 0}, "no memory, segments of 110"),
+        ({"memory_length": None, "overlap": 0}, "segments of 110"),  # a memory, which has no length
+        ({"memory_length": None, "overlap": 58}, "segments of 110 (58 repeat the one before)"),
+        ({"memory_length": 0, "overlap": 58}, "no memory, segments of 110 (58 repeat the one before)"),
+        ({"memory_length": 64}, "memory 64, segments of 110"),  # of an older run
+    ],
+)
+def test_memory_and_overlap_are_told_apart(setting, words):
+    assert formats.conditions({"setting": {**setting, "segment_length": 110}}) == words
+
+
 def test_right_answers_stand_beside_a_loss_that_says_little(tmp_path):
     rows = summary.rows(read(write(tmp_path / "run", [*events(), {**valid(100, 1.0), "accuracy": 0.125}])))
     assert [row.value for row in rows if row.label == "Right answers"] == ["12.5 %"]
@@ -281,7 +296,7 @@ def test_sizes(value, text):
     assert formats.size(value) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(7.4, "7 s"), (187, "3 min 07 s"), (7500, "2 h 05 min")])
+@pytest.mark.parametrize(("value", "text"), [(0.03, "0.03 s"), (7.4, "7 s"), (187, "3 min 07 s"), (7500, "2 h 05 min")])
 def test_durations(value, text):
     assert formats.duration(value) == text
 

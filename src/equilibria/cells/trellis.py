@@ -131,7 +131,7 @@ class TrellisCell(Cell):
             past_c=c,
             drop=drop,
             present=present,
-            last=x[:, -1:].detach().clone() if shape.carry_input else None,
+            last=x[:, -1:].detach().clone() if shape.carry_input or cache is not None else None,
             cache=cache,
         )
 
@@ -189,7 +189,8 @@ class TrellisCell(Cell):
     ) -> TrellisCache:
         """The memory for generation: one state a stream, exact for text of any length, beside the weights.
 
-        It stands wherever a ``TrellisMemory`` does, without gradients; the weights may not change meanwhile.
+        It stands wherever a ``TrellisMemory`` does, without gradients; the weights may not change meanwhile. The input
+        is always carried, as from time to time inside a segment.
 
         Args:
             batch: rows.
@@ -217,7 +218,7 @@ class TrellisCell(Cell):
             weights = self._weights()
         if memory is None:
             z = weights.state.new_zeros(batch, 1, 2 * shape.channels)
-            memory = TrellisMemory(z=z, x=z.new_zeros(batch, 1, shape.width) if shape.carry_input else None)
+            memory = TrellisMemory(z=z, x=None)
         return TrellisCache(memory=memory, weights=weights, padding=padding, warm=warm)
 
     def _weights(self) -> TrellisWeights:

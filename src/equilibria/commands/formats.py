@@ -26,8 +26,10 @@ def size_unit(value: float) -> tuple[str, int]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 42 s, 3 min 07 s or 2 h 05 min."""
+    """Seconds as 0.3 s, 42 s, 3 min 07 s or 2 h 05 min."""
     whole = round(seconds)
+    if whole == 0:
+        return f"{seconds:.1g} s"
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
@@ -103,7 +105,7 @@ def conditions(event: dict[str, Any]) -> str:
     if "memory_length" in known:
         parts.append(f"memory {count(known['memory_length'])}" if known["memory_length"] else "no memory")
     if "segment_length" in known:
-        parts.append(f"segments of {count(known['segment_length'])}")
+        parts.append(f"segments of {count(known['segment_length'])}{repeated(known)}")
     if "batch_size" in known:
         parts.append(numbered(known["batch_size"], "stream"))
     if "max_evals" in known:
@@ -111,6 +113,12 @@ def conditions(event: dict[str, Any]) -> str:
     if "tokens" in known:
         parts.append(scored(known))
     return ", ".join(parts)
+
+
+def repeated(setting: dict[str, Any]) -> str:
+    """What segments share with the one before, in brackets; nothing where the memory is carried instead."""
+    overlap = setting.get("overlap", 0)
+    return f" ({count(overlap)} repeat the one before)" if overlap else ""
 
 
 def budget(setting: dict[str, Any]) -> str:

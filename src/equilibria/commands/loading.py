@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from equilibria.commands.errors import UsageError
-from equilibria.commands.recipe import experiment_of, kinds_in
+from equilibria.commands.recipe import experiment_of
 from equilibria.commands.record import require
 from equilibria.corpora import Corpus
 from equilibria.language import LanguageModel
@@ -18,6 +18,7 @@ from equilibria.training.checkpoint import CheckpointError
 from equilibria.training.device import choose_device
 from equilibria.training.experiment import Experiment
 from equilibria.training.run import Run
+from equilibria.training.serialise import kinds_in
 from equilibria.training.snapshot import load_weights, weights
 
 Which = Literal["best", "last"]

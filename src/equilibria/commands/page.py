@@ -149,7 +149,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
 def _words(value: Any) -> str:
     """A value as one reads it: an object as Kind(field=value), None as "none"."""
     if isinstance(value, dict):
-        fields = ", ".join(f"{key}={_words(part)}" for key, part in value.items() if key != "kind")
+        words = {key: f"({_words(part)})" if isinstance(part, list) else _words(part) for key, part in value.items()}
+        fields = ", ".join(f"{key}={part}" for key, part in words.items() if key != "kind")
         return f"{value.get('kind', '')}({fields})"
     if isinstance(value, list):
         return ", ".join(_words(part) for part in value)

@@ -25,6 +25,7 @@ from equilibria.corpora.fetch import DATASET, WikiText, fetch_wikitext, is_vacan
 from equilibria.training.sources import (
     Copying,
     PennTreebank,
+    PennTreebankCharacters,
     PythonDocs,
     Source,
     TextFolder,
@@ -39,12 +40,13 @@ class Options:
     """Read a corpus, check it, and say what is in it."""
 
     corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
-    """python-docs, ptb, wikitext103, wikitext2, text-folder or copying. WikiText is fetched from the Hugging Face Hub
-    if its folder is absent or empty, and written there as the three token files that it was published as; it needs
-    pip install "equilibria[data]". Files that are there are read, and never overwritten."""
+    """python-docs, ptb (words) or ptb-char (its characters), wikitext103, wikitext2, text-folder or copying. WikiText
+    is fetched from the Hugging Face Hub if its folder is absent or empty, and written there as the three token files
+    that it was published as; it needs pip install "equilibria[data]". Files that are there are read, and never
+    overwritten."""
     data: Path | None = None
-    """The folder with train.txt, valid.txt and test.txt, for ptb and text-folder, or with the token files, for
-    wikitext103 and wikitext2; these are in data/wikitext-103 and data/wikitext-2 if no folder is named."""
+    """The folder with train.txt, valid.txt and test.txt, for ptb, ptb-char and text-folder, or with the token files,
+    for wikitext103 and wikitext2; these are in data/wikitext-103 and data/wikitext-2 if no folder is named."""
     unit: Literal["word", "character"] = "word"
     """What one token of text-folder is."""
     lowercase: bool = False
@@ -56,6 +58,7 @@ class Options:
 SOURCES: dict[str, Callable[[Options], Source]] = {
     "python-docs": lambda options: PythonDocs(),
     "ptb": lambda options: PennTreebank(root=_folder(options)),
+    "ptb-char": lambda options: PennTreebankCharacters(root=_folder(options)),
     "wikitext103": lambda options: WikiText103(root=_fetched(options, "wikitext-103-v1")),
     "wikitext2": lambda options: WikiText2(root=_fetched(options, "wikitext-2-v1")),
     "text-folder": lambda options: TextFolder(root=_folder(options), unit=options.unit, lowercase=options.lowercase),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -51,13 +50,3 @@ def _function(file: Path, name: str) -> Callable[[], Any]:
     if name not in functions:
         raise unknown(f"function in {file}", name, functions)
     return functions[name]
-
-
-def kinds_in(value: Any) -> set[type]:
-    """Every dataclass that occurs in an experiment, those from outside the library included."""
-    if isinstance(value, tuple):
-        return set().union(*map(kinds_in, value))
-    if not dataclasses.is_dataclass(value):
-        return set()
-    parts = (kinds_in(getattr(value, field.name)) for field in dataclasses.fields(value))
-    return {type(value)}.union(*parts)

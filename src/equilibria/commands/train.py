@@ -22,7 +22,7 @@ from equilibria.commands.errors import UsageError
 from equilibria.commands.generate import Options as Generation
 from equilibria.commands.generate import continuation
 from equilibria.commands.loading import trained, with_data
-from equilibria.commands.recipe import experiment_of, kinds_in
+from equilibria.commands.recipe import experiment_of
 from equilibria.commands.record import read
 from equilibria.corpora import Corpus
 from equilibria.recipes import RECIPES
@@ -31,6 +31,7 @@ from equilibria.training.device import choose_device
 from equilibria.training.experiment import Experiment
 from equilibria.training.explicit import explicit
 from equilibria.training.run import Run
+from equilibria.training.serialise import kinds_in
 from equilibria.training.trainer import Trainer
 
 RUNS = Path("runs")
@@ -81,7 +82,8 @@ usage: equilibria train RECIPE [--out DIR] [--data FOLDER] [--resume | --overwri
 {recipes}
 
 --explicit LAYERS trains the recipe's explicit twin, a network of so many layers where the equilibrium was: with the
-weights of one cell, or --untied, a Transformer-XL; the other flags then change the numbers of the twin.
+weights of one cell, or, of a transformer, --untied, a Transformer-XL; the other flags then change the numbers of the
+twin.
 
 `equilibria train RECIPE --help` lists every number of that recipe with its default."""
 

@@ -6,6 +6,7 @@ from equilibria.recipes.copying import copying, copying_400
 from equilibria.recipes.copying_recurrent import copying_gru, copying_lstm
 from equilibria.recipes.ptb import ptb
 from equilibria.recipes.tiny import tiny
+from equilibria.recipes.tiny_trellis import tiny_trellis
 from equilibria.recipes.trellis import (
     ptb_char_trellis,
     ptb_char_trellis_deep,
@@ -27,6 +28,7 @@ from equilibria.training import Experiment
 
 RECIPES: dict[str, Callable[[], Experiment]] = {
     "tiny": tiny,
+    "tiny-trellis": tiny_trellis,
     "copying": copying,
     "copying-400": copying_400,
     "copying-lstm": copying_lstm,
@@ -60,6 +62,7 @@ __all__ = [
     "ptb_trellis",
     "ptb_trellis_deep",
     "tiny",
+    "tiny_trellis",
     "wikitext103_medium",
     "wikitext103_medium_adaptive",
     "wikitext103_small",

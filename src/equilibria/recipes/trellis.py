@@ -35,8 +35,17 @@ from equilibria.language import AdaptiveShape, Explicit, ExtraLosses, LanguageSh
 from equilibria.recipes.epochs import steps_per_epoch
 from equilibria.solve import Stop
 from equilibria.solvers import Anderson, Broyden, Picard
-from equilibria.training import Experiment, Milestones, NonMonotone, Stage, Training, WikiText103, network_of
-from equilibria.training.sources import PennTreebank, PennTreebankCharacters
+from equilibria.training import (
+    Experiment,
+    Milestones,
+    NonMonotone,
+    PennTreebank,
+    PennTreebankCharacters,
+    Stage,
+    Training,
+    WikiText103,
+    network_of,
+)
 
 _WORDS = TrellisShape(width=400, hidden=1_000, outputs=400, dropout=0.28, weight_dropout=0.5, recurrence="scan")
 _CHARACTERS = TrellisShape(width=200, hidden=1_000, outputs=200, dropout=0.29, weight_dropout=0.26, recurrence="scan")

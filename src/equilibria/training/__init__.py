@@ -14,6 +14,7 @@ from equilibria.training.settings import Training
 from equilibria.training.sources import (
     Copying,
     PennTreebank,
+    PennTreebankCharacters,
     PythonDocs,
     Source,
     TextFolder,
@@ -34,6 +35,7 @@ __all__ = [
     "NonMonotone",
     "PeakMemory",
     "PennTreebank",
+    "PennTreebankCharacters",
     "Plateau",
     "PythonDocs",
     "Run",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from equilibria.cells import TrellisShape
 from equilibria.language import Explicit, LanguageShape
 from equilibria.training.comparison import network_of
 from equilibria.training.experiment import Experiment
@@ -96,6 +97,11 @@ def _transformer_xl(cell: Any) -> Any:
     """The shape of a layer of Transformer-XL, or of a chain of them, with the sizes of ``cell``."""
     if hasattr(cell, "cells"):
         return dataclasses.replace(cell, cells=tuple(map(_transformer_xl, cell.cells)))
+    if isinstance(cell, TrellisShape):
+        raise ValueError(
+            "explicit(tied=False) of a TrellisShape: a TrellisNet is weight-tied, and that is what makes it one; give "
+            "tied=True, on the command line --explicit without --untied."
+        )
     missing = TRANSFORMER_XL.keys() - {field.name for field in dataclasses.fields(cell)}
     if missing:
         raise ValueError(
