@@ -3,7 +3,7 @@
 python benchmarks/trellis.py train --data FOLDER --run RUN [--shallow 800 --implicit 200]
     trains the recipe ptb-trellis for a short while (Adam, segments of 35), so that the weights are none that were just
     drawn: fresh ones are solved in fewer evaluations
-python benchmarks/trellis.py measure --data FOLDER --run RUN [--repeats 3]
+python benchmarks/trellis.py measure --data FOLDER --run RUN [--repeats 2]
     measures all networks with these weights at the size of the recipe (24M parameters, batch 16 × 110), interleaved;
     writes results/trellis.json and its part of docs/reproducing.md
 """
@@ -131,7 +131,7 @@ def measure(data: Path, run: Path, *, repeats: int, rtol: float) -> list[dict[st
     """All rows, the times interleaved over the networks."""
     loaded = trained(run, data=data)
     experiment, weights = with_data(ptb_trellis(), data), loaded.model.state_dict()
-    words, stop = loaded.model.vocabulary_size, Stop(rtol=rtol, max_evals=200)
+    words, stop = loaded.model.vocabulary_size, Stop(rtol=rtol, max_evals=120)
     training = experiment.training
     batches = iter(Segments(loaded.corpus.train, batch_size=training.batch_size, length=training.segment_length))
     past, segment = next(batches), next(batches)
@@ -154,7 +154,8 @@ def measure(data: Path, run: Path, *, repeats: int, rtol: float) -> list[dict[st
 
 def needs(name: str, model: LanguageModel, segment: Segment, memory: Any, x: Tensor) -> dict[str, Any]:
     """A row with the memory of a step, and with what its solves took."""
-    training_step(model, segment, memory)  # the gradients are there from now on
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # as from the second step on
     torch.manual_seed(0)
     step, output = peak(lambda: training_step(model, segment, memory))
     row: dict[str, Any] = {"network": name, "step_mib": step, "train_seconds": [], "inference_seconds": []}
@@ -183,7 +184,7 @@ def time_once(row: dict[str, Any], model: LanguageModel, segment: Segment, memor
 def starts(data: Path, run: Path, *, rtol: float) -> list[dict[str, Any]]:
     """Evaluations to the tolerance from other starts than zero, in evaluation mode."""
     loaded = trained(run, data=data)
-    training, stop = ptb_trellis().training, Stop(rtol=rtol, max_evals=200)
+    training, stop = ptb_trellis().training, Stop(rtol=rtol, max_evals=120)
     batches = iter(Segments(loaded.corpus.train, batch_size=training.batch_size, length=training.segment_length))
     past, segment = next(batches), next(batches)
     rows = []
@@ -262,7 +263,7 @@ if __name__ == "__main__":
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--shallow", type=int, default=800)
     parser.add_argument("--implicit", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rtol", type=float, default=1e-3)
     given = parser.parse_args()
     if given.what == "train":

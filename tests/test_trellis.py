@@ -13,6 +13,7 @@ from equilibria.cells import TrellisCell, TrellisMemory, TrellisShape
 from equilibria.cells.scan import _doubling, _one_by_one, scan
 from equilibria.cells.weight_norm import NormedLinear
 from equilibria.equilibrium import Unrolled
+from equilibria.language import Explicit
 
 B, T = 3, 7
 SHAPE = TrellisShape(width=4, hidden=3, outputs=2)
@@ -351,3 +352,104 @@ def test_unroll_rule_gives_the_gradient_of_the_scan():
     found = torch.autograd.grad(Equilibrium(cell, Picard(), stop, Unroll())(x).output.sum(), cell.input.direction)
     expected = torch.autograd.grad(Unrolled(cell, 5)(x).output.sum(), cell.input.direction)
     torch.testing.assert_close(found, expected)
+
+
+# by what a reader of the code might get wrong
+
+
+def test_c_is_taken_without_dropout():
+    cell = built(dropout=0.5).train()
+    context = cell.prepare(inputs(), some_memory(cell))
+    assert (context.drop == 0).any()
+    z = torch.randn(B, T, 2 * SHAPE.channels, dtype=torch.float64)
+    changed = z.clone()
+    changed[..., SHAPE.channels :] += context.drop == 0
+    gap = (cell(changed, context) - cell(z, context)).abs()[..., SHAPE.channels :]
+    dropped = (context.drop == 0).expand(B, T - 1, -1)
+    assert (gap[:, 1:][dropped] > 1e-6).all()
+
+
+@RECURRENCES
+def test_one_time_alone_is_the_first_of_two(recurrence):
+    cell = built(recurrence=recurrence, dropout=0.4, weight_dropout=0.4).train()
+    x, memory = inputs(time=2), some_memory(cell)
+    contexts = []
+    for time in (1, 2):
+        torch.manual_seed(7)
+        contexts.append(cell.prepare(x[:, :time], memory))
+    assert torch.equal(contexts[0].drop, contexts[1].drop)
+    z = torch.randn(B, 2, 2 * SHAPE.channels, dtype=torch.float64)
+    alone, both = cell(z[:, :1], contexts[0]), cell(z, contexts[1])
+    torch.testing.assert_close(alone, both[:, :1], rtol=0, atol=1e-12)
+
+
+def test_the_start_is_what_the_shape_says():
+    shape = TrellisShape(width=100, hidden=60, outputs=40, std=0.05)
+    cell, other = shape.build(), dataclasses.replace(shape, injection_init="normal").build()
+    bound = 1 / 200**0.5
+    assert float(cell.state.direction.detach().std()) == pytest.approx(0.05, rel=0.05)
+    assert float(cell.state.bias.detach().std()) == pytest.approx(0.05, rel=0.2)
+    assert 0.95 * bound < cell.input.direction.abs().max() <= bound
+    assert float(other.input.direction.detach().std()) == pytest.approx(0.05, rel=0.05)
+    torch.testing.assert_close(cell.state.gain, cell.state.direction.norm(dim=1))
+    assert cell.input.bias is None
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_generation_starts_from_the_last_state_if_it_is_to(warm):
+    cell = built().eval()
+    with torch.no_grad():
+        cache = cell.cache(B, memory=some_memory(cell), warm=warm)
+        single, several = (cell.start(cell.prepare(inputs(time=time), cache)) for time in (1, 2))
+    assert torch.equal(single, cache.memory.z if warm else torch.zeros_like(single))
+    assert not several.any()
+
+
+def test_a_cache_is_refused_after_a_change_of_mode_and_as_a_memory_of_another(unhooked):
+    cell = built().eval()
+    cache = cell.cache(B)
+    with pytest.raises(ValueError, match="go on with that"):
+        cell.cache(B, memory=cache)
+    with torch.no_grad(), pytest.raises(ValueError, match="evaluation mode"):
+        cell.train().prepare(inputs(), cache)
+
+
+def test_a_memory_of_another_precision_is_taken():
+    cell = built()
+    single = TrellisMemory(**{name: value.float() for name, value in vars(some_memory(cell)).items()})
+    assert cell.prepare(inputs(), single).past_c.dtype == torch.float64
+
+
+def test_layers_that_remember_their_inputs_are_refused_for_a_scan():
+    layers = Explicit(depth=3, memory="layers")
+    with pytest.raises(ValueError, match="recurrence='delayed'"):
+        layers.build(dataclasses.replace(SHAPE, recurrence="scan"))
+    stack = layers.build(SHAPE).double().eval()
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        x, memory, pieces = inputs(), None, []
+        for piece in x.split([3, 1, 3], dim=1):
+            out = stack(piece, memory)
+            memory = out.memory
+            pieces.append(out.output)
+        torch.testing.assert_close(torch.cat(pieces, dim=1), stack(x).output, rtol=0, atol=1e-12)
+
+
+def test_dropped_weights_have_an_exact_gradient_under_autocast():
+    linear = NormedLinear(inputs=64, outputs=32, normed=True, init="normal", std=1.0)
+    kept, g = torch.rand(32, 32) > 0.5, torch.randn(32, 64)
+    wanted = [linear.direction, linear.gain]
+    expected = torch.autograd.grad(linear.effective(kept, 0.5), wanted, g)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(linear.effective(kept, 0.5), wanted, g)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_jacobian_of_the_scan_by_torch_func():
+    a, b, first = (value.detach() for value in scanned())
+    for way in (torch.func.jacrev, torch.func.jacfwd):
+        found = way(scan, argnums=1)(a, b, first)
+        expected = torch.autograd.functional.jacobian(lambda b: scan(a, b, first), b)
+        torch.testing.assert_close(found, expected)

@@ -147,7 +147,8 @@ class Stack(nn.Module):
 
     A layer remembers its input z_{l−1}, whose keys and values are those it sees (Dai et al. 2019, eq. 3), so that two
     segments joined by memory are one long one. x enters every cell through its ``prepare``, and z_0 is the start of the
-    first. A cell may occur several times: then its layers share their weights, and draw dropout masks of their own.
+    first. A cell may occur several times: then its layers share their weights, and draw dropout masks of their own. A
+    cell whose f carries on what it computed itself, such as a TrellisCell with "scan", would need more than its input.
 
     Args:
         cells: f_1, …, f_L.

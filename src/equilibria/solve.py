@@ -89,7 +89,7 @@ class Solution:
     z: Float[Tensor, "B *state"]
     """The solution; from a gradient rule it is the differentiable one."""
     fz: Float[Tensor, "B *state"]
-    """f at the iterate that the loop returned, as the loop evaluated it."""
+    """f at the iterate that the loop returned; it may share its memory with z."""
     residual: Float[Tensor, " B"]
     """‖f(z) − z‖ / ‖f(z)‖ at the iterate that was returned."""
     status: Int[Tensor, " B"]

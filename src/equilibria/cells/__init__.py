@@ -8,7 +8,8 @@ from equilibria.cells.chain import ChainCell, ChainContext, ChainShape
 from equilibria.cells.transformer import TransformerCell
 from equilibria.cells.transformer_context import TransformerCache, TransformerContext, TransformerMemory
 from equilibria.cells.transformer_shape import TransformerShape
-from equilibria.cells.trellis import TrellisCache, TrellisCell, TrellisContext, TrellisMemory
+from equilibria.cells.trellis import TrellisCell
+from equilibria.cells.trellis_context import TrellisCache, TrellisContext, TrellisMemory
 from equilibria.cells.trellis_shape import TrellisShape
 
 CELLS: tuple[AffineShape | TransformerShape | ChainShape | TrellisShape, ...] = (

@@ -54,6 +54,15 @@ class _Scan(torch.autograd.Function):
             db = torch.addcmul(db, da, _neighbour(c, first, right=ctx.reverse))
         return _Scan.apply(a, db, start, ctx.reverse)  # pyright: ignore
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """Another axis is more samples."""
+        *tensors, reverse = inputs
+        pairs = zip(tensors, in_dims[:3], strict=True)
+        rows = [t.expand(info.batch_size, *t.shape) if axis is None else t.movedim(axis, 0) for t, axis in pairs]
+        c = _Scan.apply(*(t.flatten(0, 1) for t in rows), reverse)
+        return c.unflatten(0, rows[0].shape[:2]), 0  # pyright: ignore
+
 
 def _neighbour(c: Tensor, edge: Tensor, *, right: bool) -> Tensor:
     """c_{t+1}, or c_{t−1}, with ``edge`` beyond the last one."""

@@ -4,13 +4,13 @@ S. Bai, J. Z. Kolter, V. Koltun, "Trellis Networks for Sequence Modeling" (2019)
 Koltun 2019, §4.1. All that does not depend on z is computed in ``prepare``: effective weights, the injection of the
 input, what the last state of the past adds to the first time, the masks. One call of f is one matrix product.
 
-Letters: B batch, T time, E channels of the input, H channels of h and of c, O channels of the output. H2 = 2·H, H4 =
-4·H, E2 = 2·E.
+Letters: B batch, T time, E channels of the input, H channels of h and of c, O channels of the output; H2 = 2·H.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,60 +19,10 @@ from torch.nn import functional
 
 from equilibria.cells.masks import dropout_mask, masked
 from equilibria.cells.scan import scan
+from equilibria.cells.trellis_context import TrellisCache, TrellisContext, TrellisMemory, TrellisWeights
 from equilibria.cells.trellis_shape import TrellisShape
 from equilibria.cells.weight_norm import NormedLinear
 from equilibria.equilibrium import Cell
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrellisMemory:
-    """The past of the streams, detached: one column, however long the text was."""
-
-    z: Float[Tensor, "B 1 H2"]
-    """h and c at the last time."""
-    x: Float[Tensor, "B 1 E"] | None
-    """The input there; None where it is not carried on."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrellisWeights:
-    """What depends on the parameters alone, with graph; the columns of the past stand before those of the present."""
-
-    state: Float[Tensor, "H4 H2"]
-    input: Float[Tensor, "H4 E2"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrellisCache:
-    """The past of the streams for generation: the memory, and what no token changes."""
-
-    memory: TrellisMemory
-    weights: TrellisWeights
-    padding: Int[Tensor, " B"] | None
-    """Times to come before the text of each row begins; None without any."""
-    warm: bool
-    """Whether a single position starts from the state of the one before it."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrellisContext:
-    """What is constant during a solve, with graph where it depends on parameters or input."""
-
-    weights: TrellisWeights
-    injection: Float[Tensor, "B T H4"]
-    """u_t + b; where T is 1 also W⁰ ĥ_{−1}."""
-    past_h: Float[Tensor, "B 1 H"]
-    """ĥ_{−1}."""
-    past_c: Float[Tensor, "B 1 H"]
-    """c_{−1}."""
-    drop: Float[Tensor, "B 1 H"] | None
-    """D, the dropout mask of h."""
-    present: Float[Tensor, "B T 1"] | None
-    """0 at times before the text of a row begins, where f is 0; None without any."""
-    last: Float[Tensor, "B 1 E"] | None
-    """x at the last time, as it is remembered."""
-    cache: TrellisCache | None
-    """As it came, for ``remember``."""
 
 
 class TrellisCell(Cell):
@@ -115,7 +65,7 @@ class TrellisCell(Cell):
         self._check(x, memory, cache)
         shape, channels = self.shape, self.shape.channels
         weights = self._weights() if cache is None else cache.weights
-        z = x.new_zeros(len(x), 1, 2 * channels) if memory is None else memory.z
+        z = x.new_zeros(len(x), 1, 2 * channels) if memory is None else memory.z.to(x.dtype)
         h, c = z.split(channels, dim=-1)
         drop = dropout_mask((len(x), 1, channels), rate=shape.dropout, training=self.training, like=x)
         before = x.new_zeros(len(x), 1, shape.width) if memory is None or memory.x is None else memory.x.to(x.dtype)
@@ -199,26 +149,13 @@ class TrellisCell(Cell):
             memory: of what came before.
             warm: start each single position from the state of the one before it, instead of zero.
         """
-        shape = self.shape
-        if batch < 1:
-            raise ValueError(f"cache(batch={batch}): a cache is for at least one row.")
+        _check_cache(batch, length=length, padding=padding, memory=memory)
         if self.training:
-            raise ValueError("a cache is for evaluation mode, where nothing is dropped; call model.eval() first.")
-        if length is not None:
-            raise ValueError(
-                f"cache(length={length}): a trellis remembers one state, of all the text before it, and not a number "
-                "of positions; leave the length of the memory out."
-            )
-        if memory is not None and padding is not None:
-            raise ValueError(
-                "padding stands before the text of a row, and the memory would stand before the padding; give rows of "
-                "one length, or no memory."
-            )
+            raise ValueError(_IN_EVALUATION)
         with torch.no_grad():
             weights = self._weights()
         if memory is None:
-            z = weights.state.new_zeros(batch, 1, 2 * shape.channels)
-            memory = TrellisMemory(z=z, x=None)
+            memory = TrellisMemory(z=weights.state.new_zeros(batch, 1, 2 * self.shape.channels), x=None)
         return TrellisCache(memory=memory, weights=weights, padding=padding, warm=warm)
 
     def _weights(self) -> TrellisWeights:
@@ -239,6 +176,8 @@ class TrellisCell(Cell):
             )
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("a cache has no gradient; use it under torch.no_grad().")
+        if cache is not None and self.training:
+            raise ValueError(_IN_EVALUATION)
         if memory is not None and len(memory.z) != len(x):
             raise ValueError(
                 f"the memory is of {len(memory.z)} streams and the input of {len(x)}; a memory continues the streams "
@@ -252,3 +191,26 @@ def _present(padding: Tensor | None, x: Tensor) -> Float[Tensor, "B T 1"] | None
         return None
     times = torch.arange(x.shape[1], device=x.device)
     return (times >= padding[:, None]).to(x.dtype)[..., None]
+
+
+_IN_EVALUATION = "a cache is for evaluation mode, where nothing is dropped; call model.eval() first."
+
+
+def _check_cache(batch: int, *, length: int | None, padding: Tensor | None, memory: Any) -> None:
+    if batch < 1:
+        raise ValueError(f"cache(batch={batch}): a cache is for at least one row.")
+    if length is not None:
+        raise ValueError(
+            f"cache(length={length}): a trellis remembers one state, of all the text before it, and not a number of "
+            "positions; leave the length of the memory out."
+        )
+    if memory is not None and not isinstance(memory, TrellisMemory):
+        raise ValueError(
+            f"the memory is a {type(memory).__name__}, and a cache is made from a TrellisMemory, as a solve without "
+            "cache gives it; where there is a cache already, go on with that."
+        )
+    if memory is not None and padding is not None:
+        raise ValueError(
+            "padding stands before the text of a row, and the memory would stand before the padding; give rows of one "
+            "length, or no memory."
+        )

@@ -50,9 +50,11 @@ class NormedLinear(nn.Module):
             kept: False where an entry of v, in its first columns, is dropped before it is normalised (DropConnect).
             rate: the share that is dropped; what is kept is multiplied by 1/(1 − rate).
         """
-        if self.gain is None and kept is None:
+        if kept is not None:
+            return _Dropped.apply(self.direction, self.gain, kept, 1 / (1 - rate))  # pyright: ignore
+        if self.gain is None:
             return self.direction
-        return _Effective.apply(self.direction, self.gain, kept, 1 / (1 - rate))  # pyright: ignore
+        return self.direction * (self.gain / torch.linalg.vector_norm(self.direction, dim=1)).unsqueeze(1)
 
     def extra_repr(self) -> str:
         """Sizes and kind."""
@@ -60,45 +62,42 @@ class NormedLinear(nn.Module):
         return f"inputs={inputs}, outputs={outputs}, bias={self.bias is not None}, normed={self.gain is not None}"
 
 
-class _Effective(torch.autograd.Function):
-    """g·v/‖v‖ of a v of which entries were dropped: of all that it computes only W is kept, and no product with v."""
+class _Dropped(torch.autograd.Function):
+    """W of a v of which entries were dropped, without a copy of v that autograd would keep."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, gain: Tensor | None, kept: Tensor | None, scale: float) -> Tensor:
-        dropped = _dropped(v, kept, scale)
-        norm = None if gain is None else torch.linalg.vector_norm(dropped, dim=1)
+    def forward(ctx: Any, v: Tensor, gain: Tensor | None, kept: Tensor, scale: float) -> Tensor:
+        w = _drop(v.clone(), kept, scale)
+        norm = None if gain is None else torch.linalg.vector_norm(w, dim=1)
         ctx.save_for_backward(v, gain, kept, norm)
         ctx.scale = scale
-        if gain is None or norm is None:
-            return dropped
-        factor = (gain / norm).unsqueeze(1)
-        return v * factor if dropped is v else dropped.mul_(factor)
+        return w if gain is None or norm is None else w.mul_((gain / norm).unsqueeze(1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         """With the unit rows e = v/‖v‖: dg = dW·e, dv = g/‖v‖ (dW − (dW·e) e)."""
-        (grad,), (v, gain, kept, norm) = grads, ctx.saved_tensors
-        if gain is None:
-            return _dropped(grad, kept, ctx.scale), None, None, None
-        dropped = _dropped(v, kept, ctx.scale)
-        if torch.is_grad_enabled():  # a second derivative is wanted, and may have its products
-            norm = torch.linalg.vector_norm(dropped, dim=1)
-            inner = (grad * dropped).sum(dim=1) / norm
-            dv = (grad - dropped * (inner / norm).unsqueeze(1)) * (gain / norm).unsqueeze(1)
-            return _dropped(dv, kept, ctx.scale), inner, None, None
-        inner = torch.bmm(grad[:, None], dropped[:, :, None])[:, 0, 0] / norm
-        dv = grad * (gain / norm).unsqueeze(1)
-        dv.addcmul_(dropped, (gain * inner / norm.square()).unsqueeze(1), value=-1)
-        return _drop(dv, kept, ctx.scale), inner, None, None
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return *_gradients(grads[0], *ctx.saved_tensors, scale=ctx.scale), None, None
 
 
-def _dropped(v: Tensor, kept: Tensor | None, scale: float) -> Tensor:
-    """v itself, or a copy whose first columns are dropped where they are not kept."""
-    return v if kept is None else _drop(v.clone(), kept, scale)
+def _gradients(
+    grad: Tensor, v: Tensor, gain: Tensor | None, kept: Tensor, norm: Tensor | None, *, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Of v and of the gain."""
+    if gain is None or norm is None:
+        return _drop(grad.clone(), kept, scale), None
+    v = _drop(v.clone(), kept, scale)
+    if torch.is_grad_enabled():  # a second derivative is wanted, and may keep its products
+        size = torch.linalg.vector_norm(v, dim=1)
+        inner = (grad * v).sum(dim=1) / size
+        dv = (grad - v * (inner / size).unsqueeze(1)) * (gain / size).unsqueeze(1)
+        return _drop(dv.clone(), kept, scale), inner
+    inner = torch.bmm(grad[:, None], v[:, :, None])[:, 0, 0] / norm
+    dv = grad * (gain / norm).unsqueeze(1)
+    return _drop(dv.addcmul_(v, (gain * inner / norm.square()).unsqueeze(1), value=-1), kept, scale), inner
 
 
-def _drop(v: Tensor, kept: Tensor | None, scale: float) -> Tensor:
-    """The same in place."""
-    if kept is not None:
-        v[:, : kept.shape[1]].mul_(kept).mul_(scale)
+def _drop(v: Tensor, kept: Tensor, scale: float) -> Tensor:
+    """In place: the first columns, where they are not kept, become 0."""
+    v[:, : kept.shape[1]].mul_(kept).mul_(scale)
     return v

@@ -96,6 +96,11 @@ def _segments(loaded: Trained, options: Options, *, episodes: bool) -> dict[str,
     usual = loaded.experiment.training.evaluation
     length = None if episodes else options.segment_length or usual["segment_length"]
     overlap = usual["overlap"] if options.overlap is None else options.overlap
+    if overlap and options.memory_length is not None:
+        raise UsageError(
+            f"--memory-length {options.memory_length}: segments with an overlap ({overlap}) begin without memory; add "
+            "--overlap 0, or leave one of the two out."
+        )
     if overlap and episodes:
         raise UsageError(f"--overlap {overlap}: every sequence of this corpus stands alone; leave it out.")
     if length is not None and overlap >= length:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from equilibria.cells.masks import check_rate
 from equilibria.language.clusters import AdaptiveEmbedding, Clusters
-from equilibria.language.embeddings import Dropped, Init, dropped, started
+from equilibria.language.embeddings import Dropped, Init, dropped, started, widened
 from equilibria.language.heads import check_output_dropout
 
 Readers = list[Callable[[Tensor], Tensor]]
@@ -54,9 +54,9 @@ class AdaptiveHead(nn.Module, ABC):
     def forward(self, h: Float[Tensor, "B T D"], embedding: AdaptiveEmbedding) -> Float[Tensor, "B T V"]:
         """The log-probabilities of all words, for generation; as large as a plain softmax."""
         read, *others = self.readers(embedding)
-        head = _wide(read(h)).log_softmax(dim=-1)
+        head = widened(read(h)).log_softmax(dim=-1)
         words, *slots = head.split([self.clusters.sizes[0], *(1 for _ in others)], dim=-1)
-        tails = [_wide(other(h)).log_softmax(dim=-1) for other in others]
+        tails = [widened(other(h)).log_softmax(dim=-1) for other in others]
         return torch.cat([words, *(slot + tail for slot, tail in zip(slots, tails, strict=True))], dim=-1)
 
     def nats(
@@ -189,9 +189,5 @@ def _logits(h: Tensor, *, weight: Tensor, bias: Tensor, projection: Tensor | Non
     return functional.linear(h if projection is None else functional.linear(h, projection.t()), weight, bias)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def _nats(logits: Float[Tensor, "N C"], words: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    return functional.cross_entropy(_wide(logits), words, reduction="none")
+    return functional.cross_entropy(widened(logits), words, reduction="none")

@@ -67,6 +67,11 @@ def words_dropped(
     return masked(rows, None if mask is None else functional.embedding(tokens, mask))
 
 
+def widened(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x in float32 or wider, for losses."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Embedding(nn.Module):
     """Rows of a learned table times √D (Vaswani et al. 2017, §3.4), with whole words and whole channels dropped.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.cells.masks import check_rate
-from equilibria.language.embeddings import Dropped, Embedding, Init, dropped, started
+from equilibria.language.embeddings import Dropped, Embedding, Init, dropped, started, widened
 
 
 class SoftmaxHead(nn.Module):
@@ -63,9 +63,8 @@ class SoftmaxHead(nn.Module):
         self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: Embedding
     ) -> Float[Tensor, "B T"]:
         """−log p(target), in float32 or wider, position by position."""
-        logits = self(h, embedding)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        logits = widened(self(h, embedding)).flatten(0, 1)
+        return functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
     def extra_repr(self) -> str:
         """Sizes and kind."""

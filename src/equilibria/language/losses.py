@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.language.embeddings import widened
+
 
 @dataclasses.dataclass(frozen=True)
 class ExtraLosses:
@@ -46,9 +48,9 @@ class ExtraLosses:
         """
         terms: list[Tensor] = []
         if self.activation:
-            terms.append(self.activation * _wide(kept).square().mean())
+            terms.append(self.activation * widened(kept).square().mean())
         if self.temporal_activation and output.shape[1] > 1:
-            terms.append(self.temporal_activation * _wide(output).diff(dim=1).square().mean())
+            terms.append(self.temporal_activation * widened(output).diff(dim=1).square().mean())
         if self.auxiliary:
             terms += [self.auxiliary * nats.mean() for nats in auxiliary]
         return torch.stack(terms).sum() if terms else None
@@ -56,7 +58,3 @@ class ExtraLosses:
 
 NO_LOSSES = ExtraLosses()
 """Nothing is added."""
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

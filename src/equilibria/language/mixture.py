@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.cells.masks import check_rate
-from equilibria.language.embeddings import Dropped, Embedding, Init, dropped, started
+from equilibria.language.embeddings import Dropped, Embedding, Init, dropped, started, widened
 from equilibria.language.heads import check_output_dropout
 
 
@@ -131,20 +131,20 @@ class MixtureHead(nn.Module):
 
     def forward(self, h: Float[Tensor, "B T O"], embedding: Embedding) -> Float[Tensor, "B T V"]:
         """The log-probabilities."""
-        each = _wide(self._logits(h, embedding)).log_softmax(dim=-1)
+        each = widened(self._logits(h, embedding)).log_softmax(dim=-1)
         return (self._log_priors(h)[..., None] + each).logsumexp(dim=-2)
 
     def nats(
         self, h: Float[Tensor, "B T O"], targets: Int[Tensor, "B T"], embedding: Embedding
     ) -> Float[Tensor, "B T"]:
         """−log p(target), position by position; nothing is mixed but the probabilities of the targets."""
-        logits = _wide(self._logits(h, embedding))
+        logits = widened(self._logits(h, embedding))
         words = targets[..., None].expand(logits.shape[:-1])
         each = functional.cross_entropy(logits.flatten(0, -2), words.flatten(), reduction="none").view(words.shape)
         return -(self._log_priors(h) - each).logsumexp(dim=-1)
 
     def _log_priors(self, h: Tensor) -> Float[Tensor, "B T K"]:
-        return _wide(self.prior(h)).log_softmax(dim=-1)
+        return widened(self.prior(h)).log_softmax(dim=-1)
 
     def _logits(self, h: Tensor, embedding: Embedding) -> Float[Tensor, "B T K V"]:
         latents = dropped(self.latent(h), rate=self.latent_dropout, training=self.training)
@@ -156,7 +156,3 @@ class MixtureHead(nn.Module):
         sizes = f"vocabulary_size={len(self.bias)}, experts={self.experts}, tied={self.weight is None}"
         drops = f"dropout={self.dropout}, output_dropout={self.output_dropout!r}"
         return f"{sizes}, {drops}, latent_dropout={self.latent_dropout}"
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

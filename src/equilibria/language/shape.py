@@ -31,7 +31,7 @@ class Explicit:
     checkpoint: bool = False
     """Whether only the states are kept and each layer is evaluated again in the backward pass."""
     auxiliary_every: int = 0
-    """k: layers k, 2k, … have an auxiliary loss in training, whose weight ``ExtraLosses`` has; 0 for none."""
+    """k: in training layers k, 2k, … give their outputs, for losses whose weight ``ExtraLosses`` has; 0 for none."""
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -64,6 +64,12 @@ class Explicit:
                 )
             return Stack([cell.build() for _ in range(self.depth)], checkpoint=self.checkpoint)
         if self.memory == "layers":
+            if isinstance(cell, TrellisShape) and cell.recurrence == "scan":
+                raise ValueError(
+                    "Explicit(memory='layers') of a TrellisShape(recurrence='scan'): what such a layer needs of the "
+                    "past is the c that it computes itself, and a layer remembers its input; give recurrence='delayed' "
+                    "or memory='last'."
+                )
             return Stack([cell.build()] * self.depth, checkpoint=self.checkpoint)
         choices = {"checkpoint": self.checkpoint, "auxiliary_every": self.auxiliary_every}
         return Unrolled(cell.build(), self.depth, **choices)
