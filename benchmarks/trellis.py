@@ -1,6 +1,6 @@
 """A training step and an evaluation of DEQ-TrellisNet beside its explicit network of 60 layers: memory and time.
 
-python benchmarks/trellis.py train --data FOLDER --run RUN [--shallow 800 --implicit 200]
+python benchmarks/trellis.py train --data FOLDER --run RUN [--shallow 300 --implicit 150]
     trains the recipe ptb-trellis for a short while (Adam, segments of 35), so that the weights are none that were just
     drawn: fresh ones are solved in fewer evaluations
 python benchmarks/trellis.py measure --data FOLDER --run RUN [--repeats 2]
@@ -47,15 +47,14 @@ def short(data: Path, *, shallow: int, implicit: int) -> Experiment:
     training = Training(
         batch_size=16,
         segment_length=35,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup=50,
-        valid_every=200,
-        checkpoint_every=200,
-        valid_segments=20,
+        valid_every=50,
+        checkpoint_every=50,
+        valid_segments=4,
         eval_batch_size=12,
         spectral_radius=0,
         measure_memory=False,
-        threads=1,
     )
     return dataclasses.replace(whole, name="ptb-trellis-short", stages=stages, training=training)
 
@@ -261,8 +260,8 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("train", "measure"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--shallow", type=int, default=800)
-    parser.add_argument("--implicit", type=int, default=200)
+    parser.add_argument("--shallow", type=int, default=300)
+    parser.add_argument("--implicit", type=int, default=150)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rtol", type=float, default=1e-3)
     given = parser.parse_args()
