@@ -1,6 +1,6 @@
 """A training step and an evaluation of DEQ-TrellisNet beside its explicit network of 60 layers: memory and time.
 
-python benchmarks/trellis.py train --data FOLDER --run RUN [--shallow 300 --implicit 150]
+python benchmarks/trellis.py train --data FOLDER --run RUN [--shallow 100 --implicit 250]
     trains the recipe ptb-trellis for a short while (Adam, segments of 35), so that the weights are none that were just
     drawn: fresh ones are solved in fewer evaluations
 python benchmarks/trellis.py measure --data FOLDER --run RUN [--repeats 2]
@@ -47,7 +47,8 @@ def short(data: Path, *, shallow: int, implicit: int) -> Experiment:
     training = Training(
         batch_size=16,
         segment_length=35,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
+        clip=0.225,
         warmup=50,
         valid_every=50,
         checkpoint_every=50,
@@ -260,8 +261,8 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("train", "measure"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--shallow", type=int, default=300)
-    parser.add_argument("--implicit", type=int, default=150)
+    parser.add_argument("--shallow", type=int, default=100)
+    parser.add_argument("--implicit", type=int, default=250)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rtol", type=float, default=1e-3)
     given = parser.parse_args()

@@ -20,6 +20,7 @@ from torch.nn import functional
 from equilibria.cells.attention import Attention
 from equilibria.cells.cache import KeyValueCache
 from equilibria.cells.masks import add_masked, dropout_mask, masked
+from equilibria.cells.memory import check_cache_use, check_new_cache, check_streams
 from equilibria.cells.positions import DecayPositions, RelativePositions
 from equilibria.cells.transformer_context import (
     TransformerCache,
@@ -166,20 +167,7 @@ class TransformerCell(Cell):
                 neighbours resemble each other; on text it saved nothing.
         """
         shape = self.shape
-        if batch < 1:
-            raise ValueError(f"cache(batch={batch}): a cache is for at least one row.")
-        if self.training:
-            raise ValueError("a cache is for evaluation mode, where nothing is dropped; call model.eval() first.")
-        if memory is not None and not isinstance(memory, TransformerMemory):
-            raise ValueError(
-                f"the memory is a {type(memory).__name__}, and a cache is made from a TransformerMemory, as a solve "
-                "without cache gives it; where there is a cache already, go on with that."
-            )
-        if memory is not None and padding is not None:
-            raise ValueError(
-                "padding stands before the text of a row, and the memory would stand before the padding; give rows of "
-                "one length, or no memory."
-            )
+        check_new_cache(self, batch, kind=TransformerMemory, memory=memory, padding=padding)
         length = min(shape.memory if length is None else length, (shape.window or 1000) - 1)
         with torch.no_grad():
             weights = self._weights()
@@ -219,16 +207,10 @@ class TransformerCell(Cell):
 
     def _check_memory(self, x: Tensor, memory: TransformerMemory | TransformerCache | None) -> None:
         if isinstance(memory, TransformerCache):
-            if torch.is_grad_enabled():
-                raise ValueError("a cache has no gradient; use it under torch.no_grad().")
-            streams = memory.past.slots.shape[2]
-        else:
-            streams = len(x) if memory is None else len(memory.z)
-        if streams != len(x):
-            raise ValueError(
-                f"the memory is of {streams} streams and the input of {len(x)}; a memory continues the streams "
-                "that it came from, so pass memory=None where new ones begin."
-            )
+            check_cache_use(self)
+            check_streams(memory.past.slots.shape[2], x)
+        elif memory is not None:
+            check_streams(len(memory.z), x)
 
 
 def _positions(shape: TransformerShape) -> RelativePositions | DecayPositions:

@@ -10,7 +10,6 @@ Letters: B batch, T time, E channels of the input, H channels of h and of c, O c
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.cells.masks import dropout_mask, masked
+from equilibria.cells.memory import check_cache_use, check_new_cache, check_streams
 from equilibria.cells.scan import scan
 from equilibria.cells.trellis_context import TrellisCache, TrellisContext, TrellisMemory, TrellisWeights
 from equilibria.cells.trellis_shape import TrellisShape
@@ -149,9 +149,12 @@ class TrellisCell(Cell):
             memory: of what came before.
             warm: start each single position from the state of the one before it, instead of zero.
         """
-        _check_cache(batch, length=length, padding=padding, memory=memory)
-        if self.training:
-            raise ValueError(_IN_EVALUATION)
+        check_new_cache(self, batch, kind=TrellisMemory, memory=memory, padding=padding)
+        if length is not None:
+            raise ValueError(
+                f"cache(length={length}): a trellis remembers one state, of all the text before it, and not a number "
+                "of positions; leave the length of the memory out."
+            )
         with torch.no_grad():
             weights = self._weights()
         if memory is None:
@@ -174,15 +177,10 @@ class TrellisCell(Cell):
             raise ValueError(
                 f"the input has {x.shape[2]} channels and the cell reads {self.shape.width}; give both the same width."
             )
-        if cache is not None and torch.is_grad_enabled():
-            raise ValueError("a cache has no gradient; use it under torch.no_grad().")
-        if cache is not None and self.training:
-            raise ValueError(_IN_EVALUATION)
-        if memory is not None and len(memory.z) != len(x):
-            raise ValueError(
-                f"the memory is of {len(memory.z)} streams and the input of {len(x)}; a memory continues the streams "
-                "that it came from, so pass memory=None where new ones begin."
-            )
+        if cache is not None:
+            check_cache_use(self)
+        if memory is not None:
+            check_streams(len(memory.z), x)
 
 
 def _present(padding: Tensor | None, x: Tensor) -> Float[Tensor, "B T 1"] | None:
@@ -191,26 +189,3 @@ def _present(padding: Tensor | None, x: Tensor) -> Float[Tensor, "B T 1"] | None
         return None
     times = torch.arange(x.shape[1], device=x.device)
     return (times >= padding[:, None]).to(x.dtype)[..., None]
-
-
-_IN_EVALUATION = "a cache is for evaluation mode, where nothing is dropped; call model.eval() first."
-
-
-def _check_cache(batch: int, *, length: int | None, padding: Tensor | None, memory: Any) -> None:
-    if batch < 1:
-        raise ValueError(f"cache(batch={batch}): a cache is for at least one row.")
-    if length is not None:
-        raise ValueError(
-            f"cache(length={length}): a trellis remembers one state, of all the text before it, and not a number of "
-            "positions; leave the length of the memory out."
-        )
-    if memory is not None and not isinstance(memory, TrellisMemory):
-        raise ValueError(
-            f"the memory is a {type(memory).__name__}, and a cache is made from a TrellisMemory, as a solve without "
-            "cache gives it; where there is a cache already, go on with that."
-        )
-    if memory is not None and padding is not None:
-        raise ValueError(
-            "padding stands before the text of a row, and the memory would stand before the padding; give rows of one "
-            "length, or no memory."
-        )

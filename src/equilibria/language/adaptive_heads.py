@@ -17,17 +17,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equilibria.cells.masks import check_rate
 from equilibria.language.clusters import AdaptiveEmbedding, Clusters
-from equilibria.language.embeddings import Dropped, Init, dropped, started, widened
-from equilibria.language.heads import check_output_dropout
+from equilibria.language.embeddings import Dropped, Init, started, widened
+from equilibria.language.heads import Head
 
 Readers = list[Callable[[Tensor], Tensor]]
 """One function a cluster, from states [N D] to logits of its words; those of cluster 0 are followed by one slot for
 each other cluster, in their order."""
 
 
-class AdaptiveHead(nn.Module, ABC):
+class AdaptiveHead(Head, ABC):
     """States to log-probabilities, cluster by cluster (Grave et al. 2017, eq. 8); log-softmax in float32 or wider.
 
         log p(w) = log softmax(head)[w]                                     for a word of cluster 0,
@@ -37,19 +36,12 @@ class AdaptiveHead(nn.Module, ABC):
     """
 
     def __init__(self, clusters: Clusters, *, dropout: float = 0.0, output_dropout: Dropped = "channel") -> None:
-        super().__init__()
-        check_rate(type(self).__name__, "dropout", dropout)
-        check_output_dropout(type(self).__name__, output_dropout)
-        self.clusters, self.dropout = clusters, dropout
-        self.output_dropout: Dropped = output_dropout
+        super().__init__(dropout=dropout, output_dropout=output_dropout)
+        self.clusters = clusters
 
     @abstractmethod
     def readers(self, embedding: AdaptiveEmbedding) -> Readers:
         """The logits of each cluster, as functions of the states."""
-
-    def dropped(self, h: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """h ⊙ mask: what ``forward`` and ``nats`` are given; in evaluation h itself."""
-        return dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout)
 
     def forward(self, h: Float[Tensor, "B T D"], embedding: AdaptiveEmbedding) -> Float[Tensor, "B T V"]:
         """The log-probabilities of all words, for generation; as large as a plain softmax."""
@@ -77,8 +69,9 @@ class AdaptiveHead(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """Sizes and rate."""
-        sizes = f"vocabulary_size={self.clusters.vocabulary_size}, cutoffs={self.clusters.cutoffs}"
-        return f"{sizes}, dropout={self.dropout}, output_dropout={self.output_dropout!r}"
+        return (
+            f"vocabulary_size={self.clusters.vocabulary_size}, cutoffs={self.clusters.cutoffs}, {super().extra_repr()}"
+        )
 
 
 class TiedAdaptiveHead(AdaptiveHead):
@@ -93,7 +86,7 @@ class TiedAdaptiveHead(AdaptiveHead):
         embedding: to which the head is tied; only its sizes are kept.
         width: D, channels of the state.
         dropout: share of h that is dropped.
-        output_dropout: what of h, as in ``SoftmaxHead``.
+        output_dropout: what of h, as in ``Head``.
         std: the head's rows for the slots start with this standard deviation; all biases start at 0.
         projection_std: Q_0 starts from N(0, projection_std²).
         init: whether those rows start from N(0, std²) or from U(±√3·std).
@@ -145,7 +138,7 @@ class UntiedAdaptiveHead(AdaptiveHead):
         width: D, channels of the state.
         division: of the width, from cluster to cluster.
         dropout: share of h that is dropped.
-        output_dropout: what of h, as in ``SoftmaxHead``.
+        output_dropout: what of h, as in ``Head``.
         std: the rows for words and slots start with this standard deviation; the bias of cluster 0 and the slots
             starts at 0.
         projection_std: the tails' maps of D channels start from N(0, projection_std²).

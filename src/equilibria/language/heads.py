@@ -1,6 +1,6 @@
 """States to log-probabilities of the next token.
 
-Letters: B batch, T time, D width, V vocabulary.
+Letters: B batch, T time, O channels of the layer's output, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,37 @@ from equilibria.cells.masks import check_rate
 from equilibria.language.embeddings import Dropped, Embedding, Init, dropped, started, widened
 
 
-class SoftmaxHead(nn.Module):
+class Head(nn.Module):
+    """What every head does first: dropout of the outputs that it reads.
+
+    Args:
+        dropout: share of h that is dropped.
+        output_dropout: what of h: a "channel", the same ones at all positions of a segment, or a "token", which loses
+            all its channels (what the code of Bai, Kolter and Koltun 2019 does to the output of its Transformer).
+    """
+
+    def __init__(self, *, dropout: float, output_dropout: Dropped) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        check_rate(owner, "dropout", dropout)
+        if output_dropout not in ("channel", "token"):
+            raise ValueError(
+                f"{owner}(output_dropout={output_dropout!r}): output_dropout is 'channel', which drops the same "
+                "channels at all positions, or 'token', which drops whole positions; try 'channel'."
+            )
+        self.dropout = dropout
+        self.output_dropout: Dropped = output_dropout
+
+    def dropped(self, h: Float[Tensor, "B T O"]) -> Float[Tensor, "B T O"]:
+        """h ⊙ mask: what ``forward`` and ``nats`` are given; in evaluation h itself."""
+        return dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout)
+
+    def extra_repr(self) -> str:
+        """The rate."""
+        return f"dropout={self.dropout}, output_dropout={self.output_dropout!r}"
+
+
+class SoftmaxHead(Head):
     """logits = W h + b over the whole vocabulary, from an output that ``dropped`` has masked.
 
     A tied head has no W: it reads the embedding's table at each call (Press and Wolf 2017), so there is one Parameter,
@@ -25,8 +55,7 @@ class SoftmaxHead(nn.Module):
         vocabulary_size: V, logits.
         tied: W is the table of the embedding that is handed to each call.
         dropout: share of h that is dropped.
-        output_dropout: what of h: a "channel", the same ones at all positions of a segment, or a "token", which loses
-            all its channels (what the code of Bai, Kolter and Koltun 2019 does to the output of its Transformer).
+        output_dropout: what of h, as in ``Head``.
         std: an untied W starts with this standard deviation; b starts at 0.
         init: whether it does from N(0, std²) or from U(±√3·std).
     """
@@ -42,17 +71,9 @@ class SoftmaxHead(nn.Module):
         std: float = 0.01,
         init: Init = "normal",
     ) -> None:
-        super().__init__()
-        check_rate("SoftmaxHead", "dropout", dropout)
-        check_output_dropout("SoftmaxHead", output_dropout)
-        self.dropout = dropout
-        self.output_dropout: Dropped = output_dropout
+        super().__init__(dropout=dropout, output_dropout=output_dropout)
         self.weight = None if tied else nn.Parameter(started(torch.empty(vocabulary_size, width), std=std, init=init))
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
-
-    def dropped(self, h: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """h ⊙ mask: what ``forward`` and ``nats`` are given; in evaluation h itself."""
-        return dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout)
 
     def forward(self, h: Float[Tensor, "B T D"], embedding: Embedding) -> Float[Tensor, "B T V"]:
         """The logits."""
@@ -68,18 +89,4 @@ class SoftmaxHead(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and kind."""
-        sizes = f"vocabulary_size={len(self.bias)}, tied={self.weight is None}"
-        return f"{sizes}, dropout={self.dropout}, output_dropout={self.output_dropout!r}"
-
-
-def check_output_dropout(owner: str, kind: str) -> None:
-    """Refuse a kind of output dropout that is none.
-
-    Raises:
-        ValueError: the kind is not "channel" or "token".
-    """
-    if kind not in ("channel", "token"):
-        raise ValueError(
-            f"{owner}(output_dropout={kind!r}): output_dropout is 'channel', which drops the same channels at all "
-            "positions, or 'token', which drops whole positions; try 'channel'."
-        )
+        return f"vocabulary_size={len(self.bias)}, tied={self.weight is None}, {super().extra_repr()}"

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from equilibria.cells.masks import check_rate
 from equilibria.language.embeddings import Dropped, Embedding, Init, dropped, started, widened
-from equilibria.language.heads import check_output_dropout
+from equilibria.language.heads import Head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class MixtureShape:
             outputs: O, channels of the states.
             tied: whether all experts read the embedding's table, or one of the head.
             dropout: share dropped from the states.
-            output_dropout: what of them, as in ``SoftmaxHead``.
+            output_dropout: what of them, as in ``Head``.
             std: a table of the head starts with this standard deviation.
             init: whether it does from N(0, std²) or from U(±√3·std).
         """
@@ -77,7 +77,7 @@ class MixtureShape:
         )
 
 
-class MixtureHead(nn.Module):
+class MixtureHead(Head):
     """p(w) = Σ_k π_k softmax(E tanh(mask ⊙ (W_k h + b_k)) + b)[w], where π = softmax(W_π h + b_π).
 
     Yang, Dai, Salakhutdinov and Cohen 2018. E and b are shared by the experts. Deviations: (1) the
@@ -92,7 +92,7 @@ class MixtureHead(nn.Module):
         experts: K.
         tied: whether E is the table of the embedding that is handed to each call, or one of its own.
         dropout: share of h that is dropped.
-        output_dropout: what of h, as in ``SoftmaxHead``.
+        output_dropout: what of h, as in ``Head``.
         latent_dropout: share of the latents' channels that is dropped, each expert's by a mask of its own, the same at
             all positions.
         std: an untied E starts with this standard deviation; b starts at 0, W_π, W_k and their biases where
@@ -114,20 +114,13 @@ class MixtureHead(nn.Module):
         std: float = 0.01,
         init: Init = "normal",
     ) -> None:
-        super().__init__()
-        check_rate("MixtureHead", "dropout", dropout)
+        super().__init__(dropout=dropout, output_dropout=output_dropout)
         check_rate("MixtureHead", "latent_dropout", latent_dropout)
-        check_output_dropout("MixtureHead", output_dropout)
-        self.experts, self.dropout, self.latent_dropout = experts, dropout, latent_dropout
-        self.output_dropout: Dropped = output_dropout
+        self.experts, self.latent_dropout = experts, latent_dropout
         self.prior, self.latent = nn.Linear(width, experts), nn.Linear(width, experts * latent_width)
         table = None if tied else started(torch.empty(vocabulary_size, latent_width), std=std, init=init)
         self.weight = None if table is None else nn.Parameter(table)
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
-
-    def dropped(self, h: Float[Tensor, "B T O"]) -> Float[Tensor, "B T O"]:
-        """h ⊙ mask: what ``forward`` and ``nats`` are given; in evaluation h itself."""
-        return dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout)
 
     def forward(self, h: Float[Tensor, "B T O"], embedding: Embedding) -> Float[Tensor, "B T V"]:
         """The log-probabilities."""
@@ -154,5 +147,4 @@ class MixtureHead(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and rates."""
         sizes = f"vocabulary_size={len(self.bias)}, experts={self.experts}, tied={self.weight is None}"
-        drops = f"dropout={self.dropout}, output_dropout={self.output_dropout!r}"
-        return f"{sizes}, {drops}, latent_dropout={self.latent_dropout}"
+        return f"{sizes}, {super().extra_repr()}, latent_dropout={self.latent_dropout}"

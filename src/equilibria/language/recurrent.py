@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equilibria.cells.masks import check_rate
+from equilibria.cells.memory import check_streams
 from equilibria.equilibrium import GradientRule, LayerOutput
 from equilibria.language.embeddings import Embedding
 from equilibria.language.heads import SoftmaxHead
@@ -118,11 +119,7 @@ class Recurrent(nn.Module):
     @staticmethod
     def _state(x: Tensor, memory: RecurrentMemory, *, lstm: bool) -> Tensor | tuple[Tensor, Tensor]:
         """The memory as PyTorch wants it, with an axis for the layers in front."""
-        if len(memory.h) != len(x):
-            raise ValueError(
-                f"the memory is of {len(memory.h)} streams and the input of {len(x)}; a memory continues the streams "
-                "that it came from, so pass memory=None where new ones begin."
-            )
+        check_streams(len(memory.h), x)
         if lstm and memory.c is not None:
             return memory.h[None].contiguous(), memory.c[None].contiguous()
         return memory.h[None].contiguous()
