@@ -8,8 +8,9 @@ import pickle
 
 import pytest
 import torch
+from torch.testing import assert_close
 
-from equilibria import Anderson, Equilibrium, Implicit, Stop
+from equilibria import Anderson, Cell, Equilibrium, Implicit, Stop
 from equilibria.cells import CELLS, TransformerCell, TransformerShape, TrellisShape
 from equilibria.training.nested import flatten
 
@@ -103,6 +104,23 @@ def test_causal(shape, remembering):
         after = cell(later_z, cell.prepare(later_x, memory))
         assert torch.equal(after[:, :t], before[:, :t])
         assert not torch.allclose(after[:, t], before[:, t])
+
+
+@pytest.mark.parametrize("past", ["none", "memory", "cache"])
+def test_f_of_selected_samples_is_f_selected(shape, past):
+    cell = built(shape, training=past != "cache")
+    x, z = (torch.cat([part, part.flip(1)]) for part in inputs(shape))  # four samples
+    memory, rows = None, torch.tensor([3, 0])
+    with torch.no_grad():
+        if past == "memory":
+            memory = cell.remember(z.roll(1, 0), cell.prepare(x.roll(1, 0), None))
+        if past == "cache" and type(cell).cache is not Cell.cache:
+            memory = cell.cache(4, padding=torch.tensor([2, 0, 3, 1]))
+        context = cell.prepare(x, memory)
+        whole = cell(z, context)
+        assert_close(cell(z[rows], cell.select(context, rows)), whole[rows], rtol=1e-12, atol=1e-12)
+        twice = cell.select(cell.select(context, torch.tensor([3, 1, 0])), torch.tensor([0, 2]))
+        assert_close(cell(z[rows], twice), whole[rows], rtol=1e-12, atol=1e-12)
 
 
 def test_samples_are_independent(shape):

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from equilibria import Anderson, Broyden, NewtonKrylov, Picard, Reversible, Status, Stop, solve
 from equilibria.solvers import CATALOGUE
-from problems import PROBLEMS, SOLVERS
+from problems import PROBLEMS, SOLVERS, tanh_map
 
 MEMBERS = [*SOLVERS.values(), Reversible(0.8)]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -161,6 +162,49 @@ def test_quasi_newton_needs_fewer_evaluations():
     assert evaluations(Anderson()) < 0.25 * plain
     assert evaluations(Broyden()) < 0.25 * plain
     assert evaluations(NewtonKrylov(inner=24)) < 0.25 * plain
+
+
+def dense_broyden(f, z, *, steps, memory):
+    """The iterates by the equation in the docstring, with H as a matrix, and the last H."""
+    h, updates, iterates = -torch.eye(len(z), dtype=z.dtype), 0, [z]
+    g, before = f(z) - z, None
+    for _ in range(steps):
+        if before is not None:
+            dz, dg = z - before[0], g - before[1]
+            h = h + torch.outer(dz - h @ dg, h.T @ dz) / (dz @ (h @ dg))
+            updates += 1
+            if updates > memory:
+                h, updates = -torch.eye(len(z), dtype=z.dtype), 0
+        before = (z, g)
+        z = z - h @ g
+        g = f(z) - z
+        iterates.append(z)
+    return torch.stack(iterates), h
+
+
+@pytest.mark.parametrize("memory", [1, 3, 30])
+def test_broyden_is_the_method_of_its_equation(memory):
+    _, x, f = tanh_map(n=12, batch=1, gain=0.95, seed=3)
+    x = x.detach()
+    path, h = dense_broyden(lambda z: f(z[None])[0].detach(), torch.zeros_like(x[0]), steps=14, memory=memory)
+    fixed_depth = Stop(rtol=0, atol=0, max_evals=15, best=False)
+    with torch.no_grad():
+        solution = solve(f, torch.zeros_like(x), Broyden(memory), fixed_depth)
+    assert_close(solution.z[0], path[-1], rtol=1e-9, atol=1e-9)
+    v = torch.linspace(-1, 1, 12, dtype=x.dtype)[None]
+    assert_close(solution.history.apply(v)[0], -h @ v[0], rtol=1e-7, atol=1e-7)
+    assert_close(solution.history.apply_transposed(v)[0], -h.T @ v[0], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(), Broyden(memory=3)], ids=str)
+def test_iterating_on_at_the_floor_of_float32_stays_there(solver):
+    _, x, f = tanh_map(n=64, batch=4, gain=0.95)
+    fixed_depth = Stop(rtol=0, atol=0, max_evals=300)
+    with torch.no_grad():
+        solution = solve(lambda z: f(z.double()).float(), torch.zeros_like(x).float(), solver, fixed_depth)
+    assert torch.isfinite(solution.trace).all()
+    assert solution.residual.max() < 1e-6
+    assert solution.trace[-100:].max() < 1e-3
 
 
 def test_broyden_ends_a_linear_problem_in_2n_steps():

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from equilibria.layer import Cell, Context, LayerOutput, Memory
-from equilibria.solve import Map, Solution, Solver, Stop, check_kind, solve
+from equilibria.solve import Map, SelectableMap, Solution, Solver, Stop, check_kind, solve
 
 __all__ = [
     "Cell",
@@ -38,6 +38,29 @@ class GradientRule(ABC):
     @abstractmethod
     def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
         """The solution of z = f(z) from z0; its ``z`` carries the gradient."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CellMap(SelectableMap):
+    """f(·; x) of a cell that can select samples."""
+
+    cell: Cell
+    context: Context
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """f(z)."""
+        return self.cell(z, self.context)
+
+    def select(self, rows: Int[Tensor, " R"]) -> CellMap:
+        """With the context of these samples."""
+        return CellMap(self.cell, self.cell.select(self.context, rows))
+
+
+def map_of(cell: Cell, context: Context, *, time: int) -> Map:
+    """f(·; x); one that can select samples, if its cell can and there is more than one position to be saved."""
+    if time > 1 and type(cell).select is not Cell.select:
+        return CellMap(cell, context)
+    return lambda z: cell(z, context)
 
 
 class Equilibrium(nn.Module):
@@ -62,10 +85,7 @@ class Equilibrium(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"], memory: Memory = None) -> LayerOutput:
         """The equilibrium under input ``x [B T D]`` and the memory of the previous segment."""
         context = self.cell.prepare(x, memory)
-
-        def f(z: Tensor) -> Tensor:
-            return self.cell(z, context)
-
+        f = map_of(self.cell, context, time=x.shape[1])
         stop = self.stop if self.training else self.evaluation_stop
         solution = self.gradient.run(f, self.cell.start(context), self.solver, stop)
         return LayerOutput(
@@ -206,8 +226,10 @@ def check_parts(solver: Solver, stop: Stop, gradient: GradientRule) -> None:
 
 def without_graph(f: Map, z0: Tensor, solver: Solver, stop: Stop, *, keep_history: bool = False) -> Solution:
     """``solve`` with gradients off: the first half of every rule that does not unroll."""
+    # A history is of all samples only if all of them are evaluated to the end.
+    whole: Map = (lambda z: f(z)) if keep_history else f
     with torch.no_grad():
-        solution = solve(f, z0.detach(), solver, stop)
+        solution = solve(whole, z0.detach(), solver, stop)
     if not keep_history:  # many states; the backward pass needs the room
         solution = dataclasses.replace(solution, history=None)
     # Autocast caches weights that were cast without a graph; the graph-carrying evaluation must not meet them.

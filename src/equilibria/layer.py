@@ -35,6 +35,13 @@ class Cell(nn.Module, ABC):
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """f(z): pure, so that the same inputs give the same bits."""
 
+    def select(self, context: Context, rows: Int[Tensor, " R"]) -> Context:
+        """The context of these samples alone, in this order, for a solve that goes on without those that are done.
+
+        A cell that has it saves their evaluations; one that has not is always evaluated as a whole.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no select(context, rows).")
+
     @abstractmethod
     def remember(self, z: Tensor, context: Context) -> Memory:
         """What the next segment of the same streams needs of this one, detached."""

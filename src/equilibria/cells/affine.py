@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -70,6 +70,10 @@ class AffineCell(Cell):
     def forward(self, z: Float[Tensor, "B T D"], context: AffineContext) -> Float[Tensor, "B T D"]:
         """A z + B x + b."""
         return functional.linear(z, self.a) + context.injection
+
+    def select(self, context: AffineContext, rows: Int[Tensor, " R"]) -> AffineContext:
+        """The injection of these samples."""
+        return AffineContext(injection=context.injection[rows])
 
     def remember(self, z: Float[Tensor, "B T D"], context: AffineContext) -> None:
         """Nothing."""

@@ -10,7 +10,7 @@ import dataclasses
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -48,6 +48,18 @@ class AttentionContext:
     """Queries and keys to scores, position term and mask included."""
     drop: Float[Tensor, "N T K"] | None
     """Dropout mask of the attention weights, which are not summed to one again."""
+
+    def select(self, rows: Int[Tensor, " R"], *, batch: int) -> AttentionContext:
+        """The same for these samples of the batch."""
+        past = self.past.past if isinstance(self.past, KeyValueCache) else self.past
+        drop = None if self.drop is None else self.drop.unflatten(0, (-1, batch))[:, rows].flatten(0, 1)
+        return dataclasses.replace(
+            self,
+            injection=self.injection[rows] if self.injection.ndim > 1 else self.injection,
+            past=None if past is None else past[:, :, rows],
+            scores=self.scores.select(rows, batch=batch),
+            drop=drop,
+        )
 
 
 class Attention(nn.Module):

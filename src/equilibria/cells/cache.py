@@ -65,7 +65,7 @@ class KeyValueCache:
         """
         if self._newest and self.end + time <= self.slots.shape[3]:
             return self
-        past = self._past
+        past = self.past
         # As many slots again as are kept: the copy is paid for by that many tokens.
         room = max(time, min(self.length, max(64, 2 * self.seen)))
         slots = torch.cat([past, past.new_zeros(*past.shape[:3], room, past.shape[4])], dim=3)
@@ -77,7 +77,8 @@ class KeyValueCache:
         return self.written == [self.end]
 
     @property
-    def _past(self) -> Float[Tensor, "2 H B M C"]:
+    def past(self) -> Float[Tensor, "2 H B M C"]:
+        """Keys and values that new positions see."""
         return self.slots[:, :, :, self.end - self.seen : self.end]
 
     def joined(self, present: Float[Tensor, "2 H B T C"]) -> Float[Tensor, "2 H B K C"]:
@@ -85,7 +86,7 @@ class KeyValueCache:
         end = self.end + present.shape[3]
         tangent = forward_ad.unpack_dual(present).tangent  # of a Jacobian–vector product
         if tangent is not None or torch.is_grad_enabled() or not self._newest:
-            return torch.cat([self._past, present], dim=3)
+            return torch.cat([self.past, present], dim=3)
         self.slots[:, :, :, self.end : end].copy_(present)
         return self.slots[:, :, :, self.end - self.seen : end]
 

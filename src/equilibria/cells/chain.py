@@ -100,6 +100,11 @@ class ChainCell(Cell):
             z = cell(z, block)
         return z
 
+    def select(self, context: ChainContext, rows: Int[Tensor, " R"]) -> ChainContext:
+        """Each block's context of these samples."""
+        pairs = zip(self._cells, context.blocks, strict=True)
+        return ChainContext(blocks=tuple(cell.select(block, rows) for cell, block in pairs))
+
     def remember(self, z: Float[Tensor, "B T D"], context: ChainContext) -> _Memory:
         """What each block remembers of its own input, which takes one more evaluation of all blocks but the last."""
         kept = []

@@ -13,7 +13,7 @@ import dataclasses
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from equilibria.cells.masks import dropout_mask, masked
@@ -51,6 +51,12 @@ class RelativeScores:
     mask: Float[Tensor, "_ _"]
     """[BT K1], or [1 1] where all is seen: 0, or −∞ wherever ``relative_shift`` brings what query i must not see: no
     pass over the scores is spent on it."""
+
+    def select(self, rows: Int[Tensor, " R"], *, batch: int) -> RelativeScores:
+        """The same for these samples of the batch."""
+        if self.mask.numel() == 1:
+            return self
+        return dataclasses.replace(self, mask=self.mask.unflatten(0, (batch, -1))[rows].flatten(0, 1))
 
     def __call__(self, q: Float[Tensor, "N T C"], k: Float[Tensor, "N K C"]) -> Float[Tensor, "N T K"]:
         """The scores, masked."""
@@ -151,6 +157,10 @@ class DecayScores:
 
     bias: Float[Tensor, "N T K"]
     """b, and −∞ where query i does not see key j."""
+
+    def select(self, rows: Int[Tensor, " R"], *, batch: int) -> DecayScores:
+        """The same for these samples of the batch."""
+        return DecayScores(bias=self.bias.unflatten(0, (-1, batch))[:, rows].flatten(0, 1))
 
     def __call__(self, q: Float[Tensor, "N T C"], k: Float[Tensor, "N K C"]) -> Float[Tensor, "N T K"]:
         """The scores, masked."""

@@ -127,6 +127,19 @@ class TransformerCell(Cell):
         f = add_masked(a if self.shape.norm == "pre" else b, update, context.drop_outer)
         return masked(self.norms[1](f) if post else f, context.present)
 
+    def select(self, context: TransformerContext, rows: Int[Tensor, " R"]) -> TransformerContext:
+        """The context of these samples; not what ``remember`` needs, which is given the whole one."""
+        masks = ("drop_attention", "drop_inner", "drop_outer", "present")
+        chosen = {name: _rows(getattr(context, name), rows) for name in masks}
+        return dataclasses.replace(
+            context,
+            attention=context.attention.select(rows, batch=len(context.start)),
+            start=context.start[rows],
+            injection=None,
+            memory=None,
+            **chosen,
+        )
+
     def remember(
         self, z: Float[Tensor, "B T D"], context: TransformerContext
     ) -> TransformerMemory | TransformerCache | None:
@@ -211,6 +224,10 @@ class TransformerCell(Cell):
             check_streams(memory.past.slots.shape[2], x)
         elif memory is not None:
             check_streams(len(memory.z), x)
+
+
+def _rows(x: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if x is None else x[rows]
 
 
 def _positions(shape: TransformerShape) -> RelativePositions | DecayPositions:

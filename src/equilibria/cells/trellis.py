@@ -117,6 +117,19 @@ class TrellisCell(Cell):
         """The last O channels of h."""
         return z[..., self.shape.hidden : self.shape.channels]
 
+    def select(self, context: TrellisContext, rows: Int[Tensor, " R"]) -> TrellisContext:
+        """The context of these samples; not what ``remember`` needs, which is given the whole one."""
+        return dataclasses.replace(
+            context,
+            injection=context.injection[rows],
+            past_h=context.past_h[rows],
+            past_c=context.past_c[rows],
+            drop=None if context.drop is None else context.drop[rows],
+            present=None if context.present is None else context.present[rows],
+            last=None,
+            cache=None,
+        )
+
     def remember(self, z: Float[Tensor, "B T H2"], context: TrellisContext) -> TrellisMemory | TrellisCache:
         """h, c and x at the last time, detached; a cache, with them."""
         memory = TrellisMemory(z=z[:, -1:].detach().clone(), x=context.last)  # a view would keep all of z

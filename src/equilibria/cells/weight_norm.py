@@ -62,6 +62,10 @@ class NormedLinear(nn.Module):
         return f"inputs={inputs}, outputs={outputs}, bias={self.bias is not None}, normed={self.gain is not None}"
 
 
+ROWS = 512
+"""Rows of v that are copied at a time."""
+
+
 class _Dropped(torch.autograd.Function):
     """W of a v of which entries were dropped, without a copy of v that autograd would keep."""
 
@@ -86,15 +90,20 @@ def _gradients(
     """Of v and of the gain."""
     if gain is None or norm is None:
         return _drop(grad.clone(), kept, scale), None
-    v = _drop(v.clone(), kept, scale)
     if torch.is_grad_enabled():  # a second derivative is wanted, and may keep its products
+        v = _drop(v.clone(), kept, scale)
         size = torch.linalg.vector_norm(v, dim=1)
         inner = (grad * v).sum(dim=1) / size
         dv = (grad - v * (inner / size).unsqueeze(1)) * (gain / size).unsqueeze(1)
         return _drop(dv.clone(), kept, scale), inner
-    inner = torch.bmm(grad[:, None], v[:, :, None])[:, 0, 0] / norm
-    dv = grad * (gain / norm).unsqueeze(1)
-    return _drop(dv.addcmul_(v, (gain * inner / norm.square()).unsqueeze(1), value=-1), kept, scale), inner
+    dv, inner = torch.empty_like(grad), torch.empty_like(gain)
+    pieces = zip(*(x.split(ROWS) for x in (grad, v, gain, kept, norm, dv, inner)), strict=True)
+    for grad_rows, v_rows, g, kept_rows, size, out, along in pieces:
+        e = _drop(v_rows.clone(), kept_rows, scale)
+        along.copy_(torch.bmm(grad_rows[:, None], e[:, :, None])[:, 0, 0] / size)
+        torch.mul(grad_rows, (g / size).unsqueeze(1), out=out)
+        _drop(out.addcmul_(e, (g * along / size.square()).unsqueeze(1), value=-1), kept_rows, scale)
+    return dv, inner
 
 
 def _drop(v: Tensor, kept: Tensor, scale: float) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from equilibria.solve import AffineMap, Autocast, Map, Solution, Solver, Stop, algebra_dtype, row_norm, solve
 
@@ -23,7 +24,8 @@ Adjoint = Callable[["Linearised", Float[Tensor, "B *state"]], Float[Tensor, "B *
 class Linearised:
     """One graph-carrying evaluation of f at z*, of which only products with Jᵀ are asked."""
 
-    z: Float[Tensor, "B *state"]
+    z: GradientEdge
+    """Where z enters the graph, which keeps z itself only if f needs it again."""
     fz: Float[Tensor, "B *state"]
     autocast: Autocast
 
@@ -39,20 +41,27 @@ def attached(f: Map, solution: Solution, adjoint: Adjoint) -> Solution:
     if not torch.is_grad_enabled():
         return dataclasses.replace(solution, z=solution.fz)
     autocast = Autocast(solution.z.device.type)
-    z = solution.z.detach().requires_grad_()
+    anchor = torch.zeros((), device=solution.z.device, requires_grad=True)
+    z = _Begin.apply(solution.z.detach(), anchor)
     fz = f(z).to(z.dtype)
-    # z's own gradient is asked for by products only; what a full backward pass leaves in it is of no use.
-    z.register_post_accumulate_grad_hook(_forget)
     # The same bits as the f(z*) without graph, whose memory is let go.
     out = dataclasses.replace(solution, z=fz, fz=fz.detach(), evals=solution.evals + 1)
-    if all(leaf is z for leaf in leaves_below(fz)):  # all is frozen: no graph is kept and no adjoint will be solved
+    if all(leaf is anchor for leaf in leaves_below(fz)):  # all is frozen: no graph is kept, no adjoint solved
         return dataclasses.replace(out, z=fz.detach())
-    point = Linearised(z=z, fz=fz, autocast=autocast)
+    point = Linearised(z=get_gradient_edge(z), fz=fz, autocast=autocast)
     return dataclasses.replace(out, z=_Replace.apply(fz, point, adjoint))
 
 
-def _forget(z: Tensor) -> None:
-    z.grad = None
+class _Begin(torch.autograd.Function):
+    """z as the beginning of a graph; its own gradient is asked for by products only, and goes nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, anchor: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 class _Replace(torch.autograd.Function):

@@ -44,6 +44,10 @@ class Head(nn.Module):
         return f"dropout={self.dropout}, output_dropout={self.output_dropout!r}"
 
 
+LOGITS = 2**22
+"""Logits that are computed at a time: of them all, training keeps log-probabilities alone."""
+
+
 class SoftmaxHead(Head):
     """logits = W h + b over the whole vocabulary, from an output that ``dropped`` has masked.
 
@@ -75,7 +79,7 @@ class SoftmaxHead(Head):
         self.weight = None if tied else nn.Parameter(started(torch.empty(vocabulary_size, width), std=std, init=init))
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
 
-    def forward(self, h: Float[Tensor, "B T D"], embedding: Embedding) -> Float[Tensor, "B T V"]:
+    def forward(self, h: Float[Tensor, "*shape D"], embedding: Embedding) -> Float[Tensor, "*shape V"]:
         """The logits."""
         weight = embedding.weight if self.weight is None else self.weight
         return functional.linear(h, weight, self.bias)
@@ -84,8 +88,13 @@ class SoftmaxHead(Head):
         self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: Embedding
     ) -> Float[Tensor, "B T"]:
         """−log p(target), in float32 or wider, position by position."""
-        logits = widened(self(h, embedding)).flatten(0, 1)
-        return functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+        positions = max(1, LOGITS // len(self.bias))
+        pieces = zip(h.flatten(0, 1).split(positions), targets.flatten().split(positions), strict=True)
+        nats = [
+            functional.cross_entropy(widened(self(states, embedding)), words, reduction="none")
+            for states, words in pieces
+        ]
+        return torch.cat(nats).view(targets.shape)
 
     def extra_repr(self) -> str:
         """Sizes and kind."""

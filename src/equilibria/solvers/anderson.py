@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equilibria.solve import Evaluator, Solver
-from equilibria.solvers.window import combine, empty_window, inner, ridge_solve, small_dtype, stored
+from equilibria.solvers.window import bordered, combine, empty_window, inner, ridge_solve, small_dtype, stored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,17 +72,9 @@ class Anderson(Solver):
         newest = g - h.g
         dg = stored(h.dg, slot, newest)
         moves = stored(h.moves, slot, torch.add(z - h.z, newest, alpha=self.mixing))
-        row = inner(dg[:, :used], newest).to(h.gram.dtype)
-        gram = _bordered(h.gram, slot, row)
+        row = inner(dg[:, :used], newest)
+        gram = bordered(h.gram, slot, row)
         target = inner(dg[:, :used], g).to(gram.dtype)
         gamma = ridge_solve(gram[:, :used, :used], target, ridge=self.ridge).to(z.dtype)
         following = AndersonHistory(step=h.step + 1, z=z, g=g, moves=moves, dg=dg, gram=gram)
         return plain - combine(gamma, moves[:, :used]), following
-
-
-def _bordered(gram: Float[Tensor, "B W W"], slot: int, row: Float[Tensor, "B used"]) -> Float[Tensor, "B W W"]:
-    """The Gram matrix after the vector at ``slot`` was replaced by one whose inner products are ``row``."""
-    gram = gram.clone()
-    gram[:, slot, : row.shape[1]] = row
-    gram[:, : row.shape[1], slot] = row
-    return gram

@@ -1,6 +1,6 @@
-"""Broyden's method.
+"""Broyden's method, by its steps alone.
 
-Letters: B batch, N flattened state, W columns of the low-rank inverse.
+Letters: B batch, N flattened state, W steps that are kept.
 """
 
 from __future__ import annotations
@@ -11,72 +11,99 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.solve import Evaluator, Solver, row_norm
-from equilibria.solvers.window import combine, dot, empty_window, inner, stored
+from equilibria.solve import Evaluator, Solver
+from equilibria.solvers.window import bordered, combine, dot, empty_window, inner, small_dtype, stored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BroydenHistory:
-    """The inverse H = −I + U Vᵀ, and the last point with its residual g and step p = −H g."""
+    """The steps s_0, …, s_k of which −H = F_{k−1} ⋯ F_0 is made, F_j = I + w_j s_{j+1} s_jᵀ."""
 
-    columns: int
-    z: Float[Tensor, "B N"]
-    g: Float[Tensor, "B N"]
-    p: Float[Tensor, "B N"]
-    u: Float[Tensor, "B W N"]
-    v: Float[Tensor, "B W N"]
+    count: int
+    """k + 1; 0 before the first step."""
+    steps: Float[Tensor, "B W N"]
+    gram: Float[Tensor, "B W W"]
+    """Inner products of the steps."""
+    weights: Float[Tensor, "B W"]
+    """w_j = 1/‖s_j‖²; 0 where an update was skipped."""
+
+    def apply(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """−H x = x + Σ_j a_j s_{j+1}, where a_j = w_j (s_jᵀx + Σ_{i<j} a_i s_jᵀs_{i+1})."""
+        k = self.count - 1
+        if k == 0:
+            return x
+        products = self.weights[:, :k] * inner(self.steps[:, :k], x)
+        a = torch.linalg.solve_triangular(
+            self._system(k), products[..., None], upper=False, left=True, unitriangular=True
+        )
+        return x + combine(a[..., 0], self.steps[:, 1 : k + 1])
 
     def apply_transposed(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        """−Hᵀx = x − V(Uᵀx), the estimate of (I − J)⁻ᵀ x."""
-        u, v = self.u[:, : self.columns], self.v[:, : self.columns]
-        return x - combine(inner(u, x), v)
+        """−Hᵀx = x + Σ_j b_j s_j, the estimate of (I − J)⁻ᵀ x; b_j = w_j (s_{j+1}ᵀx + Σ_{i>j} b_i s_iᵀs_{j+1})."""
+        k = self.count - 1
+        if k < 1:
+            return x
+        # With b = w ⊙ b' the system is that of ``apply``, transposed.
+        products = inner(self.steps[:, 1 : k + 1], x).to(self.gram.dtype)
+        b = torch.linalg.solve_triangular(
+            self._system(k).mT, products[..., None], upper=True, left=True, unitriangular=True
+        )
+        return x + combine(self.weights[:, :k] * b[..., 0], self.steps[:, :k])
+
+    def _system(self, k: int) -> Float[Tensor, "B k k"]:
+        """Entry (j, i) of the unit lower triangle: −w_j s_jᵀs_{i+1}; what lies above the diagonal is not read."""
+        return self.weights[:, :k, None] * -self.gram[:, :k, 1 : k + 1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Broyden(Solver):
     """z ← z − H·g,  H ← H + (Δz − HΔg)(HᵀΔz)ᵀ / (Δzᵀ HΔg),  g = f(z) − z,  H₀ = −I.
 
-    Good Broyden in inverse form: C. G. Broyden (Math. Comp. 19, 1965); as in Bai, Kolter, Koltun (2019, §3.1.3).
-    Deviations: (1) when ``memory`` columns are full, H starts anew from −I and the latest pair (overwriting old columns
-    would not be a Broyden matrix); (2) an update whose denominator is below 1e-12 of its factors, or not finite, is
-    skipped for that sample; (3) no line search; (4) H·g is computed once a step and gives both HΔg and the next step.
+    Good Broyden in inverse form: C. G. Broyden (Math. Comp. 19, 1965); as in Bai, Kolter, Koltun (2019, §3.1.3). It is
+    carried out by the steps alone: C. T. Kelley, "Iterative Methods for Linear and Nonlinear Equations" (1995, §7.3).
+    Since each step s is −H·g, the next one is q/(1 − sᵀq/‖s‖²) with q = −H·g by the old H, and H is a product of
+    I + s₊sᵀ/‖s‖². Deviations: (1) all products with H come from two passes over the steps and a triangular system in
+    float64, of their inner products; (2) after ``memory`` updates H is −I again, and the next step a plain one;
+    (3) an update whose denominator is below 1e-12 of its terms, or not finite, is skipped for that sample; (4) no line
+    search.
     """
 
     memory: int = 20
-    """Columns of H before it starts anew; memory is 2·memory states."""
+    """Updates of H before it starts anew; memory + 1 states are kept."""
 
     def __post_init__(self) -> None:
         if self.memory < 1:
-            raise ValueError(f"Broyden(memory={self.memory}): at least 1 column is kept; try 20, or use Picard().")
+            raise ValueError(f"Broyden(memory={self.memory}): at least 1 update is kept; try 20, or use Picard().")
 
     def init(self, z: Float[Tensor, "B N"]) -> BroydenHistory:
         """H = −I."""
-        u, v = empty_window(z, self.memory), empty_window(z, self.memory)
-        return BroydenHistory(columns=-1, z=z, g=z, p=z, u=u, v=v)
+        steps = empty_window(z, self.memory + 1)
+        gram = torch.zeros(len(z), self.memory + 1, self.memory + 1, dtype=small_dtype(z), device=z.device)
+        return BroydenHistory(count=0, steps=steps, gram=gram, weights=gram[:, 0].clone())
 
     def step(
         self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: BroydenHistory
     ) -> tuple[Tensor, BroydenHistory]:
         """z − H·g after the update of H; plain iteration from the first point."""
         h, g = history, fz - z
-        if h.columns < 0:
-            return fz, dataclasses.replace(h, columns=0, z=z, g=g, p=g)
-        dz, dg = z - h.z, g - h.g
-        if h.columns == self.memory:
-            k, hg, hdg, v = 0, -g, -dg, -dz
-        else:
-            k = h.columns
-            old_u, old_v = h.u[:, :k], h.v[:, :k]
-            hg = combine(inner(old_v, g), old_u) - g if k else -g
-            hdg = hg + h.p
-            v = combine(inner(old_u, dz), old_v) - dz if k else -dz
-        u = self._scaled(dz - hdg, dot(v, dg), row_norm(v) * row_norm(dg), f.active)
-        p = -hg - u * dot(v, g)[:, None]
-        new_u, new_v = stored(h.u, k, u), stored(h.v, k, v)
-        return z + p, BroydenHistory(columns=k + 1, z=z, g=g, p=p, u=new_u, v=new_v)
+        if h.count == 0 or h.count > self.memory:
+            return fz, _lengthened(dataclasses.replace(h, count=0), g, h.weights)
+        last, q = h.count - 1, h.apply(g)
+        size = h.gram[:, last, last]
+        along = dot(h.steps[:, last], q).to(size.dtype)
+        denominator = size - along
+        sound = f.active & (size > 0) & torch.isfinite(denominator)
+        sound = sound & (denominator.abs() > 1e-12 * (size + along.abs()))
+        factor = torch.where(sound, size / torch.where(sound, denominator, 1.0), 1.0)
+        weights = h.weights.clone()
+        weights[:, last] = torch.where(sound, 1 / torch.where(sound, size, 1.0), 0.0)
+        s = q * factor.to(q.dtype)[:, None]
+        return z + s, _lengthened(h, s, weights)
 
-    @staticmethod
-    def _scaled(u: Tensor, denominator: Tensor, size: Tensor, active: Tensor) -> Tensor:
-        """u / denominator, or 0 where the update is unsafe or the sample is done."""
-        sound = active & torch.isfinite(denominator) & (denominator.abs() > 1e-12 * size)
-        return torch.where(sound[:, None], u / torch.where(sound, denominator, 1.0)[:, None], 0.0)
+
+def _lengthened(h: BroydenHistory, s: Float[Tensor, "B N"], weights: Tensor) -> BroydenHistory:
+    """The history with one more step."""
+    k = h.count
+    steps = stored(h.steps, k, s)
+    gram = bordered(h.gram, k, inner(steps[:, : k + 1], s))
+    return BroydenHistory(count=k + 1, steps=steps, gram=gram, weights=weights)

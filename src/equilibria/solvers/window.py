@@ -45,6 +45,14 @@ def small_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
+def bordered(gram: Float[Tensor, "B W W"], slot: int, row: Float[Tensor, "B used"]) -> Float[Tensor, "B W W"]:
+    """The Gram matrix after the vector at ``slot`` was replaced by one whose inner products are ``row``."""
+    gram, row = gram.clone(), row.to(gram.dtype)
+    gram[:, slot, : row.shape[1]] = row
+    gram[:, : row.shape[1], slot] = row
+    return gram
+
+
 def ridge_solve(gram: Float[Tensor, "B W W"], target: Float[Tensor, "B W"], *, ridge: float) -> Float[Tensor, "B W"]:
     """argmin over c of cᵀGc − 2cᵀt + λ Σ_i G_ii c_i², for each sample; zero where the column is empty.
 

@@ -1,0 +1,64 @@
+"""The map of the solver benchmarks: a causal post-norm transformer block near the edge of contraction.
+
+Width 256, 8 heads, inner 1024, 8 × 128 positions, weights as drawn and scaled by one gain, which sets the spectral
+radius of the Jacobian at the equilibrium.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equilibria import Broyden, Stop, solve
+from equilibria.cells import TransformerCell, TransformerShape
+from equilibria.stability import spectral_radius
+
+GAINS = {0.92: 0.80, 1.05: 1.13}
+"""Mean spectral radius, and the gain that gives it."""
+BATCH, TIME, WIDTH = 8, 128, 256
+
+
+def block(gain: float, *, dtype: torch.dtype = torch.float32) -> tuple[TransformerCell, Tensor]:
+    """The cell and its input [B T D]; the same numbers in every dtype."""
+    torch.manual_seed(0)
+    shape = TransformerShape(width=WIDTH, heads=8, inner=1_024, memory=0, weight_norm=False)
+    cell = shape.build().eval()
+    with torch.no_grad():
+        for name, parameter in cell.named_parameters():
+            if name == "inject.direction":
+                parameter.normal_(std=WIDTH**-0.5)
+            elif parameter.ndim == 2:
+                parameter.mul_(gain)
+    return cell.to(dtype), (3 * torch.randn(BATCH, TIME, WIDTH)).to(dtype)
+
+
+def radius(gain: float) -> float:
+    """The mean over the samples of the spectral radius at the equilibrium."""
+    cell, x = block(gain)
+    with torch.no_grad():
+        context = cell.prepare(x, None)
+        z = solve(lambda z: cell(z, context), torch.zeros_like(x), Broyden(60), Stop(rtol=1e-4, max_evals=200)).z
+    return float(spectral_radius(lambda z: cell(z, context), z).mean())
+
+
+class Counted:
+    """A function that counts its calls and the seconds that they took."""
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        self.f, self.calls, self.seconds = f, 0, 0.0
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.calls += 1
+        began = time.perf_counter()
+        result = self.f(*given, **named)
+        self.seconds += time.perf_counter() - began
+        return result
+
+
+if __name__ == "__main__":
+    for wanted, gain in GAINS.items():
+        print(f"gain {gain}: radius {radius(gain):.3f}, wanted {wanted}")

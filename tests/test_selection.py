@@ -1,0 +1,135 @@
+"""A solve that goes on without the samples that are done: cheaper, with the same results."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from equilibria import Anderson, Broyden, Equilibrium, Implicit, NewtonKrylov, Picard, Reversible, Shine, Stop, solve
+from equilibria.cells import AffineCell, AffineShape
+from equilibria.gradients import ReversibleGradient
+from equilibria.solve import SelectableMap
+
+
+def same_solution(a, b):
+    """All that is known of each sample."""
+    for name in ("z", "fz", "residual", "trace"):
+        assert_close(getattr(a, name), getattr(b, name), rtol=1e-6, atol=1e-10, equal_nan=True)
+    for name in ("status", "steps"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+SOLVERS = [Picard(), Anderson(), Broyden(), Broyden(memory=3), NewtonKrylov(inner=4), Reversible(0.6)]
+BATCH, WIDTH = 8, 12
+
+
+@dataclasses.dataclass
+class Mixed(SelectableMap):
+    """tanh(a ⊙ z W + x): the larger a of a sample, the longer its solve; every evaluation of a sample is counted."""
+
+    a: Tensor
+    x: Tensor
+    weight: Tensor
+    count: list[int]
+
+    def __call__(self, z):
+        self.count.append(len(z))
+        return torch.tanh(self.a * (z @ self.weight) + self.x)
+
+    def select(self, rows):
+        return dataclasses.replace(self, a=self.a[rows], x=self.x[rows])
+
+
+def mixed(*, dtype=torch.float64, broken=False):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(WIDTH, WIDTH, generator=generator, dtype=dtype) / WIDTH**0.5
+    x = torch.randn(BATCH, WIDTH, generator=generator, dtype=dtype)
+    a = torch.linspace(0.05, 0.9, BATCH, dtype=dtype)[torch.randperm(BATCH, generator=generator)][:, None]
+    if broken:
+        x[3] = torch.nan
+    return Mixed(a, x, weight, [])
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+@pytest.mark.parametrize("stop", [Stop(rtol=1e-9, max_evals=150), Stop(rtol=1e-3, max_evals=13)], ids=["free", "bound"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_results_are_those_of_the_whole_batch(solver, stop, broken):
+    f, z0 = mixed(broken=broken), torch.zeros(BATCH, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        selected = solve(f, z0, solver, stop)
+        cost = sum(f.count)
+        f.count.clear()
+        whole = solve(lambda z: f(z), z0, solver, stop)
+    same_solution(selected, whole)
+    assert selected.evals == whole.evals
+    assert cost < sum(f.count) or stop.max_evals == 13
+    assert set(f.count) == {BATCH}  # of the second solve
+
+
+def test_most_of_the_work_of_done_samples_is_saved():
+    f, z0 = mixed(), torch.zeros(BATCH, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        solution = solve(f, z0, Picard(), Stop(rtol=1e-9, max_evals=200))
+    needed = int((solution.steps + 1).sum())
+    assert solution.converged.all()
+    assert needed <= sum(f.count) < 1.25 * needed
+    assert sum(f.count) < 0.7 * BATCH * solution.evals
+
+
+def test_nothing_is_left_out_while_autograd_records():
+    f, z0 = mixed(), torch.zeros(BATCH, WIDTH, dtype=torch.float64)
+    f.x.requires_grad_()
+    solve(f, z0, Picard(), Stop(rtol=1e-9, max_evals=60)).z.sum().backward()
+    assert set(f.count) == {BATCH}
+    assert torch.isfinite(f.x.grad).all()
+
+
+class Plain(AffineCell):
+    """An affine cell that counts its samples, and cannot select any."""
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.count = []
+
+    def forward(self, z, context):
+        self.count.append(len(z))
+        return super().forward(z, context)
+
+    def select(self, context, rows):
+        raise AssertionError("not to be called")
+
+
+class Selecting(Plain):
+    """One that can."""
+
+    def select(self, context, rows):
+        return AffineCell.select(self, context, rows)
+
+
+def test_the_layer_selects_where_its_cell_can():
+    shape = AffineShape(width=5, norm=0.9)
+    cell = Selecting(shape).double()
+    x = torch.randn(BATCH, 3, 5, dtype=torch.float64) * 10.0 ** torch.arange(BATCH, dtype=torch.float64)[:, None, None]
+    layer = Equilibrium(cell, Picard(), Stop(rtol=0, atol=1e-3, max_evals=300), Implicit())
+    out = layer(x)
+    assert min(cell.count) < BATCH
+    assert_close(out.z, cell.equilibrium(x), rtol=0, atol=1e-2)
+    out.z.sum().backward()
+    cell.count.clear()
+    layer(x[:, :1])  # a single position is solved sooner than its context is copied
+    assert set(cell.count) == {BATCH}
+
+
+@pytest.mark.parametrize(
+    ("solver", "gradient"), [(Broyden(), Shine()), (Reversible(0.5), ReversibleGradient())], ids=["Shine", "Reversible"]
+)
+def test_rules_that_read_the_history_get_that_of_all_samples(solver, gradient):
+    cell = Plain(AffineShape(width=5, norm=0.9)).double()
+    x = torch.randn(BATCH, 3, 5, dtype=torch.float64) * 10.0 ** torch.arange(BATCH, dtype=torch.float64)[:, None, None]
+    layer = Equilibrium(cell, solver, Stop(rtol=0, atol=1e-3, max_evals=30), gradient)
+    layer(x).z.sum().backward()
+    assert set(cell.count) == {BATCH}
