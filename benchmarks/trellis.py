@@ -13,27 +13,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import keep, write_into_docs
+from steps import compare, table
 from torch import Tensor
 
 from equilibria import Anderson, Broyden, Equilibrium, GradientRule, Implicit, Picard, Solver, Stop, solve
 from equilibria.commands.loading import trained, with_data
-from equilibria.corpora import Segment, Segments
+from equilibria.corpora import Segments
 from equilibria.equilibrium import Unrolled
 from equilibria.language import LanguageModel
 from equilibria.language.modes import evaluating
 from equilibria.recipes import ptb_trellis
-from equilibria.training import Experiment, PeakMemory, Run, Stage, Trainer, Training, network_of
+from equilibria.training import Experiment, Run, Stage, Trainer, Training, network_of
 
 DEPTH = 60
-MIB = 2**20
 
 
 def short(data: Path, *, shallow: int, implicit: int) -> Experiment:
@@ -69,6 +66,7 @@ class Network:
     solver: Solver | None = None
     adjoint: Solver | None = None
     checkpoint: bool = False
+    warm: bool = False
     best: bool = True
     """Whether the adjoint's solve keeps the iterate with the smallest residual, beside the current one."""
 
@@ -77,15 +75,15 @@ class Network:
         if self.solver is None or self.adjoint is None:
             return Unrolled(cell, DEPTH, checkpoint=self.checkpoint)
         gradient: GradientRule = Implicit(self.adjoint, dataclasses.replace(stop, best=self.best))
-        return Equilibrium(cell, self.solver, stop, gradient)
+        return Equilibrium(cell, self.solver, stop, gradient, warm=self.warm)
 
 
 NETWORKS = (
     Network("equilibrium, scan, Picard", "scan", Picard(), Picard(), best=False),
+    Network("equilibrium, scan, Picard, warm", "scan", Picard(), Picard(), best=False, warm=True),
     Network("equilibrium, scan, Anderson(3)", "scan", Anderson(window=3), Anderson(window=3)),
     Network("equilibrium, scan, Broyden(20)", "scan", Broyden(memory=20), Broyden(memory=20)),
     Network("equilibrium, delayed, Picard", "delayed", Picard(), Picard(), best=False),
-    Network("equilibrium, delayed, Broyden(20)", "delayed", Broyden(memory=20), Broyden(memory=20)),
     Network(f"{DEPTH} layers", "delayed"),
     Network(f"{DEPTH} layers, checkpointed", "delayed", checkpoint=True),
 )
@@ -100,35 +98,6 @@ def built(network: Network, shape: Any, weights: dict[str, Tensor], stop: Stop, 
     return model.train()
 
 
-def training_step(model: LanguageModel, segment: Segment, memory: Any) -> Any:
-    """Forward and backward, with the loss of the training."""
-    output = model(segment.tokens, segment.targets, memory)
-    loss = output.nats.mean()
-    (loss if output.extra is None else loss + output.extra).backward()
-    return output
-
-
-def layer_step(model: LanguageModel, x: Tensor, memory: Any) -> Any:
-    """The same of the layer alone, as the paper leaves embeddings out."""
-    out = model.layer(x, memory)
-    (out.output / out.output.numel()).sum().backward()
-    return out
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Wall time."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def peak(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Peak MiB above what was live before, with the result held as training holds it."""
-    with PeakMemory() as memory:
-        result = work()
-    return memory.peak / MIB, result
-
-
 def measure(data: Path, run: Path, *, repeats: int, rtol: float) -> list[dict[str, Any]]:
     """All rows, the times interleaved over the networks."""
     loaded = trained(run, data=data)
@@ -139,48 +108,9 @@ def measure(data: Path, run: Path, *, repeats: int, rtol: float) -> list[dict[st
     past, segment = next(batches), next(batches)
     models = {network.name: built(network, experiment.model, weights, stop, words) for network in NETWORKS}
     with evaluating(loaded.model):
-        memory, x = loaded.model(past.tokens, past.targets).memory, loaded.model.embedding(segment.tokens)
-    rows = [needs(name, model, segment, memory, x) for name, model in models.items()]
-    for repeat in range(repeats):
-        for row, model in zip(rows, models.values(), strict=True):
-            time_once(row, model, segment, memory, seed=repeat)
-    base = next(row for row in rows if row["network"] == f"{DEPTH} layers")
-    for row in rows:
-        for kind in ("train", "inference"):
-            row[f"{kind}_seconds"] = statistics.median(row[f"{kind}_seconds"])
-            row[f"{kind}_ratio"] = row[f"{kind}_seconds"] / base[f"{kind}_seconds"]
-        row |= {f"{kind}_share": row[f"{kind}_mib"] / base[f"{kind}_mib"] for kind in ("step", "layer")}
-        row["rtol"] = rtol
-    return rows
-
-
-def needs(name: str, model: LanguageModel, segment: Segment, memory: Any, x: Tensor) -> dict[str, Any]:
-    """A row with the memory of a step, and with what its solves took."""
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # as from the second step on
-    torch.manual_seed(0)
-    step, output = peak(lambda: training_step(model, segment, memory))
-    row: dict[str, Any] = {"network": name, "step_mib": step, "train_seconds": [], "inference_seconds": []}
-    if output.solution is not None:
-        backward = output.solution.adjoint[-1]
-        row |= {"forward": output.solution.evals, "backward": backward.evals}
-        row["converged"] = float(torch.cat([output.solution.converged, backward.converged]).double().mean())
-    del output
-    torch.manual_seed(0)
-    row["layer_mib"], _ = peak(lambda: layer_step(model, x, memory))
-    print(row, flush=True)
-    return row
-
-
-def time_once(row: dict[str, Any], model: LanguageModel, segment: Segment, memory: Any, *, seed: int) -> None:
-    """One more time of each kind."""
-    torch.manual_seed(seed)  # the same masks for all
-    row["train_seconds"].append(seconds(lambda: training_step(model, segment, memory)))
-    with evaluating(model):
-        row["inference_seconds"].append(seconds(lambda: model(segment.tokens, segment.targets, memory)))
-        if seed == 0:
-            row["inference_evals"] = getattr(model(segment.tokens, segment.targets, memory).solution, "evals", DEPTH)
-    print(row["network"], row["train_seconds"][-1], row["inference_seconds"][-1], flush=True)
+        memory = loaded.model(past.tokens, past.targets).memory
+    rows = compare(models, segment, lambda _: memory, base=f"{DEPTH} layers", repeats=repeats)
+    return [row | {"rtol": rtol} for row in rows]
 
 
 def starts(data: Path, run: Path, *, rtol: float) -> list[dict[str, Any]]:
@@ -225,25 +155,6 @@ def table_of_starts(rows: list[dict[str, Any]]) -> str:
     for start in dict.fromkeys(row["start"] for row in rows):
         found = {row["recurrence"]: row["evals"] for row in rows if row["start"] == start}
         lines.append(f"| {start} | {found['scan']:.1f} | {found['delayed']:.1f} |")
-    return "\n".join(lines)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """For the documentation."""
-    lines = [
-        "| network | evaluations forward + backward | training step | of the 60 layers | inference | of the 60 layers "
-        "| memory of a step | of the 60 layers | of the layer alone | of the 60 layers |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        evals = f"{row['forward']} + {row['backward']}" if "forward" in row else str(DEPTH)
-        if row.get("converged", 1.0) < 1.0:
-            evals += f" ({row['converged']:.0%} converged)"
-        lines.append(
-            f"| {row['network']} | {evals} | {row['train_seconds']:.1f} s | {row['train_ratio']:.2f} | "
-            f"{row['inference_seconds']:.1f} s | {row['inference_ratio']:.2f} | {row['step_mib']:,.0f} MiB | "
-            f"{row['step_share']:.1%} | {row['layer_mib']:,.0f} MiB | {row['layer_share']:.1%} |"
-        )
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from equilibria import Anderson, Cell, Equilibrium, Implicit, Stop
+from equilibria import Anderson, Cell, Equilibrium, Implicit, Reversible, ReversibleGradient, Stop, Unroll
 from equilibria.cells import CELLS, TransformerCell, TransformerShape, TrellisShape
 from equilibria.training.nested import flatten
 
@@ -121,6 +121,18 @@ def test_f_of_selected_samples_is_f_selected(shape, past):
         assert_close(cell(z[rows], cell.select(context, rows)), whole[rows], rtol=1e-12, atol=1e-12)
         twice = cell.select(cell.select(context, torch.tensor([3, 1, 0])), torch.tensor([0, 2]))
         assert_close(cell(z[rows], twice), whole[rows], rtol=1e-12, atol=1e-12)
+
+
+def test_undone_steps_give_the_gradient_of_the_unrolled_ones(shape):
+    cell, stop = built(shape, training=True), Stop(rtol=0, atol=0, max_evals=7, best=False)
+    x, found = inputs(shape)[0].requires_grad_(), []
+    for rule in (Unroll(), ReversibleGradient()):
+        torch.manual_seed(0)  # the same masks
+        out = Equilibrium(cell, Reversible(0.5), stop, rule)(x, memory_of(cell, shape))
+        leaves = [x, *cell.parameters()]
+        found.append(torch.autograd.grad(out.z.sum(), leaves, allow_unused=True, materialize_grads=True))
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
 def test_samples_are_independent(shape):

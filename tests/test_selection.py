@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from equilibria import Anderson, Broyden, Equilibrium, Implicit, NewtonKrylov, Picard, Reversible, Shine, Stop, solve
+from equilibria import (
+    Anderson,
+    Broyden,
+    Equilibrium,
+    Implicit,
+    NewtonKrylov,
+    Picard,
+    Reversible,
+    Shine,
+    Stop,
+    judge,
+    solve,
+)
 from equilibria.cells import AffineCell, AffineShape
 from equilibria.gradients import ReversibleGradient
 from equilibria.solve import SelectableMap
@@ -68,6 +80,20 @@ def test_the_results_are_those_of_the_whole_batch(solver, stop, broken):
     assert selected.evals == whole.evals
     assert cost < sum(f.count) or stop.max_evals == 13
     assert set(f.count) == {BATCH}  # of the second solve
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+@pytest.mark.parametrize("selecting", [False, True])
+@pytest.mark.parametrize("broken", [False, True])
+def test_flags_that_are_read_late_change_nothing(solver, selecting, broken, monkeypatch):
+    f, z0 = mixed(broken=broken), torch.zeros(BATCH, WIDTH, dtype=torch.float64)
+    stop, given = Stop(rtol=1e-9, max_evals=150), f if selecting else lambda z: f(z)
+    with torch.no_grad():
+        now = solve(given, z0, solver, stop)
+        monkeypatch.setattr(judge, "_flags_of", lambda device: judge._Late())
+        late = solve(given, z0, solver, stop)
+    assert now.evals < late.evals <= now.evals + max(2, getattr(solver, "inner", 0) + 1)
+    same_solution(dataclasses.replace(late, trace=late.trace[: len(now.trace)]), now)
 
 
 def test_most_of_the_work_of_done_samples_is_saved():

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from equilibria.layer import Cell, Context, LayerOutput, Memory
-from equilibria.solve import Map, SelectableMap, Solution, Solver, Stop, check_kind, solve
+from equilibria.solve import (
+    CompilableMap,
+    Map,
+    SelectableMap,
+    Solution,
+    Solver,
+    Stop,
+    check_kind,
+    map_tensors,
+    solve,
+)
 
 __all__ = [
     "Cell",
@@ -41,26 +51,45 @@ class GradientRule(ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class CellMap(SelectableMap):
-    """f(·; x) of a cell that can select samples."""
+class CellMap(SelectableMap, CompilableMap):
+    """f(·; x) of a cell."""
 
     cell: Cell
     context: Context
+    several: bool = False
+    """Whether there are several positions, so that samples are worth being left out."""
+    parameters: dict[str, Tensor] | None = None
+    """In the place of the cell's own; None for these."""
 
     def __call__(self, z: Tensor) -> Tensor:
         """f(z)."""
-        return self.cell(z, self.context)
+        if self.parameters is None:
+            return self.cell(z, self.context)
+        return torch.func.functional_call(self.cell, self.parameters, (z, self.context))
+
+    @property
+    def selectable(self) -> bool:
+        """Whether the cell knows how."""
+        return self.several and type(self.cell).select is not Cell.select
 
     def select(self, rows: Int[Tensor, " R"]) -> CellMap:
         """With the context of these samples."""
-        return CellMap(self.cell, self.cell.select(self.context, rows))
+        return dataclasses.replace(self, context=self.cell.select(self.context, rows))
 
+    def eager(self) -> Map:
+        """Past the compiled call."""
+        return (lambda z: self.cell.forward(z, self.context)) if self._compiled else self
 
-def map_of(cell: Cell, context: Context, *, time: int) -> Map:
-    """f(·; x); one that can select samples, if its cell can and there is more than one position to be saved."""
-    if time > 1 and type(cell).select is not Cell.select:
-        return CellMap(cell, context)
-    return lambda z: cell(z, context)
+    def of_z_alone(self) -> Map | None:
+        """With constants for parameters and context; None also on a GPU, where it was never tried."""
+        parameters = {name: parameter.detach() for name, parameter in self.cell.named_parameters()}
+        if not self._compiled or any(parameter.is_cuda for parameter in parameters.values()):
+            return None
+        return CellMap(self.cell, map_tensors(Tensor.detach, self.context), parameters=parameters)
+
+    @property
+    def _compiled(self) -> bool:
+        return self.cell._compiled_call_impl is not None
 
 
 class Equilibrium(nn.Module):
@@ -72,29 +101,59 @@ class Equilibrium(nn.Module):
         stop: tolerances and budget of the forward solve.
         gradient: how the gradient gets through the solve.
         eval_stop: tolerances and budget in ``eval()`` mode; ``stop`` if None.
+        warm: start from what the cell remembers of the segment before (``Cell.warm_start``), instead of its ``start``.
     """
 
     def __init__(
-        self, cell: Cell, solver: Solver, stop: Stop, gradient: GradientRule, eval_stop: Stop | None = None
+        self,
+        cell: Cell,
+        solver: Solver,
+        stop: Stop,
+        gradient: GradientRule,
+        eval_stop: Stop | None = None,
+        *,
+        warm: bool = False,
     ) -> None:
         super().__init__()
         check_kind("cell", cell, Cell, "TransformerCell(TransformerShape()), or a Cell of your own")
         check_parts(solver, stop, gradient)
         self.cell, self.solver, self.stop, self.gradient, self.eval_stop = cell, solver, stop, gradient, eval_stop
+        self.warm = warm
 
-    def forward(self, x: Float[Tensor, "B T D"], memory: Memory = None) -> LayerOutput:
-        """The equilibrium under input ``x [B T D]`` and the memory of the previous segment."""
+    def forward(self, x: Float[Tensor, "B T D"], memory: Memory = None, *, start: Tensor | None = None) -> LayerOutput:
+        """The equilibrium under input ``x [B T D]`` and the memory of the previous segment.
+
+        Args:
+            x: the input.
+            memory: as the previous segment's output has it.
+            start: the first iterate, such as the equilibrium of a similar input; it decides on the cost alone, as long
+                as there is one equilibrium. None for the cell's own.
+
+        Raises:
+            ValueError: ``start`` has another shape than the state, or is not finite.
+        """
         context = self.cell.prepare(x, memory)
-        f = map_of(self.cell, context, time=x.shape[1])
+        f = CellMap(self.cell, context, several=x.shape[1] > 1)
         stop = self.stop if self.training else self.evaluation_stop
-        solution = self.gradient.run(f, self.cell.start(context), self.solver, stop)
+        solution = self.gradient.run(f, self._first(context, start), self.solver, stop)
         return LayerOutput(
             z=solution.z,
             memory=self.cell.remember(solution.z, context),
-            f=f,
+            f=f.eager(),
             solution=solution,
             output=self.cell.output(solution.z),
         )
+
+    def _first(self, context: Context, start: Tensor | None) -> Tensor:
+        own = self.cell.warm_start(context) if self.warm else self.cell.start(context)
+        if start is None:
+            return own
+        if start.shape != own.shape:
+            raise ValueError(
+                f"start has the shape {tuple(start.shape)} and the state {tuple(own.shape)}; give a state of this "
+                "input's batch and length, for example the z of an earlier output, or None."
+            )
+        return start.to(own)
 
     @property
     def evaluation_stop(self) -> Stop:
@@ -107,7 +166,8 @@ class Equilibrium(nn.Module):
 
     def extra_repr(self) -> str:
         """Solver, stopping rule and gradient rule."""
-        return f"solver={self.solver}, stop={self.stop}, gradient={self.gradient}, eval_stop={self.eval_stop}"
+        parts = f"solver={self.solver}, stop={self.stop}, gradient={self.gradient}, eval_stop={self.eval_stop}"
+        return f"{parts}, warm={self.warm}"
 
 
 class Unrolled(nn.Module):

@@ -1,5 +1,8 @@
 """What the loop knows of each sample: whether it is done, and the iterate that will be returned.
 
+On a GPU it learns one iteration late that all are done, and evaluates f once more for nothing; done samples stay where
+they are, so the results are the same, and the device never waits for the host.
+
 Letters: B batch, R samples that the solve goes on with, N flattened state, K evaluations of f.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +34,44 @@ class Verdict:
     steps: Int[Tensor, " B"]
 
 
+class _Now:
+    """Reads flags at once."""
+
+    late = False
+
+    def read(self, flags: Int[Tensor, " 2"]) -> list[int]:
+        """The flags."""
+        return flags.tolist()
+
+
+class _Late:
+    """Reads flags one call late, so that a device computes on while the host waits for those of the call before."""
+
+    late = True
+
+    def __init__(self) -> None:
+        self._before: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def read(self, flags: Int[Tensor, " 2"]) -> list[int]:
+        """That a copy is needed, which is always safe, and the number of the call before; at first, one too high."""
+        event = None
+        if flags.is_cuda:
+            host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True).copy_(flags, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            flags = host
+        before, self._before = self._before, (flags, event)
+        if before is None:
+            return [1, sys.maxsize]
+        if before[1] is not None:
+            before[1].synchronize()
+        return [1, int(before[0][1])]
+
+
+def _flags_of(device: torch.device) -> _Now | _Late:
+    return _Late() if device.type == "cuda" else _Now()
+
+
 class Judge:
     """Applies a ``Stop`` to the pairs (z, f(z)) of a solve, sample by sample."""
 
@@ -41,7 +83,7 @@ class Judge:
         self._steps, self._steps_of_all = torch.zeros(len(z), dtype=torch.long, device=z.device), 0
         self._active = torch.ones(len(z), dtype=torch.bool, device=z.device)
         self.moving, self._count = True, len(z)
-        self._rows, self._batch = torch.arange(len(z), device=z.device), len(z)
+        self._rows, self._flags = torch.arange(len(z), device=z.device), _flags_of(z.device)
         self._trace: list[tuple[Tensor, Tensor]] = []
         self._left_out: list[tuple[Tensor, Verdict]] = []
 
@@ -50,7 +92,7 @@ class Judge:
         value, stop = fz.detach(), self._stop
         gap, size = row_norm(value - z.detach()), row_norm(value)
         tolerance = stop.atol + stop.rtol * size
-        if self._all_moving and self._only_better(gap, gap / size, tolerance):
+        if self._all_moving and not self._flags.late and self._only_better(gap, gap / size, tolerance):
             self._z, self._fz = z, fz
             return self._active
         return self._judge(z, fz, gap, size, tolerance)
@@ -81,7 +123,7 @@ class Judge:
         self._trace.append((self._rows, torch.where(active, relative, self._residual)))
         stale = (active & ~improved) | (self._status == Status.NONFINITE)
         self._active = active & finite & ~met
-        any_stale, self._count = torch.stack([stale.any().long(), self._active.sum()]).tolist()
+        any_stale, self._count = self._flags.read(torch.stack([stale.any().long(), self._active.sum()]))
         self.moving = self._count > 0
         # While every sample improves, as is usual, the pair is kept by reference and nothing is copied.
         if any_stale:
@@ -93,7 +135,7 @@ class Judge:
 
     def freeze(self, proposal: Float[Tensor, "R N"]) -> Float[Tensor, "R N"]:
         """The next iterate: samples that are done stay where they are."""
-        if self._all_moving:
+        if self._all_moving and not self._flags.late:
             self._steps_of_all += 1
             return proposal
         self._steps = self._steps + self._active
@@ -101,7 +143,10 @@ class Judge:
 
     def worth_selecting(self) -> Int[Tensor, " R"] | None:
         """The samples that move, if they are few enough to go on without the others."""
-        return self._active.nonzero()[:, 0] if self._count <= WORTH * len(self._rows) else None
+        if self._count > WORTH * len(self._rows):
+            return None
+        rows = self._active.nonzero()[:, 0]
+        return rows if len(rows) else None
 
     def select(self, rows: Int[Tensor, " R"]) -> None:
         """Goes on with these samples, which all move; what is known of the others is kept."""
@@ -112,6 +157,7 @@ class Judge:
         self._z, self._fz, self._residual, self._status = going.z, going.fz, going.residual, going.status
         self._steps, self._steps_of_all = going.steps, 0
         self._rows, self._active, self._count = self._rows[rows], self._active[rows], len(rows)
+        self._flags = _flags_of(rows.device)
 
     def verdict(self) -> Verdict:
         """Of all samples, in their order."""

@@ -31,6 +31,10 @@ class Cell(nn.Module, ABC):
     def start(self, context: Context) -> Tensor:
         """The first iterate z0."""
 
+    def warm_start(self, context: Context) -> Tensor:
+        """A first iterate made of what is remembered, near z* if neighbours resemble each other: here ``start``."""
+        return self.start(context)
+
     @abstractmethod
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """f(z): pure, so that the same inputs give the same bits."""

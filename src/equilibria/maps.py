@@ -25,9 +25,33 @@ class SelectableMap(ABC):
     def __call__(self, z: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
         """f(z)."""
 
+    @property
+    def selectable(self) -> bool:
+        """Whether it can now."""
+        return True
+
     @abstractmethod
     def select(self, rows: Int[Tensor, " R"]) -> SelectableMap:
         """The map of these samples, in this order."""
+
+
+class CompilableMap(ABC):
+    """A map that may be compiled, and knows what to do where that would be slow or impossible."""
+
+    @abstractmethod
+    def __call__(self, z: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+        """f(z)."""
+
+    @abstractmethod
+    def eager(self) -> Map:
+        """f as it was written: what is compiled has neither forward-mode nor second derivatives."""
+
+    @abstractmethod
+    def of_z_alone(self) -> Map | None:
+        """f, compiled, of which only z has a gradient; None if that is not to be had, and ``eager`` serves.
+
+        The backward pass of a compiled function computes the gradients of all its inputs, whatever is asked for.
+        """
 
 
 class DifferentiableMap(ABC):
@@ -78,7 +102,8 @@ class Evaluator:
     @property
     def selectable(self) -> bool:
         """Whether ``select`` is possible; not while autograd records, which would have to record that as well."""
-        return isinstance(self._f, SelectableMap) and not torch.is_grad_enabled()
+        f = self._f
+        return isinstance(f, SelectableMap) and f.selectable and not torch.is_grad_enabled()
 
     def select(self, rows: Int[Tensor, " R"]) -> None:
         """Goes on with these samples alone; all of them move."""
@@ -129,7 +154,8 @@ class Evaluator:
             if isinstance(self._f, DifferentiableMap):
                 jv = self._f.jvp(self.shaped(z), self.shaped(v))
             else:
-                jv = torch.func.jvp(self._f, (self.shaped(z),), (self.shaped(v),))[1]
+                f = self._f.eager() if isinstance(self._f, CompilableMap) else self._f
+                jv = torch.func.jvp(f, (self.shaped(z),), (self.shaped(v),))[1]
         return jv.reshape(z.shape).to(self.algebra)
 
     def _check_value(self, fz: Any) -> None:
@@ -172,13 +198,18 @@ class Autocast:
 
 def select_rows(value: Any, rows: Int[Tensor, " R"]) -> Any:
     """A value with these samples alone: of every tensor in it, also inside dataclasses and tuples, these rows."""
+    return map_tensors(lambda tensor: tensor.index_select(0, rows), value)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A value with every tensor in it changed, also inside dataclasses and tuples."""
     if isinstance(value, Tensor):
-        return value.index_select(0, rows)
+        return change(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {field.name: select_rows(getattr(value, field.name), rows) for field in dataclasses.fields(value)}
+        parts = {field.name: map_tensors(change, getattr(value, field.name)) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **parts)
     if isinstance(value, tuple):
-        return tuple(select_rows(part, rows) for part in value)
+        return tuple(map_tensors(change, part) for part in value)
     return value
 
 

@@ -16,11 +16,13 @@ from equilibria.judge import Judge
 from equilibria.maps import (
     AffineMap,
     Autocast,
+    CompilableMap,
     DifferentiableMap,
     Evaluator,
     Map,
     SelectableMap,
     algebra_dtype,
+    map_tensors,
     row_norm,
     select_rows,
 )
@@ -29,6 +31,7 @@ from equilibria.stop import Status, Stop, check_kind
 __all__ = [
     "AffineMap",
     "Autocast",
+    "CompilableMap",
     "DifferentiableMap",
     "Evaluator",
     "History",
@@ -40,6 +43,7 @@ __all__ = [
     "Stop",
     "algebra_dtype",
     "check_kind",
+    "map_tensors",
     "row_norm",
     "solve",
 ]
@@ -90,10 +94,7 @@ class Solution:
 
 
 class Solver(ABC):
-    """Proposes the next iterate, and nothing else. Subclasses are frozen dataclasses of hyper-parameters.
-
-    Every tensor in a history has the batch as its first axis: a solve may go on with some samples alone.
-    """
+    """Proposes the next iterate, and nothing else. Subclasses are frozen dataclasses of hyper-parameters."""
 
     cost: ClassVar[int] = 1
     """Fewest evaluations that one step and the test of its result take."""
@@ -107,6 +108,10 @@ class Solver(ABC):
         self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: History
     ) -> tuple[Float[Tensor, "B N"], History]:
         """The next iterate and the new history, from z and fz = f(z). More evaluations of f are counted."""
+
+    def select(self, history: History, rows: Int[Tensor, " R"]) -> History:
+        """The history of these samples alone, in ascending order; here of tensors with the batch as first axis."""
+        return select_rows(history, rows)
 
 
 def solve(f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
@@ -143,7 +148,7 @@ def solve(f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> 
             if rows is not None:
                 evaluate.select(rows)
                 judge.select(rows)
-                z, fz, history = select_rows((z, fz, history), rows)
+                z, fz, history = z[rows], fz[rows], solver.select(history, rows)
             proposal, history = solver.step(evaluate, z, fz, history)
             z = judge.freeze(evaluate.rounded(proposal))
     found = judge.verdict()

@@ -94,6 +94,10 @@ class ChainCell(Cell):
         """That of the first block."""
         return self._cells[0].start(context.blocks[0])
 
+    def warm_start(self, context: ChainContext) -> Float[Tensor, "B T D"]:
+        """That of the first block, which remembers its input: the last state."""
+        return self._cells[0].warm_start(context.blocks[0])
+
     def forward(self, z: Float[Tensor, "B T D"], context: ChainContext) -> Float[Tensor, "B T D"]:
         """f(z)."""
         for cell, block in zip(self._cells, context.blocks, strict=True):

@@ -114,6 +114,11 @@ class TransformerCell(Cell):
         """Zero; without injection the input; in generation the state of the position before."""
         return context.start
 
+    def warm_start(self, context: TransformerContext) -> Float[Tensor, "B T D"]:
+        """The last state of the memory, at all positions; without one, ``start``."""
+        memory, start = context.memory, context.start
+        return memory.z[:, -1:].expand_as(start).to(start) if isinstance(memory, TransformerMemory) else start
+
     def forward(self, z: Float[Tensor, "B T D"], context: TransformerContext) -> Float[Tensor, "B T D"]:
         """f(z)."""
         post, weights = self.shape.norm == "post", context.weights

@@ -92,6 +92,11 @@ class TrellisCell(Cell):
             return cache.memory.z
         return context.past_c.new_zeros(batch, time, gates // 2)
 
+    def warm_start(self, context: TrellisContext) -> Float[Tensor, "B T H2"]:
+        """The last state of the past, at all times."""
+        last = torch.cat([context.past_h, context.past_c], dim=-1)
+        return last.expand(-1, context.injection.shape[1], -1)
+
     def forward(self, z: Float[Tensor, "B T H2"], context: TrellisContext) -> Float[Tensor, "B T H2"]:
         """f(z)."""
         h, c = z.split(self.shape.channels, dim=-1)

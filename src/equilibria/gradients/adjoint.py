@@ -7,14 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from equilibria.solve import AffineMap, Autocast, Map, Solution, Solver, Stop, algebra_dtype, row_norm, solve
+from equilibria.solve import (
+    AffineMap,
+    Autocast,
+    CompilableMap,
+    Map,
+    Solution,
+    Solver,
+    Stop,
+    algebra_dtype,
+    row_norm,
+    solve,
+)
 
 Adjoint = Callable[["Linearised", Float[Tensor, "B *state"]], Float[Tensor, "B *state"]]
 """Maps the cotangent g of the output to the cotangent that one f(z*) is to receive."""
@@ -28,10 +42,17 @@ class Linearised:
     """Where z enters the graph, which keeps z itself only if f needs it again."""
     fz: Float[Tensor, "B *state"]
     autocast: Autocast
+    compiled: bool = False
+    again: Callable[[], Linearised] | None = None
+    """Of a compiled f: one more evaluation, for products alone."""
+
+    def for_products(self) -> Linearised:
+        """Where products with Jᵀ compute nothing else; to be let go when there are enough of them."""
+        return self if self.again is None else self.again()
 
     def vjp(self, u: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
         """Jᵀu: z's gradient alone, without that of the parameters, in the dtype of u."""
-        with self.autocast.on():
+        with self.autocast.on(), _kept_whole() if self.compiled else nullcontext():
             (product,) = torch.autograd.grad(self.fz, self.z, u.to(self.fz.dtype), retain_graph=True, allow_unused=True)
         return torch.zeros_like(u) if product is None else product.to(u.dtype)
 
@@ -42,14 +63,32 @@ def attached(f: Map, solution: Solution, adjoint: Adjoint) -> Solution:
         return dataclasses.replace(solution, z=solution.fz)
     autocast = Autocast(solution.z.device.type)
     anchor = torch.zeros((), device=solution.z.device, requires_grad=True)
-    z = _Begin.apply(solution.z.detach(), anchor)
+    z, alone = _Begin.apply(solution.z.detach(), anchor), None
+    if isinstance(f, CompilableMap):
+        alone = f.of_z_alone()
+        f = f.eager() if alone is None else f
     fz = f(z).to(z.dtype)
     # The same bits as the f(z*) without graph, whose memory is let go.
     out = dataclasses.replace(solution, z=fz, fz=fz.detach(), evals=solution.evals + 1)
     if all(leaf is anchor for leaf in leaves_below(fz)):  # all is frozen: no graph is kept, no adjoint solved
         return dataclasses.replace(out, z=fz.detach())
-    point = Linearised(z=get_gradient_edge(z), fz=fz, autocast=autocast)
+    again = None if alone is None else partial(_linearised, alone, solution.z.detach(), autocast)
+    point = Linearised(z=get_gradient_edge(z), fz=fz, autocast=autocast, again=again)
     return dataclasses.replace(out, z=_Replace.apply(fz, point, adjoint))
+
+
+def _kept_whole() -> AbstractContextManager[Any]:
+    """What a compiled f keeps for its backward pass may not be overwritten by it, since there are several products.
+
+    The setting is read when f is compiled and at each backward pass, in the thread where that runs.
+    """
+    return functorch_config.patch(donated_buffer=False)
+
+
+def _linearised(f: Map, z: Tensor, autocast: Autocast) -> Linearised:
+    with torch.enable_grad(), autocast.on(), _kept_whole():
+        leaf = z.requires_grad_()
+        return Linearised(z=get_gradient_edge(leaf), fz=f(leaf).to(z.dtype), autocast=autocast, compiled=True)
 
 
 class _Begin(torch.autograd.Function):
@@ -75,7 +114,7 @@ class _Replace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         with torch.no_grad(), ctx.point.autocast.off():
-            u = ctx.adjoint(ctx.point, cotangents[0])
+            u = ctx.adjoint(ctx.point.for_products(), cotangents[0])
         return *differentiated_once([u], behind=[ctx.point.fz]), None, None
 
 

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from equilibria.equilibrium import GradientRule, without_graph
 from equilibria.gradients.adjoint import differentiated_once, leaves_below
-from equilibria.solve import Autocast, Map, Solution, Solver, Status, Stop, row_norm
+from equilibria.solve import Autocast, CompilableMap, Map, Solution, Solver, Status, Stop, row_norm
 from equilibria.solvers import Reversible
 
 ACCURACY = 1e-3
@@ -44,12 +44,21 @@ class ReversibleGradient(GradientRule):
                 "solver=Reversible(0.8), or another gradient rule such as Implicit() or Unroll(checkpoint=True)."
             )
         _check_budget(solver, stop, z0.dtype)
+        f = f.eager() if isinstance(f, CompilableMap) else f  # compiled code does not say what it reads
         constants = _Constants()
         solution = without_graph(constants.of(f), z0, solver, dataclasses.replace(stop, best=False), keep_history=True)
         if not torch.is_grad_enabled():
             return solution
         y = solution.history.to(z0.dtype).view_as(solution.z)
-        path = _Path(f, solver.relaxation, y, solution.steps, solution.status, Autocast(z0.device.type))
+        path = _Path(
+            f=f,
+            relaxation=solver.relaxation,
+            y=y,
+            steps=solution.steps,
+            status=solution.status,
+            autocast=Autocast(z0.device.type),
+            known=tuple(constants.found),
+        )
         z = _Undo.apply(path, solution.z, z0, *constants.found.values())
         return dataclasses.replace(solution, z=z, history=None)
 
@@ -94,6 +103,23 @@ class _Constants(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Instead(TorchFunctionMode):
+    """Gives f other tensors for its constants: leaves, so that their gradients are partial ones.
+
+    One constant may be made of another, as keys of the past are of weights; what leads from one to the other was
+    recorded once, outside f, and is gone through once, after the walk.
+    """
+
+    def __init__(self, known: tuple[int, ...], constants: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.leaves = [constant.detach().requires_grad_() for constant in constants]
+        self._of = dict(zip(known, self.leaves, strict=True))
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda value: self._of.get(id(value), value), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Path:
     """What is needed to walk the iteration backwards."""
@@ -104,6 +130,8 @@ class _Path:
     steps: Int[Tensor, " B"]
     status: Int[Tensor, " B"]
     autocast: Autocast
+    known: tuple[int, ...]
+    """The identities of the constants, in their order."""
 
 
 class _Undo(torch.autograd.Function):
@@ -158,11 +186,13 @@ def _products(
     path: _Path, point: Tensor, seed: Tensor, constants: list[Tensor], sums: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """f(point) and Jᵀ·seed there; the constants' products are added to ``sums``."""
+    instead = _Instead(path.known, constants)
     with torch.enable_grad(), path.autocast.on():
         leaf = point.detach().requires_grad_()
-        value = path.f(leaf).to(point.dtype)
-    _check_seen(value, constants)
-    products = torch.autograd.grad(value, [leaf, *constants], seed, allow_unused=True)
+        with instead:
+            value = path.f(leaf).to(point.dtype)
+    _check_seen(value, instead.leaves)
+    products = torch.autograd.grad(value, [leaf, *instead.leaves], seed, allow_unused=True)
     for total, product in zip(sums, products[1:], strict=True):
         if product is not None:
             total += product
@@ -171,9 +201,9 @@ def _products(
 
 
 def _check_seen(value: Tensor, constants: list[Tensor]) -> None:
-    """Every leaf below ``value`` must lie behind a known constant, or its gradient would be lost without a word."""
+    """Every leaf below ``value`` must be one of these, or its gradient would be lost without a word."""
     found = {id(constant) for constant in constants}
-    for leaf in leaves_below(value, constants):
+    for leaf in leaves_below(value):
         # Only the point itself is a leaf that is no constant, and it is no parameter.
         if id(leaf) not in found and isinstance(leaf, torch.nn.Parameter):
             raise RuntimeError(

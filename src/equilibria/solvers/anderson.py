@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from equilibria.solve import Evaluator, Solver
-from equilibria.solvers.window import bordered, combine, empty_window, inner, ridge_solve, small_dtype, stored
+from equilibria.solvers.window import bordered, combine, empty_window, inner, ridge_solve, selected, small_dtype, stored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,3 +78,9 @@ class Anderson(Solver):
         gamma = ridge_solve(gram[:, :used, :used], target, ridge=self.ridge).to(z.dtype)
         following = AndersonHistory(step=h.step + 1, z=z, g=g, moves=moves, dg=dg, gram=gram)
         return plain - combine(gamma, moves[:, :used]), following
+
+    def select(self, history: AndersonHistory, rows: Int[Tensor, " R"]) -> AndersonHistory:
+        """The same for these samples, their differences in the place where they were."""
+        windows = {"moves": selected(history.moves, rows), "dg": selected(history.dg, rows)}
+        parts = {"z": history.z[rows], "g": history.g[rows], "gram": history.gram[rows]}
+        return dataclasses.replace(history, **windows, **parts)

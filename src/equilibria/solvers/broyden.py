@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from equilibria.solve import Evaluator, Solver
-from equilibria.solvers.window import bordered, combine, dot, empty_window, inner, small_dtype, stored
+from equilibria.solvers.window import bordered, combine, dot, empty_window, inner, selected, small_dtype, stored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,6 +99,11 @@ class Broyden(Solver):
         weights[:, last] = torch.where(sound, 1 / torch.where(sound, size, 1.0), 0.0)
         s = q * factor.to(q.dtype)[:, None]
         return z + s, _lengthened(h, s, weights)
+
+    def select(self, history: BroydenHistory, rows: Int[Tensor, " R"]) -> BroydenHistory:
+        """The same for these samples, their steps in the place where they were."""
+        parts = {"gram": history.gram[rows], "weights": history.weights[rows]}
+        return dataclasses.replace(history, steps=selected(history.steps, rows), **parts)
 
 
 def _lengthened(h: BroydenHistory, s: Float[Tensor, "B N"], weights: Tensor) -> BroydenHistory:

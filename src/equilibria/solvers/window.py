@@ -6,7 +6,7 @@ Letters: B batch, N flattened state, W window.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -21,6 +21,14 @@ def stored(window: Float[Tensor, "B W N"], slot: int, row: Float[Tensor, "B N"])
         return torch.cat([window[:, :slot], row[:, None], window[:, slot + 1 :]], dim=1)
     window[:, slot] = row
     return window
+
+
+def selected(window: Float[Tensor, "B W N"], rows: Int[Tensor, " R"]) -> Float[Tensor, "R W N"]:
+    """The vectors of these samples, in ascending order: moved to the front in place, so that no room is taken."""
+    for place, row in enumerate(rows.tolist()):
+        if place != row:
+            window[place] = window[row]
+    return window[: len(rows)]
 
 
 def inner(window: Float[Tensor, "B W N"], x: Float[Tensor, "B N"]) -> Float[Tensor, "B W"]:

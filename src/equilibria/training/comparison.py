@@ -64,7 +64,7 @@ def network_of(depth: int, *, name: str | None = None, steps: int = 1, checkpoin
 @contextlib.contextmanager
 def set_to(layer: Equilibrium, stage: Stage) -> Iterator[None]:
     """The layer as in ``stage`` for a while."""
-    before = {name: getattr(layer, name) for name in stage.solves}
+    before = {name: getattr(layer, name) for name in (*stage.solves, "warm")}
     stage.apply_to(layer)
     try:
         yield

@@ -44,6 +44,8 @@ class Stage:
     """Probability with which a step has the penalty; the steps without it cost nothing more."""
     eval_stop: Stop | None = None
     """Tolerances and budget in evaluation; None for those of the training."""
+    warm: bool = False
+    """Start solves from what the cell remembers of the segment before, instead of zero."""
     budget_jitter: int = 0
     """Evaluations by which the budget of a training step may fall short: each draws one of 0 … budget_jitter."""
 
@@ -71,6 +73,7 @@ class Stage:
         if isinstance(layer, Equilibrium):
             for name, value in self.solves.items():
                 setattr(layer, name, value)
+            layer.warm = self.warm
 
     @contextlib.contextmanager
     def drawn_budget(self, layer: nn.Module) -> Iterator[None]:
@@ -156,4 +159,6 @@ class Experiment:
 
     def build(self, corpus: Corpus) -> LanguageModel:
         """The model with fresh weights, drawn from PyTorch's generator, set to the first stage."""
-        return self.model.build(len(corpus.vocabulary), **self.stages[0].solves)
+        model = self.model.build(len(corpus.vocabulary), **self.stages[0].solves)
+        self.stages[0].apply_to(model.layer)
+        return model

@@ -1,0 +1,62 @@
+"""How small a residual can become where f computes in bfloat16 or float16, on the block of the solver benchmarks.
+
+python benchmarks/precision.py       prints the table, writes results/precision.json and its part of docs/choosing.md
+
+The whole budget is spent; what is printed is the smallest residual ‖f(z) − z‖/‖f(z)‖ that was met, of the best and of
+the worst sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from block import GAINS, block
+from machine import keep, write_into_docs
+
+from equilibria import Anderson, Broyden, Stop, solve
+
+BUDGET = 60
+
+
+def measure() -> list[dict[str, Any]]:
+    """A row a map, arithmetic and solver."""
+    rows = []
+    for radius, gain in GAINS.items():
+        for dtype in (torch.bfloat16, torch.float16):
+            for autocast in (True, False):
+                cell, x = block(gain, dtype=torch.float32 if autocast else dtype)
+                cell, x = cell, x[:4]
+                for solver in (Anderson(), Broyden()):
+                    with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=autocast):
+                        context = cell.prepare(x, None)
+                        stop = Stop(rtol=0, atol=0, max_evals=BUDGET)
+                        residual = solve(lambda z: cell(z, context), torch.zeros_like(x), solver, stop).residual  # noqa: B023
+                    rows.append(
+                        {
+                            "radius": radius,
+                            "arithmetic": f"{'autocast to' if autocast else 'state of'} {str(dtype)[6:]}",
+                            "solver": type(solver).__name__,
+                            "best": float(residual.min()),
+                            "worst": float(residual.max()),
+                        }
+                    )
+                    print(rows[-1], flush=True)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """For the documentation."""
+    lines = ["| radius | arithmetic | solver | smallest residual, best sample | worst |", "|---:|---|---|---:|---:|"]
+    lines += [
+        f"| {row['radius']} | {row['arithmetic']} | {row['solver']} | {row['best']:.1e} | {row['worst']:.1e} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    measured = measure()
+    print(table(measured))
+    print(keep("precision", measured))
+    write_into_docs("precision", table(measured), page="choosing")

@@ -1,0 +1,121 @@
+"""Compiles small cells and prints, as JSON, how far they are from the eager ones; run as a program by test_compile.py.
+
+In a process of its own, since the shape checks that the tests put around every function cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from equilibria import (
+    Anderson,
+    Broyden,
+    Equilibrium,
+    Implicit,
+    Neumann,
+    NewtonKrylov,
+    Phantom,
+    Picard,
+    Reversible,
+    ReversibleGradient,
+    Shine,
+    Stop,
+    Unroll,
+)
+from equilibria.cells import TransformerShape, TrellisShape
+from equilibria.gradients.adjoint import leaves_below
+from equilibria.stability import jacobian_penalty, spectral_radius
+
+TIGHT, SHORT = Stop(rtol=1e-10, max_evals=80), Stop(rtol=0, atol=0, max_evals=5)
+RULES = {
+    "Implicit": (Anderson(), Implicit(Anderson(), TIGHT), TIGHT),
+    "Neumann": (Anderson(), Neumann(3), TIGHT),
+    "Phantom": (Anderson(), Phantom(2, 0.7), TIGHT),
+    "Shine": (Broyden(), Shine(), TIGHT),
+    "Unroll": (Picard(), Unroll(), SHORT),
+    "Unroll, checkpointed": (Picard(), Unroll(checkpoint=True), SHORT),
+    "ReversibleGradient": (Reversible(0.5), ReversibleGradient(), Stop(rtol=0, atol=0, max_evals=7)),
+    "NewtonKrylov": (NewtonKrylov(), Implicit(Anderson(), TIGHT), TIGHT),
+}
+SHAPES = {
+    "transformer": TransformerShape(width=8, heads=2, inner=12, memory=4, dropout=0.2),
+    "decay": TransformerShape(width=8, heads=2, inner=12, memory=4, positions="decay", longest=16),
+    "trellis": TrellisShape(width=4, hidden=3, outputs=4, dropout=0.2, weight_dropout=0.2),
+    "scan": TrellisShape(width=4, hidden=3, outputs=4, recurrence="scan"),
+}
+
+
+CASES = [(rule, shape) for rule in RULES for shape in SHAPES if rule == "Implicit" or shape in ("transformer", "scan")]
+
+
+def layer_of(shape, rule):
+    solver, gradient, stop = RULES[rule]
+    torch.manual_seed(0)
+    cell = SHAPES[shape].build().double()
+    if shape in ("transformer", "decay"):
+        with torch.no_grad():
+            cell.inject.direction.mul_(300)  # a contraction
+    return Equilibrium(cell, solver, stop, gradient), torch.randn(2, 4, SHAPES[shape].width, dtype=torch.float64)
+
+
+def gradients(layer, x, memory):
+    layer.zero_grad()
+    torch.manual_seed(1)  # the same masks
+    x = x.clone().requires_grad_()
+    out = layer(x, memory)
+    out.z.square().sum().backward()
+    return out, torch.cat([x.grad.flatten(), *(p.grad.flatten() for p in layer.parameters() if p.grad is not None)])
+
+
+def compare(shape, rule, **choices):
+    """Of the compiled cell, against the eager one; a break of the graph is an error."""
+    torch._dynamo.reset()
+    layer, x = layer_of(shape, rule)
+    memory = layer(x).memory
+    eager, expected = gradients(layer, x, memory)
+    layer.cell.compile(fullgraph=True, **choices)
+    compiled, found = gradients(layer, x, memory)
+    return {
+        "z": float((compiled.z - eager.z).norm() / eager.z.norm()),
+        "gradient": float((found - expected).norm() / expected.norm()),
+        "evals": [compiled.solution.evals, eager.solution.evals],
+    }
+
+
+def leaves_of_products():
+    """How many leaves the graph of the products has, eager (None: there is no such graph) and compiled."""
+    torch._dynamo.reset()
+    layer, x = layer_of("transformer", "Implicit")
+    found = []
+
+    class Spied(Implicit):
+        def run(self, f, z0, solver, stop):
+            alone = f.of_z_alone()
+            found.append(alone and len(list(leaves_below(alone(z0.clone().requires_grad_())))))
+            return super().run(f, z0, solver, stop)
+
+    layer.gradient = Spied(Anderson(), TIGHT)
+    layer(x)
+    layer.cell.compile(backend="aot_eager", fullgraph=True)
+    layer(x).z.sum().backward()
+    return found
+
+
+def eager_where_it_must_be():
+    """The gradient of a Jacobian penalty, and spectral radii, of a compiled cell."""
+    torch._dynamo.reset()
+    layer, x = layer_of("transformer", "Implicit")
+    layer.eval().cell.compile(backend="aot_eager", fullgraph=True)
+    out = layer(x)
+    jacobian_penalty(out.f, out.z.detach()).mean().backward()
+    largest = max(float(p.grad.abs().max()) for p in layer.parameters() if p.grad is not None)
+    return {"largest": largest, "radii": spectral_radius(out.f, out.z).tolist()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = {f"{rule} / {shape}": compare(shape, rule, backend="aot_eager") for rule, shape in CASES}
+    results["inductor"] = compare("transformer", "Implicit")
+    print(json.dumps({"cases": results, "leaves": leaves_of_products(), "eager": eager_where_it_must_be()}))  # noqa: T201
