@@ -87,10 +87,10 @@ class Judge:
         self._trace: list[tuple[Tensor, Tensor]] = []
         self._left_out: list[tuple[Tensor, Verdict]] = []
 
-    def update(self, z: Float[Tensor, "R N"], fz: Float[Tensor, "R N"]) -> Bool[Tensor, " R"]:
-        """Judge the new pair (z, f(z)); returns which samples go on."""
-        value, stop = fz.detach(), self._stop
-        gap, size = row_norm(value - z.detach()), row_norm(value)
+    def update(self, z: Float[Tensor, "R N"], fz: Float[Tensor, "R N"], g: Float[Tensor, "R N"]) -> Bool[Tensor, " R"]:
+        """Judge the new pair (z, f(z)), with g = f(z) − z; returns which samples go on."""
+        stop = self._stop
+        gap, size = row_norm(g.detach()), row_norm(fz.detach())
         tolerance = stop.atol + stop.rtol * size
         if self._all_moving and not self._flags.late and self._only_better(gap, gap / size, tolerance):
             self._z, self._fz = z, fz

@@ -88,7 +88,7 @@ class AffineMap(DifferentiableMap):
 class Evaluator:
     """The map as solvers see it: flat ``[B N]``, counted, in the dtype of the algebra (float32 or wider).
 
-    ``active`` tells which samples still move, ``remaining`` how many evaluations are left.
+    ``active`` tells which samples still move, ``remaining`` how many evaluations are left, and ``gap`` is f(z) − z.
     """
 
     def __init__(self, f: Map, z0: Tensor, max_evals: int) -> None:
@@ -98,6 +98,7 @@ class Evaluator:
         self.autocast = Autocast(z0.device.type)
         self.evals, self._max_evals = 0, max_evals
         self.active = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
+        self.gap = z0.new_empty(0)
 
     @property
     def selectable(self) -> bool:

@@ -107,7 +107,10 @@ class Solver(ABC):
     def step(
         self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: History
     ) -> tuple[Float[Tensor, "B N"], History]:
-        """The next iterate and the new history, from z and fz = f(z). More evaluations of f are counted."""
+        """The next iterate and the new history, from z and fz = f(z). More evaluations of f are counted.
+
+        ``f.gap`` is fz − z, which nobody has to compute again.
+        """
 
     def select(self, history: History, rows: Int[Tensor, " R"]) -> History:
         """The history of these samples alone, in ascending order; here of tensors with the batch as first axis."""
@@ -141,14 +144,16 @@ def solve(f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> 
         history, judge = solver.init(z), Judge(z, stop)
         while True:
             fz = evaluate(z)
-            evaluate.active = judge.update(z, fz)
+            evaluate.gap = fz - z
+            evaluate.active = judge.update(z, fz, evaluate.gap)
             if not judge.moving or evaluate.remaining < solver.cost:
                 break
             rows = judge.worth_selecting() if evaluate.selectable else None
             if rows is not None:
                 evaluate.select(rows)
                 judge.select(rows)
-                z, fz, history = z[rows], fz[rows], solver.select(history, rows)
+                z, fz, evaluate.gap = z[rows], fz[rows], evaluate.gap[rows]
+                history = solver.select(history, rows)
             proposal, history = solver.step(evaluate, z, fz, history)
             z = judge.freeze(evaluate.rounded(proposal))
     found = judge.verdict()

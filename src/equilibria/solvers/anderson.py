@@ -10,23 +10,38 @@ import dataclasses
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from equilibria.solve import Evaluator, Solver
-from equilibria.solvers.window import bordered, combine, empty_window, inner, ridge_solve, selected, small_dtype, stored
+from equilibria.solvers.window import (
+    bordered,
+    combine,
+    dot,
+    empty_window,
+    inner,
+    ridge_solve,
+    selected,
+    small_dtype,
+    stored_difference,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AndersonHistory:
-    """The last pair and the differences between successive pairs, oldest overwritten first."""
+    """The last g, and the differences between successive pairs, oldest overwritten first."""
 
     step: int
-    z: Float[Tensor, "B N"]
+    plain: Float[Tensor, "B N"]
+    """z + β·g, where plain iteration would have gone from the last point."""
     g: Float[Tensor, "B N"]
     moves: Float[Tensor, "B W N"]
     """Δz_i + β·Δg_i."""
     dg: Float[Tensor, "B W N"]
     """Δg_i."""
     gram: Float[Tensor, "B W W"]
+    """Inner products of the Δg_i."""
+    along: Float[Tensor, "B W"]
+    """Inner products of the Δg_i with the last g."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,29 +73,47 @@ class Anderson(Solver):
         """Empty differences."""
         size = self.window - 1
         gram = torch.zeros(len(z), size, size, dtype=small_dtype(z), device=z.device)
-        return AndersonHistory(step=0, z=z, g=z, moves=empty_window(z, size), dg=empty_window(z, size), gram=gram)
+        return AndersonHistory(
+            step=0,
+            plain=z,
+            g=z,
+            moves=empty_window(z, size),
+            dg=empty_window(z, size),
+            gram=gram,
+            along=gram[:, 0].clone(),
+        )
 
     def step(
         self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: AndersonHistory
     ) -> tuple[Tensor, AndersonHistory]:
         """The mixture of the window; plain iteration from the first pair."""
-        h, g = history, fz - z
+        h, g = history, f.gap
         plain = z.lerp(fz, self.mixing) if self.mixing != 1.0 else fz
         if h.step == 0:
-            return plain, dataclasses.replace(h, step=1, z=z, g=g)
+            return plain, dataclasses.replace(h, step=1, plain=plain, g=g)
         slot, used = (h.step - 1) % (self.window - 1), min(h.step, self.window - 1)
-        newest = g - h.g
-        dg = stored(h.dg, slot, newest)
-        moves = stored(h.moves, slot, torch.add(z - h.z, newest, alpha=self.mixing))
-        row = inner(dg[:, :used], newest)
+        dg = stored_difference(h.dg, slot, g, h.g)
+        moves = stored_difference(h.moves, slot, plain, h.plain)
+        along = inner(dg[:, :used], g).to(h.gram.dtype)
+        # Δg_iᵀΔg = Δg_iᵀg − Δg_iᵀg₋, both known, but for the new one with itself: one pass over the window is saved.
+        row = along - h.along[:, :used]
+        newest = dg[:, slot]
+        row = row.index_copy(1, torch.tensor([slot], device=row.device), dot(newest, newest).to(row.dtype)[:, None])
         gram = bordered(h.gram, slot, row)
-        target = inner(dg[:, :used], g).to(gram.dtype)
-        gamma = ridge_solve(gram[:, :used, :used], target, ridge=self.ridge).to(z.dtype)
-        following = AndersonHistory(step=h.step + 1, z=z, g=g, moves=moves, dg=dg, gram=gram)
-        return plain - combine(gamma, moves[:, :used]), following
+        gamma = ridge_solve(gram[:, :used, :used], along, ridge=self.ridge).to(z.dtype)
+        following = AndersonHistory(
+            step=h.step + 1,
+            plain=plain,
+            g=g,
+            moves=moves,
+            dg=dg,
+            gram=gram,
+            along=functional.pad(along, (0, h.along.shape[1] - used)),
+        )
+        return combine(-gamma, moves[:, :used], onto=plain), following
 
     def select(self, history: AndersonHistory, rows: Int[Tensor, " R"]) -> AndersonHistory:
         """The same for these samples, their differences in the place where they were."""
         windows = {"moves": selected(history.moves, rows), "dg": selected(history.dg, rows)}
-        parts = {"z": history.z[rows], "g": history.g[rows], "gram": history.gram[rows]}
+        parts = {name: getattr(history, name)[rows] for name in ("plain", "g", "gram", "along")}
         return dataclasses.replace(history, **windows, **parts)

@@ -36,7 +36,7 @@ class BroydenHistory:
         a = torch.linalg.solve_triangular(
             self._system(k), products[..., None], upper=False, left=True, unitriangular=True
         )
-        return x + combine(a[..., 0], self.steps[:, 1 : k + 1])
+        return combine(a[..., 0], self.steps[:, 1 : k + 1], onto=x)
 
     def apply_transposed(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         """−Hᵀx = x + Σ_j b_j s_j, the estimate of (I − J)⁻ᵀ x; b_j = w_j (s_{j+1}ᵀx + Σ_{i>j} b_i s_iᵀs_{j+1})."""
@@ -48,7 +48,7 @@ class BroydenHistory:
         b = torch.linalg.solve_triangular(
             self._system(k).mT, products[..., None], upper=True, left=True, unitriangular=True
         )
-        return x + combine(self.weights[:, :k] * b[..., 0], self.steps[:, :k])
+        return combine(self.weights[:, :k] * b[..., 0], self.steps[:, :k], onto=x)
 
     def _system(self, k: int) -> Float[Tensor, "B k k"]:
         """Entry (j, i) of the unit lower triangle: −w_j s_jᵀs_{i+1}; what lies above the diagonal is not read."""
@@ -85,7 +85,7 @@ class Broyden(Solver):
         self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: BroydenHistory
     ) -> tuple[Tensor, BroydenHistory]:
         """z − H·g after the update of H; plain iteration from the first point."""
-        h, g = history, fz - z
+        h, g = history, f.gap
         if h.count == 0 or h.count > self.memory:
             return fz, _lengthened(dataclasses.replace(h, count=0), g, h.weights)
         last, q = h.count - 1, h.apply(g)

@@ -49,7 +49,7 @@ class NewtonKrylov(Solver):
         """z + d."""
         iterations = min(self.inner, f.remaining - 1)
         before = f.evals
-        d = _gmres(f, z, fz - z, iterations=iterations, forcing=self.forcing)
+        d = _gmres(f, z, f.gap, iterations=iterations, forcing=self.forcing)
         f.forfeit(iterations - (f.evals - before))
         return z + d, None
 

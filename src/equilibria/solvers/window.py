@@ -23,6 +23,16 @@ def stored(window: Float[Tensor, "B W N"], slot: int, row: Float[Tensor, "B N"])
     return window
 
 
+def stored_difference(
+    window: Float[Tensor, "B W N"], slot: int, x: Float[Tensor, "B N"], y: Float[Tensor, "B N"]
+) -> Float[Tensor, "B W N"]:
+    """The window with x − y at ``slot``, like ``stored``, and without a copy of it."""
+    if torch.is_grad_enabled() and (window.requires_grad or x.requires_grad or y.requires_grad):
+        return stored(window, slot, x - y)
+    torch.sub(x, y, out=window[:, slot])
+    return window
+
+
 def selected(window: Float[Tensor, "B W N"], rows: Int[Tensor, " R"]) -> Float[Tensor, "R W N"]:
     """The vectors of these samples, in ascending order: moved to the front in place, so that no room is taken."""
     for place, row in enumerate(rows.tolist()):
@@ -38,9 +48,12 @@ def inner(window: Float[Tensor, "B W N"], x: Float[Tensor, "B N"]) -> Float[Tens
     return torch.bmm(x[:, None], window.mT)[:, 0]
 
 
-def combine(weights: Float[Tensor, "B W"], window: Float[Tensor, "B W N"]) -> Float[Tensor, "B N"]:
-    """Σ_i weights_i · window_i."""
-    return torch.bmm(weights.to(window.dtype)[:, None], window)[:, 0]
+def combine(
+    weights: Float[Tensor, "B W"], window: Float[Tensor, "B W N"], *, onto: Float[Tensor, "B N"] | None = None
+) -> Float[Tensor, "B N"]:
+    """Σ_i weights_i · window_i + ``onto``."""
+    rows = weights.to(window.dtype)[:, None]
+    return (torch.bmm(rows, window) if onto is None else torch.baddbmm(onto[:, None], rows, window))[:, 0]
 
 
 def dot(x: Float[Tensor, "B N"], y: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
