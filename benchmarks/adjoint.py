@@ -91,8 +91,8 @@ def states(layer: Layer) -> float:
 def measure(rounds: int) -> list[dict[str, Any]]:
     """A row a map and rule."""
     rows = []
-    for rho, gain in GAINS.items():
-        exact, x64 = block(gain, dtype=torch.float64)
+    for radius in GAINS:
+        exact, x64 = block(radius, dtype=torch.float64)
         with torch.no_grad():
             context = exact.prepare(x64, None)
             tight = Stop(rtol=1e-10, atol=0, max_evals=500)
@@ -100,7 +100,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         torch.manual_seed(1)
         g64 = torch.randn_like(z64)
         reference, _ = gradient(ours(Broyden(60), rtol=1e-10, most=500), exact, x64, z64, g64)
-        cell, x = block(gain)
+        cell, x = block(radius)
         found: dict[str, list[dict[str, float]]] = {rule.name: [] for rule in RULES}
         for turn in range(rounds):
             for rule in RULES:
@@ -112,7 +112,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         for rule in RULES:
             plain = [row for row in found[rule.name] if row["scale"] == 1]
             scaled = next(row for row in found[rule.name] if row["scale"] != 1)
-            row = {"radius": rho, "rule": rule.name, "states": states(rule.layer)}
+            row = {"radius": radius, "rule": rule.name, "states": states(rule.layer)}
             row |= {key: statistics.median(one[key] for one in plain) for key in ("products", "seconds", "error")}
             row |= {f"scaled_{key}": scaled[key] for key in ("products", "error")}
             print(row, flush=True)

@@ -22,11 +22,11 @@ BUDGET = 60
 def measure() -> list[dict[str, Any]]:
     """A row a map, arithmetic and solver."""
     rows = []
-    for radius, gain in GAINS.items():
+    for radius in GAINS:
         for dtype in (torch.bfloat16, torch.float16):
             for autocast in (True, False):
-                cell, x = block(gain, dtype=torch.float32 if autocast else dtype)
-                cell, x = cell, x[:4]
+                cell, x = block(radius, dtype=torch.float32 if autocast else dtype)
+                x = x[:4]
                 for solver in (Anderson(), Broyden()):
                     with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=autocast):
                         context = cell.prepare(x, None)

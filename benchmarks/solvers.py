@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from block import GAINS, Counted, block, radius
+from block import GAINS, Counted, block, measured
 from machine import keep, write_into_docs
 from torch import Tensor
 from torchdeq.solver.anderson import anderson_solver
@@ -88,9 +88,9 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     """A row a map, tolerance and method."""
     rows = []
     held = {(m.name, who): states(getattr(m, who)) for m in METHODS for who in ("ours", "theirs")}
-    for gain in GAINS.values():
-        cell, x = block(gain)
-        context, z0, rho = cell.prepare(x, None), torch.zeros_like(x), radius(gain)
+    for radius in GAINS:
+        cell, x = block(radius)
+        context, z0, rho = cell.prepare(x, None), torch.zeros_like(x), measured(radius)
 
         def f(z: Tensor, cell: Any = cell, context: Any = context) -> Tensor:
             return cell(z, context)
@@ -134,7 +134,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     with torch.no_grad():
-        measured = measure(parser.parse_args().rounds)
-    print(table(measured))
-    print(keep("solvers", measured))
-    write_into_docs("solvers", table(measured), page="choosing")
+        found = measure(parser.parse_args().rounds)
+    print(table(found))
+    print(keep("solvers", found))
+    write_into_docs("solvers", table(found), page="choosing")

@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from equilibria import Anderson, Cell, Equilibrium, Implicit, Reversible, ReversibleGradient, Stop, Unroll
-from equilibria.cells import CELLS, TransformerCell, TransformerShape, TrellisShape
+from equilibria.cells import CELLS, ChainShape, TransformerCell, TransformerShape, TrellisShape
 from equilibria.training.nested import flatten
 
 pytestmark = pytest.mark.parametrize("shape", CELLS, ids=lambda shape: repr(shape)[:40])
@@ -121,6 +121,24 @@ def test_f_of_selected_samples_is_f_selected(shape, past):
         assert_close(cell(z[rows], cell.select(context, rows)), whole[rows], rtol=1e-12, atol=1e-12)
         twice = cell.select(cell.select(context, torch.tensor([3, 1, 0])), torch.tensor([0, 2]))
         assert_close(cell(z[rows], twice), whole[rows], rtol=1e-12, atol=1e-12)
+
+
+def test_warm_starts_are_states_and_change_nothing_but_the_cost(shape):
+    cell = built(shape)
+    x, _ = inputs(shape)
+    memory = memory_of(cell, shape)
+    for remembered in (None, memory):
+        context = cell.prepare(x, remembered)
+        cold, warm = cell.start(context), cell.warm_start(context)
+        assert warm.shape == cold.shape
+        assert warm.dtype == cold.dtype
+    if memory is None or isinstance(shape, ChainShape) or getattr(shape, "norm", "post") == "pre":
+        return  # not known to have one equilibrium, and to find it
+    make_contraction(cell)
+    stop = Stop(rtol=1e-10, atol=0, max_evals=200)
+    found = [Equilibrium(cell, Anderson(), stop, Implicit(), warm=warm)(x, memory) for warm in (False, True)]
+    if all(out.solution.converged.all() for out in found):
+        assert_close(found[0].z, found[1].z, rtol=1e-6, atol=1e-7)
 
 
 def test_undone_steps_give_the_gradient_of_the_unrolled_ones(shape):

@@ -101,3 +101,17 @@ print(sorted(n for n in new if n not in sys.stdlib_module_names and n not in {al
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_start_at_the_equilibrium_costs_one_evaluation():
+    layer, x = Equilibrium(cell(), Anderson(), TIGHT, Implicit()), torch.randn(2, 3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        first = layer(x)
+        again = layer(x, start=first.z)
+    assert first.solution.evals > 3
+    assert again.solution.evals == 1
+    torch.testing.assert_close(again.z, first.z, rtol=1e-7, atol=1e-7)
+    with pytest.raises(ValueError, match=r"start has the shape \(2, 2, 6\) and the state \(2, 3, 6\); give a state"):
+        layer(x, start=first.z[:, :2])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        layer(x, start=first.z * torch.nan)

@@ -9,10 +9,11 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equilibria.solve import Map, Solution
+from equilibria.solve import CompilableMap, Map, SelectableMap, Solution, map_tensors
 
 Context = Any
 """What a cell computes once per solve: its own choice of value, constant during the solve."""
@@ -80,6 +81,48 @@ class Cell(nn.Module, ABC):
                 "none; give rows of one length, or one row at a time."
             )
         return memory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CellMap(SelectableMap, CompilableMap):
+    """f(·; x) of a cell."""
+
+    cell: Cell
+    context: Context
+    several: bool = False
+    """Whether there are several positions, so that samples are worth being left out."""
+    parameters: dict[str, Tensor] | None = None
+    """In the place of the cell's own; None for these."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """f(z)."""
+        if self.parameters is None:
+            return self.cell(z, self.context)
+        return torch.func.functional_call(self.cell, self.parameters, (z, self.context))
+
+    @property
+    def selectable(self) -> bool:
+        """Whether the cell knows how."""
+        return self.several and type(self.cell).select is not Cell.select
+
+    def select(self, rows: Int[Tensor, " R"]) -> CellMap:
+        """With the context of these samples."""
+        return dataclasses.replace(self, context=self.cell.select(self.context, rows))
+
+    def eager(self) -> Map:
+        """Past the compiled call."""
+        return (lambda z: self.cell.forward(z, self.context)) if self._compiled else self
+
+    def of_z_alone(self) -> Map | None:
+        """With constants for parameters and context; None also on a GPU, where it was never tried."""
+        parameters = {name: parameter.detach() for name, parameter in self.cell.named_parameters()}
+        if not self._compiled or any(parameter.is_cuda for parameter in parameters.values()):
+            return None
+        return CellMap(self.cell, map_tensors(Tensor.detach, self.context), parameters=parameters)
+
+    @property
+    def _compiled(self) -> bool:
+        return self.cell._compiled_call_impl is not None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -156,6 +156,8 @@ def solve(f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> 
                 history = solver.select(history, rows)
             proposal, history = solver.step(evaluate, z, fz, history)
             z = judge.freeze(evaluate.rounded(proposal))
+            evaluate.gap = z.new_empty(0)  # states that nobody needs while f is evaluated
+            del proposal, fz
     found = judge.verdict()
     return Solution(
         z=evaluate.shaped(found.z),
