@@ -96,6 +96,25 @@ def test_flags_that_are_read_late_change_nothing(solver, selecting, broken, monk
     same_solution(dataclasses.replace(late, trace=late.trace[: len(now.trace)]), now)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=str)
+def test_a_gpu_is_not_waited_for(solver):
+    f, z0 = mixed(dtype=torch.float32), torch.zeros(BATCH, WIDTH, device="cuda")
+    a, x, weight = f.a.cuda(), f.x.cuda(), f.weight.cuda()
+    expected = solve(lambda z: f(z), z0.cpu(), solver, Stop(rtol=1e-5, max_evals=60))
+
+    def watched(z):
+        torch.cuda.set_sync_debug_mode("error")  # from the first evaluation on
+        return torch.tanh(a * (z @ weight) + x)
+
+    try:
+        with torch.no_grad():
+            found = solve(watched, z0, solver, Stop(rtol=1e-5, max_evals=60))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_close(found.z.cpu(), expected.z, rtol=1e-4, atol=1e-4)
+
+
 def test_most_of_the_work_of_done_samples_is_saved():
     f, z0 = mixed(), torch.zeros(BATCH, WIDTH, dtype=torch.float64)
     with torch.no_grad():

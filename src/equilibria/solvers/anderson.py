@@ -98,8 +98,8 @@ class Anderson(Solver):
         # Δg_iᵀΔg = Δg_iᵀg − Δg_iᵀg₋, both known, but for the new one with itself: one pass over the window is saved.
         row = along - h.along[:, :used]
         newest = dg[:, slot]
-        row = row.index_copy(1, torch.tensor([slot], device=row.device), dot(newest, newest).to(row.dtype)[:, None])
-        gram = bordered(h.gram, slot, row)
+        size = dot(newest, newest).to(row.dtype)[:, None]
+        gram = bordered(h.gram, slot, torch.cat([row[:, :slot], size, row[:, slot + 1 :]], dim=1))
         gamma = ridge_solve(gram[:, :used, :used], along, ridge=self.ridge).to(z.dtype)
         following = AndersonHistory(
             step=h.step + 1,
