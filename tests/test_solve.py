@@ -203,3 +203,14 @@ def test_every_status_has_advice():
     solution = solve(torch.cos, torch.zeros(2, 1), Picard(), Stop(max_evals=3))
     assert "0 of 2 samples converged, 3 evaluations" in str(solution)
     assert "raise max_evals" in str(solution)
+
+
+@pytest.mark.parametrize(("dtype", "level"), [(torch.bfloat16, "4e-03"), (torch.float16, "5e-04")])
+def test_a_tolerance_below_the_rounding_of_f_is_warned_about(dtype, level):
+    z0 = torch.zeros(1, 4)
+    with pytest.warns(RuntimeWarning, match=rf"rtol=0.0001\) is below what {str(dtype)[6:]} resolves.*about {level}"):
+        solve(halving, z0.to(dtype), Picard(), Stop(rtol=1e-4))
+    with torch.autocast("cpu", dtype=dtype), pytest.warns(RuntimeWarning, match="let f compute in float32"):
+        solve(halving, z0, Picard(), Stop(rtol=1e-4))
+    solve(halving, z0.to(dtype), Picard(), Stop(rtol=2e-2))  # no warning, which would be an error here
+    solve(halving, z0, Picard(), Stop(rtol=1e-6))

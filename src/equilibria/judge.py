@@ -128,7 +128,8 @@ class Judge:
         # While every sample improves, as is usual, the pair is kept by reference and nothing is copied.
         if any_stale:
             rows = improved[:, None]
-            self._z, self._fz = torch.where(rows, z, self._z), torch.where(rows, fz, self._fz)
+            self._z = torch.where(rows, z, self._z)  # one after the other, so that the old one is let go
+            self._fz = torch.where(rows, fz, self._fz)
         else:
             self._z, self._fz = z, fz
         return self._active

@@ -101,6 +101,11 @@ class Evaluator:
         self.gap = z0.new_empty(0)
 
     @property
+    def computes_in(self) -> torch.dtype:
+        """The dtype of the products inside f, as far as that is known."""
+        return self.autocast.dtype if self.autocast.enabled else self.dtype
+
+    @property
     def selectable(self) -> bool:
         """Whether ``select`` is possible; not while autograd records, which would have to record that as well."""
         f = self._f
@@ -183,14 +188,14 @@ class Autocast:
     def __init__(self, device: str) -> None:
         self._device = device
         self.enabled = torch.is_autocast_enabled(device)
-        self._dtype = torch.get_autocast_dtype(device)
+        self.dtype = torch.get_autocast_dtype(device)
 
     def on(self) -> contextlib.AbstractContextManager[Any]:
         """The captured state, whatever the state of the caller."""
-        same_dtype = torch.get_autocast_dtype(self._device) == self._dtype
+        same_dtype = torch.get_autocast_dtype(self._device) == self.dtype
         if self.enabled == torch.is_autocast_enabled(self._device) and (same_dtype or not self.enabled):
             return contextlib.nullcontext()
-        return torch.autocast(self._device, dtype=self._dtype, enabled=self.enabled)
+        return torch.autocast(self._device, dtype=self.dtype, enabled=self.enabled)
 
     def off(self) -> contextlib.AbstractContextManager[Any]:
         """No autocast: for the solver's algebra."""

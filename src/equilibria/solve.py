@@ -6,9 +6,11 @@ Letters: B batch, N flattened state, K evaluations of f. State ``z``, map ``f``,
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -132,12 +134,16 @@ def solve(f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> 
         solver: proposes the iterates.
         stop: tolerances and budget.
 
+    Warns:
+        RuntimeWarning: f computes in half precision, and the tolerance is below what that resolves.
+
     Raises:
         ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes shape, dtype or device.
     """
     check_kind("solver", solver, Solver, "Anderson()")
     check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
     evaluate = Evaluator(f, z0, stop.max_evals)
+    _warn_of_rounding(evaluate.computes_in, stop)
     z = z0.reshape(len(z0), -1).to(evaluate.algebra)
     del z0  # a state that would be kept for nothing
     with evaluate.autocast.off():
@@ -169,3 +175,15 @@ def solve(f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> 
         trace=judge.trace(found.residual),
         history=history,
     )
+
+
+def _warn_of_rounding(dtype: torch.dtype, stop: Stop) -> None:
+    level = torch.finfo(dtype).eps / 2
+    if dtype in (torch.bfloat16, torch.float16) and 0 < stop.rtol < level:
+        warnings.warn(
+            f"Stop(rtol={stop.rtol:g}) is below what {str(dtype)[6:]} resolves: residuals of an f that computes in it "
+            f"stay at about {level:.0e}, so solves will spend their budget; give rtol={4 * level:.0e}, or let f "
+            "compute in float32.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -97,7 +97,8 @@ class Broyden(Solver):
         factor = torch.where(sound, size / torch.where(sound, denominator, 1.0), 1.0)
         weights = h.weights.clone()
         weights[:, last] = torch.where(sound, 1 / torch.where(sound, size, 1.0), 0.0)
-        s = q * factor.to(q.dtype)[:, None]
+        factor = factor.to(q.dtype)[:, None]
+        s = q * factor if torch.is_grad_enabled() else q.mul_(factor)
         return z + s, _lengthened(h, s, weights)
 
     def select(self, history: BroydenHistory, rows: Int[Tensor, " R"]) -> BroydenHistory:
