@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from block import GAINS, Counted, block
-from machine import keep, write_into_docs
+from machine import publish
 from torch import Tensor
 from torchdeq.grad import backward_factory
 from torchdeq.solver.anderson import anderson_solver
@@ -138,6 +138,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     measured = measure(parser.parse_args().rounds)
-    print(table(measured))
-    print(keep("adjoint", measured))
-    write_into_docs("adjoint", table(measured), page="choosing")
+    publish("adjoint", measured, table(measured), page="choosing")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from block import Counted
-from machine import keep, write_into_docs
+from machine import publish
 from torch import Tensor, nn
 from torchdeq import get_deq
 
@@ -135,6 +135,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     measured = measure(parser.parse_args().rounds)
-    print(table(measured))
-    print(keep("peers", measured))
-    write_into_docs("peers", table(measured))
+    publish("peers", measured, table(measured))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from block import GAINS, block
-from machine import keep, write_into_docs
+from machine import publish
 
 from equilibria import Anderson, Broyden, Stop, solve
 
@@ -57,6 +57,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     measured = measure()
-    print(table(measured))
-    print(keep("precision", measured))
-    write_into_docs("precision", table(measured), page="choosing")
+    publish("precision", measured, table(measured), page="choosing")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from block import GAINS, Counted, block, measured
-from machine import keep, write_into_docs
+from machine import publish
 from torch import Tensor
 from torchdeq.solver.anderson import anderson_solver
 from torchdeq.solver.broyden import broyden_solver
@@ -135,6 +135,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     with torch.no_grad():
         found = measure(parser.parse_args().rounds)
-    print(table(found))
-    print(keep("solvers", found))
-    write_into_docs("solvers", table(found), page="choosing")
+    publish("solvers", found, table(found), page="choosing")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import keep, write_into_docs
+from machine import publish
 from steps import compare, table
 from torch import Tensor
 
@@ -185,6 +185,4 @@ if __name__ == "__main__":
         others = starts(given.data, given.run, rtol=given.rtol)
         found = measure(given.data, given.run, repeats=given.repeats, rtol=given.rtol)
         text = f"{table(found)}\n\n{table_of_starts(others)}"
-        print(text)
-        print(keep("trellis", {"training": history(given.run), "networks": found, "starts": others}))
-        write_into_docs("trellis", text)
+        publish("trellis", {"training": history(given.run), "networks": found, "starts": others}, text)

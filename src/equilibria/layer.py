@@ -115,9 +115,9 @@ class CellMap(SelectableMap, CompilableMap):
 
     def of_z_alone(self) -> Map | None:
         """With constants for parameters and context; None also on a GPU, where it was never tried."""
-        parameters = {name: parameter.detach() for name, parameter in self.cell.named_parameters()}
-        if not self._compiled or any(parameter.is_cuda for parameter in parameters.values()):
+        if not self._compiled or any(parameter.is_cuda for parameter in self.cell.parameters()):
             return None
+        parameters = {name: parameter.detach() for name, parameter in self.cell.named_parameters()}
         return CellMap(self.cell, map_tensors(Tensor.detach, self.context), parameters=parameters)
 
     @property

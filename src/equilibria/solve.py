@@ -47,6 +47,7 @@ __all__ = [
     "check_kind",
     "map_tensors",
     "row_norm",
+    "select_rows",
     "solve",
 ]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.equilibrium import Cell
+from equilibria.solve import select_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ class AffineCell(Cell):
 
     def select(self, context: AffineContext, rows: Int[Tensor, " R"]) -> AffineContext:
         """The injection of these samples."""
-        return AffineContext(injection=context.injection[rows])
+        return select_rows(context, rows)
 
     def remember(self, z: Float[Tensor, "B T D"], context: AffineContext) -> None:
         """Nothing."""

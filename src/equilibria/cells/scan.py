@@ -18,9 +18,10 @@ from torch import Tensor
 def scan(a: Float[Tensor, "B T C"], b: Float[Tensor, "B T C"], first: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B T C"]:
     """c_t = a_t c_{t−1} + b_t for t = 0 … T − 1, with c_{−1} = ``first``; differentiable twice, and forwards."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), first.dtype)
+    a, b, first = a.to(dtype), b.to(dtype), first.to(dtype)
     if torch.compiler.is_compiling():  # which does not know what a Function does forwards
-        return _doubling(a.to(dtype), b.to(dtype), first.to(dtype), reverse=False)
-    return _Scan.apply(a.to(dtype), b.to(dtype), first.to(dtype), False)  # pyright: ignore
+        return _doubling(a, b, first, reverse=False)
+    return _Scan.apply(a, b, first, False)  # pyright: ignore
 
 
 class _Scan(torch.autograd.Function):

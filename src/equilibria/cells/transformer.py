@@ -31,6 +31,7 @@ from equilibria.cells.transformer_context import (
 from equilibria.cells.transformer_shape import TransformerShape
 from equilibria.cells.weight_norm import NormedLinear
 from equilibria.equilibrium import Cell
+from equilibria.solve import select_rows
 
 
 class TransformerCell(Cell):
@@ -135,7 +136,7 @@ class TransformerCell(Cell):
     def select(self, context: TransformerContext, rows: Int[Tensor, " R"]) -> TransformerContext:
         """The context of these samples; not what ``remember`` needs, which is given the whole one."""
         masks = ("drop_attention", "drop_inner", "drop_outer", "present")
-        chosen = {name: _rows(getattr(context, name), rows) for name in masks}
+        chosen = {name: select_rows(getattr(context, name), rows) for name in masks}
         return dataclasses.replace(
             context,
             attention=context.attention.select(rows, batch=len(context.start)),
@@ -229,10 +230,6 @@ class TransformerCell(Cell):
             check_streams(memory.past.slots.shape[2], x)
         elif memory is not None:
             check_streams(len(memory.z), x)
-
-
-def _rows(x: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if x is None else x[rows]
 
 
 def _positions(shape: TransformerShape) -> RelativePositions | DecayPositions:

@@ -23,6 +23,7 @@ from equilibria.cells.trellis_context import TrellisCache, TrellisContext, Trell
 from equilibria.cells.trellis_shape import TrellisShape
 from equilibria.cells.weight_norm import NormedLinear
 from equilibria.equilibrium import Cell
+from equilibria.solve import select_rows
 
 
 class TrellisCell(Cell):
@@ -124,16 +125,9 @@ class TrellisCell(Cell):
 
     def select(self, context: TrellisContext, rows: Int[Tensor, " R"]) -> TrellisContext:
         """The context of these samples; not what ``remember`` needs, which is given the whole one."""
-        return dataclasses.replace(
-            context,
-            injection=context.injection[rows],
-            past_h=context.past_h[rows],
-            past_c=context.past_c[rows],
-            drop=None if context.drop is None else context.drop[rows],
-            present=None if context.present is None else context.present[rows],
-            last=None,
-            cache=None,
-        )
+        of_samples = ("injection", "past_h", "past_c", "drop", "present")
+        chosen = {name: select_rows(getattr(context, name), rows) for name in of_samples}
+        return dataclasses.replace(context, last=None, cache=None, **chosen)
 
     def remember(self, z: Float[Tensor, "B T H2"], context: TrellisContext) -> TrellisMemory | TrellisCache:
         """h, c and x at the last time, detached; a cache, with them."""
