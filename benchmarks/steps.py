@@ -78,9 +78,9 @@ def _needs(name: str, model: LanguageModel, segment: Segment, memory: Any) -> di
     step, output = _peak(lambda: training_step(model, segment, memory))
     row: dict[str, Any] = {"network": name, "step_mib": step, "train_seconds": [], "inference_seconds": []}
     if output.solution is not None:
-        backward = output.solution.adjoint[-1]
-        row |= {"forward": output.solution.evals, "backward": backward.evals}
-        row["converged"] = float(torch.cat([output.solution.converged, backward.converged]).double().mean())
+        solves = [output.solution, *output.solution.adjoint[-1:]]
+        row |= {"forward": solves[0].evals, "backward": sum(solve.evals for solve in solves[1:])}
+        row["converged"] = float(torch.cat([solve.converged for solve in solves]).double().mean())
     del output
     with evaluating(model):
         x = model.embedding(segment.tokens)

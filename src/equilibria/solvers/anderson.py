@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from equilibria.solve import Evaluator, Solver
 from equilibria.solvers.window import (
+    at,
     bordered,
     combine,
     dot,
@@ -60,6 +61,8 @@ class Anderson(Solver):
     """β: how far the step goes along the combined residual."""
     ridge: float = 1e-7
     """λ: relative Tikhonov regularisation of the least-squares problem."""
+    half: bool = False
+    """Keep the window in bfloat16, which halves its memory; the algebra stays as it is."""
 
     def __post_init__(self) -> None:
         if self.window < 2:
@@ -77,8 +80,8 @@ class Anderson(Solver):
             step=0,
             plain=z,
             g=z,
-            moves=empty_window(z, size),
-            dg=empty_window(z, size),
+            moves=empty_window(z, size, half=self.half),
+            dg=empty_window(z, size, half=self.half),
             gram=gram,
             along=gram[:, 0].clone(),
         )
@@ -97,7 +100,7 @@ class Anderson(Solver):
         along = inner(dg[:, :used], g).to(h.gram.dtype)
         # Δg_iᵀΔg = Δg_iᵀg − Δg_iᵀg₋, both known, but for the new one with itself: one pass over the window is saved.
         row = along - h.along[:, :used]
-        newest = dg[:, slot]
+        newest = at(dg, slot, g.dtype)
         size = dot(newest, newest).to(row.dtype)[:, None]
         gram = bordered(h.gram, slot, torch.cat([row[:, :slot], size, row[:, slot + 1 :]], dim=1))
         gamma = ridge_solve(gram[:, :used, :used], along, ridge=self.ridge).to(z.dtype)

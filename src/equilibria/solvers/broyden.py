@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from equilibria.solve import Evaluator, Solver
-from equilibria.solvers.window import bordered, combine, dot, empty_window, inner, selected, small_dtype, stored
+from equilibria.solvers.window import at, bordered, combine, dot, empty_window, inner, selected, small_dtype, stored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +70,8 @@ class Broyden(Solver):
 
     memory: int = 20
     """Updates of H before it starts anew; memory + 1 states are kept."""
+    half: bool = False
+    """Keep the steps in bfloat16, and take them as they are kept, which halves the memory."""
 
     def __post_init__(self) -> None:
         if self.memory < 1:
@@ -77,7 +79,7 @@ class Broyden(Solver):
 
     def init(self, z: Float[Tensor, "B N"]) -> BroydenHistory:
         """H = −I."""
-        steps = empty_window(z, self.memory + 1)
+        steps = empty_window(z, self.memory + 1, half=self.half)
         gram = torch.zeros(len(z), self.memory + 1, self.memory + 1, dtype=small_dtype(z), device=z.device)
         return BroydenHistory(count=0, steps=steps, gram=gram, weights=gram[:, 0].clone())
 
@@ -87,10 +89,11 @@ class Broyden(Solver):
         """z − H·g after the update of H; plain iteration from the first point."""
         h, g = history, f.gap
         if h.count == 0 or h.count > self.memory:
-            return fz, _lengthened(dataclasses.replace(h, count=0), g, h.weights)
+            following = _lengthened(dataclasses.replace(h, count=0), g, h.weights)
+            return (z + at(following.steps, 0, z.dtype) if self.half else fz), following
         last, q = h.count - 1, h.apply(g)
         size = h.gram[:, last, last]
-        along = dot(h.steps[:, last], q).to(size.dtype)
+        along = dot(at(h.steps, last, q.dtype), q).to(size.dtype)
         denominator = size - along
         sound = f.active & (size > 0) & torch.isfinite(denominator)
         sound = sound & (denominator.abs() > 1e-12 * (size + along.abs()))
@@ -99,7 +102,8 @@ class Broyden(Solver):
         weights[:, last] = torch.where(sound, 1 / torch.where(sound, size, 1.0), 0.0)
         factor = factor.to(q.dtype)[:, None]
         s = q * factor if torch.is_grad_enabled() else q.mul_(factor)
-        return z + s, _lengthened(h, s, weights)
+        following = _lengthened(h, s, weights)
+        return z + (at(following.steps, h.count, z.dtype) if self.half else s), following
 
     def select(self, history: BroydenHistory, rows: Int[Tensor, " R"]) -> BroydenHistory:
         """The same for these samples, their steps in the place where they were."""
@@ -111,5 +115,5 @@ def _lengthened(h: BroydenHistory, s: Float[Tensor, "B N"], weights: Tensor) -> 
     """The history with one more step."""
     k = h.count
     steps = stored(h.steps, k, s)
-    gram = bordered(h.gram, k, inner(steps[:, : k + 1], s))
+    gram = bordered(h.gram, k, inner(steps[:, : k + 1], at(steps, k, s.dtype)))
     return BroydenHistory(count=k + 1, steps=steps, gram=gram, weights=weights)

@@ -10,17 +10,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def empty_window(z: Float[Tensor, "B N"], size: int) -> Float[Tensor, "B W N"]:
-    """A zeroed window of ``size`` vectors a sample, rows contiguous."""
-    return torch.zeros(len(z), size, z.shape[1], dtype=z.dtype, device=z.device)
+def empty_window(z: Float[Tensor, "B N"], size: int, *, half: bool) -> Float[Tensor, "B W N"]:
+    """A zeroed window of ``size`` vectors a sample, rows contiguous, in z's dtype or in bfloat16."""
+    return torch.zeros(len(z), size, z.shape[1], dtype=torch.bfloat16 if half else z.dtype, device=z.device)
 
 
 def stored(window: Float[Tensor, "B W N"], slot: int, row: Float[Tensor, "B N"]) -> Float[Tensor, "B W N"]:
     """The window with ``row`` at ``slot``: in place, but a new tensor where autograd needs the old one."""
     if torch.is_grad_enabled() and (window.requires_grad or row.requires_grad):
-        return torch.cat([window[:, :slot], row[:, None], window[:, slot + 1 :]], dim=1)
+        return torch.cat([window[:, :slot], row[:, None].to(window.dtype), window[:, slot + 1 :]], dim=1)
     window[:, slot] = row
     return window
+
+
+def at(window: Float[Tensor, "B W N"], slot: int, dtype: torch.dtype) -> Float[Tensor, "B N"]:
+    """The vector at ``slot``."""
+    return window[:, slot].to(dtype)
 
 
 def stored_difference(
@@ -42,7 +47,9 @@ def selected(window: Float[Tensor, "B W N"], rows: Int[Tensor, " R"]) -> Float[T
 
 
 def inner(window: Float[Tensor, "B W N"], x: Float[Tensor, "B N"]) -> Float[Tensor, "B W"]:
-    """Inner product of each vector of the window with x."""
+    """Inner product of each vector of the window with x, in x's dtype."""
+    if window.dtype != x.dtype:  # a product of two half vectors would come out half
+        return torch.stack([dot(row.to(x.dtype), x) for row in window.unbind(1)], dim=1)
     # Row times transposed window: on a CPU ten times faster than window times column, and a sample's bits do not
     # depend on the size of its batch.
     return torch.bmm(x[:, None], window.mT)[:, 0]
@@ -51,7 +58,12 @@ def inner(window: Float[Tensor, "B W N"], x: Float[Tensor, "B N"]) -> Float[Tens
 def combine(
     weights: Float[Tensor, "B W"], window: Float[Tensor, "B W N"], *, onto: Float[Tensor, "B N"] | None = None
 ) -> Float[Tensor, "B N"]:
-    """Σ_i weights_i · window_i + ``onto``."""
+    """Σ_i weights_i · window_i + ``onto``, in the dtype of the latter."""
+    if onto is not None and onto.dtype != window.dtype:
+        out = None if torch.is_grad_enabled() else torch.empty_like(onto)
+        for weight, row in zip(weights.to(onto.dtype).unbind(1), window.unbind(1), strict=True):
+            onto = torch.addcmul(onto, row, weight[:, None], out=out)
+        return onto
     rows = weights.to(window.dtype)[:, None]
     return (torch.bmm(rows, window) if onto is None else torch.baddbmm(onto[:, None], rows, window))[:, 0]
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from equilibria.corpora import Segment
+from equilibria.layer import Cell
 
 
 def choose_device(name: str) -> torch.device:
@@ -29,6 +30,13 @@ def choose_device(name: str) -> torch.device:
 def device_of(model: nn.Module) -> torch.device:
     """Where the parameters are."""
     return next(model.parameters()).device
+
+
+def compile_cells(model: nn.Module) -> None:
+    """Compiles every cell, in place: parameters keep their names."""
+    for module in model.modules():
+        if isinstance(module, Cell):
+            module.compile()
 
 
 def to(segment: Segment, device: torch.device) -> Segment:

@@ -44,6 +44,8 @@ class Training:
     """"cpu", "cuda", "cuda:1", …; "auto" takes a GPU if there is one."""
     threads: int | None = None
     """Threads of PyTorch on the CPU; None leaves them as they are."""
+    compile: bool = False
+    """Whether cells are compiled (torch.compile): about a minute at the start, and another for each new batch size."""
     log_every: int = 10
     """Steps between two lines of the log."""
     valid_every: int = 500

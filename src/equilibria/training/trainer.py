@@ -22,7 +22,7 @@ from equilibria.equilibrium import Equilibrium, Memory
 from equilibria.training import checkpoint, metrics
 from equilibria.training.comparison import loss_of, memory_comparison
 from equilibria.training.decay import Validated
-from equilibria.training.device import choose_device, to
+from equilibria.training.device import choose_device, compile_cells, to
 from equilibria.training.evaluation import Evaluation, evaluate, jacobian_radius
 from equilibria.training.experiment import Experiment
 from equilibria.training.log import Log
@@ -69,6 +69,8 @@ class Trainer:
         self.experiment, self.run, self.corpus, self.log = experiment, run, corpus, Log(run, on_event)
         self.device = choose_device(training.device)
         self.model = experiment.build(corpus).to(self.device)
+        if training.compile:
+            compile_cells(self.model)
         self.optimiser = build_optimiser(self.model, training)
         self.steps_done = 0
         self.memory: Memory = None

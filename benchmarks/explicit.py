@@ -1,0 +1,146 @@
+"""A training step and inference of a trained DEQ-Transformer beside explicit networks of the same cell.
+
+equilibria train ptb --data FOLDER --out RUN --stages.0.steps 400 --stages.1.steps 250
+python benchmarks/explicit.py --data FOLDER --run RUN
+    prints the tables, writes results/explicit.json and its part of docs/reproducing.md
+
+Tied networks have the weights of the run; those of an untied one (a Transformer-XL) are as drawn, since they do not
+decide on its time. Ratios are to 12 tied layers, to 16 and to 18 untied ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import publish
+from steps import compare, table
+
+from equilibria import Anderson, Broyden, Equilibrium, Implicit, Phantom, Stop
+from equilibria.commands.loading import trained
+from equilibria.corpora import Segment, Segments
+from equilibria.language import Explicit, LanguageModel
+from equilibria.language.modes import evaluating
+from equilibria.training.device import compile_cells
+
+BASES = ("12 layers, tied", "16 layers, untied", "18 layers, untied")
+EXPLICIT = {
+    "12 layers, tied": Explicit(12),
+    "12 layers, tied, checkpointed": Explicit(12, checkpoint=True),
+    "12 layers, tied, compiled": Explicit(12),
+    "16 layers, untied": Explicit(16, tied=False, memory="layers"),
+    "18 layers, untied": Explicit(18, tied=False, memory="layers"),
+    "18 layers, untied, checkpointed": Explicit(18, tied=False, memory="layers", checkpoint=True),
+    "60 layers, tied": Explicit(60),
+    "60 layers, tied, checkpointed": Explicit(60, checkpoint=True),
+}
+
+
+def equilibria() -> dict[str, dict[str, Any]]:
+    """Names, and what the layer solves by."""
+    found: dict[str, dict[str, Any]] = {}
+    for rtol in (1e-2, 1e-3):
+        stop = Stop(rtol=rtol, max_evals=60)
+        for solver in (Anderson(window=6), Broyden(memory=20)):
+            name = f"equilibrium, {type(solver).__name__}, {rtol:g}"
+            found[name] = {"solver": solver, "stop": stop, "gradient": Implicit(solver, stop)}
+    loose = found["equilibrium, Anderson, 0.01"]
+    found["equilibrium, Anderson, 0.01, compiled"] = loose
+    found["equilibrium, Anderson, 0.01, Phantom(1)"] = {**loose, "gradient": Phantom(steps=1)}
+    return found
+
+
+def networks(loaded: Any) -> dict[str, LanguageModel]:
+    """The models by name, in training mode."""
+    shape, words, weights = loaded.experiment.model, loaded.model.vocabulary_size, loaded.model.state_dict()
+    models: dict[str, LanguageModel] = {}
+    for name, parts in equilibria().items():
+        models[name] = shape.build(words, **parts)
+        models[name].load_state_dict(weights)
+    for name, explicit in EXPLICIT.items():
+        models[name] = dataclasses.replace(shape, explicit=explicit).build(words, **parts)  # which solve nothing
+        if explicit.tied:
+            models[name].load_state_dict(weights)
+    for name, model in models.items():
+        if name.endswith("compiled"):
+            compile_cells(model)
+    return {name: model.train() for name, model in models.items()}
+
+
+def starts(model: LanguageModel, segments: list[Segment]) -> list[dict[str, Any]]:
+    """Evaluations, without a graph, from other starts than zero: means over segments that follow one another."""
+    layer, rows = model.layer, []
+    assert isinstance(layer, Equilibrium)
+    for mode in ("training", "evaluation"):
+        found: dict[str, list[int]] = {}
+        with evaluating(model):
+            layer.train(mode == "training")  # dropout inside the layer alone
+            past = model(segments[0].tokens, segments[0].targets)
+            for segment in segments[1:]:
+                x = model.embedding(segment.tokens)
+                for name in ("zero", "the last state of the past at all positions", "the states of the segment before"):
+                    layer.warm = name.startswith("the last")
+                    torch.manual_seed(len(found))
+                    start = past.solution.z if name.startswith("the states") else None
+                    solution = layer(x, past.memory, start=start).solution
+                    assert solution is not None
+                    found.setdefault(name, []).append(solution.evals)
+                layer.warm = False
+                past = model(segment.tokens, segment.targets, past.memory)
+        rows += [{"mode": mode, "start": name, "evals": statistics.mean(evals)} for name, evals in found.items()]
+    return rows
+
+
+def table_of_starts(rows: list[dict[str, Any]]) -> str:
+    """For the documentation."""
+    lines = ["| start | evaluations in training | in evaluation |", "|---|---:|---:|"]
+    for start in dict.fromkeys(row["start"] for row in rows):
+        found = {row["mode"]: row["evals"] for row in rows if row["start"] == start}
+        lines.append(f"| {start} | {found['training']:.1f} | {found['evaluation']:.1f} |")
+    return "\n".join(lines)
+
+
+def table_of_ratios(rows: list[dict[str, Any]]) -> str:
+    """To the untied networks."""
+    heads = [f"{kind}, to {base}" for base in BASES[1:] for kind in ("training", "inference", "memory of the layer")]
+    lines = [f"| network | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for row in (row for row in rows if "forward" in row):
+        cells = [
+            f"{row[f'{kind} to {base}']:{'.1%' if kind == 'layer_mib' else '.2f'}}"
+            for base in BASES[1:]
+            for kind in ("train_seconds", "inference_seconds", "layer_mib")
+        ]
+        lines.append(f"| {row['network']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=7)
+    given = parser.parse_args()
+    source = trained(given.run, data=given.data)
+    training = source.experiment.training
+    reader = iter(Segments(source.corpus.train, batch_size=training.batch_size, length=training.segment_length))
+    several = [next(reader) for _ in range(9)]
+    by_name = networks(source)
+    other = starts(by_name["equilibrium, Anderson, 0.01"], several)
+
+    def past(model: LanguageModel) -> Any:
+        """The memory of the segment before."""
+        with evaluating(model):
+            return model(several[0].tokens, several[0].targets).memory
+
+    found = compare(by_name, several[1], past, base=BASES[0], repeats=given.repeats)
+    of = {row["network"]: row for row in found}
+    for row in found:
+        for base in BASES:
+            for kind in ("train_seconds", "inference_seconds", "layer_mib"):
+                row[f"{kind} to {base}"] = row[kind] / of[base][kind]
+    text = f"{table(found)}\n\n{table_of_ratios(found)}\n\n{table_of_starts(other)}"
+    publish("explicit", {"step": source.step, "networks": found, "starts": other}, text)
