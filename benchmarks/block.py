@@ -17,7 +17,7 @@ from equilibria import Broyden, Stop, solve
 from equilibria.cells import TransformerCell, TransformerShape
 from equilibria.stability import spectral_radius
 
-GAINS = {0.92: (1.0, 1.0), 1.05: (1.35, 2.0)}
+GAINS = {0.92: (1.0, 1.0), 0.95: (1.2, 1.5), 1.05: (1.35, 2.0)}
 """About the mean spectral radius over the samples, and the gains of the weights and of the input that give it."""
 BATCH, TIME, WIDTH = 8, 128, 256
 

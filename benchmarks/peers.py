@@ -1,31 +1,39 @@
-"""A whole training step beside the same model written on torchdeq 0.1.0 (``get_deq``): time, memory, evaluations.
+r"""A whole training step beside the same model written on torchdeq 0.1.0 (``get_deq``): time, memory, evaluations.
 
 pip install --no-deps torchdeq==0.1.0
-python benchmarks/peers.py           prints the table, writes results/peers.json and its part of docs/reproducing.md
+equilibria train tiny --out tiny
+equilibria train ptb --data FOLDER --out ptb --stages.0.steps 400 --stages.1.steps 250
+equilibria train ptb --data FOLDER --out wide --model.cell.width 512 --model.cell.heads 8 --model.cell.inner 2048 \
+    --training.batch-size 8 --stages.0.steps 200 --stages.1.steps 60
+python benchmarks/peers.py tiny ptb wide --data FOLDER
+    prints the table, writes results/peers.json, results/peers.png and its part of docs/reproducing.md
 
-Embedding, cell, head, loss, tolerance (relative, 1e-3) and gradient rule (implicit) are the same, the rounds are
-interleaved. torchdeq has its own stopping test, over the whole batch, and its defaults where a number is not given.
+Weights (of those runs), embedding, cell, head, loss, masks, tolerance (relative, 1e-3) and gradient rule (implicit) are
+the same, the rounds are interleaved. torchdeq has its own stopping test, over the whole batch, and its defaults where a
+number is not given.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from block import Counted
-from machine import publish
+from machine import RESULTS, publish
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchdeq import get_deq
 
 from equilibria import Anderson, Broyden, Cell, Implicit, Solver, Stop
-from equilibria.cells import TransformerShape
+from equilibria.commands.loading import trained
+from equilibria.corpora import Segment, Segments
 from equilibria.equilibrium import LayerOutput
-from equilibria.language import LanguageModel, LanguageShape
-from equilibria.recipes import RECIPES
+from equilibria.language import LanguageModel
+from equilibria.language.modes import evaluating
 from equilibria.training import PeakMemory
 
 RTOL, LIMIT = 1e-3, 60
@@ -53,60 +61,49 @@ class Peer(nn.Module):
         return LayerOutput(z=z, memory=self.cell.remember(z, context), f=f, solution=None, output=self.cell.output(z))
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A model and its batch."""
-
-    name: str
-    shape: LanguageShape
-    words: int
-    batch: int
-    length: int
+def step(model: LanguageModel, segment: Segment, memory: Any) -> float:
+    """Seconds of a forward and a backward pass, with the same masks whoever computes."""
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    model(segment.tokens, segment.targets, memory).nats.mean().backward()
+    return time.perf_counter() - began
 
 
-def settings() -> list[Setting]:
-    """The model of the recipe `tiny`, and a word-level one of width 512."""
-    tiny, ptb = RECIPES["tiny"](), RECIPES["ptb"]()
-    wide = TransformerShape(width=512, heads=8, inner=2_048, memory=64, positions="decay")
-    return [
-        Setting("`tiny`, width 128", tiny.model, 103, tiny.training.batch_size, tiny.training.segment_length),
-        Setting("words, width 512", dataclasses.replace(ptb.model, cell=wide, dropout=0.0), 10_000, 8, 64),
-    ]
-
-
-def step(model: LanguageModel, tokens: Tensor, memory: Any) -> None:
-    """Forward and backward."""
-    model(tokens, tokens.roll(-1, 1), memory).nats.mean().backward()
-
-
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row a model and solver."""
+def measure(runs: list[Path], data: Path, rounds: int) -> list[dict[str, Any]]:
+    """A row a run and solver."""
     rows = []
-    for setting in settings():
+    for run in runs:
+        loaded = trained(run, data=None if run.name == "tiny" else data)
+        training, words = loaded.experiment.training, loaded.model.vocabulary_size
+        stream = Segments(loaded.corpus.train, batch_size=training.batch_size, length=training.segment_length)
+        with evaluating(loaded.model):
+            memory = loaded.model(stream.at(0).tokens, stream.at(0).targets).memory
+        segment = stream.at(1)
         for name, solver in SOLVERS.items():
             stop = Stop(rtol=RTOL, atol=0, max_evals=LIMIT)
-            torch.manual_seed(0)
             parts = {"solver": solver, "stop": stop, "gradient": Implicit(solver, stop)}
-            mine = setting.shape.build(setting.words, **parts).train()
+            mine = loaded.experiment.model.build(words, **parts).train()
+            mine.load_state_dict(loaded.model.state_dict())
             peer = LanguageModel(mine.embedding, Peer(mine.layer.cell, name), mine.head).train()  # the same weights
-            tokens = torch.randint(setting.words, (setting.batch, setting.length))
-            with torch.no_grad():
-                memory = mine(tokens, tokens).memory
-            row: dict[str, Any] = {"model": setting.name, "solver": name}
+            width = loaded.experiment.model.cell.width
+            row: dict[str, Any] = {"model": run.name, "width": width, "solver": name}
+            gradients: dict[str, Tensor] = {}
             for who, model in (("ours", mine), ("theirs", peer)):
                 cell = mine.layer.cell
                 forward = Counted(cell.forward)
                 cell.forward = forward
-                step(model, tokens, memory)
+                step(model, segment, memory)
+                mine.zero_grad(set_to_none=False)
                 with PeakMemory() as peak:
-                    step(model, tokens, memory)
+                    step(model, segment, memory)
                 row[who] = {"calls": forward.calls / 2, "mib": peak.peak / 2**20, "seconds": []}
                 cell.forward = forward.f
+                gradients[who] = torch.cat([p.grad.flatten() for p in mine.parameters() if p.grad is not None])
+                mine.zero_grad(set_to_none=False)
+            row["difference"] = float((gradients["ours"] - gradients["theirs"]).norm() / gradients["ours"].norm())
             for _ in range(rounds):
                 for who, model in (("ours", mine), ("theirs", peer)):
-                    began = time.perf_counter()
-                    step(model, tokens, memory)
-                    row[who]["seconds"].append(time.perf_counter() - began)
+                    row[who]["seconds"].append(step(model, segment, memory))
             for who in ("ours", "theirs"):
                 row[who]["seconds"] = statistics.median(row[who]["seconds"])
             row["ratio"] = row["ours"]["seconds"] / row["theirs"]["seconds"]
@@ -115,17 +112,36 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def draw(rows: list[dict[str, Any]]) -> Path:
+    """Two bars a row: seconds of a training step."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    for who, name, shift, colour in (("theirs", "torchdeq 0.1.0", 0.2, "C7"), ("ours", "equilibria", -0.2, "C0")):
+        seconds = [row[who]["seconds"] / row["theirs"]["seconds"] for row in rows]
+        bars = axes.barh([place + shift for place in places], seconds, height=0.38, color=colour, label=name)
+        axes.bar_label(bars, [f"{row[who]['seconds']:.2f} s" for row in rows], padding=3, fontsize=8)
+    axes.set_yticks(list(places), [f"{row['model']}, width {row['width']}\n{row['solver'].title()}" for row in rows])
+    axes.set(xlabel="time of a training step, relative to torchdeq's", xlim=(0, 1.18))
+    axes.invert_yaxis()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.13), ncols=2, frameon=False)
+    path = RESULTS / "peers.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """For the documentation."""
     lines = [
         "| model | solver | training step | torchdeq's | ratio | calls of f | torchdeq's | memory of a step "
-        "| torchdeq's |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| torchdeq's | difference of the gradients |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row['model']} | {row['solver']} | {row['ours']['seconds']:.2f} s | {row['theirs']['seconds']:.2f} s "
-        f"| {row['ratio']:.2f} | {row['ours']['calls']:.0f} | {row['theirs']['calls']:.0f} "
-        f"| {row['ours']['mib']:.0f} MiB | {row['theirs']['mib']:.0f} MiB |"
+        f"| `{row['model']}`, width {row['width']} | {row['solver']} | {row['ours']['seconds']:.2f} s "
+        f"| {row['theirs']['seconds']:.2f} s | {row['ratio']:.2f} | {row['ours']['calls']:.0f} "
+        f"| {row['theirs']['calls']:.0f} | {row['ours']['mib']:.0f} MiB | {row['theirs']['mib']:.0f} MiB "
+        f"| {row['difference']:.1%} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -133,6 +149,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
-    measured = measure(parser.parse_args().rounds)
+    given = parser.parse_args()
+    measured = measure(given.runs, given.data, given.rounds)
+    print(draw(measured))
     publish("peers", measured, table(measured))

@@ -5,9 +5,9 @@ equilibria train ptb --data FOLDER --out ptb --stages.0.steps 400 --stages.1.ste
 python benchmarks/tuning.py tiny tiny-trellis ptb --data FOLDER
     prints the tables, writes results/tuning.json, results/tuning.png and its part of docs/choosing.md
 
-Eight segments of the validation text that follow one another, as in training (dropout inside the layer included), float32,
-each solved from the cell's own start until every sample is done. Counts are means over the segments; one that spends
-the budget of 200 counts as 200 and is marked.
+Eight segments of the validation text that follow one another, as in training (dropout inside the layer included),
+float32, each solved from the cell's own start until every sample is done. Counts are means over the segments; one
+that spends the budget of 200 counts as 200 and is marked.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from equilibria import (
 from equilibria.cells import TransformerShape, TrellisShape
 from equilibria.gradients.adjoint import leaves_below
 from equilibria.stability import jacobian_penalty, spectral_radius
+from equilibria.training import Trainer
+from small_experiment import corpus, experiment, trained_weights
 
 TIGHT, SHORT = Stop(rtol=1e-10, max_evals=80), Stop(rtol=0, atol=0, max_evals=5)
 RULES = {
@@ -114,8 +116,24 @@ def eager_where_it_must_be():
     return {"largest": largest, "radii": spectral_radius(out.f, out.z).tolist()}
 
 
+def trained_with_it():
+    """How far the weights are from those of a training without it; nothing may fall back to eager calls."""
+    torch._dynamo.reset()
+    weights = []
+    for compiled in (False, True):
+        trainer = Trainer(experiment(compile=compiled), None, corpus())
+        assert (trainer.model.layer.cell._compiled_call_impl is not None) == compiled
+        torch._dynamo.config.fail_on_recompile_limit_hit = compiled
+        if compiled:
+            trainer.model.layer.cell.compile(backend="aot_eager")
+        trainer.fit()
+        weights.append(torch.cat([weight.flatten() for weight in trained_weights(trainer).values()]))
+    return float((weights[1] - weights[0]).norm() / weights[0].norm())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     results = {f"{rule} / {shape}": compare(shape, rule, backend="aot_eager") for rule, shape in CASES}
     results["inductor"] = compare("transformer", "Implicit")
-    print(json.dumps({"cases": results, "leaves": leaves_of_products(), "eager": eager_where_it_must_be()}))  # noqa: T201
+    found = {"cases": results, "leaves": leaves_of_products(), "eager": eager_where_it_must_be()}
+    print(json.dumps(found | {"training": trained_with_it()}))  # noqa: T201

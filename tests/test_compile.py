@@ -44,3 +44,7 @@ def test_products_compute_nothing_else(results):
 def test_what_needs_more_than_one_derivative_is_computed_eagerly(results):
     assert results["eager"]["largest"] > 0
     assert all(radius < 1 for radius in results["eager"]["radii"])
+
+
+def test_training_with_compiled_cells_gives_the_same_weights(results):
+    assert results["training"] < 1e-3
