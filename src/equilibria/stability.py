@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.draws import drawn
 from equilibria.equilibrium import GradientRule
 from equilibria.solve import Map, Solver, Stop, algebra_dtype, row_norm, solve
 from equilibria.solvers import Picard
@@ -40,7 +42,7 @@ def jacobian_penalty(
         fz = f(z)
         total = torch.zeros(len(z), dtype=algebra_dtype(z.dtype), device=z.device)
         for _ in range(samples):
-            noise = torch.randn(fz.shape, dtype=fz.dtype, device=fz.device, generator=generator)
+            noise = drawn(partial(torch.randn, dtype=fz.dtype, device=fz.device, generator=generator), fz.shape)
             (product,) = torch.autograd.grad(fz, z, noise, create_graph=True)
             total = total + product.reshape(len(z), -1).to(total.dtype).square().mean(dim=1)
     return total / samples

@@ -133,22 +133,17 @@ class Attention(nn.Module):
         """
         batch, time, _ = x.shape
         length = past.seen if isinstance(past, KeyValueCache) else 0 if past is None else past.shape[3]
+        scores = self.positions.prepare(
+            self.u, batch=batch, queries=time, memory=length, like=x, table=table, hidden=hidden
+        )
+        shape = (self.heads, batch, time, length + time)
+        drop = dropout_mask(shape, rate=self.dropout, training=self.training, like=x, rows=1)
         return AttentionContext(
             weights=weights,
             injection=weights.bias if injection is None else torch.addcmul(weights.bias, injection, weights.scale),
             past=past,
-            scores=self.positions.prepare(
-                self.u,
-                batch=batch,
-                queries=time,
-                memory=length,
-                like=x,
-                table=table,
-                hidden=hidden,
-            ),
-            drop=dropout_mask(
-                (self.heads * batch, time, length + time), rate=self.dropout, training=self.training, like=x
-            ),
+            scores=scores,
+            drop=None if drop is None else drop.flatten(0, 1),
         )
 
     def forward(self, x: Float[Tensor, "B T D"], context: AttentionContext) -> Float[Tensor, "B T D"]:

@@ -12,8 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.draws import drawn
 
-def dropout_mask(shape: Sequence[int], *, rate: float, training: bool, like: Tensor) -> Float[Tensor, "..."] | None:
+
+def dropout_mask(
+    shape: Sequence[int], *, rate: float, training: bool, like: Tensor, rows: int | None = 0
+) -> Float[Tensor, "..."] | None:
     """A mask of ``shape`` with entries 0 (probability ``rate``) or 1/(1 − rate); None where nothing is dropped.
 
     Args:
@@ -21,11 +25,16 @@ def dropout_mask(shape: Sequence[int], *, rate: float, training: bool, like: Ten
         rate: the share that is dropped, 0 ≤ rate < 1.
         training: the module's mode; in evaluation nothing is dropped.
         like: gives dtype and device.
+        rows: the axis of the samples; None for a mask that all of them share.
     """
     if rate == 0 or not training:
         return None
     kept = 1 - rate
-    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(kept).div_(kept)
+
+    def draw(shape: Sequence[int]) -> Tensor:
+        return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(kept).div_(kept)
+
+    return draw(shape) if rows is None else drawn(draw, shape, rows=rows)
 
 
 def masked(x: Float[Tensor, "*shape"], mask: Tensor | None) -> Float[Tensor, "*shape"]:

@@ -105,7 +105,7 @@ class RelativePositions(nn.Module):
         keys, (heads, width) = memory + queries, self.v.shape
         rows = sinusoids(keys, heads * width, like)
         shape = (1 if self.variational else keys, heads * width)
-        rows = masked(rows, dropout_mask(shape, rate=self.dropout, training=self.training, like=rows))
+        rows = masked(rows, dropout_mask(shape, rate=self.dropout, training=self.training, like=rows, rows=None))
         rows = (rows @ self.project.effective().t()).view(keys, heads, width).permute(1, 2, 0)
         return nn.functional.pad(rows, (1, 0))
 

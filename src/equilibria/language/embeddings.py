@@ -63,7 +63,7 @@ def words_dropped(
         training: the module's mode; in evaluation nothing is dropped.
         vocabulary_size: V, words.
     """
-    mask = dropout_mask((vocabulary_size, 1), rate=rate, training=training, like=rows)
+    mask = dropout_mask((vocabulary_size, 1), rate=rate, training=training, like=rows, rows=None)
     return masked(rows, None if mask is None else functional.embedding(tokens, mask))
 
 
