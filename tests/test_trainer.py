@@ -32,7 +32,7 @@ from equilibria.training import (
 )
 from equilibria.training.evaluation import jacobian_radius
 from equilibria.training.yardstick import yardstick
-from small_experiment import corpus, experiment, same_bits, trained_weights, with_stage
+from small_experiment import Killed, corpus, experiment, kill_at, same_bits, trained_weights, with_stage
 from small_run import fails, furnish
 
 
@@ -311,8 +311,81 @@ def test_a_non_finite_number_stops_the_run_before_the_weights_change(tmp_path, f
     assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
     kept = [state["exp_avg"] for state in trainer.optimiser.state.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, kept, strict=True))
+    with pytest.raises(TrainingStopped):  # there is no checkpoint to go back to
+        trainer.fit()
     (event,) = of(run.events(), "stopped")
     assert event["step"] == 4
+
+
+def poisoned(trainer, step, *, times):
+    """The loss of this step is not finite, so many times; returns the steps that are taken."""
+    whole, taken, left = trainer.passes.over, [], [None] * times
+
+    def over(segment, memory, stage):
+        passed = whole(segment, memory, stage)
+        taken.append(trainer.steps_done + 1)
+        if taken[-1] == step and left:
+            left.pop()
+            return dataclasses.replace(passed, loss=passed.loss * math.nan)
+        return passed
+
+    object.__setattr__(trainer.passes, "over", over)
+    return taken
+
+
+def test_a_step_that_is_not_finite_takes_the_run_back_to_a_checkpoint(tmp_path):
+    value = experiment(rollbacks=2)
+    run = Run.start(tmp_path / "run", value)
+    trainer = Trainer(value, run, corpus())
+    taken = poisoned(trainer, 9, times=3)
+    with pytest.raises(TrainingStopped, match="Step 9"):
+        trainer.fit()
+    assert taken == [1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]
+    assert [event["factor"] for event in of(run.events(), "rolled_back")] == [0.5, 0.25]
+    assert of(run.events(), "stopped")[0]["step"] == 9
+    again = Trainer(value, run, corpus())
+    assert again.resume() == 8
+    again.fit()  # nothing is wrong with it now
+    assert of(run.events(), "done")
+
+
+def test_a_rollback_halves_the_learning_rate_and_a_resumed_run_remembers(tmp_path):
+    value = experiment(rollbacks=1, checkpoint_every=1)
+    run = Run.start(tmp_path / "run", value)
+    trainer = Trainer(value, run, corpus(), on_event=kill_at(11))
+    poisoned(trainer, 9, times=1)
+    with pytest.raises(Killed):
+        trainer.fit()
+    again = Trainer(value, run, corpus())
+    assert again.resume() == 10
+    again.fit()
+    rates = {event["step"]: event["learning_rate"] for event in of(run.events(), "step")}
+    _, undisturbed = fitted(value)
+    expected = {event["step"]: event["learning_rate"] for event in of(undisturbed, "step")}
+    assert rates == {step: rate * (0.5 if step >= 9 else 1) for step, rate in expected.items()}
+
+
+@pytest.mark.parametrize("policy", ["continue", "raise budget", "skip step", "stop"])
+def test_what_happens_when_solves_fail_is_a_choice(tmp_path, policy):
+    value = with_stage(experiment(unconverged=policy, tolerated=0.2), 1, stop=Stop(rtol=1e-6, max_evals=3))
+    run = Run.start(tmp_path / "run", value)
+    trainer = Trainer(value, run, corpus())
+    if policy == "stop":
+        with pytest.raises(TrainingStopped, match="did not converge, and 20% are tolerated"):
+            trainer.fit()
+        assert trainer.steps_done == 6
+        return
+    before = {}
+    trainer.log._on_event = lambda event: before.setdefault(event["step"], trained_weights(trainer))
+    trainer.fit()
+    found = of(run.events(), "unconverged")
+    assert {event["policy"] for event in found} == (set() if policy == "continue" else {policy})
+    if policy == "raise budget":
+        assert trainer.model.layer.stop.max_evals == 24
+        assert trainer.model.layer.gradient.stop.max_evals == 64
+    if policy == "skip step":
+        assert len(found) == 12
+        assert all(torch.equal(before[7][name], before[18][name]) for name in before[7])
 
 
 def test_evaluation_counts_every_token_once_and_carries_memory():

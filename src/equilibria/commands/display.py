@@ -90,6 +90,13 @@ class Display:
             right = "" if event.get("accuracy") is None else f", {formats.percent(event['accuracy'])} right"
             best = ", best" if event.get("best") else ""
             return f"{number}  valid {formats.score(event, self._unit)}{right}{solves}{best}"
+        if kind == "rolled_back":
+            return (
+                f"{number}  step {event['failed_step']:,} was not finite: going on from this checkpoint with "
+                f"{event['factor']:g} times the learning rate"
+            )
+        if kind == "unconverged":
+            return f"{number}  {formats.percent(event['share'])} of the samples did not converge: {event['policy']}"
         return None
 
     def _step_line(self, event: Event) -> str:

@@ -19,6 +19,7 @@ VERBS = {
     "evaluate": ("RUN", "score the model of a run on held-out text"),
     "generate": ("RUN", "let the model of a run write text"),
     "report": ("RUN", "one HTML page with figures about a run"),
+    "export": ("RUN", "the weights of a run as one safetensors file"),
     "prepare": ("CORPUS", "look at a corpus before training on it"),
 }
 """Each verb, what it is given, and what it does. The module of the same name has ``main(arguments)``."""
@@ -47,7 +48,9 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         sentence, code = explain(error)
-        print(f"equilibria: {sentence}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of the processes of a torchrun
+        if rank == "0" or code != 2:  # a wrong command line is wrong everywhere
+            print(f"equilibria{'' if rank == '0' else f', rank {rank}'}: {sentence}", file=sys.stderr)
         return code
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import os
 import shlex
+import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -30,9 +34,13 @@ from equilibria.training import checkpoint
 from equilibria.training.device import choose_device
 from equilibria.training.experiment import Experiment
 from equilibria.training.explicit import explicit
+from equilibria.training.ranks import Ranks
 from equilibria.training.run import Run
 from equilibria.training.serialise import kinds_in
-from equilibria.training.trainer import Trainer
+from equilibria.training.trainer import Trainer, TrainingInterrupted
+
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+"""How often torchrun has started this process anew."""
 
 RUNS = Path("runs")
 """Where runs go unless --out says otherwise."""
@@ -99,22 +107,55 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     with console.status("reading the corpus"):
         corpus = options.experiment.corpus.load()
-    choose_device(options.experiment.training.device)  # one that is missing must not cost an old run
-    run = Run.start(path, options.experiment, resume=options.resume, overwrite=options.overwrite)
-    display = Display(console, options.experiment, unit=corpus.unit, quiet=options.quiet)
-    if not options.quiet:
-        console.print(f"{options.experiment.name} on {corpus.name}, in {run.path}", markup=False, soft_wrap=True)
-    try:
-        with display.running():
-            trainer = Trainer(options.experiment, run, corpus, on_event=display.show)
-            if options.resume:
-                display.resumed(trainer.resume())
-            trainer.fit()
-    except KeyboardInterrupt:
-        print(f"\n{_interrupted(run, [recipe, *_twin_words(words)], display.step)}", file=sys.stderr)
-        return 130
-    _finish(run, options.experiment, corpus, console, quiet=options.quiet)
+    training = options.experiment.training
+    device = choose_device(training.device)  # one that is missing must not cost an old run
+    with Ranks.joined(training.parallel, device.type, timeout=training.rank_timeout) as ranks:
+        return _train(options, path, corpus, [recipe, *_twin_words(words)], console, ranks)
+
+
+def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], console: Console, ranks: Ranks) -> int:
+    experiment, quiet = options.experiment, options.quiet or not ranks.first
+    display = Display(console, experiment, unit=corpus.unit, quiet=quiet)
+    path = ranks.of_first(path)  # the others may have seen it taken
+    with contextlib.ExitStack() as stack:
+        if ranks.first:
+            stack.enter_context(Run.locked(path))
+            Run.start(path, experiment, resume=options.resume, overwrite=options.overwrite)
+        ranks.wait()
+        run = Run.open(path)
+        if not quiet:
+            console.print(f"{experiment.name} on {corpus.name}, in {run.path}", markup=False, soft_wrap=True)
+        try:
+            with display.running():
+                trainer = Trainer(experiment, run, corpus, on_event=display.show, ranks=ranks)
+                stack.enter_context(_leaving_on_sigterm(trainer))
+                if options.resume:
+                    display.resumed(trainer.resume())
+                trainer.fit()
+        except (KeyboardInterrupt, TrainingInterrupted) as reason:
+            if ranks.first:
+                print(f"\n{_interrupted(run, recipe, display.step)}", file=sys.stderr)
+            return 130 if isinstance(reason, KeyboardInterrupt) else 143
+        if ranks.first:
+            _finish(run, experiment, corpus, console, quiet=quiet)
     return 0
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm(trainer: Trainer) -> Iterator[None]:
+    """On SIGTERM, as before a machine is taken away, the training writes a checkpoint and ends."""
+
+    def leave(number: int, frame: object) -> None:
+        trainer.leaving = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupted(run: Run, recipe: Sequence[str], step: int) -> str:
@@ -150,6 +191,8 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
     """
     default = Options(experiment=_twin(experiment_of(recipe), words))
     options = parse(Options, words, verb=f"train {recipe}", default=default)
+    if RESTARTS:  # what torchrun has started anew goes on, whatever it was told at first
+        options = dataclasses.replace(options, resume=True, overwrite=False)
     said = [name for name in TWIN if getattr(options, name[2:].replace("-", "_"))]
     if said and options.explicit is None:
         raise UsageError(f"{said[0]} says more about --explicit LAYERS, which is not there; try --explicit 12.")
@@ -161,7 +204,7 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
         if stored.name != options.experiment.name:
             raise UsageError(f"{path} is a run of {stored.name!r}, not of {options.experiment.name!r}; check --out.")
         default = dataclasses.replace(default, experiment=stored)
-        options = parse(Options, words, verb=f"train {recipe}", default=default)
+        options = dataclasses.replace(parse(Options, words, verb=f"train {recipe}", default=default), resume=True)
     if options.data is not None:
         options = dataclasses.replace(options, experiment=with_data(options.experiment, options.data))
     return options, path

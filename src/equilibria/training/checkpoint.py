@@ -10,15 +10,18 @@ A checkpoint is written under a temporary name, each file and the folder are for
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -27,6 +30,8 @@ from torch import Tensor
 FORMAT = "equilibria checkpoint 1"
 _MODEL, _MEMORY, _OPTIMISER, _STATE = "model.safetensors", "memory.safetensors", "optimiser.pt", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
+SHARDS = "shards"
+"""The folder inside a checkpoint that ranks have written together; it stands for model.safetensors."""
 _TEMPORARY = ".unfinished-"
 _log = logging.getLogger(__name__)
 
@@ -51,28 +56,53 @@ class Checkpoint:
     """Plain values: stage, position in the stream, best validation, seconds."""
 
 
+def name_of(step: int) -> str:
+    """What the folder of a step's checkpoint is called."""
+    return f"step-{step:08d}"
+
+
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """The folder ``step-…`` inside ``folder`` that now holds the checkpoint, whatever stood there before."""
     from safetensors.torch import save_file
 
+    with being_written(folder, checkpoint) as unfinished:
+        save_file(_plain(checkpoint.model), unfinished / _MODEL)
+        write_rest(unfinished, checkpoint.memory, checkpoint.optimiser)
+    return folder / name_of(checkpoint.step)
+
+
+@contextlib.contextmanager
+def being_written(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
+    """A folder to put the checkpoint's tensors into; afterwards it is the checkpoint, or gone if that failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{checkpoint.step:08d}"
+    target = folder / name_of(checkpoint.step)
     unfinished = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"
     discard(unfinished)
     unfinished.mkdir()
-    save_file(_plain(checkpoint.model), unfinished / _MODEL)
-    save_file(_plain(checkpoint.memory), unfinished / _MEMORY)
-    torch.save(dict(checkpoint.optimiser), unfinished / _OPTIMISER)
-    state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
-    state["files"] = {name: _sha256(unfinished / name) for name in (_MODEL, _MEMORY, _OPTIMISER)}
-    write_text(unfinished / _STATE, json.dumps({"state": state, "sha256": _digest(state)}, indent=1))
-    for file in unfinished.iterdir():
-        force(file)
-    force(unfinished)
-    discard(target)  # a damaged one, left of a run that had to go back further
-    unfinished.rename(target)
+    try:
+        yield unfinished
+        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+        state["files"] = {name: _sha256(unfinished / name) for name in _files_in(unfinished)}
+        write_text(unfinished / _STATE, json.dumps({"state": state, "sha256": _digest(state)}, indent=1))
+        for entry in [*unfinished.rglob("*"), unfinished]:
+            force(entry)
+        discard(target)  # a damaged one, left of a run that had to go back further
+        unfinished.rename(target)
+    except Exception as error:
+        reason = _of_the_disk(error, unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk its room is needed
+        if reason is None:
+            raise
+        raise reason from error
     force(folder)
-    return target
+
+
+def write_rest(unfinished: Path, memory: Mapping[str, Tensor], optimiser: Mapping[str, Any]) -> None:
+    """Everything but the weights."""
+    from safetensors.torch import save_file
+
+    save_file(_plain(memory), unfinished / _MEMORY)
+    torch.save(dict(optimiser), unfinished / _OPTIMISER)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -81,20 +111,36 @@ def load(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or changed, or the folder is no checkpoint; names the newest good one.
     """
-    from safetensors.torch import load_file
-
     try:
-        state = verify(folder)
+        return _load(folder, verify(folder))
     except CheckpointError as error:
         others = (other for other in reversed(all_in(folder.parent)) if other != folder and _is_good(other))
         other = next(others, None)
         hint = f"the newest good one is {other}" if other else "there is no good one beside it: start a new run"
         raise CheckpointError(f"{error}; {hint}.") from None
+
+
+def _load(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
+    from safetensors.torch import load_file
+
+    try:
+        optimiser = torch.load(folder / _OPTIMISER, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+        raise CheckpointError(
+            f"{folder} is no checkpoint of this library: {_OPTIMISER} holds something else than tensors and plain "
+            "values"
+        ) from None
+    if _MODEL in state["files"]:
+        model = load_file(folder / _MODEL)
+    else:
+        from equilibria.training.shards import load_sharded
+
+        model, optimiser = load_sharded(folder / SHARDS, optimiser)
     return Checkpoint(
         step=state["step"],
-        model=load_file(folder / _MODEL),
+        model=model,
         memory=load_file(folder / _MEMORY),
-        optimiser=torch.load(folder / _OPTIMISER, weights_only=True, map_location="cpu"),
+        optimiser=optimiser,
         state={name: value for name, value in state.items() if name not in ("format", "step", "files")},
     )
 
@@ -112,10 +158,13 @@ def verify(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no checkpoint of this library: {_STATE} does not say {FORMAT!r}")
     if outer.get("sha256") != _digest(state):
         raise CheckpointError(f"The checkpoint {folder} is damaged: {_STATE} was changed after it was written")
-    for name in (_MODEL, _MEMORY, _OPTIMISER):
+    files = state.get("files")
+    if not isinstance(files, dict) or not {_MEMORY, _OPTIMISER} < files.keys() or not all(map(_is_inside, files)):
+        raise CheckpointError(f"{folder} is no checkpoint of this library: {_STATE} does not name its files")
+    for name, expected in files.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"The checkpoint {folder} is damaged: {name} is missing")
-        if _sha256(folder / name) != state["files"].get(name):
+        if _sha256(folder / name) != expected:
             raise CheckpointError(f"The checkpoint {folder} is damaged: {name} was changed after it was written")
     return state
 
@@ -148,7 +197,7 @@ def prune(folder: Path, *, newest: int, best: int | None) -> None:
     for entry in folder.glob(f"{_TEMPORARY}*"):
         discard(entry)
     for entry in all_in(folder)[:-newest]:
-        if best is None or entry.name != f"step-{best:08d}":
+        if best is None or entry.name != name_of(best):
             _remove(entry)
 
 
@@ -186,6 +235,24 @@ def force(path: Path) -> None:
 def _remove(entry: Path) -> None:
     """Remove a checkpoint; it is renamed first, since a checkpoint is complete or not there."""
     discard(entry.rename(entry.with_name(f"{_TEMPORARY}{entry.name}")))
+
+
+def _of_the_disk(error: Exception, folder: Path) -> OSError | None:
+    """The error of the operating system behind one of a library that has written files; None if there is none."""
+    if isinstance(error, OSError):
+        return None
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors says so, and torch.save says nothing
+    number = int(told.group(1)) if told else errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else None
+    return None if number is None else OSError(number, os.strerror(number), str(folder.parent))
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _is_good(folder: Path) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from equilibria.corpora import Segment
 from equilibria.layer import Cell
@@ -50,3 +51,18 @@ def to(segment: Segment, device: torch.device) -> Segment:
     """The segment on ``device``."""
     tokens, targets = segment.tokens.to(device, non_blocking=True), segment.targets.to(device, non_blocking=True)
     return dataclasses.replace(segment, tokens=tokens, targets=targets)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of PyTorch's generators on the CPU and, if it is a GPU, on the device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go back to what ``random_state`` gave; that of a GPU is left out on a CPU."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

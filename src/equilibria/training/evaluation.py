@@ -22,6 +22,7 @@ from equilibria.language.modes import evaluating
 from equilibria.stability import spectral_radius
 from equilibria.training.device import device_of, to
 from equilibria.training.metrics import summary
+from equilibria.training.ranks import ALONE, Ranks, let_go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,7 @@ def evaluate(
     segment_length: int | None = None,
     overlap: int = 0,
     max_segments: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """The mean loss in evaluation mode, without gradients, with the stop that the model has for evaluation.
 
@@ -118,10 +120,20 @@ def evaluate(
         overlap: tokens that a segment shares with the one before, read anew and not scored; with 0 the memory is
             carried instead.
         max_segments: read only the first ones; None for all.
+        ranks: share the rows where these can be divided evenly; otherwise each reads them all.
     """
     if max_segments is not None and max_segments < 1:
         raise ValueError(f"evaluate(max_segments={max_segments}): at least 1 segment is scored; None scores them all.")
-    segments = Segments(stream, batch_size=batch_size, length=segment_length, overlap=overlap)
+    if batch_size % ranks.size:
+        ranks = ALONE
+    segments = Segments(
+        stream,
+        batch_size=batch_size // ranks.size,
+        length=segment_length,
+        overlap=overlap,
+        rank=ranks.rank,
+        world_size=ranks.size,
+    )
     began, device = time.perf_counter(), device_of(model)
     totals, memory = _Totals(answers=None if stream.episode is None else min(SYMBOLS, stream.episode)), None
     with evaluating(model):
@@ -130,6 +142,8 @@ def evaluate(
             output = model(segment.tokens, segment.targets, None if segment.fresh else memory, skip=segment.skip)
             memory = output.memory
             totals.add(model, segment, output)
+    let_go(model)
+    totals.share(ranks)
     setting = Setting(
         batch_size=batch_size,
         segment_length=stream.episode or segment_length or len(stream),
@@ -176,6 +190,20 @@ class _Totals:
             targets = segment.targets[:, -self._answers :]
             self._right += int((guesses == targets).sum())
             self._asked += targets.numel()
+
+    def share(self, ranks: Ranks) -> None:
+        """Take the sums of all ranks in the place of one's own."""
+        if ranks.alone:
+            return
+        own = {"nats": self._nats, "tokens": self.tokens, "right": self._right, "asked": self._asked}
+        every = ranks.of_all((own, self._forward))
+        self._nats, self.tokens = (sum(one[name] for one, _ in every) for name in ("nats", "tokens"))
+        self._right, self._asked = (sum(one[name] for one, _ in every) for name in ("right", "asked"))
+        forwards = [forward for _, forward in every]
+        self._forward = {
+            name: (sum(forward[name][0] for forward in forwards), sum(forward[name][1] for forward in forwards))
+            for name in self._forward
+        }
 
     def evaluation(self, setting: Setting, *, seconds: float) -> Evaluation:
         return Evaluation(

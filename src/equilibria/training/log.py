@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from equilibria.corpora import Corpus
 from equilibria.language import LanguageModel
 from equilibria.training.device import device_of
 from equilibria.training.evaluation import Evaluation
-from equilibria.training.metrics import Event, summary
+from equilibria.training.metrics import Event, mean_summary
+from equilibria.training.ranks import ALONE, Ranks
 from equilibria.training.run import Run
 from equilibria.training.step import Step
 from equilibria.training.tensorboard import Board
@@ -26,10 +28,12 @@ class Log:
     Args:
         run: the directory to write to; None writes no file.
         on_event: is called with each event after it was written.
+        ranks: all of them log the same events, and the first one writes.
     """
 
-    def __init__(self, run: Run | None, on_event: Callable[[Event], None] | None) -> None:
-        self._run, self._on_event = run, on_event
+    def __init__(self, run: Run | None, on_event: Callable[[Event], None] | None, ranks: Ranks = ALONE) -> None:
+        self._run, self._on_event = (run, on_event) if ranks.first else (None, None)
+        self._ranks = ranks
         self._board: Board | None = None
         self._seconds, self._since = 0.0, time.perf_counter()
         self._tokens, self._busy = 0, 0.0
@@ -65,6 +69,7 @@ class Log:
             "start",
             step=0,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            ranks=self._ranks.size,
             corpus={"name": corpus.name, "unit": corpus.unit, "vocabulary": len(corpus.vocabulary), **sizes},
             device=str(device_of(model)),
             threads=torch.get_num_threads(),
@@ -77,8 +82,12 @@ class Log:
 
     def step(self, step: Step, *, number: int, stage: str) -> None:
         """A training step; only here the device is asked for the numbers. The speed is that since the last line."""
-        loss, solution = float(step.loss), step.solution
-        adjoint = solution.adjoint[-1] if solution is not None and solution.adjoint else None
+        loss = float(step.loss)
+        forward, backward, added = self._ranks.means(
+            mean_summary(step.solutions), mean_summary(step.adjoints), _floats(extra=step.extra, penalty=step.penalty)
+        )
+        assert added is not None
+        evals = [solution.evals for solution in step.solutions]
         speed = self._tokens / self._busy if self._busy else None
         self._tokens, self._busy = 0, 0.0
         self.write(
@@ -92,10 +101,11 @@ class Log:
             tokens=step.tokens,
             seconds=self.seconds,
             tokens_per_second=speed,
-            forward=None if solution is None else summary(solution),
-            backward=None if adjoint is None else summary(adjoint),
-            extra=None if step.extra is None else float(step.extra),
-            penalty=None if step.penalty is None else float(step.penalty),
+            forward=forward,
+            backward=backward,
+            rank_evals=None if self._ranks.alone else self._ranks.of_all(evals),
+            extra=added.get("extra"),
+            penalty=added.get("penalty"),
         )
 
     def valid(self, evaluation: Evaluation, *, step: int, stage: str, best: bool, setting: dict[str, Any]) -> None:
@@ -114,3 +124,7 @@ class Log:
             best=best,
             setting={**setting, **dataclasses.asdict(evaluation.setting)},
         )
+
+
+def _floats(**tensors: Tensor | None) -> dict[str, float]:
+    return {name: float(tensor) for name, tensor in tensors.items() if tensor is not None}

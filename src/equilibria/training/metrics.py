@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,12 @@ def summary(solution: Solution) -> Event:
         "converged": float(solution.converged.double().mean()),
         "steps": float(solution.steps.double().mean()),
     }
+
+
+def mean_summary(solutions: Sequence[Solution]) -> dict[str, float] | None:
+    """The mean of their summaries, None of none."""
+    found = [summary(solution) for solution in solutions]
+    return {name: statistics.fmean(one[name] for one in found) for name in found[0]} if found else None
 
 
 def _line(event: Event) -> str:

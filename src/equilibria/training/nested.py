@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,19 @@ def owned(memory: Memory) -> Memory:
     with other strides may differ in the last bit, and a resumed run must not.
     """
     return _map(memory, lambda _, t: t.detach().clone(memory_format=torch.contiguous_format), path="")
+
+
+def rows_of(memory: Memory, first: int, count: int) -> Memory:
+    """The memory of these rows alone."""
+    return _map(memory, lambda _, t: t[first : first + count], path="")
+
+
+def joined(memories: Sequence[Memory]) -> Memory:
+    """One memory of the rows of several, in their order."""
+    parts = [flatten(memory) for memory in memories]
+    if len(parts) == 1 or not parts[0]:
+        return memories[0]
+    return rebuild(memories[0], {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _map(value: Any, change: Callable[[str, Tensor], Tensor], *, path: str) -> Any:

@@ -34,10 +34,12 @@ def build_optimiser(model: nn.Module, training: Training) -> Optimizer:
     return kind(parameters, lr=rate, weight_decay=weight_decay, betas=training.betas, eps=training.epsilon)
 
 
-def set_learning_rate(optimiser: Optimizer, experiment: Experiment, step: int, validated: Validated) -> float:
-    """Set, and return, the learning rate of the step, counted from 1: it is set before the step."""
+def set_learning_rate(
+    optimiser: Optimizer, experiment: Experiment, step: int, validated: Validated, *, factor: float = 1.0
+) -> float:
+    """Set, and return, ``factor`` times the learning rate of the step, counted from 1: it is set before the step."""
     training = experiment.training
-    rate = learning_rate(
+    rate = factor * learning_rate(
         step,
         peak=training.learning_rate,
         warmup=training.warmup,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from equilibria.training import checkpoint, metrics
 from equilibria.training.checkpoint import Checkpoint, CheckpointError
@@ -17,16 +20,21 @@ from equilibria.training.serialise import from_json, kinds_in, to_json
 WITHOUT_INFLUENCE = frozenset(
     {
         "corpus.root",
+        "training.accumulate",
+        "training.compile",
         "training.device",
         "training.keep",
         "training.log_every",
         "training.measure_memory",
         "training.memory_depths",
+        "training.parallel",
+        "training.rank_timeout",
         "training.tensorboard",
         "training.threads",
     }
 )
 """Fields of an experiment that do not change what is trained; device and threads may change the last bits."""
+_LOCK = ".lock"
 _BESIDE = (".experiment.json.new", ".metrics.jsonl.new")
 """Files that are on their way to replace others."""
 
@@ -79,6 +87,35 @@ class Run:
         if not run.description.is_file():
             raise FileNotFoundError(f"{path} holds no run: it has no experiment.json; name one that `train` wrote.")
         return run
+
+    @classmethod
+    @contextlib.contextmanager
+    def locked(cls, path: Path) -> Iterator[None]:
+        """Within it no other process can lock the run directory ``path``, which is made if there is none.
+
+        The lock ends with the process, however that ends.
+
+        Raises:
+            ValueError: another process has it.
+        """
+        made = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / _LOCK).open("a+", encoding="utf-8") as file:
+            if not _lock(file):
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ValueError(
+                    f"{path} is in use by {holder}; wait until it ends, or choose another folder with --out."
+                )
+            file.truncate(0)
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                if made and [entry.name for entry in path.iterdir()] == [_LOCK]:  # nothing was started in it
+                    (path / _LOCK).unlink()
+                    path.rmdir()
 
     @property
     def description(self) -> Path:
@@ -142,7 +179,7 @@ class Run:
         best = newest.state["best"]
         if best is None or best["step"] == newest.step:
             return newest
-        return checkpoint.load(self.checkpoints / f"step-{best['step']:08d}")
+        return checkpoint.load(self.checkpoints / checkpoint.name_of(best["step"]))
 
     def _describe(self, experiment: Experiment) -> None:
         beside = self.path / _BESIDE[0]
@@ -153,7 +190,8 @@ class Run:
 
     def _remove(self) -> None:
         """Remove everything that a run has written, experiment.json last; nothing if anything else is there."""
-        written = (self.checkpoints, self.report, self.path / "tensorboard", self.metrics, self.description)
+        exported = self.path / "model.safetensors"
+        written = (self.checkpoints, self.report, self.path / "tensorboard", exported, self.metrics, self.description)
         there = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
         if foreign := sorted(there - {path.name for path in written}):
             raise ValueError(
@@ -177,6 +215,25 @@ class Run:
                 )
         if changed:
             self._describe(experiment)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether this process now has the file to itself."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _leaves(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from equilibria.training.decay import CATALOGUE, Cosine, Decay, NonMonotone
+from equilibria.training.ranks import KINDS, Parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,21 @@ class Training:
     """Draws the initial weights, the dropout masks and the probes of the penalty."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", …; "auto" takes a GPU if there is one."""
+    parallel: Parallel = "none"
+    """How the model is spread over the processes of a torchrun: a replica each ("ddp"), or a shard each ("fsdp")."""
+    accumulate: int = 1
+    """Parts of a batch that are computed one after the other, for less memory."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic inside the model; weights and the solvers' algebra are float32. For tolerances of 1e-2 and above."""
+    unconverged: Literal["continue", "raise budget", "skip step", "stop"] = "continue"
+    """What to do in a step in which more samples than ``tolerated`` do not converge, forward or backward."""
+    tolerated: float = 0.5
+    """Share of the samples of a step that may fail before ``unconverged`` acts."""
+    rollbacks: int = 2
+    """How often a run goes back to its newest checkpoint, each time with half the learning rate, when loss or gradient
+    is not finite; then it stops."""
+    rank_timeout: float = 600.0
+    """Seconds after which a process that waits for a lost one gives up."""
     threads: int | None = None
     """Threads of PyTorch on the CPU; None leaves them as they are."""
     compile: bool = False
@@ -75,12 +91,13 @@ class Training:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "segment_length", "log_every", "valid_every", "checkpoint_every", "keep")
-        at_least(self, 1, "eval_batch_size", "eval_segment_length", "valid_segments", "threads")
+        at_least(self, 1, "eval_batch_size", "eval_segment_length", "valid_segments", "threads", "accumulate")
         at_least(self, 0, "warmup", "seed", "spectral_radius", "weight_decay", "final_learning_rate")
-        at_least(self, 0, "overlap", "eval_overlap")
-        _above_zero(self, "learning_rate", "clip", "epsilon")
+        at_least(self, 0, "overlap", "eval_overlap", "rollbacks")
+        _above_zero(self, "learning_rate", "clip", "epsilon", "rank_timeout")
         if 0 < self.spectral_radius < 3:
             raise ValueError(f"Training(spectral_radius={self.spectral_radius}): 3 iterations at least; try 40, or 0.")
+        self._check_parts()
         self._check_optimiser()
         self._check_overlaps()
 
@@ -92,6 +109,27 @@ class Training:
             "segment_length": self.eval_segment_length or self.segment_length,
             "overlap": self.overlap if self.eval_overlap is None else self.eval_overlap,
         }
+
+    def _check_parts(self) -> None:
+        if self.parallel not in KINDS:
+            raise ValueError(f"Training(parallel={self.parallel!r}): it is 'none', 'ddp' or 'fsdp'.")
+        if self.unconverged not in (policies := ("continue", "raise budget", "skip step", "stop")):
+            raise ValueError(
+                f"Training(unconverged={self.unconverged!r}): it is one of {', '.join(map(repr, policies))}."
+            )
+        if not 0 <= self.tolerated < 1:
+            raise ValueError(f"Training(tolerated={self.tolerated}): a share in [0, 1); try 0.5.")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"Training(precision={self.precision!r}): it is 'float32' or 'bfloat16'.")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"Training(batch_size={self.batch_size}, accumulate={self.accumulate}): the rows of a batch are "
+                "divided evenly; give an accumulate that divides the batch size, or 1."
+            )
+        if self.parallel == "fsdp" and self.optimiser == "asgd":
+            raise ValueError(
+                "Training(parallel='fsdp', optimiser='asgd'): averages are not kept in shards; give parallel='ddp'."
+            )
 
     def _check_optimiser(self) -> None:
         if self.optimiser not in ("adam", "adamw", "sgd", "asgd"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,26 +14,33 @@ from torch.optim import Optimizer
 from equilibria.equilibrium import Memory
 from equilibria.language import LanguageModel
 from equilibria.language.modes import evaluating
-from equilibria.training.checkpoint import Checkpoint, CheckpointError
-from equilibria.training.device import device_of
+from equilibria.training.checkpoint import Checkpoint, CheckpointError, save
+from equilibria.training.device import device_of, random_state, set_random_state
 from equilibria.training.nested import flatten, owned, rebuild
 from equilibria.training.optimiser import averaged
+from equilibria.training.ranks import ALONE, Ranks, is_sharded, let_go, like
+from equilibria.training.shards import save_sharded
 
 _log = logging.getLogger(__name__)
 
 
 def capture(
-    model: LanguageModel, optimiser: Optimizer, memory: Memory, *, step: int, state: Mapping[str, Any]
+    model: LanguageModel,
+    optimiser: Optimizer,
+    memory: Memory,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+    ranks: Ranks = ALONE,
 ) -> Checkpoint:
-    """The checkpoint of this moment, the states of PyTorch's random generators included.
+    """The checkpoint of this moment, the states of PyTorch's random generators included; all ranks make it together.
+
+    Weights and optimiser stay in shards where they are; the memories are those of all ranks.
 
     Where ASGD averages, the averages are the model, and the weights that the training goes on with stand beside the
     optimiser.
     """
-    random: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if device_of(model).type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(device_of(model))
-    kept: dict[str, Any] = {"optimiser": optimiser.state_dict(), "random": random}
+    kept: dict[str, Any] = {"optimiser": optimiser.state_dict(), "random": random_state(device_of(model))}
     model_weights = weights(model)
     with averaged(optimiser) as averaging:
         if averaging:
@@ -42,14 +50,18 @@ def capture(
     return Checkpoint(
         step=step,
         model=model_weights,
-        memory=flatten(memory),
+        memory={name: ranks.rows_of_all(tensor) for name, tensor in flatten(memory).items()},
         optimiser=kept,
         state={**state, **circumstances(model), "torch": torch.__version__},
     )
 
 
-def restore(checkpoint: Checkpoint, model: LanguageModel, optimiser: Optimizer, *, batch_size: int) -> Memory:
+def restore(
+    checkpoint: Checkpoint, model: LanguageModel, optimiser: Optimizer, *, rows: int, ranks: Ranks = ALONE
+) -> Memory:
     """Put weights, optimiser and random generators into the state of the checkpoint; returns the memory of the streams.
+
+    The checkpoint may have been written by another number of ranks. ``rows`` are those of this rank.
 
     A warning says so if the last bits of what follows may differ from those of a run that never stopped.
 
@@ -57,12 +69,9 @@ def restore(checkpoint: Checkpoint, model: LanguageModel, optimiser: Optimizer, 
         CheckpointError: the checkpoint is of a model with other weights.
     """
     load_weights(model, checkpoint.optimiser.get("weights", checkpoint.model))
-    optimiser.load_state_dict(checkpoint.optimiser["optimiser"])
-    memory = _memory(checkpoint, model, batch_size=batch_size)
-    random = checkpoint.optimiser["random"]
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and device_of(model).type == "cuda":
-        torch.cuda.set_rng_state(random["cuda"], device_of(model))
+    optimiser.load_state_dict(_sharded_as(optimiser, checkpoint.optimiser["optimiser"]))
+    memory = _memory(checkpoint, model, rows=rows, ranks=ranks)
+    set_random_state(checkpoint.optimiser["random"], device_of(model))
     for name, now in circumstances(model).items():
         before = checkpoint.state.get(name, now)
         if before != now:
@@ -102,18 +111,45 @@ def load_weights(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
             )
     with torch.no_grad():
         for name, tensor in mine.items():
-            tensor.copy_(stored[name])
+            tensor.copy_(like(stored[name], tensor))
 
 
-def _memory(checkpoint: Checkpoint, model: LanguageModel, *, batch_size: int) -> Memory:
+def save_together(folder: Path, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Write the checkpoint: the first rank alone, or each its shards."""
+    if any(is_sharded(tensor) for tensor in checkpoint.model.values()):
+        save_sharded(folder, checkpoint, ranks)
+    elif ranks.first:
+        save(folder, checkpoint)
+    ranks.wait()
+
+
+def _sharded_as(optimiser: Optimizer, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of an optimiser with each tensor sharded like its parameter."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    state = {
+        index: {
+            name: like(value, parameters[index]) if _of_shape(value, parameters[index]) else value
+            for name, value in values.items()
+        }
+        for index, values in stored["state"].items()
+    }
+    return {**stored, "state": state}
+
+
+def _of_shape(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _memory(checkpoint: Checkpoint, model: LanguageModel, *, rows: int, ranks: Ranks) -> Memory:
     """The stored tensors in the structure of the cell's memory, which is learnt by reading one token."""
     if not checkpoint.memory:
         return None
-    token = torch.zeros(batch_size, 1, dtype=torch.long, device=device_of(model))
+    token = torch.zeros(rows, 1, dtype=torch.long, device=device_of(model))
     with evaluating(model):
         template = model(token, token, None).memory
+    let_go(model)
     try:
-        return owned(rebuild(template, checkpoint.memory))
+        return owned(rebuild(template, {name: ranks.my_rows(all_) for name, all_ in checkpoint.memory.items()}))
     except KeyError as error:
         raise CheckpointError(f"The checkpoint is of another model: {error.args[0]}; start a new run.") from None
 

@@ -15,7 +15,7 @@ class Step:
     """What one training step gives back: tensors, so that nobody waits for the device unless the numbers are read."""
 
     loss: Float[Tensor, ""]
-    """Mean nats per token, without what is added to it."""
+    """Mean nats per token of all ranks, without what is added to it."""
     extra: Float[Tensor, ""] | None
     """What the model's own losses in training have added, weighted; None if it has none."""
     penalty: Float[Tensor, ""] | None
@@ -25,6 +25,17 @@ class Step:
     learning_rate: float
     """The rate of this step."""
     tokens: int
-    """Tokens that were scored."""
-    solution: Solution | None
-    """How the forward solve went, and in its ``adjoint`` the backward one; None without an equilibrium."""
+    """Tokens that all ranks have scored."""
+    solutions: tuple[Solution, ...]
+    """How the forward solves of this rank went, one a part of the batch, and in their ``adjoint`` the backward ones;
+    none without an equilibrium."""
+
+    @property
+    def solution(self) -> Solution | None:
+        """The last of them."""
+        return self.solutions[-1] if self.solutions else None
+
+    @property
+    def adjoints(self) -> tuple[Solution, ...]:
+        """The solutions of the backward solves."""
+        return tuple(solution.adjoint[-1] for solution in self.solutions if solution.adjoint)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import math
 import time
@@ -19,26 +18,40 @@ from torch import nn
 
 from equilibria.corpora import Corpus, Segment, Segments
 from equilibria.equilibrium import Equilibrium, Memory
+from equilibria.solve import Solution
 from equilibria.training import checkpoint, metrics
-from equilibria.training.comparison import loss_of, memory_comparison
+from equilibria.training.checkpoint import Checkpoint, CheckpointError
+from equilibria.training.comparison import memory_comparison
 from equilibria.training.decay import Validated
 from equilibria.training.device import choose_device, compile_cells, to
 from equilibria.training.evaluation import Evaluation, evaluate, jacobian_radius
 from equilibria.training.experiment import Experiment
 from equilibria.training.log import Log
 from equilibria.training.metrics import Event
-from equilibria.training.nested import owned
 from equilibria.training.optimiser import averaged, build_optimiser, leave_behind, note_validation, set_learning_rate
+from equilibria.training.passes import Passes
+from equilibria.training.ranks import ALONE, Ranks, let_go, whole
 from equilibria.training.run import Run
-from equilibria.training.snapshot import capture, restore
+from equilibria.training.snapshot import capture, restore, save_together
 from equilibria.training.step import Step
+from equilibria.training.watch import Watch
 from equilibria.training.yardstick import yardstick
 
 _log = logging.getLogger(__name__)
 
 
 class TrainingStopped(Exception):
-    """The loss or the gradient is not finite; the weights are those of the step before."""
+    """The loss or the gradient is not finite, or too many solves fail; the weights are those of the step before."""
+
+
+class NotFinite(TrainingStopped):
+    """The loss or the gradient is not finite."""
+
+    loss = gradient_norm = math.nan
+
+
+class TrainingInterrupted(Exception):
+    """The training was asked to leave, and has written a checkpoint."""
 
 
 class Trainer:
@@ -52,6 +65,7 @@ class Trainer:
         run: the directory to write to; None writes nothing.
         corpus: what ``experiment.corpus.load()`` gave, or one of your own.
         on_event: is called with each line of the log.
+        ranks: the processes that train together; each has a ``Trainer``, and the first one writes.
     """
 
     def __init__(
@@ -61,18 +75,34 @@ class Trainer:
         corpus: Corpus,
         *,
         on_event: Callable[[Event], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         training = experiment.training
+        self.ranks, self.rows = ranks, ranks.share_of(training.batch_size, name="batch_size")
+        if self.rows % training.accumulate:
+            raise ValueError(
+                f"Training(batch_size={training.batch_size}, accumulate={training.accumulate}): each of {ranks.size} "
+                f"processes has {self.rows} rows, which are divided evenly; give an accumulate that divides them."
+            )
         if training.threads is not None:
             torch.set_num_threads(training.threads)
         torch.manual_seed(training.seed)
-        self.experiment, self.run, self.corpus, self.log = experiment, run, corpus, Log(run, on_event)
+        self.experiment, self.run, self.corpus = experiment, run, corpus
+        self.log = Log(run, on_event, ranks)
         self.device = choose_device(training.device)
         self.model = experiment.build(corpus).to(self.device)
         if training.compile:
             compile_cells(self.model)
+        replica = ranks.spread(self.model, half=training.precision == "bfloat16")
+        self.passes = Passes(model=self.model, replica=replica, ranks=ranks, training=training)
         self.optimiser = build_optimiser(self.model, training)
         self.steps_done = 0
+        self.watch = Watch(training, ranks)
+        self._asked_to_leave = False
+        self.leaving = False
+        """Set it, at any time, to have a checkpoint written after the step and ``TrainingInterrupted`` raised."""
+        self.rollbacks = 0
+        """How often the run went back to a checkpoint; each time halves the learning rate."""
         self.memory: Memory = None
         self.best: dict[str, Any] | None = None
         """The best validation of the stage: its step and nats."""
@@ -88,36 +118,48 @@ class Trainer:
         """
         if self.run is None:
             raise ValueError("Trainer(run=None).resume(): there is no run to go on with; give Run.open(folder).")
-        found = self.run.newest()
+        found = self._newest(self.run)
         if found is not None:
-            self.memory = restore(found, self.model, self.optimiser, batch_size=self.experiment.training.batch_size)
-            self.steps_done, self.best = found.step, found.state["best"]
-            self.validated = Validated.stored(found.state.get("validated"))
-            self._enter_stage()
+            self._go_back_to(found)
+            self.rollbacks = found.state.get("rollbacks", 0)
+        self.ranks.wait()
+        if self.ranks.first:
             # These are damaged, and the newest are to be those that are written from now on.
-            checkpoint.discard_after(self.run.checkpoints, found.step)
+            checkpoint.discard_after(self.run.checkpoints, -1 if found is None else found.step)
+            metrics.cut(self.run.metrics, -1 if found is None else found.step)
         self.log.go_on(found.state["seconds"] if found is not None else 0.0)
-        metrics.cut(self.run.metrics, -1 if found is None else found.step)
         _log.info("%s goes on after step %d.", self.run.path, self.steps_done)
         return self.steps_done
 
     def fit(self) -> None:
         """Train to the end of the last stage.
 
+        A step whose loss or gradient is not finite takes the run back to its newest good checkpoint, with half the
+        learning rate, as often as ``Training.rollbacks`` allows.
+
         Raises:
-            TrainingStopped: the loss or the gradient is not finite; names the step.
+            TrainingStopped: the loss or the gradient is not finite, or too many solves fail; names the step.
+            TrainingInterrupted: ``leaving`` was set; there is a checkpoint of this moment.
         """
-        training, remaining = self.experiment.training, self.experiment.total_steps - self.steps_done
-        if training.tensorboard:
+        training = self.experiment.training
+        if training.tensorboard and self.ranks.first:
             self.log.open_board(step=self.steps_done)
         if self.steps_done == 0:
             self._begin()
-        for segment in itertools.islice(self._segments(), remaining):
+        segments = iter(self._segments())
+        while self.steps_done < self.experiment.total_steps:
             began = time.perf_counter()
-            step = self.step(segment)
+            try:
+                step = self.step(next(segments))
+            except NotFinite as error:
+                self._roll_back(error)
+                segments = iter(self._segments())
+                continue
             self.log.count(step, time.perf_counter() - began)
             self._after(step)
-        if training.measure_memory:
+            if self._asked_to_leave:
+                self._leave()
+        if training.measure_memory and self.ranks.first and training.parallel != "fsdp":
             rows = self.memory_comparison(training.memory_depths)
             self.log.write("memory", step=self.steps_done, rows=rows)
         self.log.write("done", step=self.steps_done, seconds=self.log.seconds)
@@ -129,28 +171,29 @@ class Trainer:
             TrainingStopped: the loss or the gradient is not finite; weights and optimiser are untouched.
         """
         training, model = self.experiment.training, self.model
-        rate = set_learning_rate(self.optimiser, self.experiment, self.steps_done + 1, self.validated)
+        factor = 0.5**self.rollbacks
+        rate = set_learning_rate(self.optimiser, self.experiment, self.steps_done + 1, self.validated, factor=factor)
         segment = to(segment, self.device)
         model.train()
-        with self.stage.drawn_budget(model.layer):
-            output = model(segment.tokens, segment.targets, None if segment.fresh else self.memory, skip=segment.skip)
-        loss, penalty = output.nats.detach().mean(), self.stage.drawn_penalty(output)
-        (loss_of(output) if penalty is None else loss_of(output) + self.stage.penalty * penalty).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if training.clip is None else training.clip)
+        passed = self.passes.over(segment, self.memory, self.stage)
+        norm = whole(nn.utils.clip_grad_norm_(model.parameters(), math.inf if training.clip is None else training.clip))
+        loss, asked = self.ranks.mean(torch.stack([passed.loss, passed.loss.new_tensor(float(self.leaving))]))
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            self._stop(loss=float(loss), gradient_norm=float(norm))
-        self.optimiser.step()
+            self._not_finite(loss=float(loss), gradient_norm=float(norm))
+        if self._converged_enough(passed.solutions):
+            self.optimiser.step()
         self.optimiser.zero_grad()
-        self.memory = owned(output.memory)
+        self._asked_to_leave = bool(asked > 0)
+        self.memory = passed.memory
         self.steps_done += 1
         return Step(
             loss=loss,
-            extra=None if output.extra is None else output.extra.detach(),
-            penalty=None if penalty is None else penalty.detach(),
+            extra=passed.extra,
+            penalty=passed.penalty,
             gradient_norm=norm.detach(),
             learning_rate=rate,
-            tokens=segment.scored,
-            solution=output.solution,
+            tokens=segment.scored * self.ranks.size,
+            solutions=passed.solutions,
         )
 
     def validate(self) -> Evaluation:
@@ -159,19 +202,20 @@ class Trainer:
         It may divide the learning rate, or begin the averaging; once weights are averaged, the averages are scored.
         """
         training, stage = self.experiment.training, self.stage
-        whole = {**training.evaluation, "max_segments": training.valid_segments}
-        with self.averaged():
-            found = evaluate(self.model, self.corpus.valid, **whole)
+        how = {**training.evaluation, "max_segments": training.valid_segments}
+        with self.averaged(), self.passes.arithmetic():
+            found = evaluate(self.model, self.corpus.valid, **how, ranks=self.ranks)
             nats, step = found.nats_per_token, self.steps_done
             best = math.isfinite(nats) and (self.best is None or nats < self.best["nats"])
             if best:
                 self.best = {"step": step, "nats": nats, "stage": stage.name}
-            self.log.valid(found, step=step, stage=stage.name, best=best, setting=whole)
+            self.log.valid(found, step=step, stage=stage.name, best=best, setting=how)
             if training.spectral_radius and isinstance(self.model.layer, Equilibrium):
-                rows = {"batch_size": whole["batch_size"], "segment_length": whole["segment_length"]}
+                rows = {"batch_size": how["batch_size"], "segment_length": how["segment_length"]}
                 radius = jacobian_radius(self.model, self.corpus.valid, **rows, iterations=training.spectral_radius)
                 fields = {"stage": stage.name, "mean": float(radius.mean()), "max": float(radius.max())}
                 self.log.write("spectral_radius", step=step, **fields)
+            let_go(self.model)
         self.validated = note_validation(self.optimiser, self.validated, self.experiment, nats)
         return found
 
@@ -186,7 +230,7 @@ class Trainer:
 
     def _begin(self) -> None:
         self.log.start_of(self.model, self.corpus)
-        if self.experiment.training.yardstick and self.corpus.unit == "character":
+        if self.experiment.training.yardstick and self.corpus.unit == "character" and self.ranks.first:
             self.log.write("yardstick", step=0, rows=yardstick(self.corpus))
         self.log.write("stage", step=0, stage=self.stage.name, **{"from": None})
 
@@ -214,14 +258,17 @@ class Trainer:
         self._stage_index = self.experiment.stage_at(self.steps_done)
         self.stage = stage = self.experiment.stages[self._stage_index]
         stage.apply_to(self.model.layer)
+        self.watch.apply_to(self.model.layer)
 
     def _segments(self) -> Segments:
         training = self.experiment.training
         return Segments(
             self.corpus.train,
-            batch_size=training.batch_size,
+            batch_size=self.rows,
             length=training.segment_length,
             overlap=training.overlap,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
             position=self.steps_done,  # one segment a step
         )
 
@@ -229,21 +276,110 @@ class Trainer:
         if self.run is None:
             return
         state = {"stage": self.stage.name, "position": self.steps_done, "best": self.best, "seconds": self.log.seconds}
-        state["validated"] = dataclasses.asdict(self.validated)
-        kept = capture(self.model, self.optimiser, self.memory, step=self.steps_done, state=state)
-        checkpoint.force(self.run.metrics)
-        checkpoint.save(self.run.checkpoints, kept)
-        best = None if self.best is None else self.best["step"]
-        checkpoint.prune(self.run.checkpoints, newest=self.experiment.training.keep, best=best)
+        state |= {"validated": dataclasses.asdict(self.validated), "rollbacks": self.rollbacks}
+        state["budget_factor"] = self.watch.factor
+        kept = capture(self.model, self.optimiser, self.memory, step=self.steps_done, state=state, ranks=self.ranks)
+        if self.ranks.first:
+            checkpoint.force(self.run.metrics)
+        save_together(self.run.checkpoints, kept, self.ranks)
+        if self.ranks.first:
+            best = None if self.best is None else self.best["step"]
+            checkpoint.prune(self.run.checkpoints, newest=self.experiment.training.keep, best=best)
 
-    def _stop(self, *, loss: float, gradient_norm: float) -> None:
+    def _newest(self, run: Run) -> Checkpoint | None:
+        """The newest good checkpoint, the same on all ranks."""
+        found, fault = None, None
+        if self.ranks.first:
+            try:
+                found = run.newest()
+            except CheckpointError as error:
+                fault = error
+        step, fault = self.ranks.of_first((None if found is None else found.step, fault))
+        if fault is not None:
+            raise fault
+        if step is None or self.ranks.first:
+            return found
+        return checkpoint.load(run.checkpoints / checkpoint.name_of(step))
+
+    def _go_back_to(self, found: Checkpoint) -> None:
+        self.memory = restore(found, self.model, self.optimiser, rows=self.rows, ranks=self.ranks)
+        self.steps_done, self.best = found.step, found.state["best"]
+        self.validated = Validated.stored(found.state.get("validated"))
+        self.watch.factor = found.state.get("budget_factor", 1)
+        self._enter_stage()
+
+    def _roll_back(self, error: NotFinite) -> None:
+        """Go back to the newest checkpoint, with half the learning rate; the error itself if that is not to be."""
+        failed = {"loss": error.loss, "gradient_norm": error.gradient_norm}
+        found = None
+        if self.run is not None and self.rollbacks < self.experiment.training.rollbacks:
+            found = self._newest(self.run)
+        if found is None:
+            self.log.write("stopped", step=self.steps_done + 1, stage=self.stage.name, **failed)
+            raise error
+        number = self.steps_done + 1
+        self.rollbacks += 1
+        self._go_back_to(found)
+        if self.run is not None and self.ranks.first:
+            metrics.cut(self.run.metrics, found.step)
+        self.log.write(
+            "rolled_back",
+            step=found.step,
+            stage=self.stage.name,
+            failed_step=number,
+            factor=0.5**self.rollbacks,
+            **failed,
+        )
+        _log.warning(
+            "Step %d was not finite: going on from the checkpoint of step %d with %g times the learning rate.",
+            *(number, found.step, 0.5**self.rollbacks),
+        )
+
+    def _leave(self) -> None:
+        """Write a checkpoint, unless this step has one, and go."""
+        written = self.run is not None and (self.run.checkpoints / checkpoint.name_of(self.steps_done)).is_dir()
+        if not self.ranks.of_first(written):
+            self._checkpoint()
+        raise TrainingInterrupted(f"The training was asked to leave, and did so after step {self.steps_done:,}.")
+
+    def _converged_enough(self, solutions: tuple[Solution, ...]) -> bool:
+        """Whether the step may change the weights; acts as ``Training.unconverged`` says if too many solves failed.
+
+        Raises:
+            TrainingStopped: it says "stop".
+        """
+        share, policy, number = (
+            self.watch.share_of_failures(solutions, self.stage),
+            self.experiment.training.unconverged,
+            self.steps_done + 1,
+        )
+        if not self.watch.too_many(share):
+            return True
+        self.log.write("unconverged", step=number, stage=self.stage.name, share=share, policy=policy)
+        if policy == "raise budget" and self.watch.raise_budget():
+            self._enter_stage()
+        if policy == "stop":
+            self.optimiser.zero_grad()
+            self.log.write("stopped", step=number, stage=self.stage.name)
+            raise TrainingStopped(
+                f"Step {number} (stage {self.stage.name!r}): {share:.0%} of the samples did not converge, and "
+                f"{self.experiment.training.tolerated:.0%} are tolerated; raise the stage's budget (stop.max_evals) or "
+                "its tolerance, add a Jacobian penalty, or choose another --training.unconverged; "
+                f"{self._last_checkpoint()}."
+            )
+        return policy != "skip step"
+
+    def _not_finite(self, *, loss: float, gradient_norm: float) -> None:
         number, fault = self.steps_done + 1, "gradient" if math.isfinite(loss) else "loss"
         self.optimiser.zero_grad()
-        self.log.write("stopped", step=number, stage=self.stage.name, loss=loss, gradient_norm=gradient_norm)
-        kept = checkpoint.all_in(self.run.checkpoints) if self.run is not None else []
-        hint = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-        raise TrainingStopped(
+        error = NotFinite(
             f"Step {number} (stage {self.stage.name!r}): the {fault} is not finite, and the weights were left as they "
             f"were; start anew with a lower --training.learning-rate than {self.experiment.training.learning_rate:g}, "
-            f"a smaller --training.clip or a Jacobian penalty; {hint}."
+            f"a smaller --training.clip or a Jacobian penalty; {self._last_checkpoint()}."
         )
+        error.loss, error.gradient_norm = loss, gradient_norm
+        raise error
+
+    def _last_checkpoint(self) -> str:
+        kept = checkpoint.all_in(self.run.checkpoints) if self.run is not None else []
+        return f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"

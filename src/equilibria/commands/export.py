@@ -1,0 +1,52 @@
+"""`equilibria export RUN`: the weights of a run as one safetensors file, whatever wrote its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from equilibria.commands.arguments import Run as Folder
+from equilibria.commands.arguments import parse
+from equilibria.commands.loading import Which
+from equilibria.training import checkpoint
+from equilibria.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Write the weights of a run, by name, as one safetensors file, with experiment.json and the step as its metadata.
+
+    `safetensors.torch.load_file` reads it, and so does every other library of that format.
+    """
+
+    run: Folder
+    """The folder that `equilibria train` has written, finished or not, by one process or by many."""
+    out: Path | None = None
+    """The file; None for RUN/model.safetensors. It is replaced if it exists."""
+    checkpoint: Which = "best"
+    """"best", by its validation, or "last"."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the file and say where it is."""
+    from safetensors.torch import save_file
+
+    options = parse(Options, arguments, verb="export")
+    run = Run.open(options.run)
+    found = run.best() if options.checkpoint == "best" else run.newest()
+    if found is None:
+        raise ValueError(f"{run.path} has no good checkpoint yet: continue the training with --resume.")
+    target = options.out or run.path / "model.safetensors"
+    metadata = {"format": "pt", "step": str(found.step), "experiment": json.dumps(run.stored())}
+    beside = target.with_name(f".{target.name}.new")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in found.model.items()}, beside, metadata=metadata)
+        beside.replace(target)
+    finally:
+        checkpoint.discard(beside)
+    count = sum(tensor.numel() for tensor in found.model.values())
+    print(f"{target}: {count:,} weights of step {found.step:,}")
+    return 0

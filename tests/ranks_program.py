@@ -1,0 +1,112 @@
+"""Trains as one of the processes of a torchrun, in float64: where last bits decide nothing, curves must be the same.
+
+python -m torch.distributed.run --nproc-per-node 2 ranks_program.py FOLDER PARALLEL LEAVE_AFTER [RECIPE]
+
+RECIPE, with its numbers and a short first stage, or else the small experiment, with its dropout and its penalty. It
+goes on where FOLDER has a run, and leaves after step LEAVE_AFTER + 1. While a solve is under way every collective is
+an error; the first rank writes into FOLDER/solves.json how many solves there were, and the last rank's numbers beside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import equilibria.equilibrium
+import equilibria.gradients.adjoint
+from equilibria.corpora import Corpus
+from equilibria.recipes import RECIPES
+from equilibria.training import Experiment, Run, Trainer
+from equilibria.training.ranks import Ranks
+from equilibria.training.trainer import TrainingInterrupted
+from small_experiment import corpus, experiment
+
+SOLVES = {"count": 0, "collectives outside": 0}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives; inside a solve they are an error."""
+
+    inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            if Collectives.inside:
+                raise AssertionError(f"{func} inside a solve")
+            SOLVES["collectives outside"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def watched(solve: Any) -> Any:
+    """The solve, during which no collective may be issued."""
+
+    def inner(*given: Any, **named: Any) -> Any:
+        SOLVES["count"] += 1
+        with Collectives():
+            Collectives.inside = True
+            try:
+                return solve(*given, **named)
+            finally:
+                Collectives.inside = False
+
+    return inner
+
+
+def chosen(recipe: str | None, parallel: Any) -> tuple[Experiment, Corpus]:
+    """What is trained."""
+    if recipe is None:
+        return experiment(parallel=parallel), corpus()
+    value = RECIPES[recipe]()
+    quick = {"log_every": 1, "valid_segments": 4, "yardstick": False, "measure_memory": False, "spectral_radius": 0}
+    training = dataclasses.replace(value.training, **quick, parallel=parallel, threads=1)
+    first, *others = value.stages
+    value = dataclasses.replace(value, stages=(dataclasses.replace(first, steps=20), *others), training=training)
+    return value, value.corpus.load()
+
+
+def main(folder: Path, parallel: Any, leave_after: int, recipe: str | None = None) -> None:
+    """Train."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    equilibria.equilibrium.solve = watched(equilibria.equilibrium.solve)
+    equilibria.gradients.adjoint.solve = watched(equilibria.gradients.adjoint.solve)
+    with Ranks.joined(parallel, "cpu", timeout=60) as ranks:
+        every = ranks.of_all(train(folder, parallel, leave_after, recipe, ranks))
+        if ranks.first:
+            (folder / "solves.json").write_text(json.dumps(every))
+
+
+def train(folder: Path, parallel: Any, leave_after: int, recipe: str | None, ranks: Ranks) -> dict[str, int]:
+    """Train; returns what there is to tell of this rank."""
+    value, text = chosen(recipe, parallel)
+    resume = ranks.of_first((folder / "experiment.json").is_file())
+    if ranks.first:
+        Run.start(folder, value, resume=resume)
+    ranks.wait()
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == leave_after:
+            trainer.leaving = True
+
+    trainer = Trainer(value, Run.open(folder), text, on_event=on_event, ranks=ranks)
+    if resume:
+        trainer.resume()
+    with Collectives(), contextlib.suppress(TrainingInterrupted):
+        trainer.fit()
+    states = [value for state in trainer.optimiser.state.values() for value in state.values()]
+    held = sum(
+        tensor.to_local().nbytes if hasattr(tensor, "to_local") else tensor.nbytes
+        for tensor in [*trainer.model.parameters(), *states]
+    )
+    return {**SOLVES, "bytes of weights and optimiser": held}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

@@ -1,0 +1,200 @@
+"""Anything may be typed or found in a file: an answer in one sentence, no traceback, no hang, no changed file.
+
+EQUILIBRIA_FUZZ=1300 pytest tests/test_fuzz.py     a campaign: so many cases of each of the four kinds
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from equilibria.commands.main import run as command
+from equilibria.recipes import RECIPES
+from equilibria.training import checkpoint
+from small_run import furnish
+
+CASES = int(os.environ.get("EQUILIBRIA_FUZZ", "25"))
+campaign = settings(
+    max_examples=CASES,
+    deadline=None,
+    derandomize="EQUILIBRIA_FUZZ" not in os.environ,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a recipe, a corpus and a run of eight steps."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    furnish(folder)
+    assert said(*training(folder), "--quiet")[0] == 0
+    return folder
+
+
+def training(folder, run="run"):
+    return ["train", f"{folder / 'recipe.py'}:small", "--data", str(folder / "text"), "--out", str(folder / run)]
+
+
+class TookTooLong(BaseException):
+    """No handler of the library may catch this."""
+
+
+def alarm(number, frame):
+    raise TookTooLong
+
+
+def said(*words):
+    """The exit code of a command line, and all that it printed; at most a minute."""
+    output = io.StringIO()
+    before = signal.signal(signal.SIGALRM, alarm)
+    signal.alarm(60)
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = command([str(word) for word in words])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return code, output.getvalue()
+
+
+def state_of(folder):
+    """Every file below a folder and its sum."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def check(code, output):
+    """A sentence, and neither a traceback nor the excuse for what was not foreseen."""
+    assert code in (0, 1, 2), output
+    assert "Traceback" not in output
+    assert "Unexpected" not in output, output
+    if code:
+        assert output.count("equilibria: ") >= 1
+        assert len(output) < 2000, output
+
+
+NAMES = st.sampled_from(["train", "evaluate", "generate", "report", "export", "prepare", "tiny", "ptb", "help", "run"])
+FLAGS = (
+    "--out --data --explicit --untied --resume --overwrite --quiet --help --batch-size --training.batch-size --rtol "
+    "--prompt --length --seed --split --memory-length --stages.0.steps --training.learning-rate --model.cell.width "
+    "--checkpoint --temperature --top-k --training.parallel --training.unconverged"
+)
+VALUES = st.one_of(
+    st.integers(-9, 99).map(str), st.floats().map(str), st.text(max_size=12), st.just("nan"), st.just("")
+)
+
+
+@campaign
+@given(words=st.lists(st.one_of(NAMES, st.sampled_from(FLAGS.split()), VALUES), max_size=6))
+def test_command_lines(place, words):
+    """No training is to begin: that of a recipe would."""
+    if words[:1] == ["train"]:
+        words = [*words, "--training.batch-size", "0"]
+    if words[:1] == ["prepare"] and ("wikitext" in " ".join(words)):
+        return
+    before = state_of(place)
+    here = os.getcwd()
+    os.chdir(place)
+    try:
+        check(*said(*words))
+    finally:
+        os.chdir(here)
+    assert state_of(place) == before
+
+
+def spoilt(value, draw):
+    """A JSON value with one part changed, taken out or added."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 3)):
+        key = draw(st.sampled_from(sorted(value)))
+        return {**value, key: spoilt(value[key], draw)}
+    if isinstance(value, list) and value and draw(st.integers(0, 3)):
+        index = draw(st.integers(0, len(value) - 1))
+        return [*value[:index], spoilt(value[index], draw), *value[index + 1 :]]
+    if isinstance(value, dict) and value and draw(st.booleans()):
+        return {name: part for name, part in value.items() if name != draw(st.sampled_from(sorted(value)))}
+    plain = st.one_of(
+        st.none(), st.booleans(), st.integers(-3, 99), st.floats(), st.text(max_size=9), st.just([]), st.just({})
+    )
+    return draw(plain)
+
+
+@campaign
+@given(data=st.data())
+def test_experiments(place, data):
+    """experiment.json of a run, with a value that nobody has written; what is still an experiment may do its work."""
+    folder = place / "spoilt"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(place / "run", folder)
+    stored = json.loads((folder / "experiment.json").read_text())
+    whole = json.dumps(spoilt(stored, data.draw))
+    if data.draw(st.booleans()):
+        whole = whole[: data.draw(st.integers(0, len(whole)))]
+    (folder / "experiment.json").write_text(whole)
+    before = state_of(folder)
+    verb = data.draw(st.sampled_from(["evaluate", "generate", "export"]))
+    more = {"evaluate": ["--max-segments", "1"], "generate": ["--length", "2", "--prompt", "a"], "export": []}[verb]
+    target = ["--out", place / "exported.safetensors"] if verb == "export" else []
+    check(*said(verb, folder, *more, *target))
+    assert state_of(folder) == before
+
+
+@campaign
+@given(texts=st.lists(st.binary(max_size=60), min_size=3, max_size=3), unit=st.sampled_from(["word", "character"]))
+def test_corpora(place, texts, unit):
+    folder = place / "corpus"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for split, text in zip(("train", "valid", "test"), texts, strict=True):
+        (folder / f"{split}.txt").write_bytes(text)
+    before = state_of(folder)
+    check(*said("prepare", "text-folder", "--data", folder, "--unit", unit))
+    check(*said("prepare", "ptb", "--data", folder))
+    assert state_of(folder) == before
+
+
+@campaign
+@given(seed=st.integers(0, 2**32), kind=st.sampled_from(["cut", "flip", "add", "empty", "foreign", "gone"]))
+def test_checkpoints(place, seed, kind):
+    """One file of the newest checkpoint is damaged: it is refused by name, and the one before is used or named."""
+    draw = random.Random(seed)
+    folder = place / "damaged"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(place / "run", folder)
+    newest = checkpoint.all_in(folder / "checkpoints")[-1]
+    file = draw.choice(sorted(newest.iterdir()))
+    content = bytearray(file.read_bytes())
+    if kind == "cut":
+        content = content[: draw.randrange(len(content))]
+    elif kind == "flip":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    elif kind == "add":
+        content += draw.randbytes(9)
+    elif kind == "empty":
+        content = bytearray()
+    elif kind == "foreign":
+        content = bytearray(draw.randbytes(200))
+    if kind == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    before = state_of(folder)
+    code, output = said("export", folder, "--checkpoint", "last", "--out", place / "exported.safetensors")
+    check(code, output)
+    assert state_of(folder) == before
+    assert code == 0
+    assert "step 8" not in output.splitlines()[-1]
+
+
+def test_every_recipe_has_a_help_text():
+    for recipe in RECIPES:
+        code, output = said("train", recipe, "--help")
+        assert code == 0
+        assert "--training.learning-rate" in output
