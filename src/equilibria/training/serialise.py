@@ -107,7 +107,8 @@ _WIDER = {(int, float), (str, Path)}
 
 
 def _decode_dataclass(data: Mapping[str, JSON], hint: Any, kinds: Mapping[str, type], *, where: str) -> Any:
-    kind = kinds.get(data.get("kind", ""))
+    named = data.get("kind")
+    kind = kinds.get(named) if isinstance(named, str) else None
     if kind is None:
         raise ValueError(
             f"{where} has the unknown kind {data.get('kind')!r}; {nearest_or_all(str(data.get('kind')), kinds)} "
