@@ -1,9 +1,11 @@
 """What happens to real runs: asked to leave, started twice, out of disk, with a dead rank; nothing is lost."""
 
+import contextlib
 import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,8 +14,10 @@ import pytest
 import torch
 
 from equilibria.__main__ import main
+from equilibria.commands.errors import LOST, explain
 from equilibria.training import Run, Trainer, checkpoint
 from equilibria.training.checkpoint import CheckpointError
+from equilibria.training.ranks import Ranks
 from equilibria.training.trainer import TrainingInterrupted
 from small_experiment import corpus, experiment, finished, same_bits, trained_weights
 from small_run import fails, furnish
@@ -176,6 +180,35 @@ def test_weights_are_exported_as_one_file(tmp_path, capsys):
 
 def test_export_of_nothing_is_refused(tmp_path, capsys):
     assert "no run" in fails(capsys, "export", str(tmp_path), code=1)
+
+
+def waiting(rank, port, results):
+    """Rank 1 does not come; what rank 0 would say."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with contextlib.suppress(RuntimeError), Ranks.joined("ddp", "cpu", timeout=3) as ranks:
+        if rank == 1:
+            time.sleep(10)
+            return
+        began = time.monotonic()
+        try:
+            ranks.wait()
+        except Exception as error:
+            results.put((explain(error), time.monotonic() - began))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_who_waits_for_a_lost_rank_gives_up_and_says_so():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    torch.multiprocessing.spawn(waiting, (port, results), nprocs=2)
+    (sentence, code), seconds = results.get(timeout=10)
+    assert (sentence, code) == (LOST, 1)
+    assert seconds < 9
 
 
 @pytest.mark.slow

@@ -317,6 +317,16 @@ def test_a_non_finite_number_stops_the_run_before_the_weights_change(tmp_path, f
     assert event["step"] == 4
 
 
+def test_training_in_bfloat16_is_near_that_in_float32():
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        trainer, events = fitted(experiment(precision=precision))
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+        losses.append(torch.tensor([event["loss"] for event in of(events, "step")]))
+    assert not torch.equal(*losses)
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0)
+
+
 def poisoned(trainer, step, *, times):
     """The loss of this step is not finite, so many times; returns the steps that are taken."""
     whole, taken, left = trainer.passes.over, [], [None] * times

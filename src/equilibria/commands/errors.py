@@ -43,6 +43,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return missing_extra(error), 1
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "Out of memory: try a smaller --training.batch-size or --training.segment-length.", 1
+    if _lost_a_rank(error):
+        return LOST, 1
     if isinstance(error, OSError) and error.errno is not None:
         return _system(error), 1
     if isinstance(error, ValueError | FileNotFoundError | OSError) or type(error).__name__ in _OWN:
@@ -53,6 +55,17 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 _OWN = ("CheckpointError", "TrainingStopped")
 """Errors of the training that are sentences already, named here so that printing them needs no torch."""
+
+
+LOST = (
+    "Another process of this training was lost, or did not answer within --training.rank-timeout; its own message says "
+    "why. Go on with --resume, or let torchrun do so with --max-restarts."
+)
+
+
+def _lost_a_rank(error: BaseException) -> bool:
+    """Whether a collective failed: NCCL has errors of its own, and gloo signs its messages."""
+    return isinstance(error, RuntimeError) and (type(error).__name__.startswith("Dist") or "/gloo/" in str(error))
 
 
 def missing_extra(error: ModuleNotFoundError) -> str:
