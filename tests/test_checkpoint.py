@@ -87,11 +87,13 @@ def test_foreign_folders_and_files_are_refused_unopened(tmp_path, monkeypatch):
     assert not (tmp_path / "evil").exists()
 
 
-def test_even_with_a_true_checksum_only_plain_tensors_are_unpickled(tmp_path):
+def test_even_with_a_true_checksum_only_plain_tensors_are_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     bad = Checkpoint(step=1, model={"w": torch.ones(1)}, memory={}, optimiser={"evil": Evil()}, state={})
     folder = checkpoint.save(tmp_path, bad)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(CheckpointError, match=r"optimiser\.pt holds something else than tensors and plain values"):
         checkpoint.load(folder)
+    assert not (tmp_path / "evil").exists()
 
 
 def test_the_newest_good_one_is_found_and_the_damaged_one_is_logged(tmp_path, caplog):

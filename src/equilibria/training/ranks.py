@@ -64,6 +64,8 @@ class Ranks:
                 f"--training.parallel {parallel} needs processes to train with: torchrun --nproc-per-node 2 -m "
                 "equilibria train …, or leave it out to train with one."
             )
+        import torch.distributed.nn  # before there is a group, which its default arguments would keep for ever
+
         on_gpu = device != "cpu" and torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -71,7 +73,7 @@ class Ranks:
         try:
             yield cls(rank=dist.get_rank(), size=dist.get_world_size(), parallel=parallel)
         finally:
-            gc.collect()  # what holds on to the group must not outlive it
+            _forget_the_group()
             dist.destroy_process_group()
 
     @property
@@ -207,6 +209,18 @@ def gradients_kept(model: nn.Module, replica: Any, *, last: bool) -> Iterator[No
     if hasattr(model, "set_requires_gradient_sync"):  # an FSDPModule, which takes a second to import
         model.set_requires_gradient_sync(last)  # pyright: ignore
     yield
+
+
+def _forget_the_group() -> None:
+    """Nothing but torch itself holds the process group afterwards, so that it ends, threads and all, when destroyed.
+
+    A gloo thread that still lets go of a tensor while the interpreter is taken down aborts the process: seen under
+    load, in a job that had done all its work.
+    """
+    for thing in gc.get_objects():
+        if type(thing).__name__ == "DeviceMesh":  # DTensor's caches keep meshes for ever
+            getattr(thing, "_pg_registry", {}).clear()
+    gc.collect()
 
 
 def let_go(model: nn.Module) -> None:
