@@ -1,5 +1,6 @@
 # make demo    train a deep equilibrium model on real text, in about four minutes
 # make test    style, types, layers and tests
+# make docs    the documentation as a site that needs no server and no network: site/index.html
 # make install the virtual environment alone
 
 PYTHON ?= python3
@@ -7,8 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test install lint clean
+.PHONY: demo test docs install lint clean
 
 install: $(STAMP)
 
@@ -18,6 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 demo: $(STAMP)
@@ -32,5 +38,8 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/pytest -n 2
 
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis

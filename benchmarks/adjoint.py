@@ -24,7 +24,7 @@ from torchdeq.grad import backward_factory
 from torchdeq.solver.anderson import anderson_solver
 from torchdeq.solver.broyden import broyden_solver
 
-from equilibria import Anderson, Broyden, Implicit, Picard, Solver, Stop, solve
+from equilibria import Anderson, Broyden, Implicit, Picard, Solver, Stop, fixed_point, solve
 from equilibria.training import PeakMemory
 
 RTOL, LIMIT = 1e-3, 60
@@ -35,7 +35,7 @@ Layer = Callable[[Any, Tensor], Tensor]
 def ours(solver: Solver, rtol: float = RTOL, most: int = 100) -> Layer:
     """The implicit gradient of this library, of a forward solve that is done."""
     rule, done = Implicit(solver, Stop(rtol=rtol, atol=0, max_evals=most)), Stop(rtol=0, atol=0, max_evals=1)
-    return lambda f, z: rule.run(f, z, Picard(), done).z
+    return lambda f, z: fixed_point(f, z, solver=Picard(), stop=done, gradient=rule).z
 
 
 def theirs(solver: Callable[..., Any], **choices: Any) -> Layer:
@@ -57,7 +57,7 @@ RULES = (
     Rule("Implicit(Anderson(6))", ours(Anderson(window=6))),
     Rule("torchdeq, Anderson 6", theirs(anderson_solver, m=6, max_iter=120)),
     Rule("torchdeq, Anderson 6, ridge 1e-10", theirs(anderson_solver, m=6, lam=1e-10)),
-    Rule("Implicit(Broyden(20))", ours(Broyden(memory=20))),
+    Rule("Implicit(Broyden(20))", ours(Broyden(rank=20))),
     Rule("torchdeq, Broyden", theirs(broyden_solver)),
 )
 
@@ -65,8 +65,8 @@ RULES = (
 def gradient(layer: Layer, cell: Any, x: Tensor, z: Tensor, g: Tensor) -> tuple[Tensor, dict[str, float]]:
     """The gradient of all parameters, and what the backward pass took."""
     cell.zero_grad(set_to_none=True)
-    context = cell.prepare(x, None)
-    out = layer(lambda z: cell(z, context), z)
+    prepared = cell.prepare(x)
+    out = layer(lambda z: cell(z, prepared), z)
     backward, products = Counted(out.backward), Counted(torch.autograd.grad)
     torch.autograd.grad = products  # both libraries take their products from it
     try:
@@ -89,14 +89,14 @@ def states(layer: Layer) -> float:
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row a map and rule."""
+    """One row per map and rule."""
     rows = []
     for radius in GAINS:
         exact, x64 = block(radius, dtype=torch.float64)
         with torch.no_grad():
-            context = exact.prepare(x64, None)
+            prepared = exact.prepare(x64)
             tight = Stop(rtol=1e-10, atol=0, max_evals=500)
-            z64 = solve(lambda z: exact(z, context), torch.zeros_like(x64), Broyden(60), tight).z  # noqa: B023
+            z64 = solve(lambda z: exact(z, prepared), torch.zeros_like(x64), Broyden(60), tight).z  # noqa: B023
         torch.manual_seed(1)
         g64 = torch.randn_like(z64)
         reference, _ = gradient(ours(Broyden(60), rtol=1e-10, most=500), exact, x64, z64, g64)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from equilibria import Broyden, Stop, solve
-from equilibria.cells import TransformerCell, TransformerShape
+from equilibria.cells import TransformerCell, TransformerConfig
 from equilibria.stability import spectral_radius
 
 GAINS = {0.92: (1.0, 1.0), 0.95: (1.2, 1.5), 1.05: (1.35, 2.0)}
@@ -26,8 +26,8 @@ def block(radius: float, *, dtype: torch.dtype = torch.float32) -> tuple[Transfo
     """The cell and its input [B T D]; the same numbers in every dtype."""
     weights, inputs = GAINS[radius]
     torch.manual_seed(0)
-    shape = TransformerShape(width=WIDTH, heads=8, inner=1_024, memory=0, weight_norm=False)
-    cell = shape.build().eval()
+    config = TransformerConfig(width=WIDTH, heads=8, inner=1_024, memory=0, weight_norm=False)
+    cell = config.build().eval()
     with torch.no_grad():
         for name, parameter in cell.named_parameters():
             if name == "inject.direction":
@@ -42,9 +42,9 @@ def measured(radius: float) -> float:
     """The mean over the samples of the spectral radius at the equilibrium."""
     cell, x = block(radius)
     with torch.no_grad():
-        context = cell.prepare(x, None)
-        z = solve(lambda z: cell(z, context), torch.zeros_like(x), Broyden(100), Stop(rtol=1e-4, max_evals=300)).z
-    return float(spectral_radius(lambda z: cell(z, context), z).mean())
+        prepared = cell.prepare(x)
+        z = solve(lambda z: cell(z, prepared), torch.zeros_like(x), Broyden(100), Stop(rtol=1e-4, max_evals=300)).z
+    return float(spectral_radius(lambda z: cell(z, prepared), z).mean())
 
 
 class Counted:

@@ -30,7 +30,7 @@ def scored(name: str) -> dict[str, Any]:
     if not path.exists():
         command(["train", name, "--out", str(path), "--training.threads", "1"])
     loaded = trained(path)
-    score = evaluate(loaded.model, loaded.corpus.test, batch_size=40)
+    score = evaluate(loaded.model, loaded.corpus.test, batch_size=40, warm=loaded.stage.warm)
     events = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [event for event in events if event["event"] == "step" and event["stage"] == "implicit"]
     return {

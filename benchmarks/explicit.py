@@ -20,7 +20,7 @@ import torch
 from machine import publish
 from steps import compare, table
 
-from equilibria import Anderson, Broyden, Equilibrium, Implicit, Phantom, Stop
+from equilibria import Anderson, Broyden, Equilibrium, Implicit, Method, Phantom, Stop
 from equilibria.commands.loading import trained
 from equilibria.corpora import Segment, Segments
 from equilibria.language import Explicit, LanguageModel
@@ -41,31 +41,31 @@ EXPLICIT = {
 }
 
 
-def equilibria() -> dict[str, dict[str, Any]]:
-    """Names, and what the layer solves by."""
-    found: dict[str, dict[str, Any]] = {}
+def equilibria() -> dict[str, Method]:
+    """Names, and how the layer solves."""
+    found: dict[str, Method] = {}
     for rtol in (1e-2, 1e-3):
         stop = Stop(rtol=rtol, max_evals=60)
-        for solver in (Anderson(window=6), Broyden(memory=20)):
+        for solver in (Anderson(window=6), Broyden(rank=20)):
             name = f"equilibrium, {type(solver).__name__}, {rtol:g}"
-            found[name] = {"solver": solver, "stop": stop, "gradient": Implicit(solver, stop)}
+            found[name] = Method(solver, stop, Implicit(solver, stop))
     loose = found["equilibrium, Anderson, 0.01"]
     found["equilibrium, Anderson, 0.01, compiled"] = loose
     short = Anderson(window=4)
-    found["equilibrium, Anderson(4), 0.01"] = {**loose, "solver": short, "gradient": Implicit(short, loose["stop"])}
-    found["equilibrium, Anderson, 0.01, Phantom(1)"] = {**loose, "gradient": Phantom(steps=1)}
+    found["equilibrium, Anderson(4), 0.01"] = Method(short, loose.stop, Implicit(short, loose.stop))
+    found["equilibrium, Anderson, 0.01, Phantom(1)"] = dataclasses.replace(loose, gradient=Phantom(steps=1))
     return found
 
 
 def networks(loaded: Any) -> dict[str, LanguageModel]:
     """The models by name, in training mode."""
-    shape, words, weights = loaded.experiment.model, loaded.model.vocabulary_size, loaded.model.state_dict()
+    config, words, weights = loaded.experiment.model, loaded.model.vocabulary_size, loaded.model.state_dict()
     models: dict[str, LanguageModel] = {}
-    for name, parts in equilibria().items():
-        models[name] = shape.build(words, **parts)
+    for name, method in equilibria().items():
+        models[name] = config.build(words, method=method)
         models[name].load_state_dict(weights)
     for name, explicit in EXPLICIT.items():
-        models[name] = dataclasses.replace(shape, explicit=explicit).build(words, **parts)  # which solve nothing
+        models[name] = dataclasses.replace(config, explicit=explicit).build(words)
         if explicit.tied:
             models[name].load_state_dict(weights)
     for name, model in models.items():
@@ -86,13 +86,11 @@ def starts(model: LanguageModel, segments: list[Segment]) -> list[dict[str, Any]
             for segment in segments[1:]:
                 x = model.embedding(segment.tokens)
                 for name in ("zero", "the last state of the past at all positions", "the states of the segment before"):
-                    layer.warm = name.startswith("the last")
                     torch.manual_seed(len(found))
                     start = past.solution.z if name.startswith("the states") else None
-                    solution = layer(x, past.memory, start=start).solution
+                    solution = layer(x, past.memory, start=start, warm=name.startswith("the last")).solution
                     assert solution is not None
                     found.setdefault(name, []).append(solution.evals)
-                layer.warm = False
                 past = model(segment.tokens, segment.targets, past.memory)
         rows += [{"mode": mode, "start": name, "evals": statistics.mean(evals)} for name, evals in found.items()]
     return rows

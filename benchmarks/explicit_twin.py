@@ -1,8 +1,8 @@
-"""Penn Treebank at equal wall time: the deep equilibrium transformer and its explicit, weight-tied twin.
+"""Penn Treebank at equal wall time: the deep equilibrium transformer and its explicit, weight-tied baseline.
 
 python benchmarks/explicit_twin.py --data FOLDER [--minutes 15] [--depth 12] [--only NAME …]
 
-All have the same parameters, start, corpus, batches and optimiser. ``explicit`` is the twin as ``--explicit`` makes
+All have the same parameters, start, corpus, batches and optimiser. ``explicit`` is the baseline as ``--explicit`` makes
 it; ``curriculum`` is the same network after the same shallow stage as the equilibrium has. Each first gets its learning
 rate from short runs, whose speed then decides how many steps of a whole cosine fit into the time; two trainings at a
 time run side by side, one thread each. Writes results/explicit_twin.json and its part of docs/reproducing.md; with
@@ -121,7 +121,8 @@ def scored(path: Path) -> dict[str, Any]:
     }
     for split in ("valid", "test"):
         began = time.perf_counter()
-        score = evaluate(model, getattr(loaded.corpus, split), segment_length=training.segment_length)
+        stream, choices = getattr(loaded.corpus, split), {"segment_length": training.segment_length}
+        score = evaluate(model, stream, **choices, warm=loaded.stage.warm)
         result[split] = {
             "perplexity": score.perplexity,
             "tokens": score.tokens,
@@ -132,7 +133,7 @@ def scored(path: Path) -> dict[str, Any]:
 
 
 def table(rows: dict[str, Any], *, minutes: float, depth: int) -> str:
-    """The two side by side, for the docs."""
+    """The networks side by side, for the docs."""
     names = {
         "equilibrium": "equilibrium",
         "explicit": f"{depth} layers, tied",
@@ -148,7 +149,7 @@ def table(rows: dict[str, Any], *, minutes: float, depth: int) -> str:
 
     lines = [
         f"| {minutes:g} minutes each | {' | '.join(names.values())} |",
-        "|---|---|---|",
+        "|---|" + "---|" * len(names),
         line("parameters", lambda r: f"{r['parameters']:,}"),
         line("learning rate (of " + ", ".join(f"{rate:g}" for rate in RATES) + ")", lambda r: f"{r['rate']:g}"),
         line("training steps", lambda r: " + ".join(f"{n:,}" for n in r["steps"])),

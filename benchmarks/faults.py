@@ -29,11 +29,12 @@ from typing import Any
 
 import torch
 
-from equilibria.cells import TransformerShape
+from equilibria.cells import TransformerConfig
 from equilibria.commands.main import run as command
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
 from equilibria.gradients import Implicit
-from equilibria.language import LanguageShape
-from equilibria.solve import Stop
+from equilibria.language import LanguageConfig
 from equilibria.solvers import Anderson
 from equilibria.training import Experiment, Run, Stage, TextFolder, Training, checkpoint
 from equilibria.training.comparison import network_of
@@ -58,8 +59,8 @@ def small() -> Experiment:
     return Experiment(
         name="small",
         corpus=TextFolder(root=Path(os.environ[CORPUS]), unit="character"),
-        model=LanguageShape(
-            cell=TransformerShape(width=16, heads=2, inner=24, memory=20, dropout=0.1, attention_dropout=0.1),
+        model=LanguageConfig(
+            cell=TransformerConfig(width=16, heads=2, inner=24, memory=20, dropout=0.1, attention_dropout=0.1),
             dropout=0.1,
         ),
         stages=(
@@ -67,9 +68,7 @@ def small() -> Experiment:
             Stage(
                 name="implicit",
                 steps=STEPS - STEPS // 3,
-                solver=solver,
-                stop=stop,
-                gradient=Implicit(solver, stop),
+                method=Method(solver, stop, Implicit(solver, stop)),
                 penalty=0.1,
                 penalty_share=0.5,
             ),

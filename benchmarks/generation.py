@@ -3,7 +3,7 @@
 python benchmarks/generation.py RUN [RUN …] [--longest 512]
 
 The RUNs are trained, such as runs/demo. Times are medians on one thread; run it on an idle machine. Writes
-results/generation.json, results/generation.png (of the first run) and its part of docs/generation.md.
+results/generation.json, docs/pictures/generation.png (of the first run) and its part of docs/generation.md.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, keep, write_into_docs
+from machine import PICTURES, keep, write_into_docs
 
 from equilibria.commands.loading import trained
-from equilibria.equilibrium import Memory
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
 from equilibria.language import LanguageModel
-from equilibria.solve import Stop
+from equilibria.layers.equilibrium import Equilibrium
+from equilibria.layers.sequence import Memory
 
 WINDOW = 32
 """Tokens over which a median is taken."""
@@ -40,6 +42,13 @@ def trained_run(path: Path) -> tuple[str, LanguageModel, Texts]:
     return f"`{loaded.experiment.name}`", loaded.model, text
 
 
+def equilibrium_of(model: LanguageModel) -> Equilibrium:
+    """The layer; an explicit network solves nothing, so that it has no tolerance to compare."""
+    if not isinstance(model.layer, Equilibrium):
+        raise SystemExit(f"the model's layer is {type(model.layer).__name__}; give the run of an equilibrium.")
+    return model.layer
+
+
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     began = time.perf_counter()
     found = run()
@@ -47,14 +56,16 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 @torch.no_grad()
-def by_position(model: LanguageModel, text: torch.Tensor, memory: Memory) -> dict[str, Any]:
+def by_position(
+    model: LanguageModel, text: torch.Tensor, memory: Memory, *, method: Method | None = None
+) -> dict[str, Any]:
     """Milliseconds and evaluations of each token, read one by one, and the logits."""
     milliseconds, evals, logits = [], [], []
     for token in text.split(1, dim=1):
 
         def step(token: torch.Tensor = token, memory: Memory = memory) -> Any:
-            out = model.layer(model.embedding(token), memory)
-            return out, model.read(out.z)
+            out = model.layer(model.embedding(token), memory, method=method)
+            return out, model.read(out.output)
 
         spent, (out, seen) = timed(step)
         memory = out.memory
@@ -72,7 +83,7 @@ def anew(model: LanguageModel, text: torch.Tensor, lengths: list[int]) -> dict[i
 
         def solve(rows: torch.Tensor = text[:, :length]) -> Any:
             out = model.layer(model.embedding(rows))
-            model.read(out.z[:, -1:])
+            model.read(out.output[:, -1:])
             return out
 
         runs = [timed(solve) for _ in range(5)]
@@ -113,11 +124,10 @@ def costs(model: LanguageModel, texts: Texts, longest: int) -> dict[str, Any]:
 @torch.no_grad()
 def deviation(model: LanguageModel, text: torch.Tensor, stop: Stop) -> dict[str, Any]:
     """How far the logits read position by position are from those of the joint solve, both at ``stop``."""
-    before, model.layer.eval_stop = model.layer.eval_stop, stop
-    whole = model.layer(model.embedding(text))
-    ours = by_position(model, text, model.cache(len(text), length=text.shape[1]))["logits"]
-    model.layer.eval_stop = before
-    joint = model.read(whole.z)
+    method = dataclasses.replace(equilibrium_of(model).method, stop=stop)
+    whole = model.layer(model.embedding(text), method=method)
+    ours = by_position(model, text, model.cache(len(text), length=text.shape[1]), method=method)["logits"]
+    joint = model.read(whole.output)
     return {
         "rtol": stop.rtol,
         "dtype": str(joint.dtype).removeprefix("torch."),
@@ -129,13 +139,13 @@ def deviation(model: LanguageModel, text: torch.Tensor, stop: Stop) -> dict[str,
 
 def deviations(model: LanguageModel, texts: Texts) -> list[dict[str, Any]]:
     """At the tolerance of the training, at a tight one, and in float64; the model is in float64 afterwards."""
-    text, stop = texts(8, 256), model.layer.eval_stop or model.layer.stop
+    text, stop = texts(8, 256), equilibrium_of(model).evaluation_method.stop
     rows = [deviation(model, text, dataclasses.replace(stop, rtol=r, max_evals=100)) for r in (1e-2, 1e-4)]
     return [*rows, deviation(model.double(), text, Stop(rtol=1e-11, atol=0, max_evals=200))]
 
 
 def plot(rows: dict[str, Any]) -> None:
-    """Milliseconds a token against its position."""
+    """Milliseconds per token against its position."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -149,7 +159,7 @@ def plot(rows: dict[str, Any]) -> None:
     axes.set(xlabel="position of the token", ylabel="milliseconds a token", yscale="log")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(RESULTS / "generation.png", dpi=160)
+    figure.savefig(PICTURES / "generation.png", dpi=160)
 
 
 def table(found: dict[str, dict[str, Any]], exact: dict[str, list[dict[str, Any]]]) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+"""Where the documentation and the README show them from."""
 
 
 def machine() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 The cell is that of the recipe `tiny` (width 128, 4 heads, inner 512, batch 8 × 64, memory 64). The equilibrium runs a
 fixed number of evaluations forward and backward, so that the flat line is a property of the code, not of convergence.
 
-python benchmarks/memory.py          prints the table, writes results/memory.json and results/memory.png
+python benchmarks/memory.py          prints the table, writes results/memory.json and docs/pictures/memory.png
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from machine import RESULTS, keep
+from machine import PICTURES, keep
 
-from equilibria import Anderson, Implicit, Picard, Stop, Unroll
+from equilibria import Anderson, Implicit, Method, Picard, Stop, Unroll
 from equilibria.recipes import RECIPES
 from equilibria.training import PeakMemory
 
 DEPTHS = (2, 4, 8, 16, 32, 64)
 
 
-def peak(gradient, solver, stop) -> int:
+def peak(method: Method) -> int:
     """Bytes of one training step: forward, backward, on random tokens."""
     torch.manual_seed(0)
     experiment = RECIPES["tiny"]()
-    model = experiment.model.build(100, solver=solver, stop=stop, gradient=gradient)
+    model = experiment.model.build(100, method=method)
     tokens = torch.randint(100, (experiment.training.batch_size, experiment.training.segment_length))
     with torch.no_grad():
         memory = model(tokens, tokens).memory
@@ -35,16 +35,19 @@ def peak(gradient, solver, stop) -> int:
 
 
 def rows() -> list[dict[str, object]]:
-    """One row a network and depth."""
+    """One row per network and depth."""
     found: list[dict[str, object]] = []
     for depth in DEPTHS:
         fixed = Stop(rtol=0, atol=0, max_evals=depth, best=False)
         solver = Anderson()
         unrolled = dataclasses.replace(fixed, max_evals=depth + 1)
         found += [
-            {"network": "equilibrium", "depth": depth, "bytes": peak(Implicit(solver, fixed), solver, fixed)},
-            {"network": "unrolled", "depth": depth, "bytes": peak(Unroll(), Picard(), unrolled)},
-            {"network": "unrolled, checkpointed", "depth": depth, "bytes": peak(Unroll(True), Picard(), unrolled)},
+            {"network": network, "depth": depth, "bytes": peak(method)}
+            for network, method in (
+                ("equilibrium", Method(solver, fixed, Implicit(solver, fixed))),
+                ("unrolled", Method(Picard(), unrolled, Unroll())),
+                ("unrolled, checkpointed", Method(Picard(), unrolled, Unroll(checkpoint=True))),
+            )
         ]
     return found
 
@@ -71,7 +74,7 @@ def plot(found: list[dict[str, object]]) -> None:
     axes.minorticks_off()
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(RESULTS / "memory.png", dpi=160)
+    figure.savefig(PICTURES / "memory.png", dpi=160)
 
 
 if __name__ == "__main__":

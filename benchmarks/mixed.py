@@ -1,10 +1,10 @@
-"""A batch of mixed difficulty: what leaving out the samples that are done saves in a forward solve.
+"""A batch of mixed difficulty: what dropping the samples that have converged saves in a forward solve.
 
 python benchmarks/mixed.py           prints the table, writes results/mixed.json and its part of docs/choosing.md
 
 The block of ``block.py`` with eight samples, of which some get a stronger input: most of them become easy, one hard.
-Anderson(6) and Broyden(20) to 1e-3, with and without leaving samples out, rounds interleaved; the
-solutions are compared as well.
+Anderson(6) and Broyden(20) to 1e-3, with and without dropping samples, rounds interleaved; the solutions are compared
+as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from block import BATCH, block
 from machine import publish
 
 from equilibria import Anderson, Broyden, Solution, Solver, Stop, solve
-from equilibria.layer import CellMap
+from equilibria.layers.cell import CellMap
 
 STRONGER = 6.0
 """Times the input of the other samples."""
@@ -29,21 +29,21 @@ SOLVERS: dict[str, Solver] = {"Anderson(6)": Anderson(), "Broyden(20)": Broyden(
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row a batch and solver."""
+    """One row per batch and solver."""
     rows = []
     cell, x = block(0.92)
     stop = Stop(rtol=1e-3, atol=0, max_evals=200)
     for kept in AS_THEY_ARE:
         gains = torch.full((BATCH, 1, 1), STRONGER)
         gains[:kept] = 1.0
-        f = CellMap(cell, cell.prepare(gains * x, None), several=True)
+        f = CellMap(cell, cell.prepare(gains * x))
         for name, solver in SOLVERS.items():
             seconds: dict[str, list[float]] = {"whole": [], "selecting": []}
             found: dict[str, Solution] = {}
             for _ in range(rounds):
-                for way, map_ in (("whole", lambda z: f(z)), ("selecting", f)):  # noqa: B023
+                for way in seconds:
                     began = time.perf_counter()
-                    found[way] = solve(map_, torch.zeros_like(x), solver, stop)
+                    found[way] = solve(f, torch.zeros_like(x), solver, stop, drop_converged=way == "selecting")
                     seconds[way].append(time.perf_counter() - began)
             row: dict[str, Any] = {"as_they_are": kept, "solver": name, "evals": found["selecting"].evals}
             row |= {way: statistics.median(several) for way, several in seconds.items()}

@@ -6,7 +6,7 @@ equilibria train ptb --data FOLDER --out ptb --stages.0.steps 400 --stages.1.ste
 equilibria train ptb --data FOLDER --out wide --model.cell.width 512 --model.cell.heads 8 --model.cell.inner 2048 \
     --training.batch-size 8 --stages.0.steps 200 --stages.1.steps 60
 python benchmarks/peers.py tiny ptb wide --data FOLDER
-    prints the table, writes results/peers.json, results/peers.png and its part of docs/reproducing.md
+    prints the table, writes results/peers.json, docs/pictures/peers.png and its part of docs/reproducing.md
 
 Weights (of those runs), embedding, cell, head, loss, masks, tolerance (relative, 1e-3) and gradient rule (implicit) are
 the same, the rounds are interleaved. torchdeq has its own stopping test, over the whole batch, and its defaults where a
@@ -23,24 +23,25 @@ from typing import Any
 
 import torch
 from block import Counted
-from machine import RESULTS, publish
+from machine import PICTURES, publish
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from torchdeq import get_deq
 
-from equilibria import Anderson, Broyden, Cell, Implicit, Solver, Stop
+from equilibria import Anderson, Broyden, Cell, Implicit, Layer, LayerOutput, Method, Solver, Stop
 from equilibria.commands.loading import trained
+from equilibria.core.maps import as_map
 from equilibria.corpora import Segment, Segments
-from equilibria.equilibrium import LayerOutput
 from equilibria.language import LanguageModel
 from equilibria.language.modes import evaluating
+from equilibria.layers.layer import check_no_method
 from equilibria.training import PeakMemory
 
 RTOL, LIMIT = 1e-3, 60
-SOLVERS: dict[str, Solver] = {"anderson": Anderson(window=6), "broyden": Broyden(memory=20)}
+SOLVERS: dict[str, Solver] = {"anderson": Anderson(window=6), "broyden": Broyden(rank=20)}
 
 
-class Peer(nn.Module):
+class Peer(Layer):
     """The layer as a user of torchdeq writes it."""
 
     def __init__(self, cell: Cell, solver: str) -> None:
@@ -50,15 +51,17 @@ class Peer(nn.Module):
         both = {f"{way}_{name}": value for way in ("f", "b") for name, value in numbers.items()}
         self.deq = get_deq(core="indexing", ift=True, **both)
 
-    def forward(self, x: Tensor, memory: Any = None) -> LayerOutput:
+    def forward(self, *inputs: Any, method: Method | None = None, **options: Any) -> LayerOutput:
         """The equilibrium by torchdeq."""
-        context = self.cell.prepare(x, memory)
+        check_no_method(self, method)
+        prepared = self.cell.prepare(*inputs, **options)
 
         def f(z: Tensor) -> Tensor:
-            return self.cell(z, context)
+            return self.cell(z, prepared)
 
-        z = self.deq(f, self.cell.start(context))[0][0]
-        return LayerOutput(z=z, memory=self.cell.remember(z, context), f=f, solution=None, output=self.cell.output(z))
+        z = self.deq(f, self.cell.start(prepared))[0][0]
+        memory = self.cell.remember(z, prepared)
+        return LayerOutput(output=self.cell.output(z), z=z, f=as_map(f), solution=None, memory=memory)
 
 
 def step(model: LanguageModel, segment: Segment, memory: Any) -> float:
@@ -70,7 +73,7 @@ def step(model: LanguageModel, segment: Segment, memory: Any) -> float:
 
 
 def measure(runs: list[Path], data: Path, rounds: int) -> list[dict[str, Any]]:
-    """A row a run and solver."""
+    """One row per run and solver."""
     rows = []
     for run in runs:
         loaded = trained(run, data=None if run.name == "tiny" else data)
@@ -81,8 +84,8 @@ def measure(runs: list[Path], data: Path, rounds: int) -> list[dict[str, Any]]:
         segment = stream.at(1)
         for name, solver in SOLVERS.items():
             stop = Stop(rtol=RTOL, atol=0, max_evals=LIMIT)
-            parts = {"solver": solver, "stop": stop, "gradient": Implicit(solver, stop)}
-            mine = loaded.experiment.model.build(words, **parts).train()
+            method = Method(solver, stop, Implicit(solver, stop))
+            mine = loaded.experiment.model.build(words, method=method).train()
             mine.load_state_dict(loaded.model.state_dict())
             peer = LanguageModel(mine.embedding, Peer(mine.layer.cell, name), mine.head).train()  # the same weights
             width = loaded.experiment.model.cell.width
@@ -113,7 +116,7 @@ def measure(runs: list[Path], data: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]]) -> Path:
-    """Two bars a row: seconds of a training step."""
+    """Two bars per row: seconds of a training step."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
@@ -125,7 +128,7 @@ def draw(rows: list[dict[str, Any]]) -> Path:
     axes.set(xlabel="time of a training step, relative to torchdeq's", xlim=(0, 1.18))
     axes.invert_yaxis()
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.13), ncols=2, frameon=False)
-    path = RESULTS / "peers.png"
+    path = PICTURES / "peers.png"
     figure.savefig(path, dpi=120)
     return path
 

@@ -3,7 +3,7 @@
 python benchmarks/penn_treebank.py --data FOLDER [--run runs/ptb-20-minutes]
 
 Trains (or reads the run, if it is there), then scores the whole validation and test streams with batch size 1, and
-writes results/penn_treebank.json and results/penn_treebank.png.
+writes results/penn_treebank.json and docs/pictures/penn_treebank.png.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import torch
-from machine import RESULTS, keep
+from machine import PICTURES, keep
 
 from equilibria.__main__ import main as command
 from equilibria.commands.loading import trained
@@ -40,13 +40,14 @@ def scores(run: Path) -> dict[str, object]:
     loaded = trained(run)
     found = {}
     for split in ("valid", "test"):
-        score = evaluate(loaded.model, getattr(loaded.corpus, split), segment_length=70)
+        stream = getattr(loaded.corpus, split)
+        score = evaluate(loaded.model, stream, segment_length=70, warm=loaded.stage.warm)
         found[split] = {"perplexity": score.perplexity, "tokens": score.tokens, **(score.forward or {})}
     return found
 
 
 def plot(points: list[dict[str, object]]) -> None:
-    """Perplexity against minutes, a line a stage."""
+    """Perplexity against minutes, one line per stage."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,7 +64,7 @@ def plot(points: list[dict[str, object]]) -> None:
     axes.minorticks_off()
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(RESULTS / "penn_treebank.png", dpi=160)
+    figure.savefig(PICTURES / "penn_treebank.png", dpi=160)
 
 
 if __name__ == "__main__":

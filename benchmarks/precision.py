@@ -20,7 +20,7 @@ BUDGET = 60
 
 
 def measure() -> list[dict[str, Any]]:
-    """A row a map, arithmetic and solver."""
+    """One row per map, arithmetic and solver."""
     rows = []
     for radius in GAINS:
         for dtype in (torch.bfloat16, torch.float16):
@@ -29,9 +29,9 @@ def measure() -> list[dict[str, Any]]:
                 x = x[:4]
                 for solver in (Anderson(), Broyden()):
                     with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=autocast):
-                        context = cell.prepare(x, None)
+                        prepared = cell.prepare(x)
                         stop = Stop(rtol=0, atol=0, max_evals=BUDGET)
-                        residual = solve(lambda z: cell(z, context), torch.zeros_like(x), solver, stop).residual  # noqa: B023
+                        residual = solve(lambda z: cell(z, prepared), torch.zeros_like(x), solver, stop).residual  # noqa: B023
                     rows.append(
                         {
                             "radius": radius,

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from equilibria import Anderson, Equilibrium, Implicit, Stop
-from equilibria.cells import TransformerCell, TransformerShape
-from equilibria.explicit import Stack, Unrolled
+from equilibria.cells import TransformerCell, TransformerConfig
+from equilibria.layers.explicit import Stack, Unrolled
 from equilibria.recipes import RECIPES
 from equilibria.training import PeakMemory
 from equilibria.training.ranks import Ranks
@@ -35,7 +35,7 @@ LAYERS = 18
 ROWS = 8
 """Of each GPU."""
 RANKS = (1, 8, 64, 512)
-SMALL = TransformerShape(width=64, heads=4, inner=256, memory=0)
+SMALL = TransformerConfig(width=64, heads=4, inner=256, memory=0)
 
 
 class Model(nn.Module):
@@ -127,18 +127,17 @@ def exchanged() -> list[dict[str, Any]]:
 
 
 def single_device() -> dict[str, float]:
-    """Bytes on one device: weights of the cell, and what a step needs, divided into a fixed part and one a row."""
+    """Bytes on one device: weights of the cell, and what a step needs, divided into a fixed part and one per row."""
     experiment = RECIPES["wikitext103-v2"]()
-    shape, implicit = experiment.model.cell, experiment.stages[-1]
+    config, method = experiment.model.cell, experiment.stages[-1].method
     torch.manual_seed(0)
-    cell = shape.build()
+    cell = config.build()
     short = Stop(rtol=0, atol=0, max_evals=8, best=False)  # the memory of a solver's window is there after so many
-    rule = Implicit(implicit.gradient.solver, short)
-    layer = Equilibrium(cell, implicit.solver, short, rule)
+    layer = Equilibrium(cell, method.solver, short, Implicit(method.gradient.solver, short))
     networks = {"equilibrium": layer, "two": Unrolled(cell, 2), "four": Unrolled(cell, 4)}
     found = {}
     for rows in (1, 2):
-        x = torch.randn(rows, experiment.training.segment_length, shape.width)
+        x = torch.randn(rows, experiment.training.segment_length, config.width)
         memory = layer(x).memory
         found |= {(name, rows): peak(network, x, memory) for name, network in networks.items()}
     row = found["equilibrium", 2] - found["equilibrium", 1]

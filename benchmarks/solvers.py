@@ -5,7 +5,7 @@ python benchmarks/solvers.py         prints the tables, writes results/solvers.j
 
 Same map, start and tolerance, float32, rounds interleaved. torchdeq's cost grows with its limit, which is 60, and 150
 for the last tolerance; here the limit is 200 evaluations. Residuals are ‖f(z) − z‖/‖f(z)‖ of the worst sample,
-evaluated anew at what was returned.
+evaluated again at what was returned.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def theirs(solver: Callable[..., Any], **choices: Any) -> Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Pair:
     """One method in both libraries."""
 
     name: str
@@ -53,9 +53,9 @@ class Method:
 
 
 METHODS = (
-    Method("Anderson, window 6", ours(Anderson(window=6)), theirs(anderson_solver, m=6)),
-    Method("Broyden, all columns", ours(Broyden(memory=200)), theirs(broyden_solver)),
-    Method("Broyden, 20 columns", ours(Broyden(memory=20)), theirs(broyden_solver, LBFGS_thres=20)),
+    Pair("Anderson, window 6", ours(Anderson(window=6)), theirs(anderson_solver, m=6)),
+    Pair("Broyden, all columns", ours(Broyden(rank=200)), theirs(broyden_solver)),
+    Pair("Broyden, 20 columns", ours(Broyden(rank=20)), theirs(broyden_solver, LBFGS_thres=20)),
 )
 
 
@@ -65,8 +65,8 @@ def once(run: Run, f: Callable[[Tensor], Tensor], z0: Tensor, rtol: float) -> di
     began = time.perf_counter()
     z = run(counted, z0, rtol)
     seconds = time.perf_counter() - began
-    gap = f(z) - z
-    residual = (gap.flatten(1).norm(dim=1) / f(z).flatten(1).norm(dim=1)).max()
+    fz = f(z)
+    residual = ((fz - z).flatten(1).norm(dim=1) / fz.flatten(1).norm(dim=1)).max()
     return {
         "evals": counted.calls,
         "seconds": seconds,
@@ -85,15 +85,15 @@ def states(run: Run) -> float:
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row a map, tolerance and method."""
+    """One row per map, tolerance and method."""
     rows = []
     held = {(m.name, who): states(getattr(m, who)) for m in METHODS for who in ("ours", "theirs")}
     for radius in GAINS:
         cell, x = block(radius)
-        context, z0, rho = cell.prepare(x, None), torch.zeros_like(x), measured(radius)
+        prepared, z0, rho = cell.prepare(x), torch.zeros_like(x), measured(radius)
 
-        def f(z: Tensor, cell: Any = cell, context: Any = context) -> Tensor:
-            return cell(z, context)
+        def f(z: Tensor, cell: Any = cell, prepared: Any = prepared) -> Tensor:
+            return cell(z, prepared)
 
         for rtol in LIMITS:
             for method in METHODS:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from equilibria.corpora import Segment
-from equilibria.language import LanguageModel
+from equilibria.language import LanguageModel, LanguageOutput
 from equilibria.language.modes import evaluating
+from equilibria.layers.layer import LayerOutput
 from equilibria.training import PeakMemory
 
 MIB = 2**20
@@ -25,13 +27,23 @@ def compare(
     *,
     base: str,
     repeats: int,
+    warm: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """One row a model, with its shares of what ``base`` needs; ``past`` gives each the memory of a segment before."""
-    memories = {name: past(model) for name, model in models.items()}
-    rows = [_needs(name, model, segment, memories[name]) for name, model in models.items()]
+    """One row per model, with its shares of what ``base`` needs.
+
+    Args:
+        models: by name.
+        segment: what all of them read.
+        past: gives each the memory of a segment before.
+        base: the name of the model to which ratios and shares are.
+        repeats: times that each is timed.
+        warm: names of the models whose solves start from that memory.
+    """
+    calls = {name: _Call(model, segment, past(model), name in warm) for name, model in models.items()}
+    rows = [_needs(name, call) for name, call in calls.items()]
     for repeat in range(repeats):
-        for row, (name, model) in zip(rows, models.items(), strict=True):
-            _time_once(row, model, segment, memories[name], seed=repeat)
+        for row, call in zip(rows, calls.values(), strict=True):
+            _time_once(row, call, seed=repeat)
     first = next(row for row in rows if row["network"] == base)
     for row in rows:
         for kind in ("train_seconds", "inference_seconds"):
@@ -42,19 +54,31 @@ def compare(
     return rows
 
 
-def training_step(model: LanguageModel, segment: Segment, memory: Any) -> Any:
-    """Forward and backward, with the loss of the training."""
-    output = model(segment.tokens, segment.targets, memory)
-    loss = output.nats.mean()
-    (loss if output.extra is None else loss + output.extra).backward()
-    return output
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A model, and what it is called with."""
 
+    model: LanguageModel
+    segment: Segment
+    memory: Any
+    warm: bool
 
-def _layer_step(model: LanguageModel, x: Tensor, memory: Any) -> Any:
-    """The same of the layer alone, as the paper leaves embeddings out."""
-    out = model.layer(x, memory)
-    (out.output / out.output.numel()).sum().backward()
-    return out
+    def forward(self) -> LanguageOutput:
+        """The nats of the segment."""
+        return self.model(self.segment.tokens, self.segment.targets, self.memory, warm=self.warm)
+
+    def training_step(self) -> LanguageOutput:
+        """Forward and backward, with the loss of the training."""
+        output = self.forward()
+        loss = output.nats.mean()
+        (loss if output.extra is None else loss + output.extra).backward()
+        return output
+
+    def layer_step(self, x: Tensor) -> LayerOutput:
+        """The same of the layer alone, as the paper leaves embeddings out."""
+        out = self.model.layer(x, self.memory, warm=self.warm)
+        (out.output / out.output.numel()).sum().backward()
+        return out
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -70,34 +94,34 @@ def _peak(work: Callable[[], Any]) -> tuple[float, Any]:
     return memory.peak / MIB, result
 
 
-def _needs(name: str, model: LanguageModel, segment: Segment, memory: Any) -> dict[str, Any]:
+def _needs(name: str, call: _Call) -> dict[str, Any]:
     """A row with the memory of a step, and with what its solves took."""
-    for parameter in model.parameters():
+    for parameter in call.model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # as from the second step on
     torch.manual_seed(0)
-    step, output = _peak(lambda: training_step(model, segment, memory))
+    step, output = _peak(call.training_step)
     row: dict[str, Any] = {"network": name, "step_mib": step, "train_seconds": [], "inference_seconds": []}
     if output.solution is not None:
         solves = [output.solution, *output.solution.adjoint[-1:]]
         row |= {"forward": solves[0].evals, "backward": sum(solve.evals for solve in solves[1:])}
         row["converged"] = float(torch.cat([solve.converged for solve in solves]).double().mean())
     del output
-    with evaluating(model):
-        x = model.embedding(segment.tokens)
+    with evaluating(call.model):
+        x = call.model.embedding(call.segment.tokens)
     torch.manual_seed(0)
-    row["layer_mib"], _ = _peak(lambda: _layer_step(model, x, memory))
+    row["layer_mib"], _ = _peak(lambda: call.layer_step(x))
     print(row, flush=True)
     return row
 
 
-def _time_once(row: dict[str, Any], model: LanguageModel, segment: Segment, memory: Any, *, seed: int) -> None:
+def _time_once(row: dict[str, Any], call: _Call, *, seed: int) -> None:
     """One more time of each kind."""
     torch.manual_seed(seed)  # the same masks for all
-    row["train_seconds"].append(_seconds(lambda: training_step(model, segment, memory)))
-    with evaluating(model):
-        row["inference_seconds"].append(_seconds(lambda: model(segment.tokens, segment.targets, memory)))
+    row["train_seconds"].append(_seconds(call.training_step))
+    with evaluating(call.model):
+        row["inference_seconds"].append(_seconds(call.forward))
         if seed == 0:
-            solution = model(segment.tokens, segment.targets, memory).solution
+            solution = call.forward().solution
             row["inference_evals"] = None if solution is None else solution.evals
     print(row["network"], row["train_seconds"][-1], row["inference_seconds"][-1], flush=True)
 

@@ -16,16 +16,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from machine import publish
 from steps import compare, table
 from torch import Tensor
 
-from equilibria import Anderson, Broyden, Equilibrium, GradientRule, Implicit, Picard, Solver, Stop, solve
+from equilibria import Anderson, Broyden, Implicit, Method, Picard, Solver, Stop, solve
 from equilibria.commands.loading import trained, with_data
 from equilibria.corpora import Segments
-from equilibria.equilibrium import Unrolled
-from equilibria.language import LanguageModel
+from equilibria.language import Explicit, LanguageModel
 from equilibria.language.modes import evaluating
 from equilibria.recipes import ptb_trellis
 from equilibria.training import Experiment, Run, Stage, Trainer, Training, network_of
@@ -39,7 +37,7 @@ def short(data: Path, *, shallow: int, implicit: int) -> Experiment:
     solver, stop = Picard(), Stop(rtol=1e-2, max_evals=40)
     stages = (
         network_of(3, name="shallow", steps=shallow),
-        Stage("implicit", steps=implicit, solver=solver, stop=stop, gradient=Implicit(solver, stop)),
+        Stage("implicit", steps=implicit, method=Method(solver, stop, Implicit(solver, stop))),
     )
     training = Training(
         batch_size=16,
@@ -70,31 +68,35 @@ class Network:
     best: bool = True
     """Whether the adjoint's solve keeps the iterate with the smallest residual, beside the current one."""
 
-    def layer(self, cell: Any, stop: Stop) -> torch.nn.Module:
-        """The layer around a cell."""
+    def method(self, stop: Stop) -> Method | None:
+        """How it solves; None for an explicit network."""
         if self.solver is None or self.adjoint is None:
-            return Unrolled(cell, DEPTH, checkpoint=self.checkpoint)
-        gradient: GradientRule = Implicit(self.adjoint, dataclasses.replace(stop, best=self.best))
-        return Equilibrium(cell, self.solver, stop, gradient, warm=self.warm)
+            return None
+        return Method(self.solver, stop, Implicit(self.adjoint, dataclasses.replace(stop, best=self.best)))
+
+    @property
+    def explicit(self) -> Explicit | None:
+        """The network in the place of an equilibrium, if it is one."""
+        return Explicit(DEPTH, checkpoint=self.checkpoint) if self.solver is None else None
 
 
 NETWORKS = (
     Network("equilibrium, scan, Picard", "scan", Picard(), Picard(), best=False),
     Network("equilibrium, scan, Picard, warm", "scan", Picard(), Picard(), best=False, warm=True),
     Network("equilibrium, scan, Anderson(3)", "scan", Anderson(window=3), Anderson(window=3)),
-    Network("equilibrium, scan, Broyden(20)", "scan", Broyden(memory=20), Broyden(memory=20)),
+    Network("equilibrium, scan, Broyden(20)", "scan", Broyden(rank=20), Broyden(rank=20)),
     Network("equilibrium, delayed, Picard", "delayed", Picard(), Picard(), best=False),
     Network(f"{DEPTH} layers", "delayed"),
     Network(f"{DEPTH} layers, checkpointed", "delayed", checkpoint=True),
 )
 
 
-def built(network: Network, shape: Any, weights: dict[str, Tensor], stop: Stop, words: int) -> LanguageModel:
+def built(network: Network, config: Any, weights: dict[str, Tensor], stop: Stop, words: int) -> LanguageModel:
     """The model of a network with the trained weights, in training mode."""
-    shape = dataclasses.replace(shape, cell=dataclasses.replace(shape.cell, recurrence=network.recurrence))
-    model = shape.build(words, solver=Picard(), stop=stop, gradient=Implicit())
+    cell = dataclasses.replace(config.cell, recurrence=network.recurrence)
+    config = dataclasses.replace(config, cell=cell, explicit=network.explicit)
+    model = config.build(words, method=network.method(stop))
     model.load_state_dict(weights)
-    model.layer = network.layer(model.layer.cell, stop)
     return model.train()
 
 
@@ -109,7 +111,8 @@ def measure(data: Path, run: Path, *, repeats: int, rtol: float) -> list[dict[st
     models = {network.name: built(network, experiment.model, weights, stop, words) for network in NETWORKS}
     with evaluating(loaded.model):
         memory = loaded.model(past.tokens, past.targets).memory
-    rows = compare(models, segment, lambda _: memory, base=f"{DEPTH} layers", repeats=repeats)
+    warm = [network.name for network in NETWORKS if network.warm]
+    rows = compare(models, segment, lambda _: memory, base=f"{DEPTH} layers", repeats=repeats, warm=warm)
     return [row | {"rtol": rtol} for row in rows]
 
 
@@ -122,20 +125,20 @@ def starts(data: Path, run: Path, *, rtol: float) -> list[dict[str, Any]]:
     rows = []
     for recurrence in ("scan", "delayed"):
         network = Network(recurrence, recurrence, Picard(), Picard())
-        shape, words = ptb_trellis().model, loaded.model.vocabulary_size
-        model = built(network, shape, loaded.model.state_dict(), stop, words)
+        config, words = ptb_trellis().model, loaded.model.vocabulary_size
+        model = built(network, config, loaded.model.state_dict(), stop, words)
         cell: Any = model.layer.cell
         with evaluating(model):
             before = model(past.tokens, past.targets).layer
-            context = cell.prepare(model.embedding(segment.tokens), before.memory)
-            zero = cell.start(context)
+            prepared = cell.prepare(model.embedding(segment.tokens), before.memory)
+            zero = cell.start(prepared)
             candidates = {
                 "zero": zero,
                 "the last state of the past at all times": before.z[:, -1:].expand_as(zero),
                 "the states of the segment before": before.z,
             }
             for name, start in candidates.items():
-                solution = solve(lambda z: cell(z, context), start, Picard(), stop)  # noqa: B023
+                solution = solve(lambda z: cell(z, prepared), start, Picard(), stop)  # noqa: B023
                 evals = (solution.steps + 1).double().mean()
                 rows.append({"recurrence": recurrence, "start": name, "evals": float(evals)})
                 print(rows[-1], flush=True)

@@ -3,7 +3,7 @@
 equilibria train tiny --out tiny; equilibria train tiny-trellis --out tiny-trellis
 equilibria train ptb --data FOLDER --out ptb --stages.0.steps 400 --stages.1.steps 250
 python benchmarks/tuning.py tiny tiny-trellis ptb --data FOLDER
-    prints the tables, writes results/tuning.json, results/tuning.png and its part of docs/choosing.md
+    prints the tables, writes results/tuning.json, docs/pictures/tuning.png and its part of docs/choosing.md
 
 Eight segments of the validation text that follow one another, as in training (dropout inside the layer included),
 float32, each solved from the cell's own start until every sample is done. Counts are means over the segments; one
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, publish
+from machine import PICTURES, publish
 from matplotlib.figure import Figure
 
-from equilibria import Anderson, Broyden, Equilibrium, Implicit, Picard, Solver, Stop
+from equilibria import Anderson, Broyden, Equilibrium, Implicit, Method, Picard, Solver, Stop
 from equilibria.commands.loading import trained
 from equilibria.corpora import Segments
 from equilibria.language.modes import evaluating
@@ -31,9 +31,9 @@ SOLVERS: dict[str, Solver] = {
     **{f"Anderson({window})": Anderson(window=window) for window in (2, 3, 4, 6, 8, 12)},
     **{f"Anderson(6, mixing={mixing})": Anderson(mixing=mixing) for mixing in (0.7, 1.3)},
     **{f"Anderson(6, ridge={ridge:g})": Anderson(ridge=ridge) for ridge in (1e-10, 1e-4, 1e-2)},
-    **{f"Broyden({memory})": Broyden(memory=memory) for memory in (5, 10, 20, 40)},
-    "Anderson(6, half)": Anderson(half=True),
-    "Broyden(20, half)": Broyden(half=True),
+    **{f"Broyden({rank})": Broyden(rank=rank) for rank in (5, 10, 20, 40)},
+    "Anderson(6, bfloat16)": Anderson(history_dtype=torch.bfloat16),
+    "Broyden(20, bfloat16)": Broyden(history_dtype=torch.bfloat16),
 }
 TOLERANCES = (1e-2, 1e-3, 1e-4)
 DRAWN = ("Picard()", "Anderson(3)", "Anderson(6)", "Broyden(20)")
@@ -54,17 +54,17 @@ def segments_of(loaded: Any, count: int) -> list[tuple[Any, Any]]:
     return found
 
 
-def solved(layer: Equilibrium, x: Any, memory: Any, *, seed: int) -> tuple[Any, Any]:
+def solved(layer: Equilibrium, x: Any, memory: Any, *, method: Method, seed: int) -> tuple[Any, Any]:
     """The solutions forward and backward, of a cotangent drawn at random."""
     torch.manual_seed(seed)  # the same masks for all
-    out = layer(x, memory)
+    out = layer(x, memory, method=method)
     out.output.backward(torch.randn(out.output.shape, generator=torch.Generator().manual_seed(seed)))
     assert out.solution is not None
     return out.solution, out.solution.adjoint[-1]
 
 
 def measure(runs: list[Path], data: Path | None, segments: int) -> list[dict[str, Any]]:
-    """A row a run, solver and tolerance."""
+    """One row per run, solver and tolerance."""
     rows = []
     for run in runs:
         loaded = trained(run, data=data if run.name == "ptb" else None)
@@ -74,9 +74,9 @@ def measure(runs: list[Path], data: Path | None, segments: int) -> list[dict[str
         layer.train()
         for rtol in TOLERANCES:
             for name, solver in SOLVERS.items():
-                layer.solver, layer.stop = solver, Stop(rtol=rtol, atol=0, max_evals=BUDGET)
-                layer.gradient = Implicit(solver, layer.stop)
-                pairs = [solved(layer, x, memory, seed=seed) for seed, (x, memory) in enumerate(inputs)]
+                stop = Stop(rtol=rtol, atol=0, max_evals=BUDGET)
+                method = Method(solver, stop, Implicit(solver, stop))
+                pairs = [solved(layer, x, past, method=method, seed=seed) for seed, (x, past) in enumerate(inputs)]
                 row: dict[str, Any] = {"model": run.name, "rtol": rtol, "solver": name}
                 for which, several in zip(("forward", "backward"), zip(*pairs, strict=True), strict=True):
                     row[which] = statistics.mean(solution.evals for solution in several)
@@ -108,7 +108,7 @@ def draw(rows: list[dict[str, Any]]) -> Path:
     figure.axes[0].set(ylabel="relative residual, worst sample")
     figure.axes[len(models)].set(ylabel="relative residual, worst sample")
     figure.axes[0].legend()
-    path = RESULTS / "tuning.png"
+    path = PICTURES / "tuning.png"
     figure.savefig(path, dpi=110)
     return path
 

@@ -5,20 +5,20 @@ python examples/generation.py
 
 import torch
 
-from equilibria import Anderson, Implicit, Stop
-from equilibria.cells import TransformerShape
+from equilibria import Implicit, Method, Stop
+from equilibria.cells import TransformerConfig
 from equilibria.corpora import Segments, Stream, Vocabulary
-from equilibria.language import LanguageShape
+from equilibria.language import LanguageConfig
 
 torch.manual_seed(0)
 text = "the fixed point of a map is where the map leaves it.\n" * 60
 vocabulary = Vocabulary.of_text(text, unit="character")
 stream = Stream.of_text(vocabulary.encode(text))
 
-cell = TransformerShape(width=32, heads=4, inner=64, memory=32, positions="decay")
+cell = TransformerConfig(width=32, heads=4, inner=64, memory=32, positions="decay")
 stop = Stop(rtol=1e-2)
-model = LanguageShape(cell=cell, std=0.2).build(
-    len(vocabulary), solver=Anderson(), stop=stop, gradient=Implicit(stop=stop)
+model = LanguageConfig(cell=cell, std=0.2).build(
+    len(vocabulary), method=Method(stop=stop, gradient=Implicit(stop=stop))
 )
 optimiser, memory = torch.optim.Adam(model.parameters(), lr=1e-2), None
 for segment, _ in zip(Segments(stream, batch_size=8, length=32), range(100), strict=False):

@@ -1,8 +1,9 @@
-"""A solver of one's own is a frozen dataclass with two methods: here, Aitken's Δ² acceleration, one ratio a sample.
+"""A solver of one's own: a frozen dataclass with two methods. Here Aitken's Δ² acceleration, with one ratio per sample.
 
-z ← f(z) + r/(1 − r)·(f(z) − z) with r = <g, g_prev>/<g_prev, g_prev>, g = f(z) − z: exact where one mode dominates.
+z ← f(z) + q/(1 − q)·r with r = f(z) − z and q = ⟨r, r_prev⟩/⟨r_prev, r_prev⟩: exact where one mode dominates.
 
-python examples/solver.py
+python examples/solver.py    beside plain iteration, on a map with one slow mode
+pytest examples/solver.py    the laws that every solver must keep
 """
 
 import dataclasses
@@ -14,21 +15,20 @@ from equilibria import Picard, Solver, Stop, solve
 
 @dataclasses.dataclass(frozen=True)
 class Aitken(Solver):
-    """Extrapolates along the last step; ``limit`` bounds the ratio r."""
+    """Extrapolates along the last step; ``limit`` bounds the ratio q."""
 
     limit: float = 0.99
 
     def init(self, z):
-        return None
+        return None  # the history: the residual of the last plain step, if there is one
 
-    def step(self, f, z, fz, history):
-        g = fz - z
+    def step(self, f, at, history):
         if history is None:
-            return fz, g
-        ratio = (g * history).sum(1, keepdim=True) / (history * history).sum(1, keepdim=True).clamp_min(1e-30)
+            return at.fz, at.r
+        ratio = (at.r * history).sum(1, keepdim=True) / (history * history).sum(1, keepdim=True).clamp_min(1e-30)
         ratio = ratio.clamp(-self.limit, self.limit)
         # Every other step is plain, so that the ratio is always measured on two plain residuals.
-        return fz + ratio / (1 - ratio) * g, None
+        return at.fz + ratio / (1 - ratio) * at.r, None
 
 
 if __name__ == "__main__":
@@ -37,3 +37,13 @@ if __name__ == "__main__":
     x = torch.randn(4, 32)
     for solver in (Picard(), Aitken()):
         print(solver, "|", solve(lambda z: rates * z + x, torch.zeros(4, 32), solver, Stop(max_evals=500)))
+else:  # imported by pytest, which the suites need and the solver does not
+    from equilibria.testing import SolverSuite
+
+    class TestAitken(SolverSuite):
+        """Twenty-odd laws; a solver that converges only where plain iteration does says so."""
+
+        needs_contraction = True
+
+        def make(self):
+            return Aitken()

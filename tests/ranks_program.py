@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import equilibria.equilibrium
+import equilibria.gradients.adjoint
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import equilibria.equilibrium
-import equilibria.gradients.adjoint
 from equilibria.corpora import Corpus
 from equilibria.recipes import RECIPES
 from equilibria.training import Experiment, Run, Trainer

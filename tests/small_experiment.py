@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from equilibria.cells import TransformerShape
+from equilibria.cells import TransformerConfig
+from equilibria.core.stop import Stop
 from equilibria.corpora import Corpus, Stream, Vocabulary
+from equilibria.fixed_point import Method
 from equilibria.gradients import Implicit, Unroll
-from equilibria.language import LanguageShape
-from equilibria.solve import Stop
+from equilibria.language import LanguageConfig
 from equilibria.solvers import Anderson, Picard
 from equilibria.training import Experiment, PythonDocs, Run, Stage, Trainer, Training
 
@@ -42,25 +43,21 @@ def experiment(**training) -> Experiment:
         "device": "cpu",
         "threads": 1,
     }
-    shape = TransformerShape(width=8, heads=2, inner=12, memory=30, dropout=0.1, attention_dropout=0.1)
+    cell = TransformerConfig(width=8, heads=2, inner=12, memory=30, dropout=0.1, attention_dropout=0.1)
     return Experiment(
         name="small",
         corpus=PythonDocs(),
-        model=LanguageShape(cell=shape, dropout=0.1),
+        model=LanguageConfig(cell=cell, dropout=0.1),
         stages=(
             Stage(
                 name="shallow",
                 steps=6,
-                solver=Picard(),
-                stop=Stop(rtol=0, atol=0, max_evals=4, best=False),
-                gradient=Unroll(),
+                method=Method(Picard(), Stop(rtol=0, atol=0, max_evals=4, best=False), Unroll()),
             ),
             Stage(
                 name="implicit",
                 steps=12,
-                solver=SOLVER,
-                stop=STOP,
-                gradient=Implicit(solver=SOLVER, stop=STOP),
+                method=Method(SOLVER, STOP, Implicit(solver=SOLVER, stop=STOP)),
                 penalty=0.1,
                 penalty_share=0.5,
             ),
@@ -82,7 +79,11 @@ def without_times(events: list[dict]) -> list[dict]:
 
 
 def with_stage(value: Experiment, index: int, **changes) -> Experiment:
-    stages = list(value.stages)
+    """The experiment with another stage: fields of the stage, or, by their own names, of its method."""
+    stages, names = list(value.stages), {field.name for field in dataclasses.fields(Method)}
+    method = {name: changes.pop(name) for name in names & changes.keys()}
+    if method:
+        changes["method"] = dataclasses.replace(stages[index].method, **method)
     stages[index] = dataclasses.replace(stages[index], **changes)
     return dataclasses.replace(value, stages=tuple(stages))
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from equilibria.__main__ import main
 
 RECIPE = '''
-from equilibria import Anderson, Implicit, Picard, Stop, Unroll
-from equilibria.cells.transformer import TransformerShape
-from equilibria.language import LanguageShape
+from equilibria import Anderson, Implicit, Method, Picard, Stop, Unroll
+from equilibria.cells import TransformerConfig
+from equilibria.language import LanguageConfig
 from equilibria.training.experiment import Experiment, Stage, Training
 from equilibria.training.sources import TextFolder
 
@@ -19,10 +19,10 @@ def small() -> Experiment:
     return Experiment(
         name="small",
         corpus=TextFolder(unit="character"),
-        model=LanguageShape(cell=TransformerShape(width=8, heads=2, inner=8, memory=4, positions="decay", longest=32)),
+        model=LanguageConfig(cell=TransformerConfig(width=8, heads=2, inner=8, memory=4, positions="decay", longest=32)),
         stages=(
-            Stage("shallow", 3, Picard(), Stop(rtol=0, atol=0, max_evals=3, best=False), Unroll()),
-            Stage("implicit", 5, Anderson(), Stop(rtol=1e-2), Implicit(stop=Stop(rtol=1e-2))),
+            Stage("shallow", 3, Method(Picard(), Stop(rtol=0, atol=0, max_evals=3, best=False), Unroll())),
+            Stage("implicit", 5, Method(Anderson(), Stop(rtol=1e-2), Implicit(stop=Stop(rtol=1e-2)))),
         ),
         training=Training(batch_size=2, segment_length=8, log_every=1, valid_every=4, checkpoint_every=2, threads=1,
                           valid_segments=3, spectral_radius=3, memory_depths=(2, 4)),

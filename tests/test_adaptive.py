@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equilibria.language import (
+    AdaptiveConfig,
     AdaptiveHead,
-    AdaptiveShape,
     Embedding,
     SoftmaxHead,
     TiedAdaptiveHead,
@@ -21,14 +21,14 @@ from equilibria.language.embeddings import dropped
 
 V, D, B, T = 23, 12, 3, 7
 SHAPES = {
-    "published": AdaptiveShape(cutoffs=(5, 9, 16), division=2),
-    "wider": AdaptiveShape(cutoffs=(5, 9, 16), division=2, width=20),
-    "narrower": AdaptiveShape(cutoffs=(1, 2), division=3, width=9),
-    "floored": AdaptiveShape(cutoffs=(8, 22), division=3, width=11),
-    "one table": AdaptiveShape(cutoffs=(5, 9), division=1),
-    "one projection": AdaptiveShape(cutoffs=(5, 9), division=1, width=7),
+    "published": AdaptiveConfig(cutoffs=(5, 9, 16), division=2),
+    "wider": AdaptiveConfig(cutoffs=(5, 9, 16), division=2, width=20),
+    "narrower": AdaptiveConfig(cutoffs=(1, 2), division=3, width=9),
+    "floored": AdaptiveConfig(cutoffs=(8, 22), division=3, width=11),
+    "one table": AdaptiveConfig(cutoffs=(5, 9), division=1),
+    "one projection": AdaptiveConfig(cutoffs=(5, 9), division=1, width=7),
 }
-WIKITEXT = AdaptiveShape(cutoffs=(20_000, 40_000, 200_000), division=4, width=700)
+WIKITEXT = AdaptiveConfig(cutoffs=(20_000, 40_000, 200_000), division=4, width=700)
 
 every = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 either = pytest.mark.parametrize("tied", [True, False])
@@ -100,7 +100,7 @@ class TestHead:
             torch.testing.assert_close(out[0, position], dense(shape, embedding, head, h[0, position]))
 
     def test_clusters_of_one_word_are_a_plain_softmax(self):
-        embedding, head = built(AdaptiveShape(cutoffs=(V - 2, V - 1), division=1))
+        embedding, head = built(AdaptiveConfig(cutoffs=(V - 2, V - 1), division=1))
         plain = SoftmaxHead(width=D, vocabulary_size=V, tied=False).double()
         with torch.no_grad():
             plain.weight.copy_(torch.cat([embedding.tables[0][: V - 2], head.slot_weight]))
@@ -251,7 +251,7 @@ class TestEmbedding:
 
     @either
     def test_uniform_start(self, tied):
-        shape = AdaptiveShape(cutoffs=(500, 900), division=2, projection_std=3.0)
+        shape = AdaptiveConfig(cutoffs=(500, 900), division=2, projection_std=3.0)
         embedding, head = shape.build(2_000, width=32, tied=tied, std=0.1 / 3**0.5, init="uniform")
         for name, parameter in (*embedding.named_parameters(), *head.named_parameters()):
             largest = float(parameter.detach().abs().max())
@@ -266,7 +266,7 @@ class TestEmbedding:
 class TestSplitCrossEntropy:
     """TrellisNet's loss on WikiText-103, as a special case."""
 
-    shape = AdaptiveShape(cutoffs=(5, 9, 16), division=1, slot_std=0.0)
+    shape = AdaptiveConfig(cutoffs=(5, 9, 16), division=1, slot_std=0.0)
 
     def test_is_its_equation(self):
         """p(w) = p(slot of w's cluster)·p(w | cluster), rows of the embedding and one bias a word; nothing else."""
@@ -406,7 +406,7 @@ class TestSizes:
     def test_word_dropout_draws_one_number_a_word(self):
         """And copies no table, which would be 16 times as many."""
         size, ids = 100_000, torch.randint(100_000, (4, 16))
-        shape = AdaptiveShape(cutoffs=(9, 99), division=2)
+        shape = AdaptiveConfig(cutoffs=(9, 99), division=2)
         clustered, _ = shape.build(size, width=16, tied=True, word_dropout=0.1)
         for embedding in (clustered, Embedding(vocabulary_size=size, width=16, word_dropout=0.1)):
             with Largest() as largest:
@@ -478,17 +478,17 @@ class TestErrors:
     )
     def test_of_the_shape(self, fields, sentence):
         with pytest.raises(ValueError, match=sentence):
-            AdaptiveShape(**fields)
+            AdaptiveConfig(**fields)
 
     def test_of_the_vocabulary(self):
         with pytest.raises(ValueError, match=r"vocabulary of 10000.*below the size.*plain softmax"):
-            AdaptiveShape().build(10_000, width=64)
+            AdaptiveConfig().build(10_000, width=64)
         with pytest.raises(ValueError, match="vocabulary of 16"):
             SHAPES["published"].build(16, width=D)
         assert SHAPES["published"].build(17, width=D)[0].vocabulary_size == 17
 
     def test_of_the_width(self):
-        AdaptiveShape(width=None)
+        AdaptiveConfig(width=None)
         with pytest.raises(ValueError, match="width of 7"):
             SHAPES["published"].build(V, width=7)
         wide = dataclasses.replace(SHAPES["published"], width=8)

@@ -7,32 +7,32 @@ import dataclasses
 import pytest
 import torch
 
-from equilibria import Anderson, Implicit, NewtonKrylov, Stop
-from equilibria.cells import ChainShape, TransformerCell, TransformerShape, TrellisCache, TrellisCell, TrellisShape
-from equilibria.cells.positions import RelativePositions
-from equilibria.language import Explicit, LanguageShape, generate, stream
+from equilibria import Anderson, Implicit, Method, NewtonKrylov, Stop
+from equilibria.cells import ChainConfig, TransformerCell, TransformerConfig, TrellisCache, TrellisCell, TrellisConfig
+from equilibria.cells.transformer.positions import RelativePositions
+from equilibria.language import Explicit, LanguageConfig, generate, stream
 from equilibria.stability import spectral_radius
 
 V = 13
 TIGHT = Stop(rtol=1e-13, atol=1e-13, max_evals=100)
-SMALL = TransformerShape(width=16, heads=2, inner=24, memory=64)
-SHAPES = {
+SMALL = TransformerConfig(width=16, heads=2, inner=24, memory=64)
+CELLS = {
     "relative": SMALL,
     "decay": dataclasses.replace(SMALL, positions="decay", longest=80),
     "pre-normalised": dataclasses.replace(SMALL, norm="pre-normalised", affine=True),
     "window": dataclasses.replace(SMALL, window=6),
-    "chain": ChainShape(cells=(SMALL, dataclasses.replace(SMALL, heads=4, positions="decay", longest=80))),
-    "trellis": TrellisShape(width=10, hidden=8, outputs=10),
-    "trellis, scan": TrellisShape(width=10, hidden=8, outputs=10, recurrence="scan"),
-    "trellis, input not carried": TrellisShape(width=10, hidden=8, outputs=10, carry_input=False),
+    "chain": ChainConfig(cells=(SMALL, dataclasses.replace(SMALL, heads=4, positions="decay", longest=80))),
+    "trellis": TrellisConfig(width=10, hidden=8, outputs=10),
+    "trellis, scan": TrellisConfig(width=10, hidden=8, outputs=10, recurrence="scan"),
+    "trellis, input not carried": TrellisConfig(width=10, hidden=8, outputs=10, carry_input=False),
 }
 RAGGED = (1, 7, 3, 12, 5, 12, 2, 9)
 
 
 def built(cell=SMALL, *, stop=TIGHT, dtype=torch.float64, solver=None, **options):
     """A model whose equilibria are solved to the last digit, with logits far from equal."""
-    shape = LanguageShape(cell=cell, dropout=0.2, std=1.0, **options)
-    model = shape.build(V, solver=solver or Anderson(), stop=stop, gradient=Implicit())
+    config = LanguageConfig(cell=cell, dropout=0.2, std=1.0, **options)
+    model = config.build(V, method=Method(solver or Anderson(), stop, Implicit()) if config.solves else None)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, TransformerCell):
@@ -45,7 +45,7 @@ def built(cell=SMALL, *, stop=TIGHT, dtype=torch.float64, solver=None, **options
 
 def make_contraction(cell):
     """A strong input to the values and little of z, so that there is one equilibrium; attention stays soft."""
-    width = cell.shape.width
+    width = cell.config.width
     cell.attention.u.normal_(std=0.3)
     cell.attention.qkv.gain.mul_(0.3)
     if isinstance(cell.attention.positions, RelativePositions):
@@ -59,7 +59,7 @@ def ragged(lengths=RAGGED):
     return [torch.randint(V, (length,)) for length in lengths]
 
 
-def solved_anew(model, row, length):
+def solved_again(model, row, length):
     """Greedy tokens and logits, the whole text solved again for each."""
     text, found = row[None], []
     with torch.no_grad():
@@ -84,13 +84,13 @@ def cached(model, rows, length, **choices):
     return tokens, torch.stack(found[-length:], dim=1)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("lengths", [(5,), RAGGED], ids=["one", "eight"])
 def test_logits_are_those_of_the_whole_text(name, lengths):
-    model, rows = built(SHAPES[name]), ragged(lengths)
+    model, rows = built(CELLS[name]), ragged(lengths)
     tokens, logits = cached(model, rows, 12)
     for row, mine, seen in zip(rows, tokens, logits, strict=True):
-        expected, whole = solved_anew(model, row, 12)
+        expected, whole = solved_again(model, row, 12)
         assert torch.equal(mine, expected)
         torch.testing.assert_close(seen, whole, rtol=0, atol=1e-8)
 
@@ -105,7 +105,7 @@ def test_the_prompt_in_pieces(segment):
 
 
 def built_like(model):
-    twin = built(model.layer.cell.shape, stop=model.layer.stop)
+    twin = built(model.layer.cell.config, stop=model.layer.method.stop)
     twin.load_state_dict(model.state_dict())
     return twin
 
@@ -121,7 +121,7 @@ def test_256_tokens_in_float32():
     assert len(tokens.unique()) > 3
     for step in (0, 100, 255):
         prefix = torch.cat([row, tokens[:step]])
-        assert solved_anew(model, prefix, 1)[0] == tokens[step]
+        assert solved_again(model, prefix, 1)[0] == tokens[step]
 
 
 def test_256_tokens_in_float32_of_a_ragged_batch():
@@ -154,7 +154,7 @@ def test_a_memory_that_slides(memory):
 def test_a_longer_memory_at_test_time():
     model, rows = built(dataclasses.replace(SMALL, memory=2)), ragged((8,))
     tokens, logits = cached(model, rows, 6, memory_length=40)
-    expected, whole = solved_anew(built_like(model), rows[0], 6)
+    expected, whole = solved_again(built_like(model), rows[0], 6)
     assert torch.equal(tokens[0], expected)
     torch.testing.assert_close(logits[0], whole, rtol=0, atol=1e-8)
 
@@ -204,14 +204,14 @@ def test_explicit_networks(tied):
     model, rows = built(cell, explicit=explicit), ragged()
     tokens, logits = cached(model, rows, 8)
     for row, mine, seen in zip(rows, tokens, logits, strict=True):
-        expected, whole = solved_anew(model, row, 8)
+        expected, whole = solved_again(model, row, 8)
         assert torch.equal(mine, expected)
         torch.testing.assert_close(seen, whole, rtol=0, atol=1e-8)
 
 
 def test_a_solver_with_jacobian_vector_products():
     model, row = built(solver=NewtonKrylov()), ragged((5,))
-    expected, whole = solved_anew(model, row[0], 4)
+    expected, whole = solved_again(model, row[0], 4)
     tokens, logits = cached(model, row, 4)
     assert torch.equal(tokens[0], expected)
     torch.testing.assert_close(logits[0], whole, rtol=0, atol=1e-8)
@@ -255,8 +255,8 @@ class TestPadding:
         model = built()
         cell, x = model.layer.cell, torch.randn(2, 5, 16, dtype=torch.float64)
         with torch.no_grad():
-            context = cell.prepare(x, cell.cache(2, padding=torch.tensor([0, 3])))
-            f = cell(torch.randn_like(x), context)
+            prepared = cell.prepare(x, cell.cache(2, padding=torch.tensor([0, 3])))
+            f = cell(torch.randn_like(x), prepared)
         assert (f[1, :3] == 0).all()
         assert (f[0] != 0).all()
         assert (f[1, 3:] != 0).all()
@@ -264,8 +264,8 @@ class TestPadding:
 
 def test_what_is_remembered_matters():
     """The cached states, the positions and the place of the newest: each changes the logits by far more than 1e-8."""
-    for name in SHAPES:
-        model, text = built(SHAPES[name]), torch.randint(V, (2, 12))
+    for name in CELLS:
+        model, text = built(CELLS[name]), torch.randint(V, (2, 12))
         with torch.no_grad():
             logits, memory = model.logits(text, model.cache(2))
             token = logits[:, -1:].argmax(-1)
@@ -279,7 +279,7 @@ def test_what_is_remembered_matters():
 
 @pytest.mark.parametrize("part", ["z", "x"])
 def test_both_parts_of_what_a_trellis_remembers_matter(part):
-    model, text = built(SHAPES["trellis"]), torch.randint(V, (2, 12))
+    model, text = built(CELLS["trellis"]), torch.randint(V, (2, 12))
     with torch.no_grad():
         logits, cache = model.logits(text, model.cache(2))
         token = logits[:, -1:].argmax(-1)
@@ -290,7 +290,7 @@ def test_both_parts_of_what_a_trellis_remembers_matter(part):
 
 
 def test_a_trellis_remembers_a_text_of_any_length_in_one_state():
-    model = built(SHAPES["trellis"], stop=Stop(rtol=1e-6, atol=1e-6, max_evals=60), dtype=torch.float32)
+    model = built(CELLS["trellis"], stop=Stop(rtol=1e-6, atol=1e-6, max_evals=60), dtype=torch.float32)
     (row,) = ragged((9,))
     sizes, read = set(), model.logits
 
@@ -310,7 +310,7 @@ def test_a_trellis_remembers_a_text_of_any_length_in_one_state():
 
 def test_a_trellis_has_no_length_of_memory_to_choose():
     with pytest.raises(ValueError, match="one state, of all the text before it"):
-        generate(built(SHAPES["trellis"]), torch.zeros(1, 2, dtype=torch.long), length=2, memory_length=5)
+        generate(built(CELLS["trellis"]), torch.zeros(1, 2, dtype=torch.long), length=2, memory_length=5)
 
 
 class TestCache:

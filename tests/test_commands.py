@@ -216,7 +216,7 @@ def test_the_recipe_is_told_from_the_values_of_flags(words, recipe, rest):
 
 def test_flags_are_those_of_the_tree_of_dataclasses(place):
     known = arguments.flags(train.Options(experiment=experiment_of("recipe.py:small")))
-    assert known["--stages.1.stop.rtol"] == 1e-2
+    assert known["--stages.1.method.stop.rtol"] == 1e-2
     assert known["--training.memory-depths"] == (2, 4)
     assert "--out" in known
     assert not any(flag.startswith("--experiment") for flag in known)

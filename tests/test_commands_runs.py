@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 
 from equilibria.__main__ import main
-from equilibria.cells import ChainShape
+from equilibria.cells import ChainConfig
 from equilibria.commands import report, summary, train
+from equilibria.commands.errors import explain
 from equilibria.commands.loading import trained as trained_model
 from equilibria.commands.loading import with_data, with_memory
 from equilibria.commands.recipe import experiment_of
 from equilibria.commands.record import read
 from equilibria.recipes import RECIPES
 from equilibria.training import Run, checkpoint, evaluate
-from equilibria.training.trainer import Trainer
+from equilibria.training.checkpoint import CheckpointError
+from equilibria.training.trainer import NotFinite, Trainer, TrainingInterrupted, TrainingStopped
 from small_run import fails, furnish
 
 
@@ -175,7 +177,8 @@ def test_where_two_stages_meet_the_checkpoint_is_of_the_second(place):
     for which in ("best", "last"):
         found = trained_model(run.path, checkpoint=which)
         assert found.step == 3
-        assert (found.model.layer.solver, found.model.layer.gradient) == (second.solver, second.gradient)
+        assert found.stage == second
+        assert found.model.layer.method == second.method
         again = evaluate(found.model, found.corpus.valid, **asked(logged))
         assert again.nats_per_token == logged["nats"]
 
@@ -193,8 +196,9 @@ class Mine(Anderson):
 
 def small():
     value = other()
-    stages = tuple(dataclasses.replace(stage, solver=Mine()) for stage in value.stages[1:])
-    return dataclasses.replace(value, stages=stages)
+    stage = value.stages[1]
+    stage = dataclasses.replace(stage, method=dataclasses.replace(stage.method, solver=Mine()))
+    return dataclasses.replace(value, stages=(stage,))
 """
 
 
@@ -272,11 +276,16 @@ def test_report_says_where_the_page_is(run, capsys):
 
 def test_a_stopped_training_is_one_sentence(place, capsys):
     words = ["train", "recipe.py:small", "--data", "text", "--learning-rate", "1e30", "--clip", "None", "--quiet"]
-    assert "not finite" in fails(capsys, *words, code=1)
+    assert re.match(r"Step \d+ \(stage '\w+'\): the (loss|gradient) is not finite, ", fails(capsys, *words, code=1))
     lines = [json.loads(line) for line in Path("runs/small/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["event"] == "stopped"
     assert main(["report", "runs/small"]) == 0
     assert capsys.readouterr().out.startswith("Stopped at step")
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, TrainingStopped, NotFinite, TrainingInterrupted])
+def test_own_errors_are_printed_as_they_are(kind):
+    assert explain(kind("What happened; what to do.")) == ("What happened; what to do.", 1)
 
 
 def test_the_table_and_the_report_say_how_the_score_was_measured(run, capsys):
@@ -325,7 +334,7 @@ def test_several_prompts_and_a_stop(run, capsys):
 def test_generation_says_how_many_solves_failed(run, capsys):
     stored = json.loads(Path("runs/small/experiment.json").read_text())
     for stage in stored["stages"]:
-        stage["stop"] |= {"rtol": 1e-9, "atol": 0.0, "max_evals": 3}
+        stage["method"]["stop"] |= {"rtol": 1e-9, "atol": 0.0, "max_evals": 3}
         stage["eval_stop"] = None
     Path("runs/small/experiment.json").write_text(json.dumps(stored))
     assert main(["generate", "runs/small", "--prompt", "ab", "--length", "4"]) == 0
@@ -341,8 +350,8 @@ def test_evaluate_with_more_streams_says_what_that_leaves_out(run, capsys):
 def test_a_memory_is_set_in_every_block_of_a_chain():
     value = experiment_of("tiny")
     cell = value.model.cell
-    chain = dataclasses.replace(value, model=dataclasses.replace(value.model, cell=ChainShape(cells=(cell, cell))))
-    assert with_memory(chain, 7).model.cell == ChainShape(cells=(dataclasses.replace(cell, memory=7),) * 2)
+    chain = dataclasses.replace(value, model=dataclasses.replace(value.model, cell=ChainConfig(cells=(cell, cell))))
+    assert with_memory(chain, 7).model.cell == ChainConfig(cells=(dataclasses.replace(cell, memory=7),) * 2)
 
 
 @pytest.mark.parametrize("words", ["--explicit 3", "--untied --explicit=3", "--explicit 3 --recompute --layer-memory"])
@@ -391,15 +400,16 @@ def test_an_interrupted_twin_says_how_to_go_on(place, capsys, monkeypatch):
 
 RECURRENT = """
 import dataclasses
-from equilibria.language import RecurrentShape
+from equilibria.language import RecurrentConfig
 from recipe import small
 
 
 def gru():
     value = small()
+    stages = tuple(dataclasses.replace(stage, method=None) for stage in value.stages)
     training = dataclasses.replace(value.training, spectral_radius=0)
-    model = RecurrentShape(network="gru", hidden=5)
-    return dataclasses.replace(value, name="gru", model=model, training=training)
+    model = RecurrentConfig(network="gru", hidden=5)
+    return dataclasses.replace(value, name="gru", model=model, stages=stages, training=training)
 """
 
 
@@ -409,7 +419,7 @@ def test_a_recurrent_network_is_trained_evaluated_and_speaks(place, capsys, monk
     assert main(["train", "own.py:gru", "--data", "text"]) == 0
     assert "validation: segments of 8, 8 streams, 128 of 129 tokens" in capsys.readouterr().out
     assert "a recurrent network (GRU) of 5 channels" in score_of(capsys, "runs/gru")[1]
-    assert "a RecurrentShape has no number" in fails(capsys, "evaluate", "runs/gru", "--memory-length", "3")
+    assert "a RecurrentConfig has no number" in fails(capsys, "evaluate", "runs/gru", "--memory-length", "3")
     assert main(["generate", "runs/gru", "--prompt", "ab", "--length", "5"]) == 0
     assert len(capsys.readouterr().out) == 8
     assert "which has no equilibrium" in fails(capsys, "train", "own.py:gru", "--explicit", "3", code=1)

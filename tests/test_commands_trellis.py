@@ -14,24 +14,24 @@ from small_run import fails, furnish
 TRELLIS = '''
 import dataclasses
 
-from equilibria.cells import TrellisShape
-from equilibria.language import Explicit, ExtraLosses, LanguageShape
-from equilibria.training import Milestones, network_of
+from equilibria.cells import TrellisConfig
+from equilibria.language import Explicit, ExtraLosses, LanguageConfig
+from equilibria.training import Milestones
 
-CELL = TrellisShape(4, 3, 4, std=0.5)
+CELL = TrellisConfig(4, 3, 4, std=0.5)
 
 
 def trellis():
     """The small recipe with another cell."""
-    return dataclasses.replace(small(), name="trellis", model=LanguageShape(cell=CELL, std=1.0))
+    return dataclasses.replace(small(), name="trellis", model=LanguageConfig(cell=CELL, std=1.0))
 
 
 def deep():
     """Its explicit network, in segments with an effective history."""
     explicit, losses = Explicit(4, auxiliary_every=2), ExtraLosses(auxiliary=0.1)
-    model = LanguageShape(cell=CELL, std=1.0, explicit=explicit, losses=losses)
+    model = LanguageConfig(cell=CELL, std=1.0, explicit=explicit, losses=losses)
     training = dataclasses.replace(small().training, overlap=3, decay=Milestones(steps=(2, 3)))
-    stages = (network_of(4, name="explicit", steps=4),)
+    stages = (Stage("explicit", steps=4),)
     return dataclasses.replace(small(), name="deep", model=model, stages=stages, training=training)
 '''
 
@@ -65,7 +65,7 @@ def test_a_memory_without_a_length_is_not_called_none(place, capsys):
     assert len(printed(capsys, "generate", "runs/trellis", "--prompt", "ab", "--length", "40")) == 2 + 40 + 1
     for verb in (("evaluate",), ("generate", "--prompt", "ab")):
         sentence = fails(capsys, verb[0], "runs/trellis", *verb[1:], "--memory-length", "5")
-        assert "a TrellisShape has no number of positions that it remembers" in sentence
+        assert "a TrellisConfig has no number of positions that it remembers" in sentence
 
 
 def test_an_overlap_is_named_wherever_a_score_is(place, capsys):

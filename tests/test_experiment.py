@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -6,14 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from torch import nn
 
 from equilibria import gradients, solvers
 from equilibria.commands.arguments import parse
 from equilibria.commands.train import Options
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.gradients import Implicit
+from equilibria.language import Explicit, RecurrentConfig
 from equilibria.recipes import RECIPES
-from equilibria.solve import Stop
-from equilibria.solvers import Anderson
+from equilibria.solvers import Anderson, Broyden
 from equilibria.training import (
     Copying,
     Cosine,
@@ -23,6 +24,7 @@ from equilibria.training import (
     PennTreebank,
     Plateau,
     PythonDocs,
+    Stage,
     TextFolder,
     Training,
     from_json,
@@ -114,14 +116,20 @@ def edited(change) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["stages"][1]["solver"].update(kind="Andersen"), r"stages\.1\.solver.*'Andersen'.*Anderson"),
+        (
+            lambda d: d["stages"][1]["method"]["solver"].update(kind="Andersen"),
+            r"stages\.1\.method\.solver.*'Andersen'.*Anderson",
+        ),
         (lambda d: d["training"].update(learning_rat=1), r"training.*'learning_rat'.*learning_rate"),
         (lambda d: d["training"].update(batch_size="8"), r"training\.batch_size is '8'.*a int"),
         (lambda d: d["training"].update(optimiser="sdg"), r"training\.optimiser is 'sdg'.*'adam' or 'adamw' or 'sgd'"),
         (lambda d: d["training"].update(decay={"kind": "Cosin"}), r"training\.decay.*'Cosin'.*Cosine"),
         (lambda d: d["training"].update(decay={"kind": "Stop"}), r"decay is a Stop; it must be a Decay"),
         (lambda d: d["training"].update(betas=[0.9]), r"betas has 1 entries; it must have 2"),
-        (lambda d: d["stages"][0].update(solver={"kind": "Stop"}), r"solver is a Stop; it must be a Solver"),
+        (lambda d: d["stages"][0]["method"].update(solver={"kind": "Stop"}), r"solver is a Stop; it must be a Solver"),
+        (lambda d: d["stages"][0].update(method={"kind": "Stop"}), r"method is a Stop; it must be a Method"),
+        (lambda d: d["stages"][0].update(method=None), r"Stage\('shallow', method=None\) of an equilibrium"),
+        (lambda d: d["stages"][0]["method"]["stop"].update(norm="L2"), r"norm is 'L2'; it must be 'l2' or 'max'\.$"),
         (lambda d: d["stages"][0].pop("name"), r"stages\.0 lacks name"),
         (lambda d: d.update(kind="Training"), r"experiment is a Training"),
         (lambda d: d["stages"][0].update(steps=0), r"steps=0.*at least 1"),
@@ -141,7 +149,7 @@ def test_flags_change_numbers():
     words = [
         "--training.learning-rate",
         "1e-4",
-        "--stages.1.solver.window",
+        "--stages.1.method.solver.window",
         "5",
         "--model.cell.width",
         "64",
@@ -151,7 +159,8 @@ def test_flags_change_numbers():
     changed = tyro.cli(Experiment, default=RECIPES["tiny"](), args=words, config=(tyro.conf.AvoidSubcommands,))
     assert changed.training.learning_rate == 1e-4
     assert changed.training.clip is None
-    assert changed.stages[1].solver == dataclasses.replace(RECIPES["tiny"]().stages[1].solver, window=5)
+    method = RECIPES["tiny"]().stages[1].method
+    assert changed.stages[1].method == dataclasses.replace(method, solver=dataclasses.replace(method.solver, window=5))
     assert changed.model.cell.width == 64
 
 
@@ -167,17 +176,20 @@ def test_stages_follow_each_other():
     assert [value.stage_at(done) for done in (0, 5, 6, 17, 18)] == [0, 0, 1, 1, 1]
 
 
-def test_build_sets_the_first_stage():
-    model = experiment().build(corpus())
-    assert model.layer.solver == experiment().stages[0].solver
-
-
-def test_a_stage_sets_everything_about_the_solve():
+def test_a_model_solves_by_itself_as_in_the_last_stage():
     value = with_stage(experiment(), 1, eval_stop=Stop(max_evals=40))
-    layer, stage = value.build(corpus()).layer, value.stage_named("implicit")
-    stage.apply_to(layer)
-    assert (layer.solver, layer.stop, layer.gradient) == (stage.solver, stage.stop, stage.gradient)
-    assert layer.eval_stop == Stop(max_evals=40)
+    layer = value.build(corpus()).layer
+    assert (layer.method, layer.eval_stop) == (value.stages[1].method, Stop(max_evals=40))
+
+
+def test_a_stage_says_everything_about_the_solve():
+    value = with_stage(experiment(), 0, eval_stop=Stop(max_evals=40))
+    stage = value.stage_named("shallow")
+    layer = value.build(corpus(), stage).layer
+    assert (layer.method, layer.eval_stop) == (stage.method, Stop(max_evals=40))
+    assert layer.evaluation_method == stage.evaluation_method
+    assert stage.evaluation_method == dataclasses.replace(stage.method, stop=Stop(max_evals=40))
+    assert value.stages[1].evaluation_method == value.stages[1].method
     with pytest.raises(ValueError, match="no stage 'implict' in 'small'; did you mean implicit"):
         value.stage_named("implict")
 
@@ -194,28 +206,83 @@ def test_a_budget_that_falls_short_of_nothing_is_refused(jitter):
     assert with_stage(experiment(), 1, budget_jitter=7).stages[1].budget_jitter == 7
 
 
-def test_a_drawn_budget_is_given_back_whatever_happens():
-    value = with_stage(experiment(), 1, budget_jitter=3)
-    layer, stage, drawn = value.build(corpus()).layer, value.stages[1], set()
-    stage.apply_to(layer)
-    for _ in range(60):
-        with contextlib.suppress(ZeroDivisionError), stage.drawn_budget(layer):
-            drawn.add(layer.stop.max_evals)
-            assert dataclasses.replace(layer.stop, max_evals=8) == stage.stop
-            raise ZeroDivisionError
-        assert layer.stop == stage.stop
-    assert drawn == {5, 6, 7, 8}
+def test_a_drawn_budget_falls_short_of_what_it_is_drawn_from():
+    stage, drawn = with_stage(experiment(), 1, budget_jitter=3).stages[1], set()
+    for budget in (8, 16):
+        method = dataclasses.replace(stage.method, stop=dataclasses.replace(stage.method.stop, max_evals=budget))
+        for _ in range(60):
+            found = stage.drawn_method(method)
+            drawn.add(found.stop.max_evals)
+            assert dataclasses.replace(found, stop=method.stop) == method
+            assert dataclasses.replace(found.stop, max_evals=budget) == method.stop
+    assert drawn == {5, 6, 7, 8, 13, 14, 15, 16}
 
 
 def test_where_no_budget_is_to_be_drawn_nothing_is():
-    value, solves_nothing = experiment(), nn.ReLU()
-    layer = value.build(corpus()).layer
+    value = experiment()
     before = torch.get_rng_state()
-    with value.stages[0].drawn_budget(layer):
-        assert layer.stop == value.stages[0].stop
-    with with_stage(value, 1, budget_jitter=3).stages[1].drawn_budget(solves_nothing):
-        assert not hasattr(solves_nothing, "stop")
+    assert value.stages[0].drawn_method(value.stages[0].method) is value.stages[0].method
+    assert with_stage(value, 1, budget_jitter=3).stages[1].drawn_method(None) is None
     assert torch.equal(before, torch.get_rng_state())
+
+
+NETWORK = dataclasses.replace(experiment().model, explicit=Explicit(depth=2))
+
+
+@pytest.mark.parametrize("model", [NETWORK, RecurrentConfig()], ids=["explicit", "recurrent"])
+def test_a_model_that_solves_nothing_has_stages_without_a_method(model):
+    one_sentence = r"Stage\('only', method=Method\(.*\)\) of a model that solves nothing; leave the method out\."
+    stage = Stage(name="only", steps=18)
+    value = dataclasses.replace(experiment(), model=model, stages=(stage,))
+    assert through_json(value) == value
+    assert not hasattr(value.build(corpus()).layer, "method")
+    with pytest.raises(ValueError, match=rf"^{one_sentence}$"):
+        dataclasses.replace(value, stages=(dataclasses.replace(stage, method=Method()),))
+    for name in ("penalty", "eval_stop", "warm", "budget_jitter"):
+        given = {"penalty": 0.1, "eval_stop": Stop(), "warm": True, "budget_jitter": 2}[name]
+        with pytest.raises(ValueError, match=rf"^Stage\({name}=.*\) without a method: it belongs to an equilibrium; "):
+            dataclasses.replace(stage, **{name: given})
+
+
+def test_a_stage_of_an_equilibrium_has_a_method():
+    sentence = (
+        r"^Stage\('shallow', method=None\) of an equilibrium: it has to know how to solve; give method=Method\(solver, "
+        r"stop, gradient\), or network_of\(depth\) for a shallow stage\.$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        with_stage(experiment(), 0, method=None)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", [Anderson, Broyden])
+def test_the_dtype_of_a_history_survives_json(solver, dtype):
+    kept = solver(history_dtype=dtype)
+    value = with_stage(experiment(), 1, solver=kept, gradient=Implicit(solver=kept))
+    written = json.loads(json.dumps(to_json(value)))
+    assert written["stages"][1]["method"]["solver"]["history_dtype"] == (dtype and str(dtype).removeprefix("torch."))
+    assert from_json(written) == value
+    assert from_json(written).stages[1].method.gradient.solver.history_dtype is dtype
+
+
+@pytest.mark.parametrize("wrong", ["bfloat17", "int8", 16, True, []])
+def test_a_dtype_that_keeps_no_history_is_refused(wrong):
+    value = with_stage(experiment(), 1, solver=Broyden())
+    data = json.loads(json.dumps(to_json(value)))
+    data["stages"][1]["method"]["solver"]["history_dtype"] = wrong
+    names = "'bfloat16' or 'float16' or 'float32' or 'float64' or null"
+    with pytest.raises(ValueError, match=rf"stages\.1\.method\.solver\.history_dtype is .*; it must be {names}\.$"):
+        from_json(data)
+
+
+def largest_of_two(state):
+    return state.abs().amax(dim=(1, 2))
+
+
+@pytest.mark.parametrize("of", ["stop", "eval_stop"])
+def test_a_norm_of_ones_own_cannot_be_written_and_is_named(of):
+    value = with_stage(experiment(), 1, **{of: Stop(norm=largest_of_two)})
+    with pytest.raises(ValueError, match=r"^.*largest_of_two.* cannot be written as JSON; [^.]*\.$"):
+        to_json(value)
 
 
 @pytest.mark.parametrize("source", [PythonDocs(), Copying(blank=3, train=2, valid=2, test=2)])

@@ -8,11 +8,12 @@ import json
 import pytest
 import torch
 
-from equilibria import Anderson, Implicit, Stop
-from equilibria.cells import ChainShape, TransformerShape, TrellisShape
-from equilibria.equilibrium import Cell, Equilibrium
-from equilibria.language import LanguageShape, RecurrentShape
-from equilibria.training import Experiment, Trainer, evaluate, explicit, from_json, to_json
+from equilibria import Anderson, Implicit, Method, Stop
+from equilibria.cells import ChainConfig, TransformerConfig, TrellisConfig
+from equilibria.language import Explicit, LanguageConfig, RecurrentConfig
+from equilibria.layers.cell import Cell
+from equilibria.layers.equilibrium import Equilibrium
+from equilibria.training import Experiment, Stage, Trainer, evaluate, explicit, from_json, to_json
 from equilibria.training.comparison import network_of
 from small_experiment import Killed, corpus, experiment, finished, kill_at, same_bits, without_times
 
@@ -21,7 +22,7 @@ WAYS = pytest.mark.parametrize(
     [{}, {"memory": "layers"}, {"tied": False}, {"checkpoint": True}],
     ids=["tied", "layer-memory", "untied", "recomputed"],
 )
-CELL = TransformerShape(width=8, heads=2, inner=12, memory=30)
+CELL = TransformerConfig(width=8, heads=2, inner=12, memory=30)
 
 
 def count(module) -> int:
@@ -37,7 +38,8 @@ def test_the_twin_is_one_stage_of_as_many_steps_without_what_needs_a_fixed_point
     value, twin = experiment(), explicit(experiment(), 5)
     (stage,) = twin.stages
     assert (twin.name, stage.name, stage.steps, stage.penalty) == ("small-5-layers", "explicit", value.total_steps, 0)
-    assert stage.solves == network_of(5).solves
+    assert (stage.method, stage.eval_stop, stage.warm) == (None, None, False)
+    assert twin.model.explicit == Explicit(depth=5)
     assert (twin.corpus, twin.model.cell) == (value.corpus, value.model.cell)
     assert (twin.training.learning_rate, twin.training.spectral_radius) == (value.training.learning_rate, 0)
     assert explicit(value, 5, tied=False).name == "small-5-layers-untied"
@@ -64,13 +66,14 @@ def test_the_tied_twin_is_the_equilibrium_set_to_that_many_iterations():
     twin, layers = (model(explicit(value, 4, memory=memory)).eval() for memory in ("last", "layers"))
     equilibrium = model(value).eval()
     assert isinstance(equilibrium.layer, Equilibrium)
-    network_of(4).apply_to(equilibrium.layer)
     for one, two, three in zip(*(net.parameters() for net in (twin, equilibrium, layers)), strict=True):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
+    networks, choices = (twin, equilibrium, layers), ({}, {"method": network_of(4).method}, {})
     ids, memories = torch.randint(len(corpus().vocabulary), (2, 2, 9)), (None, None, None)
     for place, segment in enumerate(ids):
-        found = [net(segment, segment, past) for net, past in zip((twin, equilibrium, layers), memories, strict=True)]
+        parts = zip(networks, memories, choices, strict=True)
+        found = [network(segment, segment, past, **choice) for network, past, choice in parts]
         memories = [output.memory for output in found]
         torch.testing.assert_close(found[0].nats, found[1].nats, rtol=0, atol=1e-6)
         assert torch.allclose(found[0].nats, found[2].nats, rtol=0, atol=1e-6) == (place == 0)
@@ -83,7 +86,7 @@ def test_twins_survive_json(choices):
 
 
 def test_the_twin_of_a_chain_is_a_stack_of_chains():
-    chain = dataclasses.replace(experiment(), model=LanguageShape(cell=ChainShape(cells=(CELL, CELL))))
+    chain = dataclasses.replace(experiment(), model=LanguageConfig(cell=ChainConfig(cells=(CELL, CELL))))
     value = explicit(chain, 3, tied=False)
     assert [cell.injection for cell in value.model.cell.cells] == [False, False]
     assert from_json(json.loads(json.dumps(to_json(value)))) == value
@@ -92,7 +95,7 @@ def test_the_twin_of_a_chain_is_a_stack_of_chains():
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainShape:
+class PlainConfig:
     """A cell of one's own: it knows nothing of Transformers."""
 
     width: int = 8
@@ -107,13 +110,13 @@ def test_what_has_no_twin_is_refused(unhooked):
         explicit(value, 0)
     with pytest.raises(ValueError, match="an explicit network of 3 layers already"):
         explicit(explicit(value, 3), 3)
-    with pytest.raises(ValueError, match="its model is a RecurrentShape, which has no equilibrium"):
-        explicit(dataclasses.replace(value, model=RecurrentShape()), 3)
-    own = dataclasses.replace(value, model=LanguageShape(cell=PlainShape()))
-    with pytest.raises(ValueError, match="a PlainShape has no affine, attention_norm, init"):
+    with pytest.raises(ValueError, match="its model is a RecurrentConfig, which has no equilibrium"):
+        explicit(dataclasses.replace(value, model=RecurrentConfig(), stages=(Stage("all", 6),)), 3)
+    own = dataclasses.replace(value, model=LanguageConfig(cell=PlainConfig()))
+    with pytest.raises(ValueError, match="a PlainConfig has no affine, attention_norm, init"):
         explicit(own, 3, tied=False)
-    assert explicit(own, 3).model.cell == PlainShape()
-    trellis = dataclasses.replace(value, model=LanguageShape(cell=TrellisShape(outputs=400)))
+    assert explicit(own, 3).model.cell == PlainConfig()
+    trellis = dataclasses.replace(value, model=LanguageConfig(cell=TrellisConfig(outputs=400)))
     with pytest.raises(ValueError, match="a TrellisNet is weight-tied"):
         explicit(trellis, 3, tied=False)
 
@@ -141,8 +144,8 @@ def test_a_score_says_how_long_the_memory_is_and_that_nothing_was_solved(choices
 
 
 def test_an_equilibrium_says_with_which_stop_it_was_evaluated():
-    equilibrium = LanguageShape(cell=CELL).build(
-        len(corpus().vocabulary), solver=Anderson(), stop=Stop(), gradient=Implicit(), eval_stop=Stop(rtol=0.5)
+    equilibrium = LanguageConfig(cell=CELL).build(
+        len(corpus().vocabulary), method=Method(Anderson(), Stop(), Implicit()), eval_stop=Stop(rtol=0.5)
     )
     setting = evaluate(equilibrium, corpus().valid, segment_length=50, max_segments=2).setting
     assert (setting.memory_length, setting.max_evals, setting.rtol) == (30, 30, 0.5)

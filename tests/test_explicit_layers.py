@@ -8,18 +8,19 @@ import pytest
 import torch
 
 from equilibria import Anderson, Equilibrium, Implicit, Picard, Stack, Stop, Unroll, Unrolled
-from equilibria.cells import ChainShape, TransformerShape, masks
+from equilibria.cells import ChainConfig, TransformerConfig
+from equilibria.layers import dropout
 from equilibria.stability import jacobian_penalty
 
 B, T = 2, 6
-SMALL = TransformerShape(width=12, heads=3, inner=20, memory=16)
+SMALL = TransformerConfig(width=12, heads=3, inner=20, memory=16)
 XL = dataclasses.replace(
     SMALL, injection=False, affine=True, weight_norm=False, variational=False, init="normal", std=0.3
 )
 
 
-def noisy(shape, scale=0.1):
-    cell = shape.build().double()
+def noisy(config, scale=0.1):
+    cell = config.build().double()
     with torch.no_grad():
         for parameter in cell.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
@@ -36,7 +37,7 @@ def stacks():
         "untied": Stack([noisy(SMALL) for _ in range(3)]),
         "tied": Stack([shared] * 4),
         "transformer-xl": Stack([noisy(XL) for _ in range(3)]),
-        "chains": Stack([noisy(ChainShape(cells=(SMALL, SMALL))) for _ in range(2)]),
+        "chains": Stack([noisy(ChainConfig(cells=(SMALL, SMALL))) for _ in range(2)]),
     }
 
 
@@ -91,8 +92,8 @@ def test_unrolled_to_great_depth_is_the_equilibrium():
 @pytest.mark.parametrize("kind", ["unrolled", "tied", "untied"])
 def test_checkpoints_change_no_gradient(kind):
     """The layers are evaluated again, under the same dropout masks, and only the states are kept."""
-    shape = dataclasses.replace(SMALL, dropout=0.3, attention_dropout=0.2)
-    cells = [noisy(shape) for _ in range(3)]
+    config = dataclasses.replace(SMALL, dropout=0.3, attention_dropout=0.2)
+    cells = [noisy(config) for _ in range(3)]
     make = {
         "unrolled": lambda checkpoint: Unrolled(cells[0], 3, checkpoint=checkpoint),
         "tied": lambda checkpoint: Stack([cells[0]] * 3, checkpoint=checkpoint),
@@ -113,13 +114,13 @@ def test_checkpoints_change_no_gradient(kind):
 
 def test_a_layer_without_injection_begins_with_its_input():
     cell, x = noisy(XL).eval(), inputs()
-    context = cell.prepare(x, None)
-    assert torch.equal(cell.start(context), x)
-    assert context.injection is None
-    assert cell.remember(x, context).u is None
+    prepared = cell.prepare(x, None)
+    assert torch.equal(cell.start(prepared), x)
+    assert prepared.rows.attention.injection is prepared.kept.injection is None
+    assert cell.remember(x, prepared).u is None
     z = torch.randn_like(x)
     other = cell.prepare(torch.randn_like(x), None)
-    assert torch.equal(cell(z, context), cell(z, other))
+    assert torch.equal(cell(z, prepared), cell(z, other))
 
 
 def test_the_layer_of_transformer_xl():
@@ -150,35 +151,35 @@ def test_the_layer_of_transformer_xl():
 
 
 def test_masks_of_positions_and_of_channels():
-    for variational, rows in ((True, 1), (False, T)):
+    for variational, places in ((True, 1), (False, T)):
         cell = dataclasses.replace(SMALL, dropout=0.5, variational=variational).build().double().train()
-        context = cell.prepare(inputs(), None)
-        assert context.drop_attention.shape == (B, rows, 12)
-        assert context.drop_inner.shape == (B, rows, 20)
+        prepared = cell.prepare(inputs(), None)
+        assert prepared.rows.drop_attention.shape == (B, places, 12)
+        assert prepared.rows.drop_inner.shape == (B, places, 20)
 
 
 def test_a_chain_injects_once():
-    cell = ChainShape(cells=(SMALL, SMALL, SMALL)).build()
+    cell = ChainConfig(cells=(SMALL, SMALL, SMALL)).build()
     names = [name for name, _ in cell.named_parameters() if "inject" in name]
     assert names == ["blocks.0.inject.direction", "blocks.0.inject.bias"]
     with pytest.raises(ValueError, match="differ in their width"):
-        ChainShape(cells=(SMALL, dataclasses.replace(SMALL, width=24)))
+        ChainConfig(cells=(SMALL, dataclasses.replace(SMALL, width=24)))
     with pytest.raises(ValueError, match="at least one block"):
-        ChainShape(cells=())
+        ChainConfig(cells=())
 
 
-def test_masks_are_drawn_once_a_step(monkeypatch):
+def test_masks_are_drawn_once_per_step(monkeypatch):
     """However often f is evaluated: three of channels, one of positions, one of attention."""
     draws = []
-    draw = masks.dropout_mask
+    draw = dropout.dropout_mask
 
     def counted(*arguments, **choices):
         mask = draw(*arguments, **choices)
         draws.append(mask is not None)
         return mask
 
-    for module in ("attention", "positions", "transformer"):
-        monkeypatch.setattr(f"equilibria.cells.{module}.dropout_mask", counted)
+    for module in ("attention", "positions", "cell"):
+        monkeypatch.setattr(f"equilibria.cells.transformer.{module}.dropout_mask", counted)
     cell = dataclasses.replace(SMALL, dropout=0.2, attention_dropout=0.2).build().double().train()
     counts, evals = [], []
     for budget in (3, 20):
@@ -196,11 +197,11 @@ def test_masks_are_drawn_once_a_step(monkeypatch):
 
 def test_the_mean_penalty_is_the_norm_of_the_dense_jacobian():
     cell, x = noisy(SMALL).eval(), inputs(3)
-    context = cell.prepare(x, cell.remember(inputs(4), cell.prepare(inputs(4), None)))
+    prepared = cell.prepare(x, cell.remember(inputs(4), cell.prepare(inputs(4), None)))
     z = torch.randn(B, 3, 12, dtype=torch.float64)
 
     def f(z):
-        return cell(z, context)
+        return cell(z, prepared)
 
     for sample in range(B):
         dense = torch.autograd.functional.jacobian(f, z)[sample, :, :, sample].reshape(36, 36)

@@ -5,28 +5,30 @@ import dataclasses
 import pytest
 import torch
 
-from equilibria import Anderson, Implicit, LayerOutput, Stop
-from equilibria.cells import TransformerShape, TrellisShape
+from equilibria import Anderson, Implicit, Layer, LayerOutput, Method, Stop
+from equilibria.cells import TransformerConfig, TrellisConfig
+from equilibria.core.maps import as_map
 from equilibria.language import (
-    AdaptiveShape,
+    AdaptiveConfig,
     Embedding,
     Explicit,
     ExtraLosses,
+    LanguageConfig,
     LanguageModel,
-    LanguageShape,
-    MixtureShape,
+    MixtureConfig,
     SoftmaxHead,
 )
 
 V, B, T, SKIP = 13, 3, 8, 3
-CELL = TrellisShape(width=6, hidden=7, outputs=6, std=0.3)
-DEEP = LanguageShape(
+CELL = TrellisConfig(width=6, hidden=7, outputs=6, std=0.3)
+DEEP = LanguageConfig(
     cell=CELL, explicit=Explicit(depth=7, auxiliary_every=3), std=0.5, losses=ExtraLosses(auxiliary=0.25)
 )
 
 
-def built(shape):
-    return shape.build(V, solver=Anderson(), stop=Stop(max_evals=20), gradient=Implicit()).double()
+def built(config):
+    method = Method(Anderson(), Stop(max_evals=20), Implicit()) if config.solves else None
+    return config.build(V, method=method).double()
 
 
 def tokens(time=T):
@@ -35,10 +37,10 @@ def tokens(time=T):
 
 def outputs(model, ids, depth):
     """The last channels of h after each of ``depth`` layers from zero, without dropout."""
-    context = model.layer.cell.prepare(model.embedding(ids), None)
-    z, found = model.layer.cell.start(context), []
+    prepared = model.layer.cell.prepare(model.embedding(ids), None)
+    z, found = model.layer.cell.start(prepared), []
     for _ in range(depth):
-        z = model.layer.cell(z, context)
+        z = model.layer.cell(z, prepared)
         found.append(z[..., 7:13])
     return found
 
@@ -106,7 +108,7 @@ class TestModel:
         torch.testing.assert_close(out.extra, expected)
 
     @pytest.mark.parametrize(
-        "head", [{}, {"adaptive": AdaptiveShape(cutoffs=(4, 9), division=2)}, {"mixture": MixtureShape(experts=2)}]
+        "head", [{}, {"adaptive": AdaptiveConfig(cutoffs=(4, 9), division=2)}, {"mixture": MixtureConfig(experts=2)}]
     )
     def test_of_every_head(self, head):
         model, ids, targets = built(dataclasses.replace(DEEP, **head)), tokens(), tokens()
@@ -132,8 +134,8 @@ class TestModel:
 
     def test_activation_is_of_the_dropped_output_and_its_change_of_the_whole_one(self):
         """With half of the channels dropped, the mean square doubles on average; the changes do not move."""
-        shape = LanguageShape(cell=CELL, std=0.5, dropout=0.5, input_dropout=0.0)
-        model = built(shape)
+        config = LanguageConfig(cell=CELL, std=0.5, dropout=0.5, input_dropout=0.0)
+        model = built(config)
         ids, targets = tokens(), tokens()
         h = model.eval()(ids, targets).layer.output
         model.train()
@@ -148,8 +150,8 @@ class TestModel:
         assert (kept == 0).any()
 
     def test_auxiliary_outputs_are_dropped_too_by_masks_of_their_own(self):
-        shape = dataclasses.replace(DEEP, dropout=0.5, input_dropout=0.0)
-        model, ids, targets = built(shape), tokens(), tokens()
+        config = dataclasses.replace(DEEP, dropout=0.5, input_dropout=0.0)
+        model, ids, targets = built(config), tokens(), tokens()
         torch.manual_seed(2)
         extra = model(ids, targets).extra
         found = outputs(model, ids, 6)
@@ -159,22 +161,22 @@ class TestModel:
         torch.testing.assert_close(extra, 0.25 * sum(n.mean() for n in nats))
 
     def test_training_only(self):
-        shape = dataclasses.replace(DEEP, losses=ExtraLosses(activation=1, temporal_activation=1, auxiliary=1))
-        model = built(shape)
+        config = dataclasses.replace(DEEP, losses=ExtraLosses(activation=1, temporal_activation=1, auxiliary=1))
+        model = built(config)
         assert model(tokens(), tokens()).extra is not None
         assert model.eval()(tokens(), tokens()).extra is None
 
     def test_nothing_by_default(self):
-        for shape in (LanguageShape(cell=CELL), LanguageShape(cell=TransformerShape(width=8, heads=2, inner=8))):
-            assert built(shape)(tokens(), tokens()).extra is None
+        for config in (LanguageConfig(cell=CELL), LanguageConfig(cell=TransformerConfig(width=8, heads=2, inner=8))):
+            assert built(config)(tokens(), tokens()).extra is None
 
     def test_the_nats_are_those_without(self):
         """The same masks are drawn for them, whatever is added."""
-        shape = dataclasses.replace(DEEP, dropout=0.3, word_dropout=0.2)
+        config = dataclasses.replace(DEEP, dropout=0.3, word_dropout=0.2)
         ids, targets, found = tokens(), tokens(), []
         for losses in (ExtraLosses(), ExtraLosses(activation=2, temporal_activation=1, auxiliary=0.1)):
             torch.manual_seed(1)
-            model = built(dataclasses.replace(shape, losses=losses))
+            model = built(dataclasses.replace(config, losses=losses))
             found.append(model(ids, targets).nats)
         assert torch.equal(*found)
 
@@ -190,16 +192,16 @@ class TestModel:
         assert extra.norm() > 1e-3 * main.norm()
 
     def test_an_equilibrium_has_activation_losses_with_their_implicit_gradient(self):
-        shape = LanguageShape(cell=CELL, std=0.5, losses=ExtraLosses(activation=2, temporal_activation=1))
-        model = built(shape)
+        config = LanguageConfig(cell=CELL, std=0.5, losses=ExtraLosses(activation=2, temporal_activation=1))
+        model = built(config)
         model(tokens(), tokens()).extra.backward()
         assert model.layer.cell.state.direction.grad.abs().sum() > 0
         assert model.head.bias.grad is None
 
     def test_a_layer_of_ones_own_gives_what_it_gives(self):
-        class Own(torch.nn.Module):
-            def forward(self, x, memory=None):
-                return LayerOutput(z=x, memory=None, f=lambda z: z, solution=None)
+        class Own(Layer):
+            def forward(self, x, memory=None, *, method=None):
+                return LayerOutput(output=x, z=x, memory=None, f=as_map(lambda z: z), solution=None)
 
         sizes = {"width": 6, "vocabulary_size": V}
         model = LanguageModel(Embedding(**sizes), Own(), SoftmaxHead(**sizes), ExtraLosses(activation=1, auxiliary=1))

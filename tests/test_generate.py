@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from equilibria import Anderson, Implicit, Stop
-from equilibria.cells import TransformerShape
-from equilibria.language import LanguageShape, generate, stream
+from equilibria import Anderson, Implicit, Method, Stop
+from equilibria.cells import TransformerConfig
+from equilibria.language import LanguageConfig, generate, stream
 from equilibria.language.generate import likeliest
 
 V, B = 13, 3
@@ -15,9 +15,9 @@ V, B = 13, 3
 
 def built(memory=32, positions="relative"):
     """A model in float64 whose equilibria are solved to the last digit, with logits far from equal."""
-    cell = TransformerShape(width=16, heads=2, inner=24, memory=memory, positions=positions, longest=64)
-    tight = Stop(rtol=1e-13, atol=1e-13, max_evals=100)
-    model = LanguageShape(cell=cell, dropout=0.2, std=1.0).build(V, solver=Anderson(), stop=tight, gradient=Implicit())
+    cell = TransformerConfig(width=16, heads=2, inner=24, memory=memory, positions=positions, longest=64)
+    tight = Method(Anderson(), Stop(rtol=1e-13, atol=1e-13, max_evals=100), Implicit())
+    model = LanguageConfig(cell=cell, dropout=0.2, std=1.0).build(V, method=tight)
     with torch.no_grad():
         model.layer.cell.inject.direction.mul_(100)
     return model.double()

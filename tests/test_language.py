@@ -9,28 +9,28 @@ import pytest
 import torch
 from torch.nn import functional
 
-from equilibria import Anderson, Equilibrium, Implicit, Picard, Stack, Stop, Unroll
-from equilibria.cells import TransformerShape, TrellisShape
+from equilibria import Anderson, Equilibrium, Implicit, Method, Picard, Stack, Stop, Unroll
+from equilibria.cells import TransformerConfig, TrellisConfig
 from equilibria.language import (
-    AdaptiveShape,
+    AdaptiveConfig,
     Embedding,
     Explicit,
     ExtraLosses,
+    LanguageConfig,
     LanguageModel,
-    LanguageShape,
-    MixtureShape,
+    MixtureConfig,
     SoftmaxHead,
 )
 
-CELL = TransformerShape(width=16, heads=2, inner=24, memory=8)
-SHAPE = LanguageShape(cell=CELL)
-TRELLIS = TrellisShape(width=8, hidden=10, outputs=8, std=0.3)
+CELL = TransformerConfig(width=16, heads=2, inner=24, memory=8)
+CONFIG = LanguageConfig(cell=CELL)
+METHOD = Method(Anderson(), Stop(max_evals=12), Implicit())
+TRELLIS = TrellisConfig(width=8, hidden=10, outputs=8, std=0.3)
 V, B, T = 11, 3, 6
 
 
-def built(shape=SHAPE, **choices):
-    choices = {"solver": Anderson(), "stop": Stop(max_evals=12), "gradient": Implicit()} | choices
-    return shape.build(V, **choices)
+def built(config=CONFIG, *, method=METHOD, **choices):
+    return config.build(V, method=method if config.solves else None, **choices)
 
 
 def tokens(time=T):
@@ -68,7 +68,7 @@ class TestWordDropout:
         assert torch.equal(embedding.eval()(ids), embedding.weight[ids] * 4)
 
     def test_a_lost_word_gets_no_gradient_as_input_and_the_tied_head_sees_it(self):
-        model = built(dataclasses.replace(SHAPE, word_dropout=0.9))
+        model = built(dataclasses.replace(CONFIG, word_dropout=0.9))
         ids = torch.arange(V)[None]
         torch.manual_seed(3)
         vectors = model.embedding(ids)
@@ -91,8 +91,7 @@ class TestWordDropout:
 class TestStart:
     @pytest.mark.parametrize("tied", [True, False])
     def test_uniform_has_the_same_variance(self, tied):
-        shape = dataclasses.replace(SHAPE, init="uniform", std=0.1 / 3**0.5, tied=tied)
-        model = shape.build(5_000, solver=Anderson(), stop=Stop(), gradient=Implicit())
+        model = dataclasses.replace(CONFIG, init="uniform", std=0.1 / 3**0.5, tied=tied).build(5_000)
         tables = [model.embedding.weight] if tied else [model.embedding.weight, model.head.weight]
         for table in tables:
             table = table.detach()
@@ -102,7 +101,7 @@ class TestStart:
     def test_is_not_scaled_where_that_is_said(self):
         embedding, ids = Embedding(vocabulary_size=V, width=16, scaled=False), tokens()
         assert torch.equal(embedding(ids), embedding.weight[ids])
-        assert built(dataclasses.replace(SHAPE, scaled=False)).embedding.scale == 1
+        assert built(dataclasses.replace(CONFIG, scaled=False)).embedding.scale == 1
 
     def test_another_distribution_is_refused(self, unhooked):
         with pytest.raises(ValueError, match=r"init='orthogonal'.*'normal' or a 'uniform'"):
@@ -153,7 +152,7 @@ class TestTied:
         assert (model.embedding.weight.grad.abs().amax(dim=1) > 0).all()
 
     def test_untied(self):
-        model = built(dataclasses.replace(SHAPE, tied=False))
+        model = built(dataclasses.replace(CONFIG, tied=False))
         assert model.head.weight.shape == model.embedding.weight.shape
         assert model.head.weight is not model.embedding.weight
 
@@ -173,21 +172,21 @@ def test_output_dropout_is_by_channel():
 HEADS = {
     "one softmax": {},
     "untied": {"tied": False},
-    "clusters": {"adaptive": AdaptiveShape(cutoffs=(4,), division=2)},
-    "untied clusters": {"adaptive": AdaptiveShape(cutoffs=(4,), division=2), "tied": False},
-    "mixture": {"mixture": MixtureShape(experts=2)},
-    "untied mixture": {"mixture": MixtureShape(experts=2), "tied": False},
+    "clusters": {"adaptive": AdaptiveConfig(cutoffs=(4,), division=2)},
+    "untied clusters": {"adaptive": AdaptiveConfig(cutoffs=(4,), division=2), "tied": False},
+    "mixture": {"mixture": MixtureConfig(experts=2)},
+    "untied mixture": {"mixture": MixtureConfig(experts=2), "tied": False},
 }
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 def test_options_reach_embedding_and_head(head):
-    shape = dataclasses.replace(SHAPE, word_dropout=0.1, output_dropout="token", scaled=False, init="uniform", **head)
-    model = built(dataclasses.replace(shape, dropout=0.25, input_dropout=0.5, std=3.0))
+    config = dataclasses.replace(CONFIG, word_dropout=0.1, output_dropout="token", scaled=False, init="uniform", **head)
+    model = built(dataclasses.replace(config, dropout=0.25, input_dropout=0.5, std=3.0))
     assert (model.embedding.dropout, model.head.dropout) == (0.5, 0.25)
     assert (model.embedding.word_dropout, model.embedding.scale, model.head.output_dropout) == (0.1, 1.0, "token")
-    assert built(dataclasses.replace(shape, dropout=0.25)).embedding.dropout == 0.25
-    assert built(dataclasses.replace(shape, dropout=0.25, input_dropout=0.0)).embedding.dropout == 0
+    assert built(dataclasses.replace(config, dropout=0.25)).embedding.dropout == 0.25
+    assert built(dataclasses.replace(config, dropout=0.25, input_dropout=0.0)).embedding.dropout == 0
     for name, table in model.named_parameters():
         if any(part in name for part in ("embedding.weight", "tables", "head.weight", "slot_weight", "tail.0.1")):
             largest = float(table.detach().abs().max())
@@ -201,7 +200,7 @@ def test_options_reach_embedding_and_head(head):
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 def test_the_output_is_dropped_once(head):
-    model, ids = built(dataclasses.replace(SHAPE, dropout=0.5, input_dropout=0.0, std=1.0, **head)), tokens()
+    model, ids = built(dataclasses.replace(CONFIG, dropout=0.5, input_dropout=0.0, std=1.0, **head)), tokens()
     h = model.layer(model.embedding(ids)).output
     calls = {
         "nats": (lambda: model(ids, ids).nats, lambda h: model.head.nats(h, ids, model.embedding)),
@@ -215,8 +214,11 @@ def test_the_output_is_dropped_once(head):
         assert not torch.allclose(out, read(h)), name
 
 
-def test_a_head_of_ones_own_needs_no_dropout(unhooked):
+def test_a_head_of_ones_own_may_drop_nothing(unhooked):
     class Own(torch.nn.Module):
+        def dropped(self, h, part=None):
+            return h
+
         def nats(self, h, targets, embedding):
             return h.sum(-1)
 
@@ -233,16 +235,16 @@ def test_a_head_of_ones_own_needs_no_dropout(unhooked):
 class TestSkip:
     """Positions that are read and not scored."""
 
-    @pytest.mark.parametrize("shape", [SHAPE, LanguageShape(cell=TRELLIS)])
-    def test_leaves_the_nats_of_the_others(self, shape):
-        model, ids, targets = built(shape).eval(), tokens(), tokens()
+    @pytest.mark.parametrize("config", [CONFIG, LanguageConfig(cell=TRELLIS)])
+    def test_leaves_the_nats_of_the_others(self, config):
+        model, ids, targets = built(config).eval(), tokens(), tokens()
         joint, late = model(ids, targets), model(ids, targets, skip=2)
         assert late.nats.shape == (B, T - 2)
         assert torch.equal(late.nats, joint.nats[:, 2:])
         assert torch.equal(late.layer.z, joint.layer.z)
 
     def test_no_loss_reaches_the_head_from_them(self):
-        model, ids = built(dataclasses.replace(SHAPE, tied=False)), tokens()
+        model, ids = built(dataclasses.replace(CONFIG, tied=False)), tokens()
         targets = torch.full((B, T), 1)
         targets[:, :4] = 9
         model(ids, targets, skip=4).nats.sum().backward()
@@ -258,7 +260,7 @@ class TestSkip:
 class TestTrellis:
     @pytest.mark.parametrize("explicit", [None, Explicit(depth=9)])
     def test_the_head_reads_the_last_channels_of_h(self, explicit):
-        model = built(LanguageShape(cell=TRELLIS, explicit=explicit, std=0.5)).eval()
+        model = built(LanguageConfig(cell=TRELLIS, explicit=explicit, std=0.5)).eval()
         ids, targets = tokens(), tokens()
         out = model(ids, targets)
         logits, memory = model.logits(ids)
@@ -271,24 +273,24 @@ class TestTrellis:
         assert not torch.allclose(again.nats, out.nats)
 
     def test_generates(self):
-        model = built(LanguageShape(cell=TRELLIS, std=0.5), stop=Stop(rtol=1e-6, max_evals=60))
+        model = built(LanguageConfig(cell=TRELLIS, std=0.5), method=Method(Anderson(), Stop(rtol=1e-6, max_evals=60)))
         assert model.generate(tokens(), length=4).shape == (B, 4)
 
     def test_an_untied_head_or_a_mixture_reads_as_many_outputs_as_there_are(self):
         cell = dataclasses.replace(TRELLIS, outputs=5)
-        mixture = built(LanguageShape(cell=cell, mixture=MixtureShape(experts=2)))
-        untied = built(LanguageShape(cell=cell, tied=False))
-        clusters = built(LanguageShape(cell=cell, tied=False, adaptive=AdaptiveShape(cutoffs=(4,), division=2)))
+        mixture = built(LanguageConfig(cell=cell, mixture=MixtureConfig(experts=2)))
+        untied = built(LanguageConfig(cell=cell, tied=False))
+        clusters = built(LanguageConfig(cell=cell, tied=False, adaptive=AdaptiveConfig(cutoffs=(4,), division=2)))
         for model in (mixture, untied, clusters):
             model(tokens(), tokens()).nats.mean().backward()
             assert all(p.grad is not None for p in model.parameters())
         assert untied.head.weight.shape == (V, 5)
 
     def test_every_option_at_once(self):
-        shape = LanguageShape(
+        config = LanguageConfig(
             cell=dataclasses.replace(TRELLIS, dropout=0.2, weight_dropout=0.3),
             explicit=Explicit(depth=6, auxiliary_every=2, checkpoint=True),
-            mixture=MixtureShape(experts=3, dropout=0.2),
+            mixture=MixtureConfig(experts=3, dropout=0.2),
             dropout=0.3,
             input_dropout=0.2,
             word_dropout=0.1,
@@ -297,7 +299,7 @@ class TestTrellis:
             std=0.1,
             losses=ExtraLosses(activation=2, temporal_activation=1, auxiliary=0.05),
         )
-        model = built(shape)
+        model = built(config)
         out = model(tokens(), tokens(), model(tokens(), tokens()).memory, skip=2)
         (out.nats.mean() + out.extra).backward()
         for name, parameter in model.named_parameters():
@@ -313,14 +315,14 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("fields", "sentence"),
         [
-            ({"adaptive": AdaptiveShape(cutoffs=(4,)), "mixture": MixtureShape()}, "give one of them"),
-            ({"cell": narrow}, r"width 8 with 5 outputs.*tied=False or a MixtureShape"),
-            ({"cell": narrow, "adaptive": AdaptiveShape(cutoffs=(4,))}, "width 8 with 5 outputs"),
+            ({"adaptive": AdaptiveConfig(cutoffs=(4,)), "mixture": MixtureConfig()}, "give one of them"),
+            ({"cell": narrow}, r"width 8 with 5 outputs.*tied=False or a MixtureConfig"),
+            ({"cell": narrow, "adaptive": AdaptiveConfig(cutoffs=(4,))}, "width 8 with 5 outputs"),
         ],
     )
-    def test_shapes(self, fields, sentence):
+    def test_configurations(self, fields, sentence):
         with pytest.raises(ValueError, match=sentence):
-            LanguageShape(**fields)
+            LanguageConfig(**fields)
 
     @pytest.mark.parametrize(
         ("fields", "sentence"),
@@ -334,7 +336,7 @@ class TestRefused:
     )
     def test_models(self, fields, sentence):
         with pytest.raises(ValueError, match=sentence):
-            built(LanguageShape(cell=TRELLIS, **fields))
+            built(LanguageConfig(cell=TRELLIS, **fields))
 
     @pytest.mark.parametrize(
         ("fields", "sentence"),
@@ -351,7 +353,7 @@ class TestRefused:
 
 
 def test_every_parameter_gets_a_gradient():
-    model = built(dataclasses.replace(SHAPE, dropout=0.1, tied=False))
+    model = built(dataclasses.replace(CONFIG, dropout=0.1, tied=False))
     memory = None
     for _ in range(2):
         out = model(tokens(), tokens(), memory)
@@ -363,14 +365,14 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_memory_carries_the_past():
-    model = built(dataclasses.replace(SHAPE, std=1.0)).double().eval()
+    model = built(dataclasses.replace(CONFIG, std=1.0)).double().eval()
     with torch.no_grad():
         model.layer.cell.inject.direction.mul_(100)  # a strong input makes a fresh cell a contraction
-    model.layer.stop = Stop(rtol=1e-13, atol=1e-13, max_evals=100)
+    tight = Method(Anderson(), Stop(rtol=1e-13, atol=1e-13, max_evals=100), Implicit())
     ids, targets = tokens(8), tokens(8)
-    joint = model(ids, targets).nats
-    first = model(ids[:, :5], targets[:, :5])
-    second = model(ids[:, 5:], targets[:, 5:], first.memory)
+    joint = model(ids, targets, method=tight).nats
+    first = model(ids[:, :5], targets[:, :5], method=tight)
+    second = model(ids[:, 5:], targets[:, 5:], first.memory, method=tight)
     torch.testing.assert_close(torch.cat([first.nats, second.nats], dim=1), joint, rtol=0, atol=1e-10)
 
 
@@ -393,10 +395,8 @@ def test_a_stack_is_a_layer_too():
 def test_learns():
     """A weight-tied network of three layers learns to count in some steps."""
     model = built(
-        dataclasses.replace(SHAPE, std=0.1),
-        solver=Picard(),
-        stop=Stop(rtol=0, atol=0, max_evals=4, best=False),
-        gradient=Unroll(),
+        dataclasses.replace(CONFIG, std=0.1),
+        method=Method(Picard(), Stop(rtol=0, atol=0, max_evals=4, best=False), Unroll()),
     )
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
     ids = (torch.arange(T + 1) + torch.arange(B)[:, None]) % V
@@ -411,10 +411,10 @@ def test_learns():
 class TestParameters:
     """Counts of MODELS: they are those of the weights as f sees them; each normed row has a gain besides."""
 
-    copying = LanguageShape(cell=TransformerShape(width=32, heads=4, inner=76, memory=0), tied=False)
+    copying = LanguageConfig(cell=TransformerConfig(width=32, heads=4, inner=76, memory=0), tied=False)
 
-    def count(self, shape, vocabulary_size):
-        model = shape.build(vocabulary_size, solver=Anderson(), stop=Stop(), gradient=Implicit())
+    def count(self, config, vocabulary_size):
+        model = config.build(vocabulary_size)
         gains = sum(p.numel() for name, p in model.named_parameters() if name.endswith("gain"))
         return sum(parameter.numel() for parameter in model.parameters()), gains
 

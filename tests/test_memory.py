@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import itertools
 
@@ -5,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from equilibria import Anderson, Implicit, Stop
-from equilibria.cells import TransformerShape
+from equilibria import Anderson, Implicit, Method, Stop
+from equilibria.cells import TransformerConfig
 from equilibria.gradients import Unroll
-from equilibria.language import LanguageShape
+from equilibria.language import LanguageConfig
 from equilibria.training import PeakMemory, Trainer, memory_comparison
 from equilibria.training.comparison import network_of
 from small_experiment import corpus, experiment, with_stage
@@ -57,9 +58,9 @@ def test_memory_that_is_freed_inside_leaves_nothing_behind():
 
 
 def model_and_batch(**stop):
-    shape = LanguageShape(cell=TransformerShape(width=16, heads=2, inner=32, memory=8, dropout=0.1))
+    config = LanguageConfig(cell=TransformerConfig(width=16, heads=2, inner=32, memory=8, dropout=0.1))
     solver, stop = Anderson(window=3), Stop(rtol=0, atol=0, **stop)
-    model = shape.build(9, solver=solver, stop=stop, gradient=Implicit(solver=solver, stop=stop))
+    model = config.build(9, method=Method(solver, stop, Implicit(solver=solver, stop=stop)))
     tokens = torch.randint(9, (3, 12))
     return model, tokens
 
@@ -70,12 +71,13 @@ def test_the_memory_of_a_step_grows_with_the_solve_only_if_it_is_unrolled(rule):
 
     def peak(evals: int) -> int:
         model, tokens = model_and_batch(max_evals=evals)
+        method = model.layer.method
         if rule == "unroll":
-            model.layer.gradient = Unroll()
-        model(tokens, tokens).nats.mean().backward()
+            method = dataclasses.replace(method, gradient=Unroll())
+        model(tokens, tokens, method=method).nats.mean().backward()
         model.zero_grad()
         with PeakMemory() as memory:
-            model(tokens, tokens).nats.mean().backward()
+            model(tokens, tokens, method=method).nats.mean().backward()
         return memory.peak
 
     peaks = [peak(evals) for evals in (8, 16, 32)]
@@ -109,13 +111,13 @@ def test_the_comparison_changes_nothing():
         gradients = [None if p.grad is None else p.grad.clone() for p in trainer.model.parameters()]
         weights = [p.detach().clone() for p in trainer.model.parameters()]
         memory = [trainer.memory.z.clone(), trainer.memory.u.clone()]
-        return [*weights, *gradients, *memory, torch.get_rng_state()], (layer.solver, layer.stop, layer.gradient)
+        return [*weights, *gradients, *memory, torch.get_rng_state()], (layer.method, layer.eval_stop)
 
     tensors, settings = everything()
     trainer.memory_comparison(depths=(2,))
     after, settings_after = everything()
     assert all(torch.equal(a, b) for a, b in zip(tensors, after, strict=True))
-    assert settings == settings_after
+    assert all(a is b for a, b in zip(settings, settings_after, strict=True))
     assert [module.training for module in trainer.model.modules()] == modes
 
 
@@ -123,7 +125,19 @@ def test_a_network_of_some_depth_applies_the_cell_that_often():
     model, tokens = model_and_batch(max_evals=5)
     model.eval()
     rows = memory_comparison(model, segment_of(tokens), None, depths=(3,))
-    assert rows[1]["evals"] == network_of(3).stop.max_evals == 4
+    assert rows[1]["evals"] == network_of(3).method.stop.max_evals == 4
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_comparison_solves_as_a_step_of_the_stage_would(warm):
+    trainer, seen = Trainer(with_stage(experiment(), 0, warm=warm), None, corpus()), []
+    trainer.policy.raise_budget()
+    trainer.model.register_forward_pre_hook(lambda model, given, options: seen.append(options), with_kwargs=True)
+    trainer.memory_comparison(depths=(2,))
+    trainer.step(next(iter(trainer._segments())))
+    ours, unrolled, step = [(options["method"], options["warm"]) for options in seen]
+    assert ours == step == (trainer.policy.method(trainer.stage), warm)
+    assert unrolled == (network_of(2).method, False)
 
 
 def segment_of(tokens):

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from equilibria import Anderson, Implicit, Stop
-from equilibria.cells import TrellisShape
-from equilibria.language import Embedding, LanguageShape, MixtureHead, MixtureShape, SoftmaxHead
+from equilibria.cells import TrellisConfig
+from equilibria.language import Embedding, LanguageConfig, MixtureConfig, MixtureHead, SoftmaxHead
 
 V, D, O, K, B, T = 23, 6, 4, 3, 2, 5
 
@@ -155,15 +154,14 @@ class TestDropout:
         torch.testing.assert_close(mixed, expected)
 
 
-class TestShape:
-    cell = TrellisShape(width=D, hidden=5, outputs=O)
+class TestConfig:
+    cell = TrellisConfig(width=D, hidden=5, outputs=O)
 
     def model(self, mixture, **fields):
-        shape = LanguageShape(cell=self.cell, mixture=mixture, **fields)
-        return shape.build(V, solver=Anderson(), stop=Stop(), gradient=Implicit())
+        return LanguageConfig(cell=self.cell, mixture=mixture, **fields).build(V)
 
     def test_parameters(self):
-        model = self.model(MixtureShape(experts=K))
+        model = self.model(MixtureConfig(experts=K))
         names = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("layer")}
         assert names == {
             "embedding.weight": (V, D),
@@ -173,12 +171,12 @@ class TestShape:
             "head.latent.bias": (K * D,),
             "head.bias": (V,),
         }
-        untied = self.model(MixtureShape(experts=K, width=7), tied=False)
+        untied = self.model(MixtureConfig(experts=K, width=7), tied=False)
         assert untied.head.weight.shape == (V, 7)
         assert untied.head.latent.weight.shape == (K * 7, O)
 
     def test_learns(self):
-        model = self.model(MixtureShape(experts=2), std=0.3)
+        model = self.model(MixtureConfig(experts=2), std=0.3)
         optimiser = torch.optim.Adam(model.parameters(), lr=5e-2)
         ids = (torch.arange(T + 1) + torch.arange(B)[:, None]) % V
         losses = []
@@ -192,7 +190,7 @@ class TestShape:
         assert losses[-1] < 0.3
 
     def test_generates_from_log_probabilities(self):
-        model = self.model(MixtureShape(experts=K))
+        model = self.model(MixtureConfig(experts=K))
         logits, _ = model.eval().logits(torch.randint(V, (B, T)))
         torch.testing.assert_close(logits.exp().sum(-1), torch.ones(B, T))
         assert model.generate(torch.randint(V, (B, T)), length=3).shape == (B, 3)
@@ -202,17 +200,17 @@ class TestShape:
         [
             ({"experts": 0}, r"experts=0.*at least one expert"),
             ({"width": 0}, r"width=0.*at least 1, or None"),
-            ({"dropout": 1.0}, r"MixtureShape\(dropout=1\.0"),
+            ({"dropout": 1.0}, r"MixtureConfig\(dropout=1\.0"),
         ],
     )
     def test_refuses(self, fields, sentence):
         with pytest.raises(ValueError, match=sentence):
-            MixtureShape(**fields)
+            MixtureConfig(**fields)
 
     def test_refuses_a_tied_table_of_another_width(self):
         with pytest.raises(ValueError, match=r"width=7\) tied to an embedding of width 6.*tied=False"):
-            self.model(MixtureShape(width=7))
-        assert self.model(MixtureShape(width=D)).head.weight is None
+            self.model(MixtureConfig(width=7))
+        assert self.model(MixtureConfig(width=D)).head.weight is None
 
     def test_refuses_dropout_that_is_none(self, unhooked):
         with pytest.raises(ValueError, match=r"latent_dropout=1\.0"):
@@ -222,5 +220,5 @@ class TestShape:
 
     def test_is_frozen_and_says_what_it_is(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            MixtureShape().experts = 2
+            MixtureConfig().experts = 2
         assert "experts=3, tied=True" in repr(built()[1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equilibria.draws import Part, drawn, part_of_batch
+from equilibria.layers.dropout import Part, drawn, part_of_batch
 from equilibria.training import Trainer
 from equilibria.training.checkpoint import verify
 from equilibria.training.decay import NonMonotone

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from equilibria.cells import ChainShape
+from equilibria.cells import ChainConfig
 from equilibria.gradients import Implicit
 from equilibria.recipes import RECIPES
 from equilibria.training import Trainer, WikiText103, from_json, to_json
@@ -25,8 +25,9 @@ def test_recipes_survive_json_and_bear_their_names(name):
 
 def built(name, vocabulary):
     value = RECIPES[name]()
+    stage = value.stages[0]
     with torch.device("meta"):
-        return value.model.build(vocabulary, **value.stages[0].solves)
+        return value.model.build(vocabulary, method=stage.method, eval_stop=stage.eval_stop)
 
 
 def count(module):
@@ -134,14 +135,14 @@ TABLE = {
 def numbers(value):
     """What the published table has, read off the experiment."""
     model, training, last = value.model, value.training, value.stages[-1]
-    blocks = model.cell.cells if isinstance(model.cell, ChainShape) else (model.cell,)
+    blocks = model.cell.cells if isinstance(model.cell, ChainConfig) else (model.cell,)
     (cell,) = set(blocks)
     shallow, later = (value.stages[0], value.stages[1]) if len(value.stages) > 1 else (None, last)
     assert {dataclasses.replace(s, name="", steps=1, penalty=0.0) for s in value.stages if s is not shallow} == {
         dataclasses.replace(last, name="", steps=1, penalty=0.0)
     }
     assert model.dropout == cell.dropout
-    gradient = last.gradient
+    gradient = last.method.gradient
     return {
         "sizes": (cell.width, cell.heads, cell.inner),
         "blocks": len(blocks),
@@ -151,10 +152,10 @@ def numbers(value):
         "adaptive": (model.adaptive.cutoffs, model.adaptive.division),
         "learning rate": (training.optimiser, training.learning_rate, training.final_learning_rate),
         "warm-up, steps": (training.warmup, value.total_steps),
-        "pre-training": None if shallow is None else (shallow.steps, shallow.stop.max_evals - 1),
+        "pre-training": None if shallow is None else (shallow.steps, shallow.method.stop.max_evals - 1),
         "segment, memory": (training.segment_length, cell.memory),
         "batch, clip": (training.batch_size, training.clip),
-        "forward": solve_of(last),
+        "forward": solve_of(last.method),
         "backward": solve_of(gradient) if isinstance(gradient, Implicit) else str(gradient),
         "penalty": (later.penalty, last.penalty_share, growth(value), last.budget_jitter),
         "evaluation": (training.eval_segment_length, training.eval_batch_size),
@@ -203,8 +204,8 @@ def shrunk(name):
     steps = max(1, 4 // len(value.stages))
     small = {"width": 16, "heads": 2, "inner": 24, "memory": value.model.cell.memory // 15}
     cell = value.model.cell
-    if isinstance(cell, ChainShape):
-        cell = ChainShape(cells=tuple(dataclasses.replace(block, **small) for block in cell.cells))
+    if isinstance(cell, ChainConfig):
+        cell = ChainConfig(cells=tuple(dataclasses.replace(block, **small) for block in cell.cells))
     else:
         cell = dataclasses.replace(cell, **small)
     adaptive = dataclasses.replace(

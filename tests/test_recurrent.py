@@ -1,4 +1,4 @@
-"""The recurrent yardsticks: sizes, memory, training, resuming and evaluation."""
+"""The recurrent baselines: sizes, memory, training, resuming and evaluation."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import json
 import pytest
 import torch
 
-from equilibria import Anderson, Implicit, Stop
-from equilibria.language import LanguageShape, RecurrentShape
+from equilibria.language import LanguageConfig, RecurrentConfig
 from equilibria.recipes.copying import copying
 from equilibria.recipes.copying_recurrent import copying_gru, copying_lstm
-from equilibria.training import Trainer, evaluate, from_json, to_json
+from equilibria.training import Stage, Trainer, evaluate, from_json, to_json
 from equilibria.training.evaluation import jacobian_radius
 from small_experiment import Killed, corpus, experiment, finished, kill_at, same_bits, without_times
 
@@ -21,8 +20,7 @@ NETWORKS = pytest.mark.parametrize("network", ["lstm", "gru"])
 
 
 def built(vocabulary_size=V, **choices):
-    shape = RecurrentShape(**{"hidden": 8, "inputs": 4} | choices)
-    return shape.build(vocabulary_size, solver=Anderson(), stop=Stop(), gradient=Implicit())
+    return RecurrentConfig(**{"hidden": 8, "inputs": 4} | choices).build(vocabulary_size)
 
 
 def tokens(time=T):
@@ -30,7 +28,7 @@ def tokens(time=T):
 
 
 @pytest.mark.parametrize(("network", "hidden", "parameters"), [("lstm", 57, 14_260), ("gru", 65, 13_920)])
-def test_the_yardsticks_of_the_paper_have_14_thousand_parameters_and_a_number_a_symbol(network, hidden, parameters):
+def test_the_baselines_of_the_paper_have_14_thousand_parameters_and_a_number_a_symbol(network, hidden, parameters):
     model = built(network=network, hidden=hidden, inputs=1)
     assert model.embedding.weight.shape == (V, 1)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters + V
@@ -97,14 +95,16 @@ def test_a_memory_of_other_streams_is_refused(unhooked):
         ({"dropout": 0.2}, "leaves nothing to read"),
     ],
 )
-def test_impossible_shapes_are_refused(unhooked, choices, sentence):
+def test_impossible_configurations_are_refused(unhooked, choices, sentence):
     with pytest.raises(ValueError, match=sentence):
-        RecurrentShape(**choices)
+        RecurrentConfig(**choices)
 
 
 def recurrent(network="lstm", **training):
     value = experiment(spectral_radius=0, **training)
-    return dataclasses.replace(value, model=RecurrentShape(network=network, hidden=8, inputs=4, dropout=0.1))
+    stages = tuple(Stage(stage.name, stage.steps) for stage in value.stages)
+    model = RecurrentConfig(network=network, hidden=8, inputs=4, dropout=0.1)
+    return dataclasses.replace(value, model=model, stages=stages)
 
 
 @NETWORKS
@@ -141,7 +141,7 @@ def test_the_recipes_are_copying_with_another_model():
     for value in (copying_lstm(), copying_gru()):
         assert value.corpus == whole.corpus
         assert (value.training.optimiser, value.training.learning_rate, value.training.clip) == ("adam", 1e-3, 1.0)
-        assert not isinstance(value.model, LanguageShape)
+        assert not isinstance(value.model, LanguageConfig)
         names = ("learning_rate", "spectral_radius", "valid_every")
         same = {name: getattr(whole.training, name) for name in names}
         assert dataclasses.replace(value.training, **same) == whole.training

@@ -29,7 +29,7 @@ def experiment(**changes: Any) -> dict[str, Any]:
         "kind": "Experiment",
         "name": "small",
         "corpus": {"kind": "PythonDocs"},
-        "model": {"kind": "LanguageShape", "cell": {"kind": "TransformerShape", "width": 32}, "tied": True},
+        "model": {"kind": "LanguageConfig", "cell": {"kind": "TransformerConfig", "width": 32}, "tied": True},
         "stages": [stage("shallow", rtol=0.0), stage("implicit", rtol=1e-2)],
         "training": {"kind": "Training", "batch_size": 8, "betas": [0.9, 0.99], "clip": None},
         **changes,
@@ -157,7 +157,7 @@ def test_right_answers_stand_beside_a_loss_that_says_little(tmp_path):
             "An explicit network of 12 layers with the weights of one cell, in",
         ),
         ({"explicit": {"depth": 1, "tied": False}}, "An explicit network of 1 layer with weights of their own, in"),
-        ({"kind": "RecurrentShape", "network": "lstm", "hidden": 57}, "A recurrent network (LSTM) of 57 channels, in"),
+        ({"kind": "RecurrentConfig", "network": "lstm", "hidden": 57}, "A recurrent network (LSTM) of 57 channels, in"),
     ],
 )
 def test_the_page_says_what_kind_of_network_it_is(tmp_path, model, words):
@@ -262,7 +262,7 @@ def test_a_run_that_stopped_right_after_its_first_validation_is_drawn(tmp_path):
 def test_settings_name_every_value(tmp_path):
     groups = dict(page.groups_of(experiment()))
     assert list(groups) == ["corpus: PythonDocs", "model", "stage 1: shallow", "stage 2: implicit", "training"]
-    assert ("cell", "TransformerShape(width=32)") in groups["model"]
+    assert ("cell", "TransformerConfig(width=32)") in groups["model"]
     assert ("clip", "none") in groups["training"]
     assert ("betas", "0.9, 0.99") in groups["training"]
 

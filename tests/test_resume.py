@@ -100,16 +100,17 @@ def test_averages_and_weights_are_both_in_the_checkpoint(tmp_path):
     assert not same_bits(newest.model, raw)
 
 
-def test_checkpoints_and_runs_of_older_versions_go_on(tmp_path, uninterrupted):
-    """They say nothing of decays, of validations and of overlaps."""
+def test_checkpoints_and_runs_that_lack_newer_fields_go_on(tmp_path, uninterrupted):
+    """They are of this format, and say nothing of decays, of validations and of overlaps."""
     with pytest.raises(Killed):
         finished(tmp_path / "run", on_event=killed_after(25))
     run = Run(tmp_path / "run")
-    newest, described = run.newest(), run.stored()
+    newest, described = run.newest(), json.loads(run.description.read_text())
     state = {name: value for name, value in newest.state.items() if name != "validated"}
     checkpoint.save(run.checkpoints, dataclasses.replace(newest, state=state))
     for name in ("decay", "momentum", "overlap", "eval_overlap"):
         del described["training"][name]
+    assert described["format"] == 2
     run.description.write_text(json.dumps(described))
     resumed, _ = finished(tmp_path / "run", resume=True)
     assert same_bits(resumed, uninterrupted[0])

@@ -4,11 +4,14 @@ import math
 import pytest
 import torch
 
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
 from equilibria.gradients import Implicit
-from equilibria.solve import Stop
 from equilibria.solvers import Anderson
 from equilibria.training import Milestones, NonMonotone, Plateau, Stage, growing_penalty, learning_rate
 from equilibria.training.decay import Validated
+
+METHOD = Method(Anderson(), Stop(), Implicit())
 
 
 def rate(step, **changes):
@@ -145,7 +148,7 @@ def test_wrong_decays_are_named(kind, wrong):
 
 
 def grown(steps, **changes):
-    stage = Stage("implicit", steps, Anderson(), Stop(), Implicit(), penalty_share=0.4, budget_jitter=2)
+    stage = Stage("implicit", steps, METHOD, penalty_share=0.4, budget_jitter=2)
     return growing_penalty(stage, **({"first": 1.9, "increment": 0.1, "every": 10} | changes))
 
 
@@ -156,7 +159,7 @@ def test_a_penalty_grows_every_so_many_steps_and_the_last_part_is_shorter():
         ("implicit γ=2.0", 2.0, 10),
         ("implicit γ=2.1", 2.1, 5),
     ]
-    assert all((part.penalty_share, part.budget_jitter, part.solver) == (0.4, 2, Anderson()) for part in parts)
+    assert all((part.penalty_share, part.budget_jitter, part.method) == (0.4, 2, METHOD) for part in parts)
 
 
 def test_a_penalty_grows_by_the_steps_of_the_whole_training():

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from equilibria import Anderson, Implicit, Neumann, Stop, fixed_point
+from equilibria import Anderson, Implicit, Layout, Neumann, Stop, fixed_point
 from equilibria.stability import check_gradient, jacobian_penalty, spectral_radius
-from problems import tanh_map
+from equilibria.testing.problems import TreeProblem, flat, tanh_map
 
 TIGHT = Stop(rtol=1e-12, atol=1e-13, max_evals=200)
 
@@ -101,8 +101,32 @@ def test_check_gradient_tells_an_exact_rule_from_a_rough_one():
     assert exact.residual < 1e-11
 
 
+def test_a_tree_is_measured_as_its_rows_are():
+    """Penalty and radius of a state of three tensors, against the dense Jacobian of the rows."""
+    problem = TreeProblem.make(batch=2)
+    f, z, layout = problem.map(), problem.exact, Layout.of(problem.exact)
+
+    def rows(z):
+        return layout.pack(layout.aligned(f(layout.unpack(z))))
+
+    dense = torch.func.vmap(torch.func.jacrev(lambda row: rows(row[None])[0]), chunk_size=1)(flat(z))
+    width = dense.shape[-1]
+    expected = dense.square().sum(dim=(1, 2)) / width
+    torch.testing.assert_close(jacobian_penalty(f, z, samples=300), expected, rtol=0.1, atol=0)
+    radii = [
+        spectral_radius(g, start, generator=torch.Generator().manual_seed(0)) for g, start in ((f, z), (rows, flat(z)))
+    ]
+    torch.testing.assert_close(radii[0], radii[1], rtol=1e-9, atol=0)
+
+
+def test_a_map_that_reads_nothing_of_z_has_radius_and_penalty_zero():
+    x = torch.ones(2, 3)
+    assert torch.equal(spectral_radius(lambda z: x, x), torch.zeros(2))
+    assert torch.equal(jacobian_penalty(lambda z: x, x), torch.zeros(2))
+
+
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="at least one random vector"):
         jacobian_penalty(torch.tanh, torch.zeros(1, 2), samples=0)
-    with pytest.raises(ValueError, match="three products"):
+    with pytest.raises(ValueError, match="three VJPs"):
         spectral_radius(torch.tanh, torch.zeros(1, 2), iterations=2)

@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from equilibria.__main__ import main
-from equilibria.cells import TransformerShape, TrellisShape
+from equilibria.cells import TransformerConfig, TrellisConfig
 from equilibria.commands.errors import UsageError
 from equilibria.commands.loading import trained, with_data, with_memory
 from equilibria.commands.recipe import experiment_of
 from equilibria.commands.record import read
+from equilibria.core.solve import solve
+from equilibria.core.stop import Stop
 from equilibria.corpora import Segments, copying
 from equilibria.gradients import Implicit
-from equilibria.language import ExtraLosses, LanguageShape
+from equilibria.language import ExtraLosses, LanguageConfig
 from equilibria.recipes import RECIPES
-from equilibria.solve import Stop, solve
 from equilibria.solvers import Picard
 from equilibria.stability import jacobian_penalty
 from equilibria.training import (
@@ -32,7 +33,7 @@ from equilibria.training import (
 )
 from equilibria.training.evaluation import jacobian_radius
 from equilibria.training.yardstick import yardstick
-from small_experiment import Killed, corpus, experiment, kill_at, same_bits, trained_weights, with_stage
+from small_experiment import STOP, Killed, corpus, experiment, kill_at, same_bits, trained_weights, with_stage
 from small_run import fails, furnish
 
 
@@ -49,8 +50,8 @@ def of(events, kind):
 
 def test_training_learns():
     value = with_stage(with_stage(experiment(), 0, steps=60), 1, steps=40, penalty=0.0)
-    cell = TransformerShape(width=32, heads=2, inner=64, memory=20, positions="decay")
-    _, events = fitted(dataclasses.replace(value, model=LanguageShape(cell=cell)))
+    cell = TransformerConfig(width=32, heads=2, inner=64, memory=20, positions="decay")
+    _, events = fitted(dataclasses.replace(value, model=LanguageConfig(cell=cell)))
     losses = [event["bits"] for event in of(events, "step")]
     assert losses[0] > 4
     assert of(events, "valid")[-1]["bits"] < 3
@@ -107,14 +108,14 @@ def test_penalties_are_drawn():
 def test_a_step_is_the_textbook_step():
     """Loss plus penalty, clipped by the global norm, one step of Adam: written out by hand."""
     value = with_stage(experiment(clip=0.3), 0, penalty=0.5, gradient=Implicit(), steps=1)
-    shape = dataclasses.replace(value.model.cell, dropout=0.0, attention_dropout=0.0)
-    value = dataclasses.replace(value, model=dataclasses.replace(value.model, cell=shape, dropout=0.0))
+    cell = dataclasses.replace(value.model.cell, dropout=0.0, attention_dropout=0.0)
+    value = dataclasses.replace(value, model=dataclasses.replace(value.model, cell=cell, dropout=0.0))
     trainer, twin = Trainer(value, None, corpus()), Trainer(value, None, corpus())
     segment = next(iter(trainer._segments()))
     torch.manual_seed(3)
     step = trainer.step(segment)
     torch.manual_seed(3)
-    output = twin.model(segment.tokens, segment.targets)
+    output = twin.model(segment.tokens, segment.targets, method=value.stages[0].method)
     penalty = jacobian_penalty(output.layer.f, output.layer.z.detach()).mean()
     (output.nats.mean() + 0.5 * penalty).backward()
     parameters = list(twin.model.parameters())
@@ -172,7 +173,7 @@ def test_the_models_own_losses_are_added_to_the_loss_and_logged_apart():
     torch.manual_seed(3)
     nothing = without.step(segment)
     torch.manual_seed(3)
-    output = twin.model(segment.tokens, segment.targets)
+    output = twin.model(segment.tokens, segment.targets, method=plain.stages[0].method)
     states = output.layer.output
     extra = 0.7 * states.square().mean() + 0.3 * states.diff(dim=1).square().mean()
     (output.nats.mean() + extra).backward()
@@ -204,7 +205,7 @@ def test_segments_with_overlap_are_read_without_memory_and_scored_in_part():
     torch.manual_seed(1)
     twin.step(first)
     torch.manual_seed(1)
-    nats = twin.model(second.tokens, second.targets, None).nats.detach()
+    nats = twin.model(second.tokens, second.targets, None, method=value.stages[0].method).nats.detach()
     assert float(steps[1].loss) == pytest.approx(float(nats[:, 15:].mean()), rel=1e-5)
     assert float(steps[1].loss) != pytest.approx(float(nats.mean()), rel=1e-5)
     found = trainer.validate()
@@ -254,7 +255,7 @@ def test_the_command_reads_with_the_overlap_of_the_training_or_another(tmp_path,
 
 @pytest.mark.parametrize("overlap", [0, 12])
 def test_a_trellis_is_trained_validated_and_measured(tmp_path, overlap):
-    cell = TrellisShape(width=6, hidden=5, outputs=6, dropout=0.2, weight_dropout=0.2, std=0.3)
+    cell = TrellisConfig(width=6, hidden=5, outputs=6, dropout=0.2, weight_dropout=0.2, std=0.3)
     value = with_model(
         experiment(overlap=overlap, measure_memory=True, memory_depths=(2,), optimiser="sgd", decay=NonMonotone()),
         cell=cell,
@@ -274,15 +275,15 @@ def test_a_trellis_is_trained_validated_and_measured(tmp_path, overlap):
     resumed = Trainer(value, run, corpus())
     assert resumed.resume() == 18
     assert same_bits(trained_weights(resumed), trained_weights(trainer))
-    with pytest.raises(UsageError, match="a TrellisShape has no number of positions that it remembers"):
+    with pytest.raises(UsageError, match="a TrellisConfig has no number of positions that it remembers"):
         with_memory(value, 3)
 
 
 def test_the_answers_of_a_trellis_are_read_off_its_output():
     """Its state is wider than what the head reads."""
     task = copying(blank=5, train=4, valid=4, test=4)
-    shape = LanguageShape(cell=TrellisShape(width=6, hidden=5, outputs=6))
-    model = shape.build(len(task.vocabulary), **experiment().stages[1].solves)
+    config = LanguageConfig(cell=TrellisConfig(width=6, hidden=5, outputs=6))
+    model = config.build(len(task.vocabulary), method=experiment().stages[1].method)
     found = evaluate(model, task.valid, batch_size=2)
     with torch.no_grad():
         model.eval()
@@ -331,8 +332,8 @@ def poisoned(trainer, step, *, times):
     """The loss of this step is not finite, so many times; returns the steps that are taken."""
     whole, taken, left = trainer.passes.over, [], [None] * times
 
-    def over(segment, memory, stage):
-        passed = whole(segment, memory, stage)
+    def over(segment, memory, stage, method):
+        passed = whole(segment, memory, stage, method)
         taken.append(trainer.steps_done + 1)
         if taken[-1] == step and left:
             left.pop()
@@ -391,8 +392,11 @@ def test_what_happens_when_solves_fail_is_a_choice(tmp_path, policy):
     found = of(run.events(), "unconverged")
     assert {event["policy"] for event in found} == (set() if policy == "continue" else {policy})
     if policy == "raise budget":
-        assert trainer.model.layer.stop.max_evals == 24
-        assert trainer.model.layer.gradient.stop.max_evals == 64
+        method = trainer.policy.method(trainer.stage)
+        assert method.stop.max_evals == 24
+        assert method.gradient.stop.max_evals == 64
+        assert of(run.events(), "step")[-1]["forward"]["evals"] > 4  # the stage's own budget, and one for the graph
+        assert of(run.events(), "valid")[-1]["setting"]["max_evals"] == 24
     if policy == "skip step":
         assert len(found) == 12
         assert all(torch.equal(before[7][name], before[18][name]) for name in before[7])
@@ -465,7 +469,7 @@ def test_the_log_is_json_whatever_the_numbers_are(tmp_path):
 
 
 def test_the_stop_for_evaluation_is_used():
-    value = with_stage(experiment(), 1, eval_stop=dataclasses.replace(experiment().stages[1].stop, max_evals=3))
+    value = with_stage(experiment(), 1, eval_stop=dataclasses.replace(STOP, max_evals=3))
     _, events = fitted(value)
     assert of(events, "valid")[-1]["forward"]["evals"] <= 3
     assert of(events, "step")[-1]["forward"]["evals"] > 3
@@ -484,7 +488,50 @@ def test_the_budgets_of_a_stage_are_drawn_in_training_only():
     assert {event["forward"]["evals"] - 1 for event in steps} == {6, 7, 8}  # one more carries the graph
     assert {event["backward"]["evals"] for event in steps} == {5}
     assert {event["forward"]["evals"] for event in of(events, "valid") if event["stage"] == "implicit"} == {8}
-    assert trainer.model.layer.stop == trainer.stage.stop
+    assert trainer.model.layer.method == trainer.stage.method
+
+
+@pytest.mark.parametrize("policy", ["continue", "raise budget"])
+def test_nobody_assigns_to_a_layer(monkeypatch, policy):
+    value = with_stage(jittered(), 1, stop=Stop(rtol=1e-6, max_evals=8), eval_stop=Stop(rtol=1e-6, max_evals=5))
+    numbers = {"unconverged": policy, "tolerated": 0.2, "measure_memory": True, "memory_depths": (2, 3)}
+    value = dataclasses.replace(value, training=dataclasses.replace(value.training, **numbers))
+    trainer = Trainer(value, None, corpus())
+    layer = trainer.model.layer
+    before, events, assigned = dict(vars(layer)), [], set()
+    trainer.log._on_event = events.append
+
+    def noted(module, name, value, assign=torch.nn.Module.__setattr__):
+        if module is layer:
+            assigned.add(name)
+        assign(module, name, value)
+
+    monkeypatch.setattr(torch.nn.Module, "__setattr__", noted)
+    trainer.fit()
+    assert assigned == {"training"}  # by train() and eval()
+    assert vars(layer).keys() == before.keys()
+    assert all(vars(layer)[name] is before[name] for name in ("method", "eval_stop"))
+    assert before["method"] == value.stages[1].method
+    assert before["eval_stop"] == value.stages[1].eval_stop
+    assert len({event["forward"]["evals"] for event in of(events, "step") if event["stage"] == "implicit"}) > 1
+    assert trainer.policy.factor == (8 if policy == "raise budget" else 1)
+    assert [row["depth"] for row in of(events, "memory")[0]["rows"]] == [None, 2, 3]
+
+
+def test_a_model_called_after_the_training_solves_as_in_the_last_stage():
+    value = with_stage(
+        experiment(), 1, stop=Stop(rtol=0, atol=0, max_evals=6), eval_stop=Stop(rtol=0, atol=0, max_evals=9)
+    )
+    trainer, _ = fitted(value)
+    segment, last = next(iter(trainer._segments())), value.stages[1]
+    for mode, method in ((True, last.method), (False, last.evaluation_method)):
+        trainer.model.train(mode)
+        outputs = []
+        for chosen in (None, method):
+            torch.manual_seed(3)
+            outputs.append(trainer.model(segment.tokens, segment.targets, trainer.memory, method=chosen))
+        assert torch.equal(outputs[0].nats, outputs[1].nats)
+        assert outputs[0].solution.evals == outputs[1].solution.evals == (7 if mode else 10)
 
 
 def test_drawn_budgets_are_the_same_after_an_interruption(tmp_path):

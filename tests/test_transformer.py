@@ -12,27 +12,27 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equilibria import Anderson, Equilibrium, Implicit, Picard, Stop, Unroll
-from equilibria.cells import TransformerMemory, TransformerShape
-from equilibria.cells.masks import dropout_mask
-from equilibria.cells.positions import relative_shift, sinusoids, slopes
-from equilibria.cells.weight_norm import NormedLinear
+from equilibria.cells import TransformerConfig, TransformerMemory
+from equilibria.cells.transformer.positions import relative_shift, sinusoids, slopes
+from equilibria.layers.dropout import dropout_mask
+from equilibria.layers.linear import NormedLinear
 
-SMALL = TransformerShape(width=12, heads=3, inner=20, memory=16, longest=32)
+SMALL = TransformerConfig(width=12, heads=3, inner=20, memory=16, longest=32)
 B, T = 2, 5
 
 
-def noisy(shape, *, training=False):
-    cell = shape.build().double().train(training)
+def noisy(config, *, training=False):
+    cell = config.build().double().train(training)
     with torch.no_grad():
         for parameter in cell.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return cell
 
 
-def past(shape, length):
+def past(config, length):
     if length == 0:
         return None
-    z, u = (torch.randn(B, length, size, dtype=torch.float64) for size in (shape.width, 3 * shape.width))
+    z, u = (torch.randn(B, length, size, dtype=torch.float64) for size in (config.width, 3 * config.width))
     return TransformerMemory(z=z, u=u)
 
 
@@ -48,18 +48,19 @@ def weight(linear):
 
 def scores_one_by_one(cell, q, k, memory):
     """A_ij for one sample and head after another; q [B T H C], k [B K H C]."""
-    shape, window = cell.shape, cell.shape.window or 1000
+    config = cell.config
+    window = config.window or 1000
     attention, positions = cell.attention, cell.attention.positions
     batch, queries, heads, size = q.shape
     scores = torch.full((batch, heads, queries, k.shape[1]), -math.inf, dtype=q.dtype)
-    omega = 10000 ** (-torch.arange(0, shape.width, 2, dtype=q.dtype) / shape.width)
+    omega = 10000 ** (-torch.arange(0, config.width, 2, dtype=q.dtype) / config.width)
     for i in range(queries):
         for j in range(k.shape[1]):
             distance = memory + i - j
             if not 0 <= distance < window:
                 continue
             content = torch.einsum("bhc,bhc->bh", q[:, i] + attention.u, k[:, j]) / math.sqrt(size)
-            if shape.positions == "decay":
+            if config.positions == "decay":
                 scores[:, :, i, j] = content + positions.bias[:, distance]
             else:
                 r = torch.cat([(distance * omega).sin(), (distance * omega).cos()])
@@ -70,15 +71,15 @@ def scores_one_by_one(cell, q, k, memory):
 
 def equations(cell, z, x, memory):
     """f as it stands in the paper, with nothing computed beforehand."""
-    shape, attention = cell.shape, cell.attention
+    config, attention = cell.config, cell.attention
     u = x @ cell.inject.direction.t() + cell.inject.bias
     c, injections, length = z, u, 0
     if memory is not None:
         c, injections = torch.cat([memory.z, z], 1), torch.cat([memory.u, u], 1)
         length = memory.z.shape[1]
-    c = c if shape.norm == "post" else normed(c)
+    c = c if config.norm == "post" else normed(c)
     q, k, v = ((c @ weight(attention.qkv).t()) + injections).chunk(3, dim=-1)
-    q, k, v = (part.unflatten(-1, (shape.heads, -1)) for part in (q[:, length:], k, v))
+    q, k, v = (part.unflatten(-1, (config.heads, -1)) for part in (q[:, length:], k, v))
     weights = scores_one_by_one(cell, q, k, length).softmax(-1)
     heads = torch.einsum("bhij,bjhc->bihc", weights, v).flatten(2)
     o = heads @ weight(attention.out).t() + attention.out.bias
@@ -87,10 +88,10 @@ def equations(cell, z, x, memory):
         hidden = torch.relu(a @ weight(cell.inner).t() + cell.inner.bias)
         return hidden @ weight(cell.outer).t() + cell.outer.bias
 
-    if shape.norm == "post":
+    if config.norm == "post":
         a = normed(z + o)
         return normed(a + network(a))
-    if shape.norm == "pre":
+    if config.norm == "pre":
         a = z + o
         return a + network(normed(a))
     b = normed(z + o)
@@ -103,9 +104,9 @@ def equations(cell, z, x, memory):
 @pytest.mark.parametrize("length", [0, 7])
 @pytest.mark.parametrize("window", [0, 4])
 def test_value_and_gradients_are_those_of_the_equations(norm, positions, weight_norm, length, window):
-    shape = dataclasses.replace(SMALL, norm=norm, positions=positions, weight_norm=weight_norm, window=window)
-    cell, memory = noisy(shape), past(shape, length)
-    x, z = (torch.randn(B, T, shape.width, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    config = dataclasses.replace(SMALL, norm=norm, positions=positions, weight_norm=weight_norm, window=window)
+    cell, memory = noisy(config), past(config, length)
+    x, z = (torch.randn(B, T, config.width, dtype=torch.float64, requires_grad=True) for _ in range(2))
     actual, expected = cell(z, cell.prepare(x, memory)), equations(cell, z, x, memory)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     g, wanted = torch.randn_like(z), [x, z, *cell.parameters()]
@@ -133,12 +134,12 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("length", [0, 7])
 def test_products_of_one_call(positions, products, length):
     """qkv of the current rows, QK, (positions), AV, W_o, W_1, W_2, and nothing besides."""
-    shape = dataclasses.replace(SMALL, positions=positions, dropout=0.1, attention_dropout=0.1)
-    cell = shape.build().double().train()
-    context = cell.prepare(torch.randn(B, T, shape.width, dtype=torch.float64), past(shape, length))
-    z = torch.randn(B, T, shape.width, dtype=torch.float64)
+    config = dataclasses.replace(SMALL, positions=positions, dropout=0.1, attention_dropout=0.1)
+    cell = config.build().double().train()
+    prepared = cell.prepare(torch.randn(B, T, config.width, dtype=torch.float64), past(config, length))
+    z = torch.randn(B, T, config.width, dtype=torch.float64)
     with Products() as products_of_call:
-        cell(z, context)
+        cell(z, prepared)
     assert products_of_call.total == products
     assert products_of_call.counts["bernoulli_"] == 0
 
@@ -165,9 +166,9 @@ def test_sinusoids_count_down():
 class TestWindow:
     @pytest.mark.parametrize("positions", ["relative", "decay"])
     def test_reaches_exactly_so_far(self, positions):
-        shape = dataclasses.replace(SMALL, positions=positions, window=3)
-        cell = noisy(shape)
-        x, z = (torch.randn(B, 8, shape.width, dtype=torch.float64) for _ in range(2))
+        config = dataclasses.replace(SMALL, positions=positions, window=3)
+        cell = noisy(config)
+        x, z = (torch.randn(B, 8, config.width, dtype=torch.float64) for _ in range(2))
         before = cell(z, cell.prepare(x, None))
         x[:, 2] += 1
         changed = (cell(z, cell.prepare(x, None)) != before).any(-1).any(0)
@@ -179,17 +180,17 @@ class TestMemory:
         cell, memory, seen = noisy(SMALL), None, []
         for _ in range(5):
             x, z = (torch.randn(B, T, SMALL.width, dtype=torch.float64) for _ in range(2))
-            context = cell.prepare(x, memory)
-            memory = cell.remember(z, context)
-            seen.append((z, context.injection))
+            prepared = cell.prepare(x, memory)
+            memory = cell.remember(z, prepared)
+            seen.append((z, prepared.kept.injection))
             for kept, parts in ((memory.z, [z for z, _ in seen]), (memory.u, [u for _, u in seen])):
                 assert torch.equal(kept, torch.cat(parts, 1)[:, -SMALL.memory :])
 
     def test_shorter_than_a_segment(self):
         cell = noisy(dataclasses.replace(SMALL, memory=2))
         x, z = (torch.randn(B, T, SMALL.width, dtype=torch.float64) for _ in range(2))
-        context = cell.prepare(x, past(SMALL, 2))
-        assert torch.equal(cell.remember(z, context).z, z[:, -2:])
+        prepared = cell.prepare(x, past(SMALL, 2))
+        assert torch.equal(cell.remember(z, prepared).z, z[:, -2:])
 
     def test_none(self):
         cell = noisy(dataclasses.replace(SMALL, memory=0))
@@ -203,10 +204,10 @@ class TestMemory:
 
 
 class TestDecay:
-    shape = dataclasses.replace(SMALL, heads=4, positions="decay", longest=9)
+    config = dataclasses.replace(SMALL, heads=4, positions="decay", longest=9)
 
     def test_start(self):
-        bias = self.shape.build().attention.positions.bias
+        bias = self.config.build().attention.positions.bias
         torch.testing.assert_close(bias[:, 3].detach(), torch.tensor([-6.0, -2.1, -0.6, -0.15]))
         assert bias.shape == (4, 9)
 
@@ -215,7 +216,7 @@ class TestDecay:
         assert slopes(1).shape == (1,)
 
     def test_too_long(self):
-        cell = self.shape.build()
+        cell = self.config.build()
         cell.prepare(torch.randn(B, 9, 12), None)
         with pytest.raises(ValueError, match=r"6 \+ 4 = 10 positions.*longest=10"):
             cell.prepare(torch.randn(B, 4, 12), TransformerMemory(z=torch.randn(B, 6, 12), u=torch.randn(B, 6, 36)))
@@ -242,7 +243,7 @@ class TestWeightNorm:
         assert torch.equal(first(z, first.prepare(x, None)), second(z, second.prepare(x, None)))
 
     def test_start_of_the_cell(self):
-        cell = TransformerShape(width=128).build()
+        cell = TransformerConfig(width=128).build()
         assert abs(float(cell.inject.direction.std().detach()) - 0.01) < 0.001
         assert float(cell.inner.direction.abs().max().detach()) > 0.08
         assert not any(parameter.any() for name, parameter in cell.named_parameters() if name.endswith("bias"))
@@ -250,13 +251,13 @@ class TestWeightNorm:
 
 class TestDropout:
     def test_masks(self):
-        shape = dataclasses.replace(SMALL, dropout=0.3, attention_dropout=0.2)
-        cell, x = shape.build().train(), torch.randn(B, T, 12)
-        context = cell.prepare(x, None)
-        assert context.drop_attention.shape == context.drop_outer.shape == (B, 1, 12)
-        assert context.drop_inner.shape == (B, 1, 20)
-        assert context.attention.drop.shape == (B * 3, T, T)
-        evaluation = cell.eval().prepare(x, None)
+        config = dataclasses.replace(SMALL, dropout=0.3, attention_dropout=0.2)
+        cell, x = config.build().train(), torch.randn(B, T, 12)
+        rows = cell.prepare(x, None).rows
+        assert rows.drop_attention.shape == rows.drop_outer.shape == (B, 1, 12)
+        assert rows.drop_inner.shape == (B, 1, 20)
+        assert rows.attention.drop.shape == (B, 3, T, T)
+        evaluation = cell.eval().prepare(x, None).rows
         assert evaluation.drop_attention is evaluation.drop_inner is evaluation.attention.drop is None
 
     def test_rates(self):
@@ -269,18 +270,18 @@ class TestDropout:
 
     def test_no_attention_mask_without_a_rate(self):
         cell = dataclasses.replace(SMALL, dropout=0.3).build().train()
-        assert cell.prepare(torch.randn(B, T, 12), None).attention.drop is None
+        assert cell.prepare(torch.randn(B, T, 12), None).rows.attention.drop is None
 
 
 @pytest.mark.parametrize("positions", ["relative", "decay"])
 def test_implicit_gradient_is_that_of_a_deep_network(positions):
     """With memory, weight norm and masks on, the implicit gradient equals that of 600 layers."""
-    shape = dataclasses.replace(SMALL, positions=positions, dropout=0.1, attention_dropout=0.1)
-    cell, memory = shape.build().double().train(), past(shape, 4)
+    config = dataclasses.replace(SMALL, positions=positions, dropout=0.1, attention_dropout=0.1)
+    cell, memory = config.build().double().train(), past(config, 4)
     with torch.no_grad():
         cell.inject.direction.mul_(300)  # a strong input and little of z make the cell a contraction
         cell.attention.qkv.gain.mul_(0.3)
-    x = torch.randn(B, T, shape.width, dtype=torch.float64)
+    x = torch.randn(B, T, config.width, dtype=torch.float64)
     g, gradients = torch.randn_like(x), []
     tight = Stop(rtol=1e-12, atol=1e-12, max_evals=200)
     for layer in (
@@ -298,9 +299,9 @@ def test_implicit_gradient_is_that_of_a_deep_network(positions):
     [
         ({"width": 10, "heads": 4}, r"width=10, heads=4.*try heads=5"),
         ({"width": 9, "heads": 3}, r"even; try width=10, or positions='decay'"),
-        ({"positions": "rotary"}, r"positions is one of 'relative', 'decay'"),
+        ({"positions": "rotary"}, r"positions is 'relative' or 'decay'"),
         ({"norm": "none"}, r"norm is one of 'post', 'pre', 'pre-normalised'"),
-        ({"init": "xavier"}, r"init is one of 'default_fan_in', 'normal'"),
+        ({"init": "xavier"}, r"init is 'default_fan_in' or 'normal'"),
         ({"dropout": 1.0}, r"dropout=1.0.*0 ≤ dropout < 1"),
         ({"attention_dropout": -0.1}, r"attention_dropout=-0.1"),
         ({"heads": 0}, r"heads is at least 1"),
@@ -313,16 +314,16 @@ def test_refuses(choice, sentence):
 
 
 def unchecked(**choice):
-    """The shape as a user gets it, without the tests' type checks, which would speak before it."""
-    shape = object.__new__(TransformerShape)
-    for field in dataclasses.fields(TransformerShape):
-        object.__setattr__(shape, field.name, choice.get(field.name, field.default))
-    shape.__post_init__()
-    return shape
+    """The configuration as a user gets it, without the tests' type checks, which would speak before it."""
+    config = object.__new__(TransformerConfig)
+    for field in dataclasses.fields(TransformerConfig):
+        object.__setattr__(config, field.name, choice.get(field.name, field.default))
+    config.__post_init__()
+    return config
 
 
 def test_wrong_width_of_the_input():
-    with pytest.raises(ValueError, match="13 channels and the cell 12"):
+    with pytest.raises(ValueError, match="13 channels and the cell reads 12"):
         SMALL.build().prepare(torch.randn(B, T, 13), None)
 
 

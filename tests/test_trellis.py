@@ -1,4 +1,4 @@
-"""What is particular to the trellis cell; the laws of all cells are in test_cells.py."""
+"""What is particular to the trellis cell; the laws of all cells are in cells/test_conformance.py."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import nn
 
 from equilibria import Anderson, Equilibrium, Implicit, Picard, Stop, Unroll, solve
-from equilibria.cells import TrellisCell, TrellisMemory, TrellisShape
-from equilibria.cells.scan import _doubling, _one_by_one, scan
-from equilibria.cells.weight_norm import NormedLinear
-from equilibria.equilibrium import Unrolled
+from equilibria.cells import TrellisCell, TrellisConfig, TrellisMemory
+from equilibria.cells.trellis.scan import _doubling, _one_by_one, scan
 from equilibria.language import Explicit
+from equilibria.layers.explicit import Unrolled
+from equilibria.layers.linear import NormedLinear
 
 B, T = 3, 7
-SHAPE = TrellisShape(width=4, hidden=3, outputs=2)
+SMALL = TrellisConfig(width=4, hidden=3, outputs=2)
 EXACT = Stop(rtol=1e-13, atol=1e-13, max_evals=200)
 RECURRENCES = pytest.mark.parametrize("recurrence", ["delayed", "scan"])
 
 
 def built(*, scale=1.0, **choices) -> TrellisCell:
     """A cell in float64 whose parameters are large enough for every path to show."""
-    cell = dataclasses.replace(SHAPE, **choices).build().double()
+    cell = dataclasses.replace(SMALL, **choices).build().double()
     with torch.no_grad():
         for name, parameter in cell.named_parameters():
             if name.endswith("gain"):
@@ -34,12 +34,12 @@ def built(*, scale=1.0, **choices) -> TrellisCell:
 
 
 def inputs(*, time=T):
-    return torch.randn(B, time, SHAPE.width, dtype=torch.float64)
+    return torch.randn(B, time, SMALL.width, dtype=torch.float64)
 
 
 def some_memory(cell, *, z_scale=0.5):
-    z = z_scale * torch.randn(B, 1, 2 * cell.shape.channels, dtype=torch.float64)
-    return TrellisMemory(z=z, x=torch.randn(B, 1, cell.shape.width, dtype=torch.float64))
+    z = z_scale * torch.randn(B, 1, 2 * cell.config.channels, dtype=torch.float64)
+    return TrellisMemory(z=z, x=torch.randn(B, 1, cell.config.width, dtype=torch.float64))
 
 
 def equilibrium(cell, x, memory=None):
@@ -51,7 +51,7 @@ def equilibrium(cell, x, memory=None):
 
 def lstm_of(cell) -> nn.LSTM:
     """PyTorch's LSTM, gates i, f, g, o, with the weights of a cell whose W¹ is 0; its input is [x_{t−1}, x_t]."""
-    channels, width = cell.shape.channels, cell.shape.width
+    channels, width = cell.config.channels, cell.config.width
     lstm = nn.LSTM(2 * width, channels, batch_first=True).double()
 
     def reordered(rows):
@@ -71,21 +71,23 @@ def lstm_of(cell) -> nn.LSTM:
 def test_without_weights_of_the_present_it_is_an_lstm_after_so_many_iterations_as_times(recurrence, remembering):
     cell = built(recurrence=recurrence)
     with torch.no_grad():
-        cell.state.direction[:, cell.shape.channels :] = 0
+        cell.state.direction[:, cell.config.channels :] = 0
     x, memory = inputs(), some_memory(cell) if remembering else None
     before = torch.zeros_like(x[:, :1]) if memory is None else memory.x
     state = None if memory is None else tuple(part.transpose(0, 1).contiguous() for part in memory.z.chunk(2, dim=-1))
     expected, (_, last) = lstm_of(cell)(torch.cat([torch.cat([before, x[:, :-1]], dim=1), x], dim=-1), state)
-    context = cell.prepare(x, memory)
+    prepared = cell.prepare(x, memory)
     stop = Stop(rtol=0, atol=1e-14, max_evals=T + 1)  # T iterations and the evaluation that tells the residual
-    solution = solve(lambda z: cell(z, context), cell.start(context), Picard(), stop)
+    solution = solve(lambda z: cell(z, prepared), cell.start(prepared), Picard(), stop)
     h, c = solution.z.chunk(2, dim=-1)
     assert solution.converged.all()
     torch.testing.assert_close(h, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(c[:, -1], last[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(cell.output(solution.z), expected[..., 3:], rtol=0, atol=1e-12)
     if recurrence == "delayed":  # and not before
-        early = solve(lambda z: cell(z, context), cell.start(context), Picard(), dataclasses.replace(stop, max_evals=T))
+        early = solve(
+            lambda z: cell(z, prepared), cell.start(prepared), Picard(), dataclasses.replace(stop, max_evals=T)
+        )
         assert not early.converged.any()
 
 
@@ -95,22 +97,22 @@ def test_equilibrium_is_that_of_a_solve_sequential_in_time(recurrence):
     x, memory = inputs(), some_memory(cell)
     joint, columns = equilibrium(cell, x, memory), []
     for t in range(T):
-        context = cell.prepare(x[:, t : t + 1], memory)
+        prepared = cell.prepare(x[:, t : t + 1], memory)
 
-        def column(z, context=context):
-            return cell(z, context)
+        def column(z, prepared=prepared):
+            return cell(z, prepared)
 
         stop = Stop(rtol=0, atol=1e-13, max_evals=3000)
-        found = solve(column, cell.start(context), Picard(damping=0.7), stop)
+        found = solve(column, cell.start(prepared), Picard(damping=0.7), stop)
         assert found.converged.all()
         columns.append(found.z)
-        memory = cell.remember(found.z, context)
+        memory = cell.remember(found.z, prepared)
     torch.testing.assert_close(torch.cat(columns, dim=1), joint.z, rtol=0, atol=1e-10)
 
 
 def test_both_recurrences_have_one_equilibrium():
     delayed = built(scale=0.7)
-    carried = TrellisCell(dataclasses.replace(SHAPE, recurrence="scan")).double()
+    carried = TrellisCell(dataclasses.replace(SMALL, recurrence="scan")).double()
     carried.load_state_dict(delayed.state_dict())
     x, memory = inputs(), some_memory(delayed)
     torch.testing.assert_close(equilibrium(delayed, x, memory).z, equilibrium(carried, x, memory).z, rtol=0, atol=1e-10)
@@ -125,9 +127,9 @@ def test_split_is_joint_exactly_when_the_input_is_carried(recurrence, carry):
         out = equilibrium(cell, piece, memory)
         memory = out.memory
         pieces.append(out.z)
-    gap = (torch.cat(pieces, dim=1) - equilibrium(cell, x).z).abs().amax(dim=(0, 2))
-    assert gap[:3].max() < 1e-10
-    assert (gap[3:].max() < 1e-10) == carry
+    difference = (torch.cat(pieces, dim=1) - equilibrium(cell, x).z).abs().amax(dim=(0, 2))
+    assert difference[:3].max() < 1e-10
+    assert (difference[3:].max() < 1e-10) == carry
 
 
 @RECURRENCES
@@ -155,10 +157,10 @@ def test_layers_are_iterates_and_give_auxiliary_outputs_in_training():
     torch.manual_seed(3)
     out = network(x, memory)
     torch.manual_seed(3)
-    context = cell.prepare(x, memory)
-    z, outputs = torch.zeros(B, T, 2 * SHAPE.channels, dtype=torch.float64), []
+    prepared = cell.prepare(x, memory)
+    z, outputs = torch.zeros(B, T, 2 * SMALL.channels, dtype=torch.float64), []
     for _ in range(7):
-        z = cell(z, context)
+        z = cell(z, prepared)
         outputs.append(z[..., 3:5])
     assert torch.equal(out.output, outputs[-1])
     assert [torch.equal(a, b) for a, b in zip(out.auxiliary, [outputs[2], outputs[5]], strict=True)] == [True, True]
@@ -181,20 +183,20 @@ def test_recomputed_layers_have_the_same_gradient_under_dropout():
 
 def test_weight_dropout_spares_the_present_and_scales_what_it_keeps():
     cell = built(weight_dropout=0.5, weight_norm=False).train()
-    weights, (h, e) = cell.prepare(inputs(), None).weights, (cell.shape.channels, cell.shape.width)
+    weights, (h, e) = cell.prepare(inputs(), None).shared, (cell.config.channels, cell.config.width)
     for dropped, linear, width in ((weights.state, cell.state, h), (weights.input, cell.input, e)):
         raw = linear.direction
         assert torch.equal(dropped[:, width:], raw[:, width:])
         kept = dropped[:, :width] != 0
         assert 0.3 < kept.double().mean() < 0.7
         torch.testing.assert_close(dropped[:, :width][kept], 2 * raw[:, :width][kept])
-    whole = cell.eval().prepare(inputs(), None).weights
+    whole = cell.eval().prepare(inputs(), None).shared
     assert torch.equal(whole.state, cell.state.direction)
 
 
 def test_weight_dropout_comes_before_weight_norm():
     cell = built(weight_dropout=0.5).train()
-    weights = cell.prepare(inputs(), None).weights
+    weights = cell.prepare(inputs(), None).shared
     torch.testing.assert_close(weights.state.norm(dim=1), cell.state.gain)
 
 
@@ -202,21 +204,22 @@ def test_one_mask_of_the_hidden_state_for_all_times_and_the_past():
     cell, x = built(dropout=0.5).train(), inputs()
     memory = some_memory(cell)
 
-    def prepared(z):
+    def after(z):
         torch.manual_seed(0)
         return cell.prepare(x, TrellisMemory(z=z, x=memory.x))
 
-    context = prepared(memory.z)
-    assert context.drop.shape == (B, 1, SHAPE.channels)
-    dropped = torch.cat([context.drop == 0, torch.zeros_like(context.drop, dtype=torch.bool)], dim=-1)
+    prepared = after(memory.z)
+    drop = prepared.rows.drop
+    assert drop.shape == (B, 1, SMALL.channels)
+    dropped = torch.cat([drop == 0, torch.zeros_like(drop, dtype=torch.bool)], dim=-1)
     assert dropped.any()
-    z = torch.randn(B, T, 2 * SHAPE.channels, dtype=torch.float64)
-    torch.testing.assert_close(cell(z, prepared(memory.z + dropped)), cell(z, context))
-    assert not torch.allclose(cell(z, prepared(memory.z + ~dropped)), cell(z, context))
-    torch.testing.assert_close(cell(z + dropped, context), cell(z, context))
+    z = torch.randn(B, T, 2 * SMALL.channels, dtype=torch.float64)
+    torch.testing.assert_close(cell(z, after(memory.z + dropped)), cell(z, prepared))
+    assert not torch.allclose(cell(z, after(memory.z + ~dropped)), cell(z, prepared))
+    torch.testing.assert_close(cell(z + dropped, prepared), cell(z, prepared))
 
 
-def test_masks_are_drawn_once_a_step(monkeypatch):
+def test_masks_are_drawn_once_per_step(monkeypatch):
     draws = []
     bernoulli = torch.Tensor.bernoulli_
     monkeypatch.setattr(torch.Tensor, "bernoulli_", lambda t, p: (draws.append(t.shape), bernoulli(t, p))[1])
@@ -235,10 +238,10 @@ def test_solver_needs_fewer_evaluations_with_the_scan():
         torch.manual_seed(0)
         cell = built(recurrence=recurrence, scale=0.4)
         with torch.no_grad():
-            cell.state.bias[-cell.shape.channels :] = 4.0
-            context = cell.prepare(x, None)
+            cell.state.bias[-cell.config.channels :] = 4.0
+            prepared = cell.prepare(x, None)
             stop = Stop(rtol=1e-6, max_evals=200)
-            solution = solve(lambda z: cell(z, context), cell.start(context), Picard(), stop)  # noqa: B023
+            solution = solve(lambda z: cell(z, prepared), cell.start(prepared), Picard(), stop)  # noqa: B023
         assert solution.converged.all()
         evals[recurrence] = solution.evals
     assert 2 * evals["scan"] < evals["delayed"]
@@ -320,9 +323,9 @@ def test_both_ways_to_scan_agree(time, reverse):
     ],
 )
 @pytest.mark.usefixtures("unhooked")
-def test_a_wrong_shape_is_refused_in_words(wrong, words):
+def test_a_wrong_configuration_is_refused_in_words(wrong, words):
     with pytest.raises(ValueError, match=words):
-        TrellisShape(**wrong)
+        TrellisConfig(**wrong)
 
 
 def test_inputs_and_memories_that_do_not_fit_are_refused():
@@ -359,33 +362,34 @@ def test_unroll_rule_gives_the_gradient_of_the_scan():
 
 def test_c_is_taken_without_dropout():
     cell = built(dropout=0.5).train()
-    context = cell.prepare(inputs(), some_memory(cell))
-    assert (context.drop == 0).any()
-    z = torch.randn(B, T, 2 * SHAPE.channels, dtype=torch.float64)
+    prepared = cell.prepare(inputs(), some_memory(cell))
+    drop = prepared.rows.drop
+    assert (drop == 0).any()
+    z = torch.randn(B, T, 2 * SMALL.channels, dtype=torch.float64)
     changed = z.clone()
-    changed[..., SHAPE.channels :] += context.drop == 0
-    gap = (cell(changed, context) - cell(z, context)).abs()[..., SHAPE.channels :]
-    dropped = (context.drop == 0).expand(B, T - 1, -1)
-    assert (gap[:, 1:][dropped] > 1e-6).all()
+    changed[..., SMALL.channels :] += drop == 0
+    difference = (cell(changed, prepared) - cell(z, prepared)).abs()[..., SMALL.channels :]
+    dropped = (drop == 0).expand(B, T - 1, -1)
+    assert (difference[:, 1:][dropped] > 1e-6).all()
 
 
 @RECURRENCES
 def test_one_time_alone_is_the_first_of_two(recurrence):
     cell = built(recurrence=recurrence, dropout=0.4, weight_dropout=0.4).train()
     x, memory = inputs(time=2), some_memory(cell)
-    contexts = []
+    prepared = []
     for time in (1, 2):
         torch.manual_seed(7)
-        contexts.append(cell.prepare(x[:, :time], memory))
-    assert torch.equal(contexts[0].drop, contexts[1].drop)
-    z = torch.randn(B, 2, 2 * SHAPE.channels, dtype=torch.float64)
-    alone, both = cell(z[:, :1], contexts[0]), cell(z, contexts[1])
+        prepared.append(cell.prepare(x[:, :time], memory))
+    assert torch.equal(prepared[0].rows.drop, prepared[1].rows.drop)
+    z = torch.randn(B, 2, 2 * SMALL.channels, dtype=torch.float64)
+    alone, both = cell(z[:, :1], prepared[0]), cell(z, prepared[1])
     torch.testing.assert_close(alone, both[:, :1], rtol=0, atol=1e-12)
 
 
-def test_the_start_is_what_the_shape_says():
-    shape = TrellisShape(width=100, hidden=60, outputs=40, std=0.05)
-    cell, other = shape.build(), dataclasses.replace(shape, injection_init="normal").build()
+def test_the_start_is_what_the_configuration_says():
+    config = TrellisConfig(width=100, hidden=60, outputs=40, std=0.05)
+    cell, other = config.build(), dataclasses.replace(config, injection_init="normal").build()
     bound = 1 / 200**0.5
     assert float(cell.state.direction.detach().std()) == pytest.approx(0.05, rel=0.05)
     assert float(cell.state.bias.detach().std()) == pytest.approx(0.05, rel=0.2)
@@ -408,7 +412,7 @@ def test_generation_starts_from_the_last_state_if_it_is_to(warm):
 def test_a_cache_is_refused_after_a_change_of_mode_and_as_a_memory_of_another(unhooked):
     cell = built().eval()
     cache = cell.cache(B)
-    with pytest.raises(ValueError, match="go on with that"):
+    with pytest.raises(ValueError, match="continue with that"):
         cell.cache(B, memory=cache)
     with torch.no_grad(), pytest.raises(ValueError, match="evaluation mode"):
         cell.train().prepare(inputs(), cache)
@@ -417,14 +421,14 @@ def test_a_cache_is_refused_after_a_change_of_mode_and_as_a_memory_of_another(un
 def test_a_memory_of_another_precision_is_taken():
     cell = built()
     single = TrellisMemory(**{name: value.float() for name, value in vars(some_memory(cell)).items()})
-    assert cell.prepare(inputs(), single).past_c.dtype == torch.float64
+    assert cell.prepare(inputs(), single).rows.past_c.dtype == torch.float64
 
 
 def test_layers_that_remember_their_inputs_are_refused_for_a_scan():
     layers = Explicit(depth=3, memory="layers")
     with pytest.raises(ValueError, match="recurrence='delayed'"):
-        layers.build(dataclasses.replace(SHAPE, recurrence="scan"))
-    stack = layers.build(SHAPE).double().eval()
+        layers.build(dataclasses.replace(SMALL, recurrence="scan"))
+    stack = layers.build(SMALL).double().eval()
     with torch.no_grad():
         for parameter in stack.parameters():
             parameter.copy_(torch.randn_like(parameter))

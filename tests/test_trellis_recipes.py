@@ -142,9 +142,9 @@ def numbers(value):
         "decay": training.decay,
         "steps per epoch, epochs": (training.valid_every, value.total_steps / training.valid_every),
         "clip": training.clip,
-        "shallow": shallow and (shallow.stop.max_evals - 1, shallow.steps),
-        "forward": None if explicit else solve_of(last),
-        "backward": None if explicit else solve_of(last.gradient),
+        "shallow": shallow and (shallow.method.stop.max_evals - 1, shallow.steps),
+        "forward": None if explicit else solve_of(last.method),
+        "backward": None if explicit else solve_of(last.method.gradient),
     }
 
 
@@ -195,8 +195,9 @@ SIZES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_the_models_have_the_published_sizes(name):
     value = RECIPES[name]()
+    words, stage = COUNTS[type(value.corpus).__name__]["vocabulary"], value.stages[0]
     with torch.device("meta"):
-        model = value.model.build(COUNTS[type(value.corpus).__name__]["vocabulary"], **value.stages[0].solves)
+        model = value.model.build(words, method=stage.method, eval_stop=stage.eval_stop)
     sizes = {parameter: tensor.numel() for parameter, tensor in model.named_parameters()}
     gains = sum(size for parameter, size in sizes.items() if parameter.endswith("gain"))
     layer = sum(size for parameter, size in sizes.items() if parameter.startswith("layer."))

@@ -1,14 +1,25 @@
-"""Deep equilibrium models: a cell, a solver, a stopping rule and a gradient rule.
+"""Fixed points in PyTorch: a map, a solver, a stopping rule and a gradient rule.
 
 The public vocabulary. Text, training and the command line live in ``equilibria.corpora``, ``equilibria.language``,
 ``equilibria.training`` and ``equilibria.recipes``.
 """
 
 from equilibria import cells, stability
-from equilibria.equilibrium import Cell, Equilibrium, GradientRule, LayerOutput, Stack, Unrolled
-from equilibria.fixed_point import fixed_point
+from equilibria.core.evaluator import Evaluator
+from equilibria.core.gradient import ForwardSolve, GradientRule
+from equilibria.core.maps import AffineMap, Linearised, Map
+from equilibria.core.solve import Iterate, Solution, Solver, solve
+from equilibria.core.state import Layout, State
+from equilibria.core.stop import Status, Stop
+from equilibria.core.trees import take_rows
+from equilibria.errors import EquilibriaError
+from equilibria.fixed_point import Method, fixed_point
 from equilibria.gradients import Implicit, Neumann, Phantom, ReversibleGradient, Shine, Unroll
-from equilibria.solve import AffineMap, DifferentiableMap, Evaluator, Map, Solution, Solver, Status, Stop, solve
+from equilibria.layers.cell import Cell, Prepared
+from equilibria.layers.equilibrium import Equilibrium
+from equilibria.layers.explicit import Stack, Unrolled
+from equilibria.layers.layer import Layer, LayerOutput
+from equilibria.layers.sequence import SequenceCell
 from equilibria.solvers import Anderson, Broyden, NewtonKrylov, Picard, Reversible
 
 __all__ = [
@@ -16,23 +27,32 @@ __all__ = [
     "Anderson",
     "Broyden",
     "Cell",
-    "DifferentiableMap",
+    "EquilibriaError",
     "Equilibrium",
     "Evaluator",
+    "ForwardSolve",
     "GradientRule",
     "Implicit",
+    "Iterate",
+    "Layer",
     "LayerOutput",
+    "Layout",
+    "Linearised",
     "Map",
+    "Method",
     "Neumann",
     "NewtonKrylov",
     "Phantom",
     "Picard",
+    "Prepared",
     "Reversible",
     "ReversibleGradient",
+    "SequenceCell",
     "Shine",
     "Solution",
     "Solver",
     "Stack",
+    "State",
     "Status",
     "Stop",
     "Unroll",
@@ -41,4 +61,5 @@ __all__ = [
     "fixed_point",
     "solve",
     "stability",
+    "take_rows",
 ]

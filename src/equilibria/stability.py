@@ -6,22 +6,31 @@ Letters: B batch, N flattened state. Map ``f``, Jacobian ``J`` at ``z``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.draws import drawn
-from equilibria.equilibrium import GradientRule
-from equilibria.solve import Map, Solver, Stop, algebra_dtype, row_norm, solve
-from equilibria.solvers import Picard
-from equilibria.solvers.window import ridge_solve, small_dtype
+from equilibria.core.gradient import GradientRule
+from equilibria.core.maps import Map, as_map
+from equilibria.core.progress import row_norm
+from equilibria.core.solve import Solver, solve
+from equilibria.core.state import Layout, State
+from equilibria.core.stop import Stop
+from equilibria.core.trees import map_pairs, map_tensors, tensors_in
+from equilibria.fixed_point import Method, fixed_point
+from equilibria.solvers.history import ridge_solve, small_dtype
+from equilibria.solvers.picard import Picard
 
 
 def jacobian_penalty(
-    f: Map, z: Float[Tensor, "B *state"], *, samples: int = 1, generator: torch.Generator | None = None
+    f: Map | Callable[[State], State],
+    z: State,
+    *,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    draw: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, " B"]:
     """‖εᵀJ‖²/N with ε ~ N(0, I): an unbiased estimate of ‖J‖_F²/N at z, differentiable in the parameters of f.
 
@@ -34,48 +43,54 @@ def jacobian_penalty(
         z: the equilibrium.
         samples: number of ε to average over.
         generator: random numbers for ε; the default generator if None.
+        draw: gives ε for one leaf of f(z), in place of standard normal numbers from ``generator``.
     """
     if samples < 1:
         raise ValueError(f"jacobian_penalty(samples={samples}): at least one random vector is needed; try 1.")
+    layout = Layout.of(z)
     with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        fz = f(z)
-        total = torch.zeros(len(z), dtype=algebra_dtype(z.dtype), device=z.device)
+        point = as_map(f).linearise(z, create_graph=True)
+        total = torch.zeros(len(layout.pack(z)), dtype=layout.dtype, device=layout.device)
         for _ in range(samples):
-            noise = drawn(partial(torch.randn, dtype=fz.dtype, device=fz.device, generator=generator), fz.shape)
-            (product,) = torch.autograd.grad(fz, z, noise, create_graph=True)
-            total = total + product.reshape(len(z), -1).to(total.dtype).square().mean(dim=1)
+            noise = map_tensors(draw or (lambda leaf: _normal(leaf, generator)), point.value)
+            product = layout.pack(point.vjp(noise))
+            total = total + product.square().mean(dim=1)
     return total / samples
 
 
+def _normal(leaf: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator)
+
+
 def spectral_radius(
-    f: Map, z: Float[Tensor, "B *state"], *, iterations: int = 60, generator: torch.Generator | None = None
+    f: Map | Callable[[State], State],
+    z: State,
+    *,
+    iterations: int = 60,
+    generator: torch.Generator | None = None,
 ) -> Float[Tensor, " B"]:
-    """The largest modulus of an eigenvalue of J at z, for each sample, by power iteration with products Jᵀv.
+    """The largest modulus of an eigenvalue of J at z, for each sample, by power iteration with VJPs.
 
     From three successive vectors v, Av, A²v of the iteration (A = Jᵀ) it fits A²v ≈ a·Av + b·v and returns the larger
     root of λ² = aλ + b: the leading eigenvalue if it is real, the modulus of the pair if it is complex (a Rayleigh
-    quotient would return its real part). NaN where J is not finite. Costs one evaluation of f and ``iterations``
-    products.
+    quotient would return its real part). NaN where J is not finite. Costs one evaluation of f and ``iterations`` VJPs.
     """
     if iterations < 3:
-        raise ValueError(f"spectral_radius(iterations={iterations}): three products at least are needed; try 60.")
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        fz = f(leaf)
+        raise ValueError(f"spectral_radius(iterations={iterations}): three VJPs at least are needed; try 60.")
+    layout = Layout.of(z)
+    point = as_map(f).linearise(z).for_products()
 
     def product(v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        (jv,) = torch.autograd.grad(fz, leaf, v.view_as(fz).to(fz.dtype), retain_graph=True, allow_unused=True)
-        return torch.zeros_like(v) if jv is None else jv.reshape(v.shape).to(v.dtype)
+        return layout.pack(point.vjp(layout.unpack(v)))
 
     with torch.no_grad():
-        dtype = algebra_dtype(z.dtype)
-        v = torch.randn(z.shape, dtype=dtype, device=z.device, generator=generator).reshape(len(z), -1)
+        batch = len(layout.pack(z))
+        v = torch.randn(batch, sum(layout.sizes), dtype=layout.dtype, device=layout.device, generator=generator)
         for _ in range(iterations - 2):
             v = product(_unit(v))
         v = _unit(v)
         av = product(v)
-        return _leading_modulus(v, av, product(av)).to(dtype)
+        return _leading_modulus(v, av, product(av)).to(layout.dtype)
 
 
 def _unit(v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
@@ -115,13 +130,13 @@ class GradientCheck:
 
 
 def check_gradient(
-    f: Map,
-    z0: Float[Tensor, "B *state"],
+    f: Map | Callable[[State], State],
+    z0: State,
     tensors: Iterable[Tensor],
     *,
-    gradient: GradientRule,
-    solver: Solver,
-    stop: Stop,
+    solver: Solver = Method.solver,
+    stop: Stop = Method.stop,
+    gradient: GradientRule = Method.gradient,
     steps: int = 300,
     damping: float = 1.0,
 ) -> GradientCheck:
@@ -131,21 +146,24 @@ def check_gradient(
         f: the map; the unroll must converge, with damping below 1 if need be.
         z0: the start.
         tensors: what to differentiate by: parameters, inputs.
+        solver: for the forward solve of the rule.
+        stop: for the forward solve of the rule.
         gradient: the rule to be checked.
-        solver: its forward solver.
-        stop: its forward stop.
         steps: depth of the unroll; its memory grows with it.
         damping: damping of the unroll.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    weights = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z0)
+    generator = torch.Generator().manual_seed(0)
+    weights = map_tensors(lambda leaf: torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf), z0)
 
-    def gradients(z: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad((weights * z).sum(), tensors, allow_unused=True)
+    def gradients(z: State) -> list[Tensor]:
+        total = sum(product.sum() for product in tensors_in(map_pairs(torch.mul, weights, z)))
+        assert isinstance(total, Tensor)
+        found = torch.autograd.grad(total, tensors, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
 
     with torch.enable_grad():
-        solution = gradient.run(f, z0, solver, stop)
+        solution = fixed_point(f, z0, solver=solver, stop=stop, gradient=gradient)
         got = gradients(solution.z)
         fixed = Stop(rtol=0, atol=0, max_evals=steps + 1, best=False)
         unrolled = solve(f, z0, Picard(damping), fixed)

@@ -11,30 +11,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equilibria.cells.transformer import TransformerCell
-from equilibria.cells.transformer_context import TransformerCache, TransformerContext, TransformerMemory
-from equilibria.cells.transformer_shape import TransformerShape
-from equilibria.equilibrium import Cell
+from equilibria.cells.transformer.cell import TransformerCell, TransformerConfig
+from equilibria.cells.transformer.prepared import TransformerCache, TransformerMemory
+from equilibria.layers.cell import Prepared
+from equilibria.layers.dropout import BatchSlice
+from equilibria.layers.sequence import SequenceCell
 
 _Memory = tuple[TransformerMemory | TransformerCache | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class ChainShape:
+class ChainConfig:
     """The hyper-parameters of a ``ChainCell``."""
 
-    cells: tuple[TransformerShape, ...] = (TransformerShape(), TransformerShape())
+    cells: tuple[TransformerConfig, ...] = (TransformerConfig(), TransformerConfig())
     """The blocks, in the order in which they are applied; widths and memories are the same."""
 
     def __post_init__(self) -> None:
         if not self.cells:
-            raise ValueError("ChainShape(cells=()): a chain has at least one block; give one TransformerShape(…).")
+            raise ValueError("ChainConfig(cells=()): a chain has at least one block; give one TransformerConfig(…).")
         for name in ("width", "memory"):
             values = {getattr(cell, name) for cell in self.cells}
             if len(values) > 1:
                 raise ValueError(
-                    f"ChainShape: the blocks differ in their {name} ({', '.join(map(str, sorted(values)))}), and each "
-                    f"goes on from the one before; give all the same {name}."
+                    f"ChainConfig: the blocks differ in their {name} ({', '.join(map(str, sorted(values)))}), and each "
+                    f"continues from the one before; give all the same {name}."
                 )
 
     @property
@@ -44,7 +45,7 @@ class ChainShape:
 
     @property
     def outputs(self) -> int:
-        """D, channels of what the layers after read: the whole state."""
+        """D, channels of what the layers after this one read: the whole state."""
         return self.width
 
     @property
@@ -57,14 +58,7 @@ class ChainShape:
         return ChainCell(self)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ChainContext:
-    """What is constant during a solve: that of each block."""
-
-    blocks: tuple[TransformerContext, ...]
-
-
-class ChainCell(Cell):
+class ChainCell(SequenceCell):
     """z ↦ f_L(… f_1(z; x) …; x): blocks with weights of their own, and the injection of the first for all of them.
 
     The cell of the language model of TorchDEQ (Geng and Kolter 2023) is such a chain of three.
@@ -72,10 +66,10 @@ class ChainCell(Cell):
        joined by memory have the equilibrium of one.
     """
 
-    def __init__(self, shape: ChainShape) -> None:
+    def __init__(self, config: ChainConfig) -> None:
         super().__init__()
-        self.shape = shape
-        first, *others = shape.cells
+        self.config = config
+        first, *others = config.cells
         bare = (dataclasses.replace(other, injection=False) for other in others)
         self.blocks = nn.ModuleList(cell.build() for cell in (first, *bare))
 
@@ -83,40 +77,44 @@ class ChainCell(Cell):
     def _cells(self) -> list[TransformerCell]:
         return list(self.blocks)  # pyright: ignore
 
-    def prepare(self, x: Float[Tensor, "B T D"], memory: _Memory | None) -> ChainContext:
-        """What each block prepares, the input injected once."""
+    def prepare(
+        self,
+        x: Float[Tensor, "B T D"],
+        memory: _Memory | None = None,
+        *,
+        warm: bool = False,
+        part: BatchSlice | None = None,
+    ) -> Prepared:
+        """What each block prepares, in tuples; the input is injected once."""
         injection = self._cells[0].injected(x)
         memories = (None,) * len(self.blocks) if memory is None else memory
-        pairs = zip(self._cells, memories, strict=True)
-        return ChainContext(blocks=tuple(cell.prepare_injected(x, injection, past) for cell, past in pairs))
+        blocks = [
+            cell.prepare_injected(x, injection, past, warm=warm, part=part)
+            for cell, past in zip(self._cells, memories, strict=True)
+        ]
+        shared, rows, kept = zip(*((block.shared, block.rows, block.kept) for block in blocks), strict=True)
+        return Prepared(shared=shared, rows=rows, kept=kept, droppable=blocks[0].droppable)
 
-    def start(self, context: ChainContext) -> Float[Tensor, "B T D"]:
-        """That of the first block."""
-        return self._cells[0].start(context.blocks[0])
+    def start(self, prepared: Prepared) -> Float[Tensor, "B T D"]:
+        """That of the first block, which remembers its input: if warm, the last state."""
+        return self._cells[0].start(Prepared(kept=prepared.kept[0]))
 
-    def warm_start(self, context: ChainContext) -> Float[Tensor, "B T D"]:
-        """That of the first block, which remembers its input: the last state."""
-        return self._cells[0].warm_start(context.blocks[0])
-
-    def forward(self, z: Float[Tensor, "B T D"], context: ChainContext) -> Float[Tensor, "B T D"]:
+    def forward(self, z: Float[Tensor, "B T D"], prepared: Prepared) -> Float[Tensor, "B T D"]:
         """f(z)."""
-        for cell, block in zip(self._cells, context.blocks, strict=True):
-            z = cell(z, block)
+        for cell, shared, rows in zip(self._cells, prepared.shared, prepared.rows, strict=True):
+            z = cell(z, Prepared(shared=shared, rows=rows))
         return z
 
-    def select(self, context: ChainContext, rows: Int[Tensor, " R"]) -> ChainContext:
-        """Each block's context of these samples."""
-        pairs = zip(self._cells, context.blocks, strict=True)
-        return ChainContext(blocks=tuple(cell.select(block, rows) for cell, block in pairs))
-
-    def remember(self, z: Float[Tensor, "B T D"], context: ChainContext) -> _Memory:
+    def remember(self, z: Float[Tensor, "B T D"], prepared: Prepared) -> _Memory:
         """What each block remembers of its own input, which takes one more evaluation of all blocks but the last."""
-        kept = []
+        remembered = []
+        parts = zip(prepared.shared, prepared.rows, prepared.kept, strict=True)
         with torch.no_grad():
-            for cell, block in zip(self._cells, context.blocks, strict=True):
-                kept.append(cell.remember(z, block))
-                z = cell(z, block) if len(kept) < len(self.blocks) else z
-        return tuple(kept)
+            for cell, (shared, rows, kept) in zip(self._cells, parts, strict=True):
+                block = Prepared(shared=shared, rows=rows, kept=kept)
+                remembered.append(cell.remember(z, block))
+                z = cell(z, block) if len(remembered) < len(self.blocks) else z
+        return tuple(remembered)
 
     def cache(
         self,
@@ -127,7 +125,7 @@ class ChainCell(Cell):
         memory: tuple[TransformerMemory | None, ...] | None = None,
         warm: bool = False,
     ) -> tuple[TransformerCache, ...]:
-        """One cache a block, for generation; see ``TransformerCell.cache``."""
+        """One cache per block, for generation; see ``TransformerCell.cache``."""
         memories = (None,) * len(self.blocks) if memory is None else memory
         return tuple(
             cell.cache(batch, length=length, padding=padding, memory=past, warm=warm)

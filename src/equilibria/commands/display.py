@@ -30,7 +30,9 @@ class Display:
     def __init__(self, console: Console, experiment: Experiment, *, unit: str, quiet: bool = False) -> None:
         self._console, self._total, self._unit, self._quiet = console, experiment.total_steps, unit, quiet
         self._stages = [stage.name for stage in experiment.stages]
-        self._fixed = {stage.name for stage in experiment.stages if not stage.stop.has_tolerance}
+        self._fixed = {
+            stage.name for stage in experiment.stages if not (stage.method and stage.method.stop.has_tolerance)
+        }
         self._live: Live | None = None
         self._latest: dict[str, Event] = {}
         self._first: Event | None = None

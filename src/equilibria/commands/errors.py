@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterable
 
+from equilibria.errors import EquilibriaError
 from equilibria.training.names import nearest_or_all
 
 EXTRAS = {
@@ -21,7 +22,7 @@ EXTRAS = {
 """Which extra brings which library."""
 
 
-class UsageError(ValueError):
+class UsageError(EquilibriaError, ValueError):
     """The command line asks for something that does not exist: exit code 2."""
 
 
@@ -47,14 +48,10 @@ def explain(error: BaseException) -> tuple[str, int]:
         return LOST, 1
     if isinstance(error, OSError) and error.errno is not None:
         return _system(error), 1
-    if isinstance(error, ValueError | FileNotFoundError | OSError) or type(error).__name__ in _OWN:
+    if isinstance(error, EquilibriaError | ValueError | OSError):
         return _line(error), 1
     hint = "set EQUILIBRIA_DEBUG=1 or add --debug to see where"
     return f"Unexpected {type(error).__name__}: {_line(error) or 'no message'} ({hint}).", 1
-
-
-_OWN = ("CheckpointError", "TrainingStopped")
-"""Errors of the training that are sentences already, named here so that printing them needs no torch."""
 
 
 LOST = (

@@ -15,7 +15,7 @@ from equilibria.commands.display import summary_table
 from equilibria.commands.errors import UsageError
 from equilibria.commands.loading import Trained, Which, trained
 from equilibria.commands.summary import Row
-from equilibria.equilibrium import Equilibrium
+from equilibria.fixed_point import Method
 from equilibria.training.evaluation import Evaluation, Setting
 from equilibria.training.evaluation import evaluate as score
 from equilibria.training.serialise import to_json
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         memory_length=options.memory_length,
         segment=options.segment_length,
     )
-    _set_stop(loaded, options)
+    method = _method(loaded, options)
     stream = {"valid": loaded.corpus.valid, "test": loaded.corpus.test}[options.split]
     console = Console(highlight=False)
     with console.status(f"reading {len(stream):,} tokens of {loaded.corpus.name} ({options.split})"):
@@ -72,6 +72,8 @@ def main(arguments: Sequence[str]) -> int:
             batch_size=options.batch_size,
             **_segments(loaded, options, episodes=bool(stream.episode)),
             max_segments=options.max_segments,
+            method=method,
+            warm=loaded.stage.warm,
         )
     title = f"{options.run}, {options.checkpoint} checkpoint (step {loaded.step:,}), {options.split}"
     rows = [*_scores(result, loaded.corpus.unit), *_conditions(loaded, result.setting, episodes=bool(stream.episode))]
@@ -111,16 +113,17 @@ def _segments(loaded: Trained, options: Options, *, episodes: bool) -> dict[str,
     return {"segment_length": length, "overlap": overlap}
 
 
-def _set_stop(loaded: Trained, options: Options) -> None:
-    """Change the stop of the model's solves as asked."""
-    layer = loaded.model.layer
+def _method(loaded: Trained, options: Options) -> Method | None:
+    """How the run solves in evaluation, with the budget and tolerance that the options ask for."""
+    method = loaded.stage.evaluation_method
     changes = {name: getattr(options, name) for name in ("max_evals", "rtol") if getattr(options, name) is not None}
-    if isinstance(layer, Equilibrium):
-        layer.eval_stop = dataclasses.replace(layer.evaluation_stop, **changes)
-    elif changes:
+    if method is not None:
+        return dataclasses.replace(method, stop=dataclasses.replace(method.stop, **changes))
+    if changes:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in changes)
         network = formats.network(to_json(loaded.experiment)["model"])
         raise UsageError(f"{flags}: the model of {options.run} is {network}, which solves nothing; leave it out.")
+    return None
 
 
 def _scores(result: Evaluation, unit: str) -> list[Row]:

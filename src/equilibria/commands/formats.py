@@ -148,7 +148,7 @@ def numbered(number: int, thing: str) -> str:
 def network(model: dict[str, Any]) -> str:
     """What a model is, by its part of experiment.json."""
     explicit = model.get("explicit")
-    if model.get("kind") == "RecurrentShape":
+    if model.get("kind") == "RecurrentConfig":
         channels = numbered(model.get("hidden", 0), "channel")
         return f"a recurrent network ({str(model.get('network', '')).upper()}) of {channels}"
     if explicit:

@@ -16,8 +16,8 @@ from equilibria.commands.arguments import Run, parse
 from equilibria.commands.errors import UsageError
 from equilibria.commands.loading import Trained, Which, trained
 from equilibria.corpora import Vocabulary
-from equilibria.equilibrium import LayerOutput
 from equilibria.language.generate import stream
+from equilibria.layers.layer import LayerOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +85,12 @@ class _Failures:
 
     def __init__(self, loaded: Trained) -> None:
         self._solves, self._failed = 0, 0
+        method = loaded.stage.evaluation_method
+        self._has_tolerance = method is not None and method.stop.has_tolerance
         loaded.model.layer.register_forward_hook(self._count)
 
     def _count(self, layer: Any, given: Any, output: LayerOutput) -> None:
-        if output.solution is not None and layer.evaluation_stop.has_tolerance:
+        if output.solution is not None and self._has_tolerance:
             self._solves += output.solution.converged.numel()
             self._failed += int((~output.solution.converged).sum())
 

@@ -16,7 +16,7 @@ from equilibria.corpora import Corpus
 from equilibria.language import LanguageModel
 from equilibria.training.checkpoint import CheckpointError
 from equilibria.training.device import choose_device
-from equilibria.training.experiment import Experiment
+from equilibria.training.experiment import Experiment, Stage
 from equilibria.training.run import Run
 from equilibria.training.serialise import kinds_in
 from equilibria.training.snapshot import load_weights, weights
@@ -34,7 +34,9 @@ class Trained:
     corpus: Corpus
     """What it was trained on."""
     model: LanguageModel
-    """In evaluation mode, set to the stage that its checkpoint was written in: where two meet, the later one."""
+    """In evaluation mode; it solves as in ``stage``."""
+    stage: Stage
+    """The stage that the checkpoint was written in: where two meet, the later one."""
     step: int
     """The training step of the weights."""
 
@@ -70,9 +72,9 @@ def trained(
     if stored is None:
         raise CheckpointError(f"{path} has no good checkpoint yet: continue the training with --resume.")
     corpus = experiment.corpus.load()
-    model = (experiment if memory_length is None else with_memory(experiment, memory_length, segment=segment)).build(
-        corpus
-    )
+    stage = experiment.stage_named(stored.state["stage"])
+    built = experiment if memory_length is None else with_memory(experiment, memory_length, segment=segment)
+    model = built.build(corpus, stage)
     try:
         load_weights(model, stored.model)
     except CheckpointError:
@@ -85,9 +87,8 @@ def trained(
             f"The weights of {path} do not fit a corpus with {len(corpus.vocabulary):,} tokens in its vocabulary: is "
             f"{corpus.name} still the text it was trained on? Name the right folder with --data."
         ) from None
-    experiment.stage_named(stored.state["stage"]).apply_to(model.layer)
     model.eval().to(device(experiment))
-    return Trained(experiment=experiment, corpus=corpus, model=model, step=stored.step)
+    return Trained(experiment=experiment, corpus=corpus, model=model, stage=stage, step=stored.step)
 
 
 def with_data(experiment: Experiment, data: Path) -> Experiment:

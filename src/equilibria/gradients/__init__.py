@@ -1,4 +1,4 @@
-"""Gradient rules: one a file. ``CATALOGUE`` enters each in the conformance suite."""
+"""Gradient rules: one per file. ``CATALOGUE`` enters each in the conformance suite."""
 
 from equilibria.gradients.implicit import Implicit
 from equilibria.gradients.neumann import Neumann

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.equilibrium import GradientRule, without_graph
-from equilibria.gradients.adjoint import Linearised, attached, solve_adjoint
-from equilibria.solve import Map, Solution, Solver, Stop
-from equilibria.solvers import Anderson
+from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
+from equilibria.core.maps import Map
+from equilibria.core.solve import Solution, Solver
+from equilibria.core.state import State
+from equilibria.core.stop import Stop
+from equilibria.gradients.linearise import Point, as_state, attached, solve_adjoint
+from equilibria.solvers.anderson import Anderson
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +31,21 @@ class Implicit(GradientRule):
     solver: Solver = Anderson()
     """For the adjoint system."""
     stop: Stop = Stop()
-    """For the adjoint system; its budget counts products with Jᵀ, its tolerances are in units of ‖g‖."""
+    """For the adjoint system; its budget counts VJPs, its tolerances are in units of ‖g‖."""
 
-    def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
+    def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution, with f(z*) as its differentiable z."""
-        solution = without_graph(f, z0, solver, stop)
-        solved = solution.adjoint  # of the solution no more is held until the backward pass
+        solution = solve_without_graph(f, z0, method.solver, method.stop)
+        solved = solution.adjoint  # nothing else of the solution is kept until the backward pass
 
-        def adjoint(point: Linearised, g: Tensor) -> Tensor:
-            solved.append(solve_adjoint(point, g, self.solver, self.stop))
-            return solved[-1].z
+        def adjoint(point: Point, g: Tensor) -> Tensor:
+            found = solve_adjoint(point, g, self.solver, self.stop)
+            solved.append(as_state(point, found))
+            return found.z
 
         return attached(f, solution, adjoint)
+
+    def with_budget(self, factor: int) -> Implicit:
+        """The rule with ``factor`` times the budget of its adjoint solve."""
+        stop = dataclasses.replace(self.stop, max_evals=factor * self.stop.max_evals)
+        return dataclasses.replace(self, stop=stop)

@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.equilibrium import GradientRule, without_graph
-from equilibria.gradients.adjoint import Linearised, attached, solve_adjoint
-from equilibria.solve import Map, Solution, Solver, Stop
-from equilibria.solvers import Picard
+from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
+from equilibria.core.maps import Map
+from equilibria.core.solve import Solution
+from equilibria.core.state import State
+from equilibria.core.stop import Stop
+from equilibria.gradients.linearise import Point, as_state, attached, solve_adjoint
+from equilibria.solvers.picard import Picard
 
 
 @dataclasses.dataclass(frozen=True)
 class Neumann(GradientRule):
-    """u = Σ_{i ≤ k} (Jᵀ)ⁱ g: k products with Jᵀ instead of a solve.
+    """u = Σ_{i ≤ k} (Jᵀ)ⁱ g: k VJPs instead of a solve.
 
     k = 0 is the Jacobian-free gradient (S. Wu Fung et al., JFB, AAAI 2022); the error falls like ρ(J)^(k+1) and grows
     without bound where ρ(J) > 1. Each backward pass appends its solution to ``Solution.adjoint``.
     """
 
     terms: int
-    """k ≥ 0: products with Jᵀ."""
+    """k ≥ 0: VJPs."""
 
     def __post_init__(self) -> None:
         if self.terms < 0:
-            raise ValueError(f"Neumann(terms={self.terms}): the number of products is ≥ 0; try 5, or 0 for JFB.")
+            raise ValueError(f"Neumann(terms={self.terms}): the number of VJPs is ≥ 0; try 5, or 0 for JFB.")
 
-    def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
+    def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution, with f(z*) as its differentiable z."""
-        solution = without_graph(f, z0, solver, stop)
-        solved = solution.adjoint  # of the solution no more is held until the backward pass
+        solution = solve_without_graph(f, z0, method.solver, method.stop)
+        solved = solution.adjoint  # nothing else of the solution is kept until the backward pass
 
-        def adjoint(point: Linearised, g: Tensor) -> Tensor:
+        def adjoint(point: Point, g: Tensor) -> Tensor:
             if self.terms == 0:
                 return g
             budget = Stop(rtol=0, atol=0, max_evals=self.terms, best=False)
-            solved.append(solve_adjoint(point, g, Picard(), budget))
-            return solved[-1].fz
+            found = solve_adjoint(point, g, Picard(), budget)
+            solved.append(as_state(point, found))
+            return found.fz
 
         return attached(f, solution, adjoint)

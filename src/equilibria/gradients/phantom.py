@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from equilibria.equilibrium import GradientRule, without_graph
-from equilibria.solve import Map, Solution, Solver, Stop, solve
-from equilibria.solvers import Picard
+from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
+from equilibria.core.maps import Map
+from equilibria.core.solve import Solution, solve
+from equilibria.core.state import State
+from equilibria.core.stop import Stop
+from equilibria.core.trees import map_pairs
+from equilibria.solvers.picard import Picard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Phantom(GradientRule):
 
     Z. Geng et al., "On Training Implicit Models" (NeurIPS 2021), the unrolled form. k = 1, λ = 1 is the Jacobian-free
     gradient (JFB). With λ < 1 and small k the gradient is scaled down (k = 1: by λ). Memory is k evaluations of f.
-    Where gradients are off, the k steps are left out and z is f(z*).
+    Where gradients are off, the k steps are skipped and z is f(z*).
     """
 
     steps: int = 1
@@ -33,12 +35,12 @@ class Phantom(GradientRule):
         if not 0 < self.damping <= 1:
             raise ValueError(f"Phantom(damping={self.damping}): the damping lies in (0, 1]; try 1.0 or 0.5.")
 
-    def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
+    def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution, with the last tracked iterate as its differentiable z."""
-        solution = without_graph(f, z0, solver, stop)
+        solution = solve_without_graph(f, z0, method.solver, method.stop)
         if not torch.is_grad_enabled():
             return dataclasses.replace(solution, z=solution.fz)
         budget = Stop(rtol=0, atol=0, max_evals=self.steps, best=False)
         tracked = solve(f, solution.z, Picard(self.damping), budget)
-        z = tracked.z.lerp(tracked.fz, self.damping)
+        z = map_pairs(lambda x, fx: x.lerp(fx, self.damping), tracked.z, tracked.fz)
         return dataclasses.replace(solution, z=z, evals=solution.evals + tracked.evals)

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from equilibria.equilibrium import GradientRule, without_graph
-from equilibria.gradients.adjoint import differentiated_once, leaves_below
-from equilibria.solve import Autocast, CompilableMap, Map, Solution, Solver, Status, Stop, row_norm
-from equilibria.solvers import Reversible
+from equilibria.core.autocast import Autocast
+from equilibria.core.capture import Constants, Substitution, leaves_below
+from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
+from equilibria.core.maps import FunctionMap, Map
+from equilibria.core.progress import row_norm
+from equilibria.core.solve import Solution
+from equilibria.core.state import Layout, State
+from equilibria.core.stop import Status, Stop
+from equilibria.gradients.linearise import differentiated_once
+from equilibria.solvers.reversible import Reversible
 
 ACCURACY = 1e-3
 """Largest relative error of the reconstructed start that is accepted."""
@@ -36,31 +39,35 @@ class ReversibleGradient(GradientRule):
     is an error and never a wrong gradient. ``Stop.best`` is ignored: the last iterate is returned.
     """
 
-    def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
+    def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution; its z is the last iterate, with the gradient of all steps."""
+        solver, stop = method.solver, method.stop
         if not isinstance(solver, Reversible):
             raise TypeError(
                 f"ReversibleGradient() got the solver {solver}; only Reversible(…) can be undone: use "
                 "solver=Reversible(0.8), or another gradient rule such as Implicit() or Unroll(checkpoint=True)."
             )
-        _check_budget(solver, stop, z0.dtype)
-        f = f.eager() if isinstance(f, CompilableMap) else f  # compiled code does not say what it reads
-        constants = _Constants()
-        solution = without_graph(constants.of(f), z0, solver, dataclasses.replace(stop, best=False), keep_history=True)
+        layout = Layout.of(z0)
+        _check_budget(
+            solver, stop, max((leaf.dtype for leaf in layout.leaves), key=lambda dtype: torch.finfo(dtype).eps)
+        )
+        f = f.eager()  # compiled code does not say what it reads
+        constants, last = Constants(), dataclasses.replace(stop, best=False)
+        solution = solve_without_graph(FunctionMap(constants.of(f)), z0, solver, last, keep_history=True)
         if not torch.is_grad_enabled():
             return solution
-        y = solution.history.to(z0.dtype).view_as(solution.z)
         path = _Path(
             f=f,
+            layout=layout,
             relaxation=solver.relaxation,
-            y=y,
-            steps=solution.steps,
-            status=solution.status,
-            autocast=Autocast(z0.device.type),
+            y=solution.history,
+            steps=solution.steps[:, None],
+            status=solution.status[:, None],
+            autocast=Autocast(layout.device.type),
             known=tuple(constants.found),
         )
-        z = _Undo.apply(path, solution.z, z0, *constants.found.values())
-        return dataclasses.replace(solution, z=z, history=None)
+        z = _Undo.apply(path, layout.pack(solution.z), layout.pack(z0), *constants.found.values())
+        return dataclasses.replace(solution, z=layout.unpack(z), history=None)  # pyright: ignore
 
 
 def _check_budget(solver: Reversible, stop: Stop, dtype: torch.dtype) -> None:
@@ -76,59 +83,16 @@ def _check_budget(solver: Reversible, stop: Stop, dtype: torch.dtype) -> None:
         )
 
 
-class _Constants(TorchFunctionMode):
-    """Finds the tensors with gradient that f reads: without graph, nothing that f itself makes requires one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[int, Tensor] = {}
-        self._complete = False
-
-    def of(self, f: Map) -> Map:
-        """f, watched during its first evaluation."""
-
-        def watched(z: Tensor) -> Tensor:
-            if self._complete:
-                return f(z)
-            self._complete = True
-            with self:
-                return f(z)
-
-        return watched
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                self.found[id(leaf)] = leaf
-        return func(*args, **(kwargs or {}))
-
-
-class _Instead(TorchFunctionMode):
-    """Gives f other tensors for its constants: leaves, so that their gradients are partial ones.
-
-    One constant may be made of another, as keys of the past are of weights; what leads from one to the other was
-    recorded once, outside f, and is gone through once, after the walk.
-    """
-
-    def __init__(self, known: tuple[int, ...], constants: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.leaves = [constant.detach().requires_grad_() for constant in constants]
-        self._of = dict(zip(known, self.leaves, strict=True))
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(lambda value: self._of.get(id(value), value), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Path:
     """What is needed to walk the iteration backwards."""
 
     f: Map
+    layout: Layout
     relaxation: float
-    y: Float[Tensor, "B *state"]
-    steps: Int[Tensor, " B"]
-    status: Int[Tensor, " B"]
+    y: Float[Tensor, "B N"]
+    steps: Int[Tensor, "B 1"]
+    status: Int[Tensor, "B 1"]
     autocast: Autocast
     known: tuple[int, ...]
     """The identities of the constants, in their order."""
@@ -146,7 +110,7 @@ class _Undo(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         path, (z, z0, *constants) = ctx.path, ctx.saved_tensors
-        broken = (path.status == Status.NONFINITE).view(-1, *[1] * (z.ndim - 1))
+        broken = path.status == Status.NONFINITE
         with torch.no_grad():
             found, z_bar, sums = _walk_back(path, z, torch.where(broken, torch.nan, cotangents[0]), constants)
             _check_arrival(torch.where(broken, 0.0, found - z0), torch.where(broken, 0.0, z), path)
@@ -160,7 +124,7 @@ def _walk_back(path: _Path, z: Tensor, z_bar: Tensor, constants: list[Tensor]) -
     y_bar, sums = torch.zeros_like(z_bar), [torch.zeros_like(c) for c in constants]
     for n in reversed(range(int(path.steps.max()))):
         # A sample that had stopped before step n keeps its values: its seed is zero and its state stays.
-        live = (path.steps > n).view(-1, *[1] * (z.ndim - 1))
+        live = path.steps > n
         f_y, at_y = _products(path, y, torch.where(live, beta * z_bar, 0.0), constants, sums)
         z = torch.where(live, (z - beta * f_y) / (1 - beta), z)
         y_bar = y_bar + at_y
@@ -171,9 +135,9 @@ def _walk_back(path: _Path, z: Tensor, z_bar: Tensor, constants: list[Tensor]) -
     return z, z_bar + y_bar, sums
 
 
-def _check_arrival(gap: Tensor, z: Tensor, path: _Path) -> None:
-    """The way back must end where the way forth began; what it lost, the gradient has lost too."""
-    lost = float((row_norm(gap.flatten(1)) / row_norm(z.flatten(1)).clamp_min(1e-30)).nan_to_num(nan=math.inf).max())
+def _check_arrival(miss: Tensor, z: Tensor, path: _Path) -> None:
+    """Raise a RuntimeError unless the reverse pass ends at the start: what it lost, the gradient has lost too."""
+    lost = float((row_norm(miss) / row_norm(z).clamp_min(1e-30)).nan_to_num(nan=math.inf).max())
     if lost > ACCURACY:
         raise RuntimeError(
             f"ReversibleGradient undid {int(path.steps.max())} steps and missed the start by {lost:.0e} of the state "
@@ -185,12 +149,14 @@ def _check_arrival(gap: Tensor, z: Tensor, path: _Path) -> None:
 def _products(
     path: _Path, point: Tensor, seed: Tensor, constants: list[Tensor], sums: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """f(point) and Jᵀ·seed there; the constants' products are added to ``sums``."""
-    instead = _Instead(path.known, constants)
+    """f(point) and Jᵀ·seed there; the VJPs of the constants are added to ``sums``."""
+    instead, layout = Substitution(path.known, constants), path.layout
     with torch.enable_grad(), path.autocast.on():
         leaf = point.detach().requires_grad_()
+        state = layout.unpack(leaf)
         with instead:
-            value = path.f(leaf).to(point.dtype)
+            value = path.f(state)
+        value = layout.pack(layout.aligned(value))
     _check_seen(value, instead.leaves)
     products = torch.autograd.grad(value, [leaf, *instead.leaves], seed, allow_unused=True)
     for total, product in zip(sums, products[1:], strict=True):
@@ -203,7 +169,7 @@ def _products(
 def _check_seen(value: Tensor, constants: list[Tensor]) -> None:
     """Every leaf below ``value`` must be one of these, or its gradient would be lost without a word."""
     found = {id(constant) for constant in constants}
-    for leaf in leaves_below(value):
+    for leaf in leaves_below([value]):
         # Only the point itself is a leaf that is no constant, and it is no parameter.
         if id(leaf) not in found and isinstance(leaf, torch.nn.Parameter):
             raise RuntimeError(

@@ -5,27 +5,29 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from equilibria.equilibrium import GradientRule
-from equilibria.solve import DifferentiableMap, Map, Solution, Solver, Stop, solve
+from equilibria.core.gradient import ForwardSolve, GradientRule
+from equilibria.core.maps import Map
+from equilibria.core.solve import Solution, solve
+from equilibria.core.state import State
+from equilibria.core.trees import map_tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class Recomputed(DifferentiableMap):
+class Recomputed(Map):
     """f, evaluated again in the backward pass; products with J are differentiated as they are."""
 
     f: Map
 
-    def __call__(self, z: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+    def __call__(self, z: State) -> State:
         """f(z), of which only z is kept."""
         return checkpoint(self.f, z, use_reentrant=False)
 
-    def jvp(self, z: Float[Tensor, "B *state"], v: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+    def jvp(self, z: State, v: State) -> State:
         """J(z)·v."""
-        return torch.func.jvp(self.f, (z,), (v,))[1]
+        return self.f.jvp(z, v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Unroll(GradientRule):
     checkpoint: bool = False
     """Keep only the iterates and evaluate f again in the backward pass (T. Chen et al. 2016)."""
 
-    def run(self, f: Map, z0: Float[Tensor, "B *state"], solver: Solver, stop: Stop) -> Solution:
+    def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution as the solver returns it, with the graph of all its steps."""
         if self.checkpoint and torch.is_grad_enabled():
             f = Recomputed(f)
-        solution = solve(f, z0, solver, stop)
+        solution = solve(f, z0, method.solver, method.stop)
         # What is kept for reports must not keep the graph alive.
-        return dataclasses.replace(solution, fz=solution.fz.detach(), history=None)
+        return dataclasses.replace(solution, fz=map_tensors(Tensor.detach, solution.fz), history=None)

@@ -1,4 +1,4 @@
-"""AdaptiveShape: an adaptive embedding with its softmax, for vocabularies so large that most words are rare.
+"""AdaptiveConfig: an adaptive embedding with its softmax, for vocabularies so large that most words are rare.
 
 Letters: D width, V vocabulary, d_i width of cluster i.
 """
@@ -13,11 +13,11 @@ from equilibria.language.embeddings import Dropped, Init
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveShape:
+class AdaptiveConfig:
     """The hyper-parameters of an adaptive embedding and its head; token ids go from frequent to rare words.
 
     The split cross-entropy of Merity, Keskar and Socher (2018), which TrellisNet has on WikiText-103, is the case of
-    one table without projections: ``AdaptiveShape(cutoffs=(2_800, 20_000, 76_000), division=1, slot_std=0.0)``.
+    one table without projections: ``AdaptiveConfig(cutoffs=(2_800, 20_000, 76_000), division=1, slot_std=0.0)``.
     """
 
     cutoffs: tuple[int, ...] = (20_000, 40_000, 200_000)
@@ -34,17 +34,17 @@ class AdaptiveShape:
     def __post_init__(self) -> None:
         if not self.cutoffs or self.cutoffs[0] < 1 or list(self.cutoffs) != sorted(set(self.cutoffs)):
             raise ValueError(
-                f"AdaptiveShape(cutoffs={self.cutoffs}): cutoffs are at least one token id, each at least 1 and larger "
-                "than the one before; try (20_000, 40_000, 200_000), or no AdaptiveShape for a plain softmax."
+                f"AdaptiveConfig(cutoffs={self.cutoffs}): cutoffs are at least one token id, each at least 1 and "
+                "larger than the one before; try (20_000, 40_000, 200_000), or no AdaptiveConfig for a plain softmax."
             )
         if self.division < 1:
             raise ValueError(
-                f"AdaptiveShape(division={self.division}): the division is at least 1; try 4, or 1 for vectors of the "
+                f"AdaptiveConfig(division={self.division}): the division is at least 1; try 4, or 1 for vectors of the "
                 "same width in all clusters."
             )
         if self.slot_std is not None and self.slot_std < 0:
             raise ValueError(
-                f"AdaptiveShape(slot_std={self.slot_std}): a standard deviation is at least 0; try 0.01, or None for "
+                f"AdaptiveConfig(slot_std={self.slot_std}): a standard deviation is at least 0; try 0.01, or None for "
                 "that of the words."
             )
         if self.width is not None:
@@ -95,9 +95,9 @@ class AdaptiveShape:
         """The vocabulary cut into clusters of at least one word each."""
         if self.cutoffs[-1] >= vocabulary_size:
             raise ValueError(
-                f"AdaptiveShape(cutoffs={self.cutoffs}) over a vocabulary of {vocabulary_size}: each cluster has at "
+                f"AdaptiveConfig(cutoffs={self.cutoffs}) over a vocabulary of {vocabulary_size}: each cluster has at "
                 "least one word, so all cutoffs are below the size of the vocabulary; try fewer or smaller cutoffs, "
-                "or no AdaptiveShape for a plain softmax."
+                "or no AdaptiveConfig for a plain softmax."
             )
         return Clusters(self.cutoffs, vocabulary_size)
 
@@ -106,7 +106,7 @@ class AdaptiveShape:
         widths = tuple(width // self.division**i for i in range(len(self.cutoffs) + 1))
         if widths[-1] < 1:
             raise ValueError(
-                f"AdaptiveShape(cutoffs={self.cutoffs}, division={self.division}) on a width of {width}: the last "
+                f"AdaptiveConfig(cutoffs={self.cutoffs}, division={self.division}) on a width of {width}: the last "
                 f"cluster would have vectors of width ⌊{width}/{self.division}^{len(self.cutoffs)}⌋ = {widths[-1]}, "
                 "and every width is at least 1; try a smaller division, fewer cutoffs or a larger width."
             )

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equilibria.cells.masks import check_rate
 from equilibria.language.embeddings import Init, dropped, started, words_dropped
+from equilibria.layers.dropout import BatchSlice, check_rate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ class AdaptiveEmbedding(nn.Module):
         self.tables = nn.ParameterList([started(torch.empty(shape), std=std, init=init) for shape in shapes])
         self.projections = nn.ParameterList([torch.empty(width, d).normal_(std=projection_std) for d in projected])
 
-    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    def forward(self, tokens: Int[Tensor, "B T"], part: BatchSlice | None = None) -> Float[Tensor, "B T D"]:
         """E_i[tokens] P_iᵀ·√D ⊙ masks."""
         flat = tokens.flatten()
         if len(self.tables) == 1:
@@ -114,7 +114,7 @@ class AdaptiveEmbedding(nn.Module):
             rows = torch.zeros_like(rows).index_copy(0, positions, rows)
         choices = {"rate": self.word_dropout, "training": self.training, "vocabulary_size": self.vocabulary_size}
         rows = words_dropped(rows.unflatten(0, tokens.shape) * self.scale, tokens, **choices)
-        return dropped(rows, rate=self.dropout, training=self.training)
+        return dropped(rows, rate=self.dropout, training=self.training, part=part)
 
     @property
     def vocabulary_size(self) -> int:

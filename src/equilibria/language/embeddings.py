@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equilibria.cells.masks import check_rate, dropout_mask, masked
+from equilibria.layers.dropout import BatchSlice, check_rate, dropout_mask, masked
 
 Dropped = Literal["channel", "token"]
 Init = Literal["normal", "uniform"]
@@ -28,7 +28,12 @@ def started(tensor: Tensor, *, std: float, init: Init = "normal") -> Tensor:
 
 
 def dropped(
-    x: Float[Tensor, "B T D"], *, rate: float, training: bool, kind: Dropped = "channel"
+    x: Float[Tensor, "B T D"],
+    *,
+    rate: float,
+    training: bool,
+    kind: Dropped = "channel",
+    part: BatchSlice | None = None,
 ) -> Float[Tensor, "B T D"]:
     """x ⊙ mask, which in training is 0 for a share of the channels, or of the positions.
 
@@ -37,10 +42,11 @@ def dropped(
         rate: this share, 0 ≤ rate < 1; what is kept is multiplied by 1/(1 − rate).
         training: the module's mode; in evaluation nothing is dropped.
         kind: "channel" for masks of shape (B, 1, D), "token" for masks of shape (B, T, 1).
+        part: which rows of the whole batch these are.
     """
     batch, time, width = x.shape
     shape = (batch, 1, width) if kind == "channel" else (batch, time, 1)
-    return masked(x, dropout_mask(shape, rate=rate, training=training, like=x))
+    return masked(x, dropout_mask(shape, rate=rate, training=training, like=x, part=part))
 
 
 def words_dropped(
@@ -104,11 +110,11 @@ class Embedding(nn.Module):
         self.dropout, self.word_dropout, self.scale = dropout, word_dropout, math.sqrt(width) if scaled else 1.0
         self.weight = nn.Parameter(started(torch.empty(vocabulary_size, width), std=std, init=init))
 
-    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """E[tokens]·√D ⊙ masks."""
+    def forward(self, tokens: Int[Tensor, "B T"], part: BatchSlice | None = None) -> Float[Tensor, "B T D"]:
+        """E[tokens]·√D ⊙ masks; ``part`` tells which rows of the whole batch these are."""
         rows = functional.embedding(tokens, self.weight) * self.scale
         choices = {"rate": self.word_dropout, "training": self.training, "vocabulary_size": self.vocabulary_size}
-        return dropped(words_dropped(rows, tokens, **choices), rate=self.dropout, training=self.training)
+        return dropped(words_dropped(rows, tokens, **choices), rate=self.dropout, training=self.training, part=part)
 
     @property
     def vocabulary_size(self) -> int:

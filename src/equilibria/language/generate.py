@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equilibria.equilibrium import Memory
 from equilibria.language.modes import evaluating
+from equilibria.layers.sequence import Memory
 
 Prompt = Int[Tensor, "B T"] | Sequence[Int[Tensor, " _"]]
 """Rows of one length, or a list of rows of any lengths."""

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equilibria.cells.masks import check_rate
 from equilibria.language.embeddings import Dropped, Embedding, Init, dropped, started, widened
+from equilibria.layers.dropout import BatchSlice, check_rate
 
 
 class Head(nn.Module):
@@ -35,9 +35,9 @@ class Head(nn.Module):
         self.dropout = dropout
         self.output_dropout: Dropped = output_dropout
 
-    def dropped(self, h: Float[Tensor, "B T O"]) -> Float[Tensor, "B T O"]:
+    def dropped(self, h: Float[Tensor, "B T O"], part: BatchSlice | None = None) -> Float[Tensor, "B T O"]:
         """h ⊙ mask: what ``forward`` and ``nats`` are given; in evaluation h itself."""
-        return dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout)
+        return dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout, part=part)
 
     def extra_repr(self) -> str:
         """The rate."""

@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equilibria.cells.masks import check_rate
 from equilibria.language.embeddings import Dropped, Embedding, Init, dropped, started, widened
 from equilibria.language.heads import Head
+from equilibria.layers.dropout import check_rate
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureShape:
+class MixtureConfig:
     """The hyper-parameters of a mixture of softmaxes (Yang et al. 2018)."""
 
     experts: int = 15
@@ -30,10 +30,10 @@ class MixtureShape:
 
     def __post_init__(self) -> None:
         if self.experts < 1:
-            raise ValueError(f"MixtureShape(experts={self.experts}): a mixture has at least one expert; try 15.")
+            raise ValueError(f"MixtureConfig(experts={self.experts}): a mixture has at least one expert; try 15.")
         if self.width is not None and self.width < 1:
-            raise ValueError(f"MixtureShape(width={self.width}): a width is at least 1, or None for the embedding's.")
-        check_rate("MixtureShape", "dropout", self.dropout)
+            raise ValueError(f"MixtureConfig(width={self.width}): a width is at least 1, or None for the embedding's.")
+        check_rate("MixtureConfig", "dropout", self.dropout)
 
     def build(
         self,
@@ -61,7 +61,7 @@ class MixtureShape:
         """
         if tied and self.width not in (None, width):
             raise ValueError(
-                f"MixtureShape(width={self.width}) tied to an embedding of width {width}: a tied table is read by "
+                f"MixtureConfig(width={self.width}) tied to an embedding of width {width}: a tied table is read by "
                 "latents of its own width; give width=None, or tied=False."
             )
         read = {"dropout": dropout, "output_dropout": output_dropout, "latent_dropout": self.dropout}

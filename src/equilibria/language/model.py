@@ -12,7 +12,8 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equilibria.equilibrium import LayerOutput, Memory
+from equilibria.core.solve import Solution
+from equilibria.fixed_point import Method
 from equilibria.language.adaptive_heads import AdaptiveHead
 from equilibria.language.clusters import AdaptiveEmbedding
 from equilibria.language.embeddings import Embedding
@@ -20,7 +21,9 @@ from equilibria.language.generate import generate
 from equilibria.language.heads import SoftmaxHead
 from equilibria.language.losses import NO_LOSSES, ExtraLosses
 from equilibria.language.mixture import MixtureHead
-from equilibria.solve import Solution
+from equilibria.layers.dropout import BatchSlice
+from equilibria.layers.layer import Layer, LayerOutput
+from equilibria.layers.sequence import Memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,17 +50,16 @@ class LanguageModel(nn.Module):
 
     Args:
         embedding: tokens to vectors.
-        layer: vectors to states, with memory: ``Equilibrium``, ``Unrolled``, ``Stack``, or any module that gives a
-            ``LayerOutput``.
-        head: outputs to logits, or to log-probabilities; it is handed the embedding, to which it may be tied. One with
-            ``dropped`` has masked the outputs before, once for all that is computed from them.
+        layer: vectors to states, with memory: ``Equilibrium``, ``Unrolled``, ``Stack``, or a ``Layer`` of your own.
+        head: outputs to logits, or to log-probabilities; it receives the embedding, to which it may be tied. Its
+            ``dropped`` applies output dropout once, before the logits and the auxiliary losses.
         losses: what training adds to the mean of the nats.
     """
 
     def __init__(
         self,
         embedding: Embedding | AdaptiveEmbedding,
-        layer: nn.Module,
+        layer: Layer,
         head: SoftmaxHead | AdaptiveHead | MixtureHead,
         losses: ExtraLosses = NO_LOSSES,
     ) -> None:
@@ -71,7 +73,15 @@ class LanguageModel(nn.Module):
         return self.embedding.vocabulary_size
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], memory: Memory = None, *, skip: int = 0
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        memory: Memory = None,
+        *,
+        skip: int = 0,
+        method: Method | None = None,
+        warm: bool = False,
+        part: BatchSlice | None = None,
     ) -> LanguageOutput:
         """The nats of the targets, under the memory of the previous segment.
 
@@ -80,19 +90,23 @@ class LanguageModel(nn.Module):
             targets: the token that follows each.
             memory: of the segment before.
             skip: positions, the first ones, that are read and not scored: S = T − skip.
+            method: how to solve this time; None for the layer's own way.
+            warm: start the solve from what is remembered of the segment before.
+            part: which rows of the whole batch these are, for random numbers.
         """
         if not 0 <= skip < tokens.shape[1]:
             raise ValueError(
                 f"skip={skip} positions of a segment of {tokens.shape[1]}: at least one is scored; give 0 ≤ skip < "
                 f"{tokens.shape[1]}."
             )
-        layer = self.layer(self.embedding(tokens), memory)
+        options: dict[str, Any] = ({"warm": True} if warm else {}) | ({} if part is None else {"part": part})
+        layer = self.layer(self.embedding(tokens, part), memory, method=method, **options)
         output, wanted = layer.output[:, skip:], targets[:, skip:]
-        kept = self._dropped(output)
+        kept = self.head.dropped(output, part)
         nats = self.head.nats(kept, wanted, self.embedding)
         extra = None
         if self.training:
-            between = (self._dropped(between[:, skip:]) for between in layer.auxiliary)
+            between = (self.head.dropped(between[:, skip:], part) for between in layer.auxiliary)
             extra = self.losses.of(output, kept, (self.head.nats(h, wanted, self.embedding) for h in between))
         return LanguageOutput(nats=nats, memory=layer.memory, layer=layer, extra=extra)
 
@@ -108,11 +122,7 @@ class LanguageModel(nn.Module):
 
     def read(self, h: Float[Tensor, "B T O"]) -> Float[Tensor, "B T V"]:
         """The logits that the head reads off outputs h of the layer."""
-        return self.head(self._dropped(h), self.embedding)
-
-    def _dropped(self, h: Float[Tensor, "B T O"]) -> Float[Tensor, "B T O"]:
-        """h ⊙ mask, by the head's own rate; a head without such a step is given h."""
-        return self.head.dropped(h) if hasattr(self.head, "dropped") else h
+        return self.head(self.head.dropped(h), self.embedding)
 
     def cache(
         self,
@@ -123,19 +133,8 @@ class LanguageModel(nn.Module):
         memory: Memory = None,
         warm: bool = False,
     ) -> Memory:
-        """A memory for generation, which keeps what is computed of each position; see ``Cell.cache``.
-
-        A layer that has none of its own goes on with ``memory``.
-        """
-        if hasattr(self.layer, "cache"):
-            layer: Any = self.layer
-            return layer.cache(batch, length=length, padding=padding, memory=memory, warm=warm)
-        if padding is not None or length is not None:
-            raise ValueError(
-                f"{type(self.layer).__name__} has no cache: it cannot tell where rows of different lengths begin, and "
-                "its memory is as long as it is; give rows of one length, and no length of the memory."
-            )
-        return memory
+        """A memory for generation, which keeps what is computed of each position; see ``SequenceCell.cache``."""
+        return self.layer.cache(batch, length=length, padding=padding, memory=memory, warm=warm)
 
     def generate(
         self, prompt: Int[Tensor, "B T"] | Sequence[Int[Tensor, " _"]], *, length: int, **choices: Any

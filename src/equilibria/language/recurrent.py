@@ -1,4 +1,4 @@
-"""The recurrent yardsticks: an LSTM or a GRU in the place of the equilibrium, PyTorch's own.
+"""The recurrent baselines: an LSTM or a GRU in the place of the equilibrium, PyTorch's own.
 
 Letters: B batch, T time, I width of the input, H hidden channels.
 """
@@ -11,20 +11,22 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equilibria.cells.masks import check_rate
-from equilibria.cells.memory import check_streams
-from equilibria.equilibrium import GradientRule, LayerOutput
+from equilibria.core.maps import FunctionMap
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
 from equilibria.language.embeddings import Embedding
 from equilibria.language.heads import SoftmaxHead
 from equilibria.language.model import LanguageModel
-from equilibria.solve import Solver, Stop
+from equilibria.layers.dropout import BatchSlice, check_rate
+from equilibria.layers.layer import Layer, LayerOutput, check_no_method
+from equilibria.layers.sequence import check_streams
 
 Network = Literal["lstm", "gru"]
 _NETWORKS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
 @dataclasses.dataclass(frozen=True)
-class RecurrentShape:
+class RecurrentConfig:
     """The hyper-parameters of a recurrent language model: embedding, one layer of LSTM or GRU, untied head.
 
     The baselines of Bai, Kolter and Koltun 2019, table 1, have 14 thousand parameters and read each symbol as one
@@ -46,31 +48,28 @@ class RecurrentShape:
     def __post_init__(self) -> None:
         if self.network not in _NETWORKS:
             choices = " or ".join(map(repr, _NETWORKS))
-            raise ValueError(f"RecurrentShape(network={self.network!r}): network is {choices}.")
+            raise ValueError(f"RecurrentConfig(network={self.network!r}): network is {choices}.")
         for name in ("hidden", "inputs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"RecurrentShape({name}={getattr(self, name)}): {name} is at least 1.")
-        check_rate("RecurrentShape", "dropout", self.dropout)
+                raise ValueError(f"RecurrentConfig({name}={getattr(self, name)}): {name} is at least 1.")
+        check_rate("RecurrentConfig", "dropout", self.dropout)
         if self.dropout and self.inputs == 1:
             raise ValueError(
-                f"RecurrentShape(inputs=1, dropout={self.dropout}): dropping the only channel of the embedding leaves "
+                f"RecurrentConfig(inputs=1, dropout={self.dropout}): dropping the only channel of the embedding leaves "
                 "nothing to read; try dropout=0, or wider inputs."
             )
 
-    def build(
-        self,
-        vocabulary_size: int,
-        *,
-        solver: Solver,
-        stop: Stop,
-        gradient: GradientRule,
-        eval_stop: Stop | None = None,
-    ) -> LanguageModel:
-        """The model over ``vocabulary_size`` tokens, with fresh parameters.
+    @property
+    def solves(self) -> bool:
+        """False: a recurrent network solves nothing."""
+        return False
 
-        Solver, stops and gradient rule are those that a stage has for an equilibrium; nothing is solved here, and they
-        are not looked at.
-        """
+    def build(
+        self, vocabulary_size: int, *, method: Method | None = None, eval_stop: Stop | None = None
+    ) -> LanguageModel:
+        """The model over ``vocabulary_size`` tokens, with fresh parameters; nothing is solved, so without method."""
+        if method is not None or eval_stop is not None:
+            raise ValueError("RecurrentConfig.build(method=…): a recurrent network solves nothing; leave it out.")
         embedding = Embedding(vocabulary_size=vocabulary_size, width=self.inputs, dropout=self.dropout, std=self.std)
         head = SoftmaxHead(
             vocabulary_size=vocabulary_size,
@@ -91,7 +90,7 @@ class RecurrentMemory:
     """The cells of an LSTM; a GRU has none."""
 
 
-class Recurrent(nn.Module):
+class Recurrent(Layer):
     """One layer of ``torch.nn.LSTM`` or ``torch.nn.GRU``, with the output that every layer gives.
 
     Its start is PyTorch's: weights and biases from U(±1/√H), the forget gate's too. There is no map whose fixed point
@@ -107,14 +106,39 @@ class Recurrent(nn.Module):
         super().__init__()
         self.network = _NETWORKS[network](inputs, hidden, batch_first=True)
 
-    def forward(self, x: Float[Tensor, "B T I"], memory: RecurrentMemory | None = None) -> LayerOutput:
+    def forward(
+        self,
+        x: Float[Tensor, "B T I"],
+        memory: RecurrentMemory | None = None,
+        *,
+        method: Method | None = None,
+        part: BatchSlice | None = None,
+    ) -> LayerOutput:
         """The states [B T H] under input ``x``, from the state of the previous segment, or from zero."""
+        check_no_method(self, method)
         lstm = isinstance(self.network, nn.LSTM)
         state = None if memory is None else self._state(x, memory, lstm=lstm)
         z, last = self.network(x, state)
         h, c = last if lstm else (last, None)
         kept = RecurrentMemory(h=h[0].detach(), c=None if c is None else c[0].detach())
-        return LayerOutput(z=z, memory=kept, f=_no_map, solution=None)
+        return LayerOutput(output=z, z=z, memory=kept, f=FunctionMap(_no_map), solution=None)
+
+    def cache(
+        self,
+        batch: int,
+        *,
+        length: int | None = None,
+        padding: Tensor | None = None,
+        memory: RecurrentMemory | None = None,
+        warm: bool = False,
+    ) -> RecurrentMemory | None:
+        """``memory`` as it is, which is all that generation needs: one state per stream."""
+        if padding is not None or length is not None:
+            raise ValueError(
+                "Recurrent has no cache: it cannot tell where rows of different lengths begin, and its memory is one "
+                "state; give rows of one length, and no length of the memory."
+            )
+        return memory
 
     @staticmethod
     def _state(x: Tensor, memory: RecurrentMemory, *, lstm: bool) -> Tensor | tuple[Tensor, Tensor]:

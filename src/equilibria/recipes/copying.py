@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from equilibria.cells import TransformerShape
-from equilibria.gradients import Implicit
-from equilibria.language import LanguageShape
-from equilibria.solve import Stop
-from equilibria.solvers import Anderson
+from equilibria.cells.transformer.cell import TransformerConfig
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.gradients.implicit import Implicit
+from equilibria.language import LanguageConfig
+from equilibria.solvers.anderson import Anderson
 from equilibria.training import Copying, Experiment, Stage, Training, network_of
 
 
@@ -22,8 +23,8 @@ def copying() -> Experiment:
     return Experiment(
         name="copying",
         corpus=Copying(blank=100),
-        model=LanguageShape(
-            cell=TransformerShape(width=32, heads=4, inner=76, memory=0, positions="relative"),
+        model=LanguageConfig(
+            cell=TransformerConfig(width=32, heads=4, inner=76, memory=0, positions="relative"),
             tied=False,
             std=0.3,  # as in `tiny`: embeddings that start small learn late
         ),
@@ -32,9 +33,11 @@ def copying() -> Experiment:
             Stage(
                 name="implicit",
                 steps=800,
-                solver=solver,
-                stop=Stop(rtol=1e-2, max_evals=30),
-                gradient=Implicit(solver=solver, stop=Stop(rtol=1e-2, max_evals=30)),
+                method=Method(
+                    solver,
+                    Stop(rtol=1e-2, max_evals=30),
+                    Implicit(solver=solver, stop=Stop(rtol=1e-2, max_evals=30)),
+                ),
             ),
         ),
         training=Training(
@@ -63,7 +66,9 @@ def copying_400() -> Experiment:
     stop = Stop(rtol=1e-3, max_evals=30)
     stages = (
         dataclasses.replace(shallow, steps=1_000),
-        dataclasses.replace(implicit, steps=9_000, stop=stop, gradient=Implicit(solver=implicit.solver, stop=stop)),
+        dataclasses.replace(
+            implicit, steps=9_000, method=Method(Anderson(window=6), stop, Implicit(Anderson(window=6), stop))
+        ),
     )
     return dataclasses.replace(
         short,

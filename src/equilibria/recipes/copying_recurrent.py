@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from equilibria.language import RecurrentShape
+from equilibria.language import RecurrentConfig
 from equilibria.recipes.copying import copying
-from equilibria.training import Experiment
+from equilibria.training import Experiment, Stage
 
 
 def copying_lstm() -> Experiment:
@@ -14,7 +14,7 @@ def copying_lstm() -> Experiment:
 
     With ``--corpus.blank 400`` it is that of Bai, Kolter, Koltun (2019), table 1, where theirs stays at 0.0501.
     """
-    return _recurrent("copying-lstm", RecurrentShape(network="lstm", hidden=57))
+    return _recurrent("copying-lstm", RecurrentConfig(network="lstm", hidden=57))
 
 
 def copying_gru() -> Experiment:
@@ -22,13 +22,13 @@ def copying_gru() -> Experiment:
 
     With ``--corpus.blank 400`` it is that of Bai, Kolter, Koltun (2019), table 1, where theirs stays at 0.0491.
     """
-    return _recurrent("copying-gru", RecurrentShape(network="gru", hidden=65))
+    return _recurrent("copying-gru", RecurrentConfig(network="gru", hidden=65))
 
 
-def _recurrent(name: str, model: RecurrentShape) -> Experiment:
+def _recurrent(name: str, model: RecurrentConfig) -> Experiment:
     """``copying`` with another model, in one stage of as many minutes; corpus and batches follow it."""
     whole = copying()
-    stage = dataclasses.replace(whole.stages[0], name="recurrent", steps=8_000)
+    stage = Stage(name="recurrent", steps=8_000)  # without a method, since nothing is solved
     training = dataclasses.replace(
         whole.training,
         valid_every=1_000,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from equilibria.cells import TransformerShape
-from equilibria.gradients import Implicit
-from equilibria.language import LanguageShape
-from equilibria.solve import Stop
-from equilibria.solvers import Anderson
+from equilibria.cells.transformer.cell import TransformerConfig
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.gradients.implicit import Implicit
+from equilibria.language import LanguageConfig
+from equilibria.solvers.anderson import Anderson
 from equilibria.training import Experiment, PennTreebank, Stage, Training, network_of
 
 
@@ -16,8 +17,8 @@ def ptb() -> Experiment:
     return Experiment(
         name="ptb",
         corpus=PennTreebank(),
-        model=LanguageShape(
-            cell=TransformerShape(
+        model=LanguageConfig(
+            cell=TransformerConfig(
                 width=200, heads=4, inner=800, memory=70, positions="decay", dropout=0.2, attention_dropout=0.0
             ),
             tied=True,
@@ -29,9 +30,11 @@ def ptb() -> Experiment:
             Stage(
                 name="implicit",
                 steps=1400,
-                solver=solver,
-                stop=Stop(rtol=1e-2, max_evals=30),
-                gradient=Implicit(solver=solver, stop=Stop(rtol=1e-2, max_evals=30)),
+                method=Method(
+                    solver,
+                    Stop(rtol=1e-2, max_evals=30),
+                    Implicit(solver=solver, stop=Stop(rtol=1e-2, max_evals=30)),
+                ),
             ),
         ),
         training=Training(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from equilibria.cells import TransformerShape
-from equilibria.gradients import Implicit
-from equilibria.language import LanguageShape
-from equilibria.solve import Stop
-from equilibria.solvers import Anderson
+from equilibria.cells.transformer.cell import TransformerConfig
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.gradients.implicit import Implicit
+from equilibria.language import LanguageConfig
+from equilibria.solvers.anderson import Anderson
 from equilibria.training import Experiment, PythonDocs, Stage, Training, network_of
 
 
@@ -16,8 +17,8 @@ def tiny() -> Experiment:
     return Experiment(
         name="tiny",
         corpus=PythonDocs(),
-        model=LanguageShape(
-            cell=TransformerShape(width=128, heads=4, inner=512, memory=64, positions="decay"),
+        model=LanguageConfig(
+            cell=TransformerConfig(width=128, heads=4, inner=512, memory=64, positions="decay"),
             std=0.1,  # ten times the paper's: embeddings that start small stay on the plateau of the bigrams for long
         ),
         stages=(
@@ -25,9 +26,11 @@ def tiny() -> Experiment:
             Stage(
                 name="implicit",
                 steps=750,
-                solver=solver,
-                stop=Stop(rtol=1e-2, max_evals=30),
-                gradient=Implicit(solver=solver, stop=Stop(rtol=1e-2, max_evals=30)),
+                method=Method(
+                    solver,
+                    Stop(rtol=1e-2, max_evals=30),
+                    Implicit(solver=solver, stop=Stop(rtol=1e-2, max_evals=30)),
+                ),
             ),
         ),
         training=Training(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from equilibria.cells import TrellisShape
-from equilibria.gradients import Implicit
-from equilibria.language import LanguageShape
-from equilibria.solve import Stop
-from equilibria.solvers import Picard
+from equilibria.cells.trellis.cell import TrellisConfig
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.gradients.implicit import Implicit
+from equilibria.language import LanguageConfig
+from equilibria.solvers.picard import Picard
 from equilibria.training import Experiment, PythonDocs, Stage, Training, network_of
 
 
@@ -16,8 +17,8 @@ def tiny_trellis() -> Experiment:
     return Experiment(
         name="tiny-trellis",
         corpus=PythonDocs(),
-        model=LanguageShape(
-            cell=TrellisShape(width=128, hidden=192, outputs=128, recurrence="scan"),
+        model=LanguageConfig(
+            cell=TrellisConfig(width=128, hidden=192, outputs=128, recurrence="scan"),
             std=0.3,  # a strong input learns sooner, as in `tiny`
         ),
         stages=(
@@ -25,9 +26,8 @@ def tiny_trellis() -> Experiment:
             Stage(
                 name="implicit",
                 steps=700,
-                solver=Picard(),  # what is left of J leads forwards in time, so its powers vanish of themselves
-                stop=stop,
-                gradient=Implicit(solver=Picard(), stop=stop),
+                # J is nearly block-subdiagonal in time, so its powers vanish quickly and plain iteration is enough.
+                method=Method(Picard(), stop, Implicit(Picard(), stop)),
             ),
         ),
         training=Training(

@@ -28,13 +28,16 @@ import dataclasses
 import math
 from typing import Any
 
-from equilibria.cells import TrellisShape
+from equilibria.cells.trellis.cell import TrellisConfig
+from equilibria.core.stop import Stop
 from equilibria.corpora import PENN_TREEBANK_CHARACTER_COUNTS, PENN_TREEBANK_COUNTS, WIKITEXT103_COUNTS
-from equilibria.gradients import Implicit
-from equilibria.language import AdaptiveShape, Explicit, ExtraLosses, LanguageShape
+from equilibria.fixed_point import Method
+from equilibria.gradients.implicit import Implicit
+from equilibria.language import AdaptiveConfig, Explicit, ExtraLosses, LanguageConfig
 from equilibria.recipes.epochs import steps_per_epoch
-from equilibria.solve import Stop
-from equilibria.solvers import Anderson, Broyden, Picard
+from equilibria.solvers.anderson import Anderson
+from equilibria.solvers.broyden import Broyden
+from equilibria.solvers.picard import Picard
 from equilibria.training import (
     Experiment,
     Milestones,
@@ -47,9 +50,9 @@ from equilibria.training import (
     network_of,
 )
 
-_WORDS = TrellisShape(width=400, hidden=1_000, outputs=400, dropout=0.28, weight_dropout=0.5, recurrence="scan")
-_CHARACTERS = TrellisShape(width=200, hidden=1_000, outputs=200, dropout=0.29, weight_dropout=0.26, recurrence="scan")
-_WIKITEXT = TrellisShape(width=512, hidden=1_600, outputs=512, dropout=0.1)
+_WORDS = TrellisConfig(width=400, hidden=1_000, outputs=400, dropout=0.28, weight_dropout=0.5, recurrence="scan")
+_CHARACTERS = TrellisConfig(width=200, hidden=1_000, outputs=200, dropout=0.29, weight_dropout=0.26, recurrence="scan")
+_WIKITEXT = TrellisConfig(width=512, hidden=1_600, outputs=512, dropout=0.1)
 
 
 def ptb_trellis() -> Experiment:
@@ -80,7 +83,7 @@ def ptb_trellis_deep() -> Experiment:
         name="ptb-trellis-deep",
         corpus=PennTreebank(),
         model=_words(cell, losses=losses, explicit=Explicit(depth=58, auxiliary_every=12)),
-        stages=(network_of(58, name="explicit", steps=500 * epoch),),
+        stages=(Stage(name="explicit", steps=500 * epoch),),
         training=_sgd(epoch, overlap=58, spectral_radius=0),
     )
 
@@ -111,7 +114,7 @@ def ptb_char_trellis_deep() -> Experiment:
         name="ptb-char-trellis-deep",
         corpus=PennTreebankCharacters(),
         model=_characters(_deep(_CHARACTERS), losses=ExtraLosses(auxiliary=0.3), explicit=explicit),
-        stages=(network_of(140, name="explicit", steps=400 * epoch),),
+        stages=(Stage(name="explicit", steps=400 * epoch),),
         training=_of_characters(epoch, spectral_radius=0),
     )
 
@@ -124,10 +127,10 @@ def wikitext103_trellis() -> Experiment:
     epoch = steps_per_epoch(WIKITEXT103_COUNTS["train"], batch_size=49, length=100)
     # As in the first transformers: theirs stops a batch at 1e-6·√(numbers of its state), and backward never.
     forward = Stop(rtol=0, atol=1e-6 * math.sqrt(100 * 2 * _WIKITEXT.channels), max_evals=45)
-    backward = Implicit(solver=Broyden(memory=45), stop=Stop(rtol=0, atol=0, max_evals=45))
-    solver = Broyden(memory=45)
+    backward = Implicit(solver=Broyden(rank=45), stop=Stop(rtol=0, atol=0, max_evals=45))
+    solver = Broyden(rank=45)
     steps = 25 * epoch - 30_000
-    implicit = Stage(name="implicit", steps=steps, solver=solver, stop=forward, gradient=backward)
+    implicit = Stage(name="implicit", steps=steps, method=Method(solver, forward, backward))
     return Experiment(
         name="wikitext103-trellis",
         corpus=WikiText103(),
@@ -148,34 +151,34 @@ def wikitext103_trellis_deep() -> Experiment:
         name="wikitext103-trellis-deep",
         corpus=WikiText103(),
         model=_wikitext(_deep(_WIKITEXT), losses=ExtraLosses(auxiliary=0.1), explicit=explicit),
-        stages=(network_of(75, name="explicit", steps=25 * epoch),),
+        stages=(Stage(name="explicit", steps=25 * epoch),),
         training=_of_wikitext(epoch, batch_size=40, segment_length=75, eval_batch_size=1, spectral_radius=0),
     )
 
 
-def _deep(cell: TrellisShape) -> TrellisShape:
+def _deep(cell: TrellisConfig) -> TrellisConfig:
     """The cell as TrellisNet's code has it."""
     return dataclasses.replace(cell, carry_input=False, injection_init="normal", recurrence="delayed")
 
 
-def _model(cell: TrellisShape, **choices: Any) -> LanguageShape:
+def _model(cell: TrellisConfig, **choices: Any) -> LanguageConfig:
     """What all models have in common: a tied table from U(−0.1, 0.1), which is not scaled."""
-    return LanguageShape(cell=cell, tied=True, std=0.1 / math.sqrt(3), init="uniform", scaled=False, **choices)
+    return LanguageConfig(cell=cell, tied=True, std=0.1 / math.sqrt(3), init="uniform", scaled=False, **choices)
 
 
-def _words(cell: TrellisShape, **choices: Any) -> LanguageShape:
+def _words(cell: TrellisConfig, **choices: Any) -> LanguageConfig:
     """For the words of the Penn Treebank, of which there are few, and much is dropped."""
     return _model(cell, dropout=0.45, input_dropout=0.45, word_dropout=0.1, **choices)
 
 
-def _characters(cell: TrellisShape, **choices: Any) -> LanguageShape:
+def _characters(cell: TrellisConfig, **choices: Any) -> LanguageConfig:
     """For its characters."""
     return _model(cell, dropout=0.1, input_dropout=0.1, word_dropout=0.02, **choices)
 
 
-def _wikitext(cell: TrellisShape, **choices: Any) -> LanguageShape:
+def _wikitext(cell: TrellisConfig, **choices: Any) -> LanguageConfig:
     """With the "split cross entropy" of TrellisNet's code: clusters of full width, whose slots start at 0."""
-    clusters = AdaptiveShape(cutoffs=(2_800, 20_000, 76_000), division=1, slot_std=0.0)
+    clusters = AdaptiveConfig(cutoffs=(2_800, 20_000, 76_000), division=1, slot_std=0.0)
     return _model(cell, dropout=0.1, input_dropout=0.1, adaptive=clusters, **choices)
 
 
@@ -185,9 +188,11 @@ def _pre_trained(steps: int) -> tuple[Stage, ...]:
     implicit = Stage(
         name="implicit",
         steps=steps - shallow,
-        solver=Picard(),
-        stop=Stop(rtol=1e-3, max_evals=50),
-        gradient=Implicit(solver=Anderson(window=3), stop=Stop(rtol=1e-3, max_evals=60)),
+        method=Method(
+            Picard(),
+            Stop(rtol=1e-3, max_evals=50),
+            Implicit(solver=Anderson(window=3), stop=Stop(rtol=1e-3, max_evals=60)),
+        ),
     )
     return network_of(12, name="shallow", steps=shallow), implicit
 

@@ -17,11 +17,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from equilibria.cells import ChainShape, TransformerShape
-from equilibria.gradients import Implicit
-from equilibria.language import AdaptiveShape, LanguageShape
-from equilibria.solve import Stop
-from equilibria.solvers import Anderson, Broyden
+from equilibria.cells.chain import ChainConfig
+from equilibria.cells.transformer.cell import TransformerConfig
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.gradients.implicit import Implicit
+from equilibria.language import AdaptiveConfig, LanguageConfig
+from equilibria.solvers.anderson import Anderson
+from equilibria.solvers.broyden import Broyden
 from equilibria.training import Experiment, Stage, Training, WikiText103, growing_penalty, network_of
 
 _LENGTH = 150
@@ -33,7 +36,7 @@ def wikitext103_small() -> Experiment:
     Bai, Kolter, Koltun (2019), table 3, "DEQ-Transformer small". Its sizes are not published: width, heads, inner width
     and the division of the embedding are inferred from the two totals, and all else is taken from the adaptive model.
     """
-    cell = TransformerShape(width=500, heads=10, inner=2_500, memory=150, norm="post", dropout=0.05)
+    cell = TransformerConfig(width=500, heads=10, inner=2_500, memory=150, norm="post", dropout=0.05)
     return _experiment("wikitext103-small", cell, _of_2019(cell.width), division=1, eval_batch_size=4)
 
 
@@ -42,7 +45,7 @@ def wikitext103_medium() -> Experiment:
 
     Bai, Kolter, Koltun (2019), table 3, "DEQ-Transformer medium". Its sizes are inferred, as those of the small one.
     """
-    cell = TransformerShape(width=480, heads=10, inner=43_000, memory=150, norm="post", dropout=0.05)
+    cell = TransformerConfig(width=480, heads=10, inner=43_000, memory=150, norm="post", dropout=0.05)
     return _experiment("wikitext103-medium", cell, _of_2019(cell.width), division=1, eval_batch_size=4)
 
 
@@ -53,7 +56,7 @@ def wikitext103_medium_adaptive() -> Experiment:
     it; the table says 110M, which no released script gives. That code solves each segment in two pieces of 75 tokens,
     and drops the memory before the second; here it is solved in one.
     """
-    cell = TransformerShape(width=700, heads=10, inner=48_000, memory=150, norm="post", dropout=0.05)
+    cell = TransformerConfig(width=700, heads=10, inner=48_000, memory=150, norm="post", dropout=0.05)
     return _experiment("wikitext103-medium-adaptive", cell, _of_2019(cell.width), division=4, eval_batch_size=4)
 
 
@@ -65,11 +68,13 @@ def wikitext103_v2() -> Experiment:
     implicit = Stage(
         name="implicit",
         steps=268_000,
-        solver=Anderson(window=6),
-        stop=Stop(rtol=1e-3, max_evals=30),
-        gradient=Implicit(solver=Broyden(memory=35), stop=Stop(rtol=1e-3, max_evals=35)),
+        method=Method(
+            Anderson(window=6),
+            Stop(rtol=1e-3, max_evals=30),
+            Implicit(solver=Broyden(rank=35), stop=Stop(rtol=1e-3, max_evals=35)),
+        ),
     )
-    cell = TransformerShape(width=700, heads=10, inner=48_000, memory=150, norm="post", dropout=0.05)
+    cell = TransformerConfig(width=700, heads=10, inner=48_000, memory=150, norm="post", dropout=0.05)
     stages = (network_of(2, name="shallow", steps=32_000), implicit)
     return _experiment("wikitext103-v2", cell, stages, division=4, eval_batch_size=16)
 
@@ -83,13 +88,15 @@ def wikitext103_v2_jacobian_postln() -> Experiment:
     implicit = Stage(
         name="implicit",
         steps=268_000,
-        solver=Anderson(window=6),
-        stop=Stop(rtol=1e-3, max_evals=12),
-        gradient=Implicit(solver=Broyden(memory=13), stop=Stop(rtol=1e-3, max_evals=13)),
+        method=Method(
+            Anderson(window=6),
+            Stop(rtol=1e-3, max_evals=12),
+            Implicit(solver=Broyden(rank=13), stop=Stop(rtol=1e-3, max_evals=13)),
+        ),
         penalty_share=0.35,
         budget_jitter=2,
     )
-    cell = TransformerShape(
+    cell = TransformerConfig(
         width=700, heads=10, inner=48_000, memory=300, norm="post", dropout=0.06, attention_dropout=0.01
     )
     growing = growing_penalty(implicit, first=1.9, increment=0.1, every=35_000, done=32_000)
@@ -105,13 +112,15 @@ def wikitext103_v2_jacobian_preln() -> Experiment:
     implicit = Stage(
         name="implicit",
         steps=268_000,
-        solver=Anderson(window=6),
-        stop=Stop(rtol=1e-3, max_evals=14),
-        gradient=Implicit(solver=Broyden(memory=14), stop=Stop(rtol=1e-3, max_evals=14)),
+        method=Method(
+            Anderson(window=6),
+            Stop(rtol=1e-3, max_evals=14),
+            Implicit(solver=Broyden(rank=14), stop=Stop(rtol=1e-3, max_evals=14)),
+        ),
         penalty_share=0.4,
         budget_jitter=2,
     )
-    cell = TransformerShape(
+    cell = TransformerConfig(
         width=700, heads=10, inner=48_000, memory=300, norm="pre-normalised", dropout=0.06, attention_dropout=0.01
     )
     growing = growing_penalty(implicit, first=2.0, increment=0.1, every=30_000, done=32_000)
@@ -128,7 +137,7 @@ def wikitext103_unrolled() -> Experiment:
     step is evaluated again in the backward pass, and not half a block; (3) the attention biases u, v start from
     N(0, 0.01²) and not from U(−0.05, 0.05), and the gains of the layer norms from exactly 1 and not from N(1, 0.01²).
     """
-    block = TransformerShape(
+    block = TransformerConfig(
         width=700,
         heads=10,
         inner=14_800,
@@ -143,7 +152,7 @@ def wikitext103_unrolled() -> Experiment:
     unrolled = dataclasses.replace(
         network_of(12, name="unrolled", steps=150_000, checkpoint=True), eval_stop=Stop(rtol=1e-3, max_evals=13)
     )
-    cell = ChainShape(cells=(block, block, block))
+    cell = ChainConfig(cells=(block, block, block))
     return _experiment("wikitext103-unrolled", cell, (unrolled,), division=4, warmup=8_000, eval_batch_size=16)
 
 
@@ -156,16 +165,18 @@ def _of_2019(width: int) -> tuple[Stage, ...]:
     implicit = Stage(
         name="implicit",
         steps=284_000,
-        solver=Broyden(memory=30),
-        stop=Stop(rtol=0, atol=1e-6 * math.sqrt(_LENGTH * width), max_evals=30),
-        gradient=Implicit(solver=Broyden(memory=40), stop=Stop(rtol=0, atol=0, max_evals=40)),
+        method=Method(
+            Broyden(rank=30),
+            Stop(rtol=0, atol=1e-6 * math.sqrt(_LENGTH * width), max_evals=30),
+            Implicit(solver=Broyden(rank=40), stop=Stop(rtol=0, atol=0, max_evals=40)),
+        ),
     )
     return network_of(2, name="shallow", steps=16_000), implicit
 
 
 def _experiment(
     name: str,
-    cell: TransformerShape | ChainShape,
+    cell: TransformerConfig | ChainConfig,
     stages: tuple[Stage, ...],
     *,
     division: int,
@@ -173,13 +184,13 @@ def _experiment(
     eval_batch_size: int,
 ) -> Experiment:
     """What all have in common."""
-    first = cell.cells[0] if isinstance(cell, ChainShape) else cell
+    first = cell.cells[0] if isinstance(cell, ChainConfig) else cell
     return Experiment(
         name=name,
         corpus=WikiText103(),
-        model=LanguageShape(
+        model=LanguageConfig(
             cell=cell,
-            adaptive=AdaptiveShape(cutoffs=(20_000, 40_000, 200_000), division=division),
+            adaptive=AdaptiveConfig(cutoffs=(20_000, 40_000, 200_000), division=division),
             tied=True,
             dropout=first.dropout,
             output_dropout="token",

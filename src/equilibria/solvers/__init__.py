@@ -1,4 +1,4 @@
-"""Solvers: one update rule a file. ``CATALOGUE`` enters each in the conformance suite."""
+"""Solvers: one update rule per file. ``CATALOGUE`` enters each in the conformance suite."""
 
 from equilibria.solvers.anderson import Anderson
 from equilibria.solvers.broyden import Broyden

@@ -12,10 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from equilibria.solve import Evaluator, Solver
-from equilibria.solvers.window import (
-    at,
+from equilibria.core.evaluator import Evaluator
+from equilibria.core.solve import Iterate, Solver
+from equilibria.solvers.history import (
     bordered,
+    check_history_dtype,
     combine,
     dot,
     empty_window,
@@ -24,35 +25,36 @@ from equilibria.solvers.window import (
     selected,
     small_dtype,
     stored_difference,
+    vector_at,
 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AndersonHistory:
-    """The last g, and the differences between successive pairs, oldest overwritten first."""
+    """The last residual, and the differences between successive pairs, oldest overwritten first."""
 
     step: int
     plain: Float[Tensor, "B N"]
-    """z + β·g, where plain iteration would have gone from the last point."""
-    g: Float[Tensor, "B N"]
+    """z + β·r, where plain iteration would have gone from the last point."""
+    r: Float[Tensor, "B N"]
     moves: Float[Tensor, "B W N"]
-    """Δz_i + β·Δg_i."""
-    dg: Float[Tensor, "B W N"]
-    """Δg_i."""
+    """Δz_i + β·Δr_i."""
+    dr: Float[Tensor, "B W N"]
+    """Δr_i."""
     gram: Float[Tensor, "B W W"]
-    """Inner products of the Δg_i."""
+    """Inner products of the Δr_i."""
     along: Float[Tensor, "B W"]
-    """Inner products of the Δg_i with the last g."""
+    """Inner products of the Δr_i with the last residual."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Anderson(Solver):
-    """z ← z + β·g − Σ_i γ_i (Δz_i + β·Δg_i),  γ = argmin ‖g − Σ_i γ_i Δg_i‖² + λ·Σ_i γ_i²‖Δg_i‖²,  g = f(z) − z.
+    """z ← z + β·r − Σ_i γ_i (Δz_i + β·Δr_i),  γ = argmin ‖r − Σ_i γ_i Δr_i‖² + λ·Σ_i γ_i²‖Δr_i‖²,  r = f(z) − z.
 
     Type II, D. G. Anderson (1965), in the difference form of H. F. Walker and P. Ni (SIAM J. Numer. Anal. 49, 2011,
     eq. 2.2). Deviations: (1) the ridge λ is relative to the length of each difference, so that it neither stops
     convergence near the solution nor depends on the scale of the state, and as it grows the step becomes plain
-    iteration; (2) the Gram matrix is kept in float64 and gains one row a step.
+    iteration; (2) the Gram matrix is kept in float64 and gains one row per step.
     """
 
     window: int = 6
@@ -61,8 +63,9 @@ class Anderson(Solver):
     """β: how far the step goes along the combined residual."""
     ridge: float = 1e-7
     """λ: relative Tikhonov regularisation of the least-squares problem."""
-    half: bool = False
-    """Keep the window in bfloat16, which halves its memory; the algebra stays as it is."""
+    history_dtype: torch.dtype | None = None
+    """Dtype of the window: ``torch.bfloat16`` halves its memory, and the algebra stays as it is. None for that of the
+    algebra."""
 
     def __post_init__(self) -> None:
         if self.window < 2:
@@ -71,6 +74,7 @@ class Anderson(Solver):
             raise ValueError(f"Anderson(mixing={self.mixing}): the mixing lies in (0, 2]; try 1.0.")
         if self.ridge < 0:
             raise ValueError(f"Anderson(ridge={self.ridge}): a ridge is ≥ 0; try 1e-7.")
+        check_history_dtype("Anderson", self.history_dtype)
 
     def init(self, z: Float[Tensor, "B N"]) -> AndersonHistory:
         """Empty differences."""
@@ -79,44 +83,42 @@ class Anderson(Solver):
         return AndersonHistory(
             step=0,
             plain=z,
-            g=z,
-            moves=empty_window(z, size, half=self.half),
-            dg=empty_window(z, size, half=self.half),
+            r=z,
+            moves=empty_window(z, size, dtype=self.history_dtype),
+            dr=empty_window(z, size, dtype=self.history_dtype),
             gram=gram,
             along=gram[:, 0].clone(),
         )
 
-    def step(
-        self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: AndersonHistory
-    ) -> tuple[Tensor, AndersonHistory]:
+    def step(self, f: Evaluator, at: Iterate, history: AndersonHistory) -> tuple[Tensor, AndersonHistory]:
         """The mixture of the window; plain iteration from the first pair."""
-        h, g = history, f.gap
-        plain = z.lerp(fz, self.mixing) if self.mixing != 1.0 else fz
+        h, r = history, at.r
+        plain = at.z.lerp(at.fz, self.mixing) if self.mixing != 1.0 else at.fz
         if h.step == 0:
-            return plain, dataclasses.replace(h, step=1, plain=plain, g=g)
+            return plain, dataclasses.replace(h, step=1, plain=plain, r=r)
         slot, used = (h.step - 1) % (self.window - 1), min(h.step, self.window - 1)
-        dg = stored_difference(h.dg, slot, g, h.g)
+        dr = stored_difference(h.dr, slot, r, h.r)
         moves = stored_difference(h.moves, slot, plain, h.plain)
-        along = inner(dg[:, :used], g).to(h.gram.dtype)
-        # Δg_iᵀΔg = Δg_iᵀg − Δg_iᵀg₋, both known, but for the new one with itself: one pass over the window is saved.
+        along = inner(dr[:, :used], r).to(h.gram.dtype)
+        # Δr_iᵀΔr = Δr_iᵀr − Δr_iᵀr₋, both known, but for the new one with itself: one pass over the window is saved.
         row = along - h.along[:, :used]
-        newest = at(dg, slot, g.dtype)
+        newest = vector_at(dr, slot, r.dtype)
         size = dot(newest, newest).to(row.dtype)[:, None]
         gram = bordered(h.gram, slot, torch.cat([row[:, :slot], size, row[:, slot + 1 :]], dim=1))
-        gamma = ridge_solve(gram[:, :used, :used], along, ridge=self.ridge).to(z.dtype)
+        gamma = ridge_solve(gram[:, :used, :used], along, ridge=self.ridge).to(r.dtype)
         following = AndersonHistory(
             step=h.step + 1,
             plain=plain,
-            g=g,
+            r=r,
             moves=moves,
-            dg=dg,
+            dr=dr,
             gram=gram,
             along=functional.pad(along, (0, h.along.shape[1] - used)),
         )
         return combine(-gamma, moves[:, :used], onto=plain), following
 
     def select(self, history: AndersonHistory, rows: Int[Tensor, " R"]) -> AndersonHistory:
-        """The same for these samples, their differences in the place where they were."""
-        windows = {"moves": selected(history.moves, rows), "dg": selected(history.dg, rows)}
-        parts = {name: getattr(history, name)[rows] for name in ("plain", "g", "gram", "along")}
+        """The history of these samples; their differences stay in the same storage."""
+        windows = {"moves": selected(history.moves, rows), "dr": selected(history.dr, rows)}
+        parts = {name: getattr(history, name)[rows] for name in ("plain", "r", "gram", "along")}
         return dataclasses.replace(history, **windows, **parts)

@@ -11,8 +11,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equilibria.solve import Evaluator, Solver
-from equilibria.solvers.window import at, bordered, combine, dot, empty_window, inner, selected, small_dtype, stored
+from equilibria.core.evaluator import Evaluator
+from equilibria.core.solve import Iterate, Solver
+from equilibria.solvers.history import (
+    bordered,
+    check_history_dtype,
+    combine,
+    dot,
+    empty_window,
+    inner,
+    selected,
+    small_dtype,
+    stored,
+    vector_at,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,45 +69,46 @@ class BroydenHistory:
 
 @dataclasses.dataclass(frozen=True)
 class Broyden(Solver):
-    """z ← z − H·g,  H ← H + (Δz − HΔg)(HᵀΔz)ᵀ / (Δzᵀ HΔg),  g = f(z) − z,  H₀ = −I.
+    """z ← z − H·r,  H ← H + (Δz − HΔr)(HᵀΔz)ᵀ / (Δzᵀ HΔr),  r = f(z) − z,  H₀ = −I.
 
     Good Broyden in inverse form: C. G. Broyden (Math. Comp. 19, 1965); as in Bai, Kolter, Koltun (2019, §3.1.3). It is
     carried out by the steps alone: C. T. Kelley, "Iterative Methods for Linear and Nonlinear Equations" (1995, §7.3).
-    Since each step s is −H·g, the next one is q/(1 − sᵀq/‖s‖²) with q = −H·g by the old H, and H is a product of
+    Since each step s is −H·r, the next one is q/(1 − sᵀq/‖s‖²) with q = −H·r by the old H, and H is a product of
     I + s₊sᵀ/‖s‖². Deviations: (1) all products with H come from two passes over the steps and a triangular system in
-    float64, of their inner products; (2) after ``memory`` updates H is −I again, and the next step a plain one;
+    float64, of their inner products; (2) after ``rank`` updates H is −I again, and the next step is a plain one;
     (3) an update whose denominator is below 1e-12 of its terms, or not finite, is skipped for that sample; (4) no line
     search.
     """
 
-    memory: int = 20
-    """Updates of H before it starts anew; memory + 1 states are kept."""
-    half: bool = False
-    """Keep the steps in bfloat16, and take them as they are kept, which halves the memory."""
+    rank: int = 20
+    """Updates of H before it is −I again; rank + 1 states are kept."""
+    history_dtype: torch.dtype | None = None
+    """Dtype of the steps: ``torch.bfloat16`` halves their memory, and the iterate moves by the rounded step. None for
+    that of the algebra."""
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"Broyden(memory={self.memory}): at least 1 update is kept; try 20, or use Picard().")
+        if self.rank < 1:
+            raise ValueError(f"Broyden(rank={self.rank}): at least 1 update is kept; try 20, or use Picard().")
+        check_history_dtype("Broyden", self.history_dtype)
 
     def init(self, z: Float[Tensor, "B N"]) -> BroydenHistory:
         """H = −I."""
-        steps = empty_window(z, self.memory + 1, half=self.half)
-        gram = torch.zeros(len(z), self.memory + 1, self.memory + 1, dtype=small_dtype(z), device=z.device)
+        steps = empty_window(z, self.rank + 1, dtype=self.history_dtype)
+        gram = torch.zeros(len(z), self.rank + 1, self.rank + 1, dtype=small_dtype(z), device=z.device)
         return BroydenHistory(count=0, steps=steps, gram=gram, weights=gram[:, 0].clone())
 
-    def step(
-        self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: BroydenHistory
-    ) -> tuple[Tensor, BroydenHistory]:
-        """z − H·g after the update of H; plain iteration from the first point."""
-        h, g = history, f.gap
-        if h.count == 0 or h.count > self.memory:
-            following = _lengthened(dataclasses.replace(h, count=0), g, h.weights)
-            return (z + at(following.steps, 0, z.dtype) if self.half else fz), following
-        last, q = h.count - 1, h.apply(g)
+    def step(self, f: Evaluator, at: Iterate, history: BroydenHistory) -> tuple[Tensor, BroydenHistory]:
+        """z − H·r after the update of H; plain iteration from the first point."""
+        h, z = history, at.z
+        rounded = h.steps.dtype != z.dtype
+        if h.count == 0 or h.count > self.rank:
+            following = _lengthened(dataclasses.replace(h, count=0), at.r, h.weights)
+            return (z + vector_at(following.steps, 0, z.dtype) if rounded else at.fz), following
+        last, q = h.count - 1, h.apply(at.r)
         size = h.gram[:, last, last]
-        along = dot(at(h.steps, last, q.dtype), q).to(size.dtype)
+        along = dot(vector_at(h.steps, last, q.dtype), q).to(size.dtype)
         denominator = size - along
-        sound = f.active & (size > 0) & torch.isfinite(denominator)
+        sound = at.active & (size > 0) & torch.isfinite(denominator)
         sound = sound & (denominator.abs() > 1e-12 * (size + along.abs()))
         factor = torch.where(sound, size / torch.where(sound, denominator, 1.0), 1.0)
         weights = h.weights.clone()
@@ -103,10 +116,10 @@ class Broyden(Solver):
         factor = factor.to(q.dtype)[:, None]
         s = q * factor if torch.is_grad_enabled() else q.mul_(factor)
         following = _lengthened(h, s, weights)
-        return z + (at(following.steps, h.count, z.dtype) if self.half else s), following
+        return z + (vector_at(following.steps, h.count, z.dtype) if rounded else s), following
 
     def select(self, history: BroydenHistory, rows: Int[Tensor, " R"]) -> BroydenHistory:
-        """The same for these samples, their steps in the place where they were."""
+        """The history of these samples; their steps stay in the same storage."""
         parts = {"gram": history.gram[rows], "weights": history.weights[rows]}
         return dataclasses.replace(history, steps=selected(history.steps, rows), **parts)
 
@@ -115,5 +128,5 @@ def _lengthened(h: BroydenHistory, s: Float[Tensor, "B N"], weights: Tensor) -> 
     """The history with one more step."""
     k = h.count
     steps = stored(h.steps, k, s)
-    gram = bordered(h.gram, k, inner(steps[:, : k + 1], at(steps, k, s.dtype)))
+    gram = bordered(h.gram, k, inner(steps[:, : k + 1], vector_at(steps, k, s.dtype)))
     return BroydenHistory(count=k + 1, steps=steps, gram=gram, weights=weights)

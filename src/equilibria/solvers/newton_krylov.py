@@ -12,24 +12,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.solve import Evaluator, Solver, row_norm
-from equilibria.solvers.window import combine, inner, ridge_solve, small_dtype
+from equilibria.core.evaluator import Evaluator
+from equilibria.core.progress import row_norm
+from equilibria.core.solve import Iterate, Solver
+from equilibria.solvers.history import combine, inner, ridge_solve, small_dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class NewtonKrylov(Solver):
-    """z ← z + d,  (I − J(z)) d = f(z) − z solved by GMRES to ‖r‖ ≤ η·‖f(z) − z‖.
+    """z ← z + d,  (I − J(z)) d = f(z) − z solved by GMRES to a relative accuracy η.
 
     D. A. Knoll and D. E. Keyes (J. Comput. Phys. 193, 2004); GMRES of Y. Saad and M. H. Schultz (1986). Products with J
-    are ``torch.func.jvp`` of f and count as evaluations; the budget is charged ``inner + 1`` a step whether or not all
+    are those of ``Map.jvp`` and count as evaluations; the budget is charged ``inner + 1`` per step whether or not all
     are needed, so that no sample's budget depends on its batch. Deviations: (1) each sample stops its own inner
-    iteration; (2) Gram–Schmidt is classical and done twice; (3) the small least-squares problem is solved once more at
+    iteration; (2) Gram–Schmidt is classical and done twice; (3) the small least-squares problem is solved again at
     every inner iteration instead of by Givens rotations; (4) no restart and no line search. f must allow forward-mode
     derivatives, which fused attention kernels do not.
     """
 
     inner: int = 10
-    """Largest number of GMRES iterations a Newton step; memory is inner + 1 states."""
+    """Largest number of GMRES iterations per Newton step; memory is inner + 1 states."""
     forcing: float = 0.1
     """η in (0, 1): relative accuracy of each linear solve."""
     cost: ClassVar[int] = 2
@@ -43,22 +45,21 @@ class NewtonKrylov(Solver):
     def init(self, z: Float[Tensor, "B N"]) -> None:
         """No history: each Newton step stands alone."""
 
-    def step(
-        self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: None
-    ) -> tuple[Tensor, None]:
+    def step(self, f: Evaluator, at: Iterate, history: None) -> tuple[Tensor, None]:
         """z + d."""
         iterations = min(self.inner, f.remaining - 1)
         before = f.evals
-        d = _gmres(f, z, f.gap, iterations=iterations, forcing=self.forcing)
+        d = _gmres(f, at, iterations=iterations, forcing=self.forcing)
         f.forfeit(iterations - (f.evals - before))
-        return z + d, None
+        return at.z + d, None
 
 
-def _gmres(f: Evaluator, z: Tensor, g: Float[Tensor, "B N"], *, iterations: int, forcing: float) -> Tensor:
-    """The d of the Krylov space of I − J(z) and g that makes ‖(I − J)d − g‖ smallest."""
-    size = row_norm(g)
-    searching = f.active & (size > 0)
-    basis = [torch.where(searching[:, None], g / torch.where(searching, size, 1.0)[:, None], 0.0)]
+def _gmres(f: Evaluator, at: Iterate, *, iterations: int, forcing: float) -> Tensor:
+    """The d of the Krylov space of I − J(z) and r that makes ‖(I − J)d − r‖ smallest."""
+    z, r = at.z, at.r
+    size = row_norm(r)
+    searching = at.active & (size > 0)
+    basis = [torch.where(searching[:, None], r / torch.where(searching, size, 1.0)[:, None], 0.0)]
     hessenberg = torch.zeros(len(z), iterations + 1, iterations, dtype=small_dtype(z), device=z.device)
     y = size.new_zeros(len(size), 1)
     for k in range(iterations):

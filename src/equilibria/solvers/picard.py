@@ -7,7 +7,8 @@ import dataclasses
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.solve import Evaluator, Solver
+from equilibria.core.evaluator import Evaluator
+from equilibria.core.solve import Iterate, Solver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,6 @@ class Picard(Solver):
     def init(self, z: Float[Tensor, "B N"]) -> None:
         """No history."""
 
-    def step(
-        self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: None
-    ) -> tuple[Tensor, None]:
+    def step(self, f: Evaluator, at: Iterate, history: None) -> tuple[Tensor, None]:
         """(1 − λ)·z + λ·f(z)."""
-        return (fz if self.damping == 1.0 else z.lerp(fz, self.damping)), None
+        return (at.fz if self.damping == 1.0 else at.z.lerp(at.fz, self.damping)), None

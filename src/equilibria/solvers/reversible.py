@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.solve import Evaluator, Solver
+from equilibria.core.evaluator import Evaluator
+from equilibria.core.solve import Iterate, Solver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,8 @@ class Reversible(Solver):
         """The second state y = z₀."""
         return z
 
-    def step(
-        self, f: Evaluator, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], history: Float[Tensor, "B N"]
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, f: Evaluator, at: Iterate, history: Float[Tensor, "B N"]) -> tuple[Tensor, Tensor]:
         """(z', y')."""
         beta = self.relaxation
-        y = torch.where(f.active[:, None], history.lerp(fz, beta), history)
-        return z.lerp(f(f.rounded(y)), beta), y
+        y = torch.where(at.active[:, None], history.lerp(at.fz, beta), history)
+        return at.z.lerp(f(f.rounded(y)), beta), y

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equilibria.errors import EquilibriaError
+
 FORMAT = "equilibria checkpoint 1"
 _MODEL, _MEMORY, _OPTIMISER, _STATE = "model.safetensors", "memory.safetensors", "optimiser.pt", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -36,7 +38,7 @@ _TEMPORARY = ".unfinished-"
 _log = logging.getLogger(__name__)
 
 
-class CheckpointError(Exception):
+class CheckpointError(EquilibriaError):
     """A checkpoint is damaged, or is none; the message is one sentence that names what to use instead."""
 
 

@@ -12,13 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.core.stop import Stop
 from equilibria.corpora import Segment
-from equilibria.equilibrium import Equilibrium, Memory
-from equilibria.gradients import Unroll
+from equilibria.fixed_point import Method
+from equilibria.gradients.unroll import Unroll
 from equilibria.language import LanguageModel, LanguageOutput
 from equilibria.language.modes import in_mode
-from equilibria.solve import Stop
-from equilibria.solvers import Picard
+from equilibria.layers.equilibrium import Equilibrium
+from equilibria.layers.sequence import Memory
+from equilibria.solvers.picard import Picard
 from equilibria.training.device import device_of
 from equilibria.training.experiment import Stage
 from equilibria.training.memory import PeakMemory
@@ -26,30 +28,37 @@ from equilibria.training.metrics import Event
 
 
 def memory_comparison(
-    model: LanguageModel, segment: Segment, memory: Memory, depths: Sequence[int] = (8, 16, 32, 64)
+    model: LanguageModel,
+    segment: Segment,
+    memory: Memory,
+    depths: Sequence[int] = (8, 16, 32, 64),
+    *,
+    method: Method | None = None,
+    warm: bool = False,
 ) -> list[Event]:
-    """Peak bytes of one training step, forward and backward: the model as it is set, then unrolled to each depth.
+    """Peak bytes of one training step, forward and backward: solved by ``method``, then unrolled to each depth.
 
     Weights, gradients, mode and random generators are afterwards what they were. A model without an equilibrium has
     one row.
 
     Args:
-        model: its solver, stop and gradient rule are those of the first row.
+        model: a language model.
         segment: a batch, on the model's device.
         memory: what the model remembers of the segment before.
         depths: layers of the weight-tied networks of the other rows.
+        method: how the first row solves; None for the model's own way.
+        warm: the first row starts its solve from what is remembered of the segment before.
     """
     layer = model.layer
     with _untouched(model):
-        peak, output = _peak(model, segment, memory)
+        peak, output = _peak(model, segment, memory, method=method, warm=warm)
         evals = None if output.solution is None else output.solution.evals
         label = type(layer).__name__.lower()
         rows: list[Event] = [{"label": label, "depth": None, "peak_bytes": peak, "evals": evals}]
         if not isinstance(layer, Equilibrium):
             return rows
         for depth in depths:
-            with set_to(layer, network_of(depth)):
-                peak, _ = _peak(model, segment, memory)
+            peak, _ = _peak(model, segment, memory, method=network_of(depth).method)
             rows.append({"label": "unrolled", "depth": depth, "peak_bytes": peak, "evals": depth + 1})
     return rows
 
@@ -58,19 +67,7 @@ def network_of(depth: int, *, name: str | None = None, steps: int = 1, checkpoin
     """The stage that makes an equilibrium a weight-tied network of ``depth`` layers, by back-propagation."""
     stop = Stop(rtol=0, atol=0, max_evals=depth + 1, best=False)  # the last evaluation tells the residual
     gradient = Unroll(checkpoint=checkpoint)
-    return Stage(name=name or f"{depth} layers", steps=steps, solver=Picard(), stop=stop, gradient=gradient)
-
-
-@contextlib.contextmanager
-def set_to(layer: Equilibrium, stage: Stage) -> Iterator[None]:
-    """The layer as in ``stage`` for a while."""
-    before = {name: getattr(layer, name) for name in (*stage.solves, "warm")}
-    stage.apply_to(layer)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(layer, name, value)
+    return Stage(name=name or f"{depth} layers", steps=steps, method=Method(Picard(), stop, gradient))
 
 
 def loss_of(output: LanguageOutput) -> Float[Tensor, ""]:
@@ -79,10 +76,12 @@ def loss_of(output: LanguageOutput) -> Float[Tensor, ""]:
     return loss if output.extra is None else loss + output.extra
 
 
-def _peak(model: LanguageModel, segment: Segment, memory: Memory) -> tuple[int, LanguageOutput]:
+def _peak(
+    model: LanguageModel, segment: Segment, memory: Memory, *, method: Method | None, warm: bool = False
+) -> tuple[int, LanguageOutput]:
     model.zero_grad(set_to_none=True)
     with PeakMemory(device_of(model)) as peak:
-        output = model(segment.tokens, segment.targets, memory, skip=segment.skip)
+        output = model(segment.tokens, segment.targets, memory, skip=segment.skip, method=method, warm=warm)
         loss_of(output).backward()
     return peak.peak, output
 

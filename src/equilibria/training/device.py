@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from equilibria.corpora import Segment
-from equilibria.layer import Cell
+from equilibria.layers.cell import Cell
 
 
 def choose_device(name: str) -> torch.device:

@@ -16,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equilibria.corpora import SYMBOLS, Segment, Segments, Stream
-from equilibria.equilibrium import Cell, Equilibrium
+from equilibria.fixed_point import Method
 from equilibria.language import LanguageModel, LanguageOutput
 from equilibria.language.modes import evaluating
+from equilibria.layers.cell import Cell
+from equilibria.layers.equilibrium import Equilibrium
 from equilibria.stability import spectral_radius
 from equilibria.training.device import device_of, to
 from equilibria.training.metrics import summary
@@ -105,9 +107,11 @@ def evaluate(
     segment_length: int | None = None,
     overlap: int = 0,
     max_segments: int | None = None,
+    method: Method | None = None,
+    warm: bool = False,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """The mean loss in evaluation mode, without gradients, with the stop that the model has for evaluation.
+    """The mean loss in evaluation mode, without gradients.
 
     Exact is the score with ``batch_size=1``. With more, as in the published ones, the stream is cut to a multiple of
     it, and each row begins without a past.
@@ -120,6 +124,8 @@ def evaluate(
         overlap: tokens that a segment shares with the one before, read anew and not scored; with 0 the memory is
             carried instead.
         max_segments: read only the first ones; None for all.
+        method: how to solve; None for the model's own way in evaluation.
+        warm: start each solve from what is remembered of the segment before.
         ranks: share the rows where these can be divided evenly; otherwise each reads them all.
     """
     if max_segments is not None and max_segments < 1:
@@ -139,7 +145,8 @@ def evaluate(
     with evaluating(model):
         for segment in itertools.islice(segments.one_epoch(), max_segments):
             segment = to(segment, device)
-            output = model(segment.tokens, segment.targets, None if segment.fresh else memory, skip=segment.skip)
+            past, options = None if segment.fresh else memory, {"skip": segment.skip, "method": method, "warm": warm}
+            output = model(segment.tokens, segment.targets, past, **options)
             memory = output.memory
             totals.add(model, segment, output)
     let_go(model)
@@ -149,19 +156,21 @@ def evaluate(
         segment_length=stream.episode or segment_length or len(stream),
         overlap=overlap,
         max_segments=max_segments,
-        **_layer_setting(model.layer, carried=overlap == 0),
+        **_layer_setting(model.layer, method, carried=overlap == 0),
         tokens=totals.tokens,
         stream_tokens=len(stream),
     )
     return totals.evaluation(setting, seconds=time.perf_counter() - began)
 
 
-def _layer_setting(layer: nn.Module, *, carried: bool) -> dict[str, Any]:
+def _layer_setting(layer: nn.Module, method: Method | None, *, carried: bool) -> dict[str, Any]:
     """Memory, budget and tolerances of a layer in evaluation, each None where it has none."""
-    shapes = (getattr(cell, "shape", None) for cell in layer.modules() if isinstance(cell, Cell))
-    lengths = (getattr(shape, "memory", None) for shape in shapes)
+    configs = (getattr(cell, "config", None) for cell in layer.modules() if isinstance(cell, Cell))
+    lengths = (getattr(config, "memory", None) for config in configs)
     longest = max((length for length in lengths if isinstance(length, int)), default=None)
-    stop = layer.evaluation_stop if isinstance(layer, Equilibrium) else None
+    if method is None and isinstance(layer, Equilibrium):
+        method = layer.evaluation_method
+    stop = None if method is None else method.stop
     return {
         "memory_length": longest if carried or longest is None else 0,
         **{name: getattr(stop, name, None) for name in ("max_evals", "rtol", "atol")},
@@ -222,6 +231,8 @@ def jacobian_radius(
     batch_size: int = 1,
     segment_length: int | None = None,
     iterations: int = 60,
+    method: Method | None = None,
+    warm: bool = False,
 ) -> Float[Tensor, " B"]:
     """The spectral radius of the cell's Jacobian where the solves of the stream's first segment end, one a row.
 
@@ -239,6 +250,6 @@ def jacobian_radius(
     device = device_of(model)
     segment = to(Segments(stream, batch_size=batch_size, length=segment_length).at(0), device)
     with evaluating(model):
-        layer = model(segment.tokens, segment.targets).layer
+        layer = model(segment.tokens, segment.targets, method=method, warm=warm).layer
         generator = torch.Generator(device).manual_seed(0)
         return spectral_radius(layer.f, layer.z, iterations=iterations, generator=generator)

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from equilibria.core.stop import Stop
 from equilibria.corpora import Corpus
-from equilibria.equilibrium import Equilibrium, GradientRule
-from equilibria.language import LanguageModel, LanguageOutput, LanguageShape, RecurrentShape
-from equilibria.solve import Solver, Stop
+from equilibria.fixed_point import Method
+from equilibria.language import LanguageConfig, LanguageModel, LanguageOutput, RecurrentConfig
+from equilibria.layers.dropout import BatchSlice, batch_draw
 from equilibria.stability import jacobian_penalty
 from equilibria.training.names import nearest_or_all
 from equilibria.training.settings import Training, at_least
 from equilibria.training.sources import Source
 
-SOLVES = ("solver", "stop", "gradient", "eval_stop")
-"""What of a stage decides how an ``Equilibrium`` solves, and which stages' validations can be compared."""
+SOLVES = ("method", "eval_stop")
+"""Fields of a stage that decide how an ``Equilibrium`` solves, and which stages' validations can be compared."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of the training with its own solver, stopping rule and gradient rule."""
+    """A part of the training with its own way to solve."""
 
     name: str
     """What the logs call it."""
     steps: int
     """Training steps."""
-    solver: Solver
-    """Proposes the iterates of the forward solve."""
-    stop: Stop
-    """Tolerances and budget of the forward solve."""
-    gradient: GradientRule
-    """How the gradient gets through the solve."""
+    method: Method | None = None
+    """How the equilibrium is found and differentiated; None for a model that solves nothing."""
     penalty: float = 0.0
     """Weight γ of the Jacobian penalty ‖εᵀJ‖²/(B·T·D), in nats; 0 for none. z* counts as constant in it."""
     penalty_share: float = 1.0
@@ -57,48 +52,55 @@ class Stage:
             )
         if not 0 < self.penalty_share <= 1:
             raise ValueError(f"Stage(penalty_share={self.penalty_share}): a probability in (0, 1]; try 0.4.")
-        if not 0 <= self.budget_jitter < self.stop.max_evals:
+        if self.method is None:
+            self._check_without_method()
+            return
+        budget = self.method.stop.max_evals
+        if not 0 <= self.budget_jitter < budget:
             raise ValueError(
-                f"Stage(budget_jitter={self.budget_jitter}): a budget of {self.stop.max_evals} evaluations falls short "
-                f"by 0 to {self.stop.max_evals - 1} of them; try 2, or 0 for the same budget in every step."
+                f"Stage(budget_jitter={self.budget_jitter}): a budget of {budget} evaluations falls short by 0 to "
+                f"{budget - 1} of them; try 2, or 0 for the same budget in every step."
             )
 
+    def _check_without_method(self) -> None:
+        for name in ("penalty", "eval_stop", "warm", "budget_jitter"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"Stage({name}={getattr(self, name)!r}) without a method: it belongs to an equilibrium; give "
+                    f"method=Method(…), or leave {name} out."
+                )
+
     @property
-    def solves(self) -> dict[str, Any]:
-        """How an ``Equilibrium`` solves in this stage, by the names of its attributes."""
-        return {name: getattr(self, name) for name in SOLVES}
+    def evaluation_method(self) -> Method | None:
+        """How the equilibrium is found in evaluation."""
+        if self.method is None or self.eval_stop is None:
+            return self.method
+        return dataclasses.replace(self.method, stop=self.eval_stop)
 
-    def apply_to(self, layer: nn.Module) -> None:
-        """Let ``layer`` solve as in this stage; a layer that solves nothing stays as it is."""
-        if isinstance(layer, Equilibrium):
-            for name, value in self.solves.items():
-                setattr(layer, name, value)
-            layer.warm = self.warm
-
-    @contextlib.contextmanager
-    def drawn_budget(self, layer: nn.Module) -> Iterator[None]:
-        """Let ``layer`` solve forward with a budget drawn for this step, max_evals − U{0, …, budget_jitter}.
+    def drawn_method(self, method: Method | None) -> Method | None:
+        """``method`` with a budget drawn for this step, max_evals − U{0, …, budget_jitter}.
 
         So that no one depth is learnt by heart: from the code of Bai, Koltun and Kolter (2021). It is drawn from
-        PyTorch's generator, and only where there is something to draw; afterwards the layer has its own stop back.
+        PyTorch's generator, and only where there is something to draw.
         """
-        if self.budget_jitter == 0 or not isinstance(layer, Equilibrium):
-            yield
-            return
-        stop, shortfall = layer.stop, int(torch.randint(self.budget_jitter + 1, ()))
-        layer.stop = dataclasses.replace(stop, max_evals=stop.max_evals - shortfall)
-        try:
-            yield
-        finally:
-            layer.stop = stop
+        if self.budget_jitter == 0 or method is None:
+            return method
+        shortfall = int(torch.randint(self.budget_jitter + 1, ()))
+        stop = dataclasses.replace(method.stop, max_evals=method.stop.max_evals - shortfall)
+        return dataclasses.replace(method, stop=stop)
 
-    def drawn_penalty(self, output: LanguageOutput) -> Float[Tensor, ""] | None:
+    def drawn_penalty(self, output: LanguageOutput, part: BatchSlice | None) -> Float[Tensor, ""] | None:
         """The Jacobian penalty of a step, without its weight; None if the step has none, which may be drawn."""
         if self.penalty == 0 or output.solution is None:
             return None
         if self.penalty_share < 1 and float(torch.rand(())) >= self.penalty_share:
             return None
-        return jacobian_penalty(output.layer.f, output.solution.z.detach()).mean()
+
+        def draw(leaf: Tensor) -> Tensor:
+            normal = partial(torch.randn, dtype=leaf.dtype, device=leaf.device)
+            return batch_draw(normal, leaf.shape, part=part)
+
+        return jacobian_penalty(output.layer.f, output.solution.z.detach(), draw=draw).mean()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Experiment:
     """What the run is called."""
     corpus: Source
     """Where the text comes from."""
-    model: LanguageShape | RecurrentShape
+    model: LanguageConfig | RecurrentConfig
     """The sizes of the model."""
     stages: tuple[Stage, ...]
     """The parts of the training, in order."""
@@ -119,6 +121,7 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("Experiment(stages=()): an experiment has at least one stage; give one Stage(…).")
+        self._check_methods()
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(
@@ -130,6 +133,21 @@ class Experiment:
                 f"Training(warmup={self.training.warmup}): the warm-up is longer than the {self.total_steps} steps of "
                 "all stages together; shorten it with --training.warmup, or lengthen a stage."
             )
+
+    def _check_methods(self) -> None:
+        """Raise a ValueError unless exactly the stages of an equilibrium have a method."""
+        solves = self.model.solves
+        for stage in self.stages:
+            if solves and stage.method is None:
+                raise ValueError(
+                    f"Stage({stage.name!r}, method=None) of an equilibrium: it has to know how to solve; give "
+                    "method=Method(solver, stop, gradient), or network_of(depth) for a shallow stage."
+                )
+            if not solves and stage.method is not None:
+                raise ValueError(
+                    f"Stage({stage.name!r}, method={stage.method}) of a model that solves nothing; leave the method "
+                    "out."
+                )
 
     @property
     def total_steps(self) -> int:
@@ -157,8 +175,10 @@ class Experiment:
         names = (stage.name for stage in self.stages)
         raise ValueError(f"There is no stage {name!r} in {self.name!r}; {nearest_or_all(name, names)}")
 
-    def build(self, corpus: Corpus) -> LanguageModel:
-        """The model with fresh weights, drawn from PyTorch's generator, set to the first stage."""
-        model = self.model.build(len(corpus.vocabulary), **self.stages[0].solves)
-        self.stages[0].apply_to(model.layer)
-        return model
+    def build(self, corpus: Corpus, stage: Stage | None = None) -> LanguageModel:
+        """The model with fresh weights, drawn from PyTorch's generator.
+
+        Its own way to solve is that of ``stage``, by default the last one; a training passes that of each step.
+        """
+        stage = stage or self.stages[-1]
+        return self.model.build(len(corpus.vocabulary), method=stage.method, eval_stop=stage.eval_stop)

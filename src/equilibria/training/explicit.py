@@ -1,4 +1,4 @@
-"""explicit: the explicit twin of an experiment, a network of L layers where the equilibrium was.
+"""explicit: the explicit baseline of an experiment, a network of L layers where the equilibrium was.
 
 Tied, every layer is the equilibrium's own cell f, injection included, and z_0 = 0: the weight-tied network of Bai,
 Kolter and Koltun (2019, table 3), and with ever more layers the equilibrium itself.
@@ -16,10 +16,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from equilibria.cells import TrellisShape
-from equilibria.language import Explicit, LanguageShape
-from equilibria.training.comparison import network_of
-from equilibria.training.experiment import Experiment
+from equilibria.cells.trellis.cell import TrellisConfig
+from equilibria.language import Explicit, LanguageConfig
+from equilibria.training.experiment import Experiment, Stage
 
 TRANSFORMER_XL: dict[str, Any] = {
     "injection": False,
@@ -31,7 +30,7 @@ TRANSFORMER_XL: dict[str, Any] = {
     "init": "normal",
     "std": 0.02,
 }
-"""What makes a layer of Transformer-XL of a ``TransformerShape``."""
+"""What makes a layer of Transformer-XL of a ``TransformerConfig``."""
 
 
 def explicit(
@@ -45,7 +44,7 @@ def explicit(
     """The experiment with a network of ``depth`` layers instead of the equilibrium, trained by back-propagation.
 
     Corpus, sizes, optimiser and the number of steps are those of the equilibrium; its stages become one. Flags and
-    ``dataclasses.replace`` change the twin as they change any experiment. The module says what the layers are.
+    ``dataclasses.replace`` change it as they change any experiment. The module says what the layers are.
 
     Args:
         experiment: with an equilibrium.
@@ -61,8 +60,7 @@ def explicit(
     shape = _shape(experiment)
     if depth < 1:
         raise ValueError(f"explicit(depth={depth}): a network has at least one layer; try depth=12.")
-    # What an equilibrium would need to be that network: it says so in the log, though here nothing is solved.
-    stage = network_of(depth, name="explicit", steps=experiment.total_steps, checkpoint=checkpoint)
+    stage = Stage(name="explicit", steps=experiment.total_steps)
     layers = Explicit(depth=depth, tied=tied, memory=memory if tied else "layers", checkpoint=checkpoint)
     kind = "-untied" if not tied else "-layer-memory" if memory == "layers" else ""
     if not tied:
@@ -77,10 +75,10 @@ def explicit(
     )
 
 
-def _shape(experiment: Experiment) -> LanguageShape:
+def _shape(experiment: Experiment) -> LanguageConfig:
     """The shape of an equilibrium."""
     shape = experiment.model
-    if not isinstance(shape, LanguageShape):
+    if not isinstance(shape, LanguageConfig):
         raise ValueError(
             f"explicit({experiment.name!r}): its model is a {type(shape).__name__}, which has no equilibrium to be "
             "replaced; take a recipe with a cell, such as tiny."
@@ -97,15 +95,15 @@ def _transformer_xl(cell: Any) -> Any:
     """The shape of a layer of Transformer-XL, or of a chain of them, with the sizes of ``cell``."""
     if hasattr(cell, "cells"):
         return dataclasses.replace(cell, cells=tuple(map(_transformer_xl, cell.cells)))
-    if isinstance(cell, TrellisShape):
+    if isinstance(cell, TrellisConfig):
         raise ValueError(
-            "explicit(tied=False) of a TrellisShape: a TrellisNet is weight-tied, and that is what makes it one; give "
+            "explicit(tied=False) of a TrellisConfig: a TrellisNet is weight-tied, and that is what makes it one; give "
             "tied=True, on the command line --explicit without --untied."
         )
     missing = TRANSFORMER_XL.keys() - {field.name for field in dataclasses.fields(cell)}
     if missing:
         raise ValueError(
             f"explicit(tied=False): a {type(cell).__name__} has no {', '.join(sorted(missing))}, and the untied "
-            "network is a Transformer-XL; take a TransformerShape, or tied=True."
+            "network is a Transformer-XL; take a TransformerConfig, or tied=True."
         )
     return dataclasses.replace(cell, **TRANSFORMER_XL)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from equilibria.solve import Solution
+from equilibria.core.solve import Solution
 
 Event = dict[str, Any]
 """One line of metrics.jsonl."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equilibria.equilibrium import Memory
+from equilibria.layers.sequence import Memory
 
 
 def flatten(memory: Memory) -> dict[str, Tensor]:

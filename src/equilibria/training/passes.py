@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.core.solve import Solution
 from equilibria.corpora import Segment
-from equilibria.draws import Part, part_of_batch
-from equilibria.equilibrium import Memory
+from equilibria.fixed_point import Method
 from equilibria.language import LanguageModel, LanguageOutput
-from equilibria.solve import Solution
+from equilibria.layers.dropout import BatchSlice
+from equilibria.layers.sequence import Memory
 from equilibria.training.comparison import loss_of
 from equilibria.training.device import device_of, random_state, set_random_state
 from equilibria.training.experiment import Stage
@@ -57,19 +58,20 @@ class Passes:
     ranks: Ranks
     training: Training
 
-    def over(self, segment: Segment, memory: Memory, stage: Stage) -> Passed:
-        """Forward and backward over all parts of the segment."""
+    def over(self, segment: Segment, memory: Memory, stage: Stage, method: Method | None) -> Passed:
+        """Forward and backward over all parts of the segment, solved by ``method``."""
         parts = self.training.accumulate
         rows = len(segment.tokens) // parts
         found: list[tuple[LanguageOutput, Tensor | None]] = []
-        with stage.drawn_budget(self.model.layer):
-            beginning = random_state(device_of(self.model)) if parts > 1 else None
-            for index in range(parts):
-                if index > 0 and beginning is not None:
-                    set_random_state(beginning, device_of(self.model))  # every part draws for the whole batch
-                with self._part(index, rows), gradients_kept(self.model, self.replica, last=index == parts - 1):
-                    past = None if segment.fresh or memory is None else rows_of(memory, index * rows, rows)
-                    found.append(self._pass(_rows(segment, index * rows, rows), past, stage))
+        drawn = stage.drawn_method(method)
+        beginning = random_state(device_of(self.model)) if parts > 1 else None
+        for index in range(parts):
+            if index > 0 and beginning is not None:
+                set_random_state(beginning, device_of(self.model))  # every part draws for the whole batch
+            with gradients_kept(self.model, self.replica, last=index == parts - 1):
+                past = None if segment.fresh or memory is None else rows_of(memory, index * rows, rows)
+                part, piece = self._part(index, rows), _rows(segment, index * rows, rows)
+                found.append(self._pass(piece, past, stage, method=drawn, part=part))
         outputs, penalties = [output for output, _ in found], [penalty for _, penalty in found]
         extras = [output.extra for output in outputs]
         return Passed(
@@ -80,10 +82,13 @@ class Passes:
             memory=joined([owned(output.memory) for output in outputs]),
         )
 
-    def _pass(self, segment: Segment, past: Memory, stage: Stage) -> tuple[LanguageOutput, Tensor | None]:
+    def _pass(
+        self, segment: Segment, past: Memory, stage: Stage, *, method: Method | None, part: BatchSlice | None
+    ) -> tuple[LanguageOutput, Tensor | None]:
+        options = {"skip": segment.skip, "method": method, "warm": stage.warm, "part": part}
         with self.arithmetic(), self.ranks.called():
-            output = self.replica(segment.tokens, segment.targets, past, skip=segment.skip)
-            penalty = stage.drawn_penalty(output)
+            output = self.replica(segment.tokens, segment.targets, past, **options)
+            penalty = stage.drawn_penalty(output, part)
             loss = loss_of(output) if penalty is None else loss_of(output) + stage.penalty * penalty
         (loss / self.training.accumulate).backward()
         return output, penalty
@@ -94,13 +99,11 @@ class Passes:
         device = device_of(self.model).type
         return torch.autocast(device, dtype=torch.bfloat16) if half else contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def _part(self, index: int, rows: int) -> Iterator[None]:
+    def _part(self, index: int, rows: int) -> BatchSlice | None:
         parts = self.training.accumulate
-        whole = self.ranks.alone and parts == 1
-        part = Part(first=(self.ranks.rank * parts + index) * rows, total=self.ranks.size * parts * rows)
-        with part_of_batch(None if whole else part):
-            yield
+        if self.ranks.alone and parts == 1:
+            return None
+        return BatchSlice(first=(self.ranks.rank * parts + index) * rows, total=self.ranks.size * parts * rows)
 
 
 def _rows(segment: Segment, first: int, count: int) -> Segment:

@@ -34,6 +34,8 @@ WITHOUT_INFLUENCE = frozenset(
     }
 )
 """Fields of an experiment that do not change what is trained; device and threads may change the last bits."""
+FORMAT = 2
+"""Of experiment.json; 0.1 wrote no number."""
 _LOCK = ".lock"
 _BESIDE = (".experiment.json.new", ".metrics.jsonl.new")
 """Files that are on their way to replace others."""
@@ -145,14 +147,21 @@ class Run:
         """What experiment.json says: nested objects, each with its "kind".
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: it is damaged, or another version wrote it.
         """
         try:
             found = json.loads(self.description.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{self.description} is damaged ({error}); take it from a copy, or train anew.") from None
+            raise ValueError(f"{self.description} is damaged ({error}); take it from a copy, or train again.") from None
         if not isinstance(found, dict):
-            raise ValueError(f"{self.description} is damaged (no object); take it from a copy, or train anew.")
+            raise ValueError(f"{self.description} is damaged (no object); take it from a copy, or train again.")
+        written = found.pop("format", None)
+        if written != FORMAT:
+            author = "version 0.1" if written is None else f"another version (its format is {written!r})"
+            raise ValueError(
+                f"{self.path} was written by {author} of equilibria, and this version reads format {FORMAT}; use the "
+                "version that wrote it, or train again."
+            )
         return found
 
     def append(self, event: Event) -> None:
@@ -183,7 +192,7 @@ class Run:
 
     def _describe(self, experiment: Experiment) -> None:
         beside = self.path / _BESIDE[0]
-        checkpoint.write_text(beside, json.dumps(to_json(experiment), indent=2) + "\n")
+        checkpoint.write_text(beside, json.dumps({"format": FORMAT, **to_json(experiment)}, indent=2) + "\n")
         checkpoint.force(beside)
         beside.replace(self.description)
         checkpoint.force(self.path)

@@ -6,12 +6,15 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from equilibria import gradients, language, solvers
-from equilibria.solve import Stop
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
 from equilibria.training import decay, sources
 from equilibria.training.experiment import Experiment, Stage, Training
 from equilibria.training.names import nearest_or_all
@@ -59,7 +62,7 @@ def kinds_in(value: Any) -> set[type]:
 def _kinds() -> dict[str, type]:
     """Every dataclass that an experiment of the library can hold, by name."""
     kinds: dict[str, type] = {}
-    pending = [Experiment, Stage, Training, Stop, language.LanguageShape]
+    pending = [Experiment, Stage, Method, Training, Stop, language.LanguageConfig]
     pending += [*sources.CATALOGUE, *solvers.CATALOGUE, *gradients.CATALOGUE, *decay.CATALOGUE]
     while pending:
         kind = pending.pop()
@@ -77,6 +80,8 @@ def _encode(value: Any) -> JSON:
         return [_encode(item) for item in value]
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(
@@ -98,10 +103,14 @@ def _decode(data: JSON, hint: Any, kinds: Mapping[str, type], *, where: str) -> 
             return data
         if (type(data), member) in _WIDER:
             return member(data)
-    allowed = " or ".join(_named(member) for member in _members(hint))
+        if member is torch.dtype and isinstance(data, str) and data in _DTYPES:
+            return _DTYPES[data]
+    written = (member for member in _members(hint) if typing.get_origin(member) is not Callable)  # which is never JSON
+    allowed = " or ".join(map(_named, written))
     raise ValueError(f"{where} is {data!r}; it must be {allowed}.")
 
 
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 _WIDER = {(int, float), (str, Path)}
 """What a plain JSON value may become where it is not expected as it is."""
 
@@ -162,4 +171,6 @@ def _named(hint: Any) -> str:
         return "null"
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(repr(value) for value in typing.get_args(hint))
+    if hint is torch.dtype:
+        return " or ".join(map(repr, _DTYPES))
     return "a list" if typing.get_origin(hint) is tuple else f"a {getattr(hint, '__name__', hint)}"

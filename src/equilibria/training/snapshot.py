@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from equilibria.equilibrium import Memory
 from equilibria.language import LanguageModel
 from equilibria.language.modes import evaluating
+from equilibria.layers.sequence import Memory
 from equilibria.training.checkpoint import Checkpoint, CheckpointError, save
 from equilibria.training.device import device_of, random_state, set_random_state
 from equilibria.training.nested import flatten, owned, rebuild

@@ -7,7 +7,7 @@ import dataclasses
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.solve import Solution
+from equilibria.core.solve import Solution
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

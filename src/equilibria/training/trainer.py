@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from equilibria.core.solve import Solution
 from equilibria.corpora import Corpus, Segment, Segments
-from equilibria.equilibrium import Equilibrium, Memory
-from equilibria.solve import Solution
+from equilibria.errors import EquilibriaError
+from equilibria.layers.sequence import Memory
 from equilibria.training import checkpoint, metrics
 from equilibria.training.checkpoint import Checkpoint, CheckpointError
 from equilibria.training.comparison import memory_comparison
@@ -30,17 +31,17 @@ from equilibria.training.log import Log
 from equilibria.training.metrics import Event
 from equilibria.training.optimiser import averaged, build_optimiser, leave_behind, note_validation, set_learning_rate
 from equilibria.training.passes import Passes
+from equilibria.training.policy import ConvergencePolicy
 from equilibria.training.ranks import ALONE, Ranks, let_go, whole
 from equilibria.training.run import Run
 from equilibria.training.snapshot import capture, restore, save_together
 from equilibria.training.step import Step
-from equilibria.training.watch import Watch
 from equilibria.training.yardstick import yardstick
 
 _log = logging.getLogger(__name__)
 
 
-class TrainingStopped(Exception):
+class TrainingStopped(EquilibriaError):
     """The loss or the gradient is not finite, or too many solves fail; the weights are those of the step before."""
 
 
@@ -50,7 +51,7 @@ class NotFinite(TrainingStopped):
     loss = gradient_norm = math.nan
 
 
-class TrainingInterrupted(Exception):
+class TrainingInterrupted(EquilibriaError):
     """The training was asked to leave, and has written a checkpoint."""
 
 
@@ -97,7 +98,7 @@ class Trainer:
         self.passes = Passes(model=self.model, replica=replica, ranks=ranks, training=training)
         self.optimiser = build_optimiser(self.model, training)
         self.steps_done = 0
-        self.watch = Watch(training, ranks)
+        self.policy = ConvergencePolicy(training, ranks)
         self._asked_to_leave = False
         self.leaving = False
         """Set it, at any time, to have a checkpoint written after the step and ``TrainingInterrupted`` raised."""
@@ -175,7 +176,7 @@ class Trainer:
         rate = set_learning_rate(self.optimiser, self.experiment, self.steps_done + 1, self.validated, factor=factor)
         segment = to(segment, self.device)
         model.train()
-        passed = self.passes.over(segment, self.memory, self.stage)
+        passed = self.passes.over(segment, self.memory, self.stage, self.policy.method(self.stage))
         norm = whole(nn.utils.clip_grad_norm_(model.parameters(), math.inf if training.clip is None else training.clip))
         loss, asked = self.ranks.mean(torch.stack([passed.loss, passed.loss.new_tensor(float(self.leaving))]))
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
@@ -203,16 +204,18 @@ class Trainer:
         """
         training, stage = self.experiment.training, self.stage
         how = {**training.evaluation, "max_segments": training.valid_segments}
+        solve = {"method": self.policy.evaluation_method(stage), "warm": stage.warm}
         with self.averaged(), self.passes.arithmetic():
-            found = evaluate(self.model, self.corpus.valid, **how, ranks=self.ranks)
+            found = evaluate(self.model, self.corpus.valid, **how, **solve, ranks=self.ranks)
             nats, step = found.nats_per_token, self.steps_done
             best = math.isfinite(nats) and (self.best is None or nats < self.best["nats"])
             if best:
                 self.best = {"step": step, "nats": nats, "stage": stage.name}
             self.log.valid(found, step=step, stage=stage.name, best=best, setting=how)
-            if training.spectral_radius and isinstance(self.model.layer, Equilibrium):
+            if training.spectral_radius and stage.method is not None:
                 rows = {"batch_size": how["batch_size"], "segment_length": how["segment_length"]}
-                radius = jacobian_radius(self.model, self.corpus.valid, **rows, iterations=training.spectral_radius)
+                choices = {**rows, **solve, "iterations": training.spectral_radius}
+                radius = jacobian_radius(self.model, self.corpus.valid, **choices)
                 fields = {"stage": stage.name, "mean": float(radius.mean()), "max": float(radius.max())}
                 self.log.write("spectral_radius", step=step, **fields)
             let_go(self.model)
@@ -226,7 +229,8 @@ class Trainer:
     def memory_comparison(self, depths: Sequence[int] = (8, 16, 32, 64)) -> list[Event]:
         """Peak bytes of a training step on the next batch, beside those of the same cell unrolled; changes nothing."""
         segment = to(next(iter(self._segments())), self.device)
-        return memory_comparison(self.model, segment, None if segment.fresh else self.memory, depths)
+        memory, method = None if segment.fresh else self.memory, self.policy.method(self.stage)
+        return memory_comparison(self.model, segment, memory, depths, method=method, warm=self.stage.warm)
 
     def _begin(self) -> None:
         self.log.start_of(self.model, self.corpus)
@@ -247,7 +251,7 @@ class Trainer:
         if changes:
             self._enter_stage()
             self.log.write("stage", step=done, stage=self.stage.name, **{"from": stage.name})
-            if self.stage.solves != stage.solves:
+            if (self.stage.method, self.stage.eval_stop) != (stage.method, stage.eval_stop):
                 self.best = None  # what solves in another way prepares for this stage, and is not compared with it
                 self.validated = leave_behind(self.optimiser, self.validated)
                 self.validate()
@@ -256,9 +260,7 @@ class Trainer:
 
     def _enter_stage(self) -> None:
         self._stage_index = self.experiment.stage_at(self.steps_done)
-        self.stage = stage = self.experiment.stages[self._stage_index]
-        stage.apply_to(self.model.layer)
-        self.watch.apply_to(self.model.layer)
+        self.stage = self.experiment.stages[self._stage_index]
 
     def _segments(self) -> Segments:
         training = self.experiment.training
@@ -277,7 +279,7 @@ class Trainer:
             return
         state = {"stage": self.stage.name, "position": self.steps_done, "best": self.best, "seconds": self.log.seconds}
         state |= {"validated": dataclasses.asdict(self.validated), "rollbacks": self.rollbacks}
-        state["budget_factor"] = self.watch.factor
+        state["budget_factor"] = self.policy.factor
         kept = capture(self.model, self.optimiser, self.memory, step=self.steps_done, state=state, ranks=self.ranks)
         if self.ranks.first:
             checkpoint.force(self.run.metrics)
@@ -305,7 +307,7 @@ class Trainer:
         self.memory = restore(found, self.model, self.optimiser, rows=self.rows, ranks=self.ranks)
         self.steps_done, self.best = found.step, found.state["best"]
         self.validated = Validated.stored(found.state.get("validated"))
-        self.watch.factor = found.state.get("budget_factor", 1)
+        self.policy.factor = found.state.get("budget_factor", 1)
         self._enter_stage()
 
     def _roll_back(self, error: NotFinite) -> None:
@@ -349,15 +351,15 @@ class Trainer:
             TrainingStopped: it says "stop".
         """
         share, policy, number = (
-            self.watch.share_of_failures(solutions, self.stage),
+            self.policy.share_of_failures(solutions, self.stage),
             self.experiment.training.unconverged,
             self.steps_done + 1,
         )
-        if not self.watch.too_many(share):
+        if not self.policy.too_many(share):
             return True
         self.log.write("unconverged", step=number, stage=self.stage.name, share=share, policy=policy)
-        if policy == "raise budget" and self.watch.raise_budget():
-            self._enter_stage()
+        if policy == "raise budget":
+            self.policy.raise_budget()
         if policy == "stop":
             self.optimiser.zero_grad()
             self.log.write("stopped", step=number, stage=self.stage.name)

@@ -1,0 +1,183 @@
+"""Multi-head attention with memory and input injection, prepared for a solve and then iterated.
+
+Letters: B batch, T time, M memory, K = M + T keys, D width, H heads, C = D/H width of a head, N = H·B,
+E = 3·D queries, keys and values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from equilibria.cells.transformer.cache import KeyValueCache
+from equilibria.cells.transformer.positions import Positions
+from equilibria.layers.cell import Prepared
+from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
+from equilibria.layers.linear import Init, NormedLinear
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionWeights:
+    """What depends on the parameters alone, with graph."""
+
+    qkv: Float[Tensor, "D 3*D"]
+    """Effective weight of queries, keys and values, transposed, with 1/√C inside the queries' part."""
+    scale: Float[Tensor, " 3*D"]
+    """1/√C for the queries, 1 for keys and values."""
+    bias: Float[Tensor, " 3*D"]
+    """u/√C for the queries, 0 for keys and values."""
+    out: Float[Tensor, "D D"]
+    """Effective weight of the output."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionShared:
+    """What all samples share during a solve, with graph."""
+
+    weights: AttentionWeights
+    """Of the parameters."""
+    positions: Any
+    """The shared part of the position term."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionRows:
+    """What each sample has of its own during a solve, with graph where it depends on the input."""
+
+    injection: Float[Tensor, "B T E"] | None
+    """U, with the bias u of the queries and their 1/√C inside; None without an injection."""
+    past: Float[Tensor, "B 2 H M C"] | KeyValueCache | None
+    """Keys and values of the memory."""
+    positions: Any
+    """The position term of each sample, such as its mask."""
+    drop: Float[Tensor, "B H T K"] | None
+    """Dropout mask of the attention weights, which are not renormalised; heads first in memory."""
+
+
+class Attention(nn.Module):
+    """o = softmax(A) V W_o + b_o with A_ij = (q_i + u)·k_j/√C + position term, and [q|k|v] = c W_qkv + [U0; U].
+
+    Args:
+        width: D, channels of states and inputs.
+        heads: H, which share the width.
+        positions: gives the position term and the mask.
+        dropout: share of the attention weights that is dropped.
+        weight_norm: W_qkv and W_o are weight-normed.
+        norm: the heads pass through a layer norm before W_o.
+        affine: that norm has a gain and a bias.
+        init: how the matrices start.
+        std: of init "normal", and of u.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        positions: Positions,
+        dropout: float,
+        weight_norm: bool,
+        norm: bool,
+        affine: bool,
+        init: Init,
+        std: float,
+    ) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.positions = heads, dropout, positions
+        kind = {"normed": weight_norm, "init": init, "std": std}
+        self.qkv = NormedLinear(inputs=width, outputs=3 * width, bias=False, **kind)
+        self.out = NormedLinear(inputs=width, outputs=width, **kind)
+        self.norm = nn.LayerNorm(width, elementwise_affine=affine) if norm else None
+        self.u = nn.Parameter(torch.empty(heads, width // heads).normal_(std=std))
+
+    def weights(self) -> AttentionWeights:
+        """The effective weights, with graph."""
+        width, qkv = self.u.numel(), self.qkv.effective()
+        # u and 1/√C concern queries only: both go into what is added to and multiplied with them anyway.
+        scale = torch.ones(3 * width, dtype=qkv.dtype, device=qkv.device)
+        scale[:width] = 1 / math.sqrt(width // self.heads)
+        return AttentionWeights(
+            qkv=(qkv * scale.unsqueeze(1)).t(),
+            scale=scale,
+            bias=functional.pad(self.u.flatten(), (0, 2 * width)) * scale,
+            out=self.out.effective().t(),
+        )
+
+    def prepare(
+        self,
+        x: Float[Tensor, "B T D"],
+        injection: Float[Tensor, "B T 3*D"] | None,
+        past: Float[Tensor, "2 H B M C"] | KeyValueCache | None,
+        *,
+        weights: AttentionWeights,
+        table: Tensor | None = None,
+        key_padding_mask: Bool[Tensor, "B K"] | None = None,
+        part: BatchSlice | None = None,
+    ) -> Prepared:
+        """Shared: ``AttentionShared``. Rows: ``AttentionRows``.
+
+        Args:
+            x: gives batch, length, dtype and device.
+            injection: U = x W_in + b_in; None for none.
+            past: keys and values of the memory, as ``keys_and_values`` gives them, or a cache of them.
+            weights: of these parameters.
+            table: the table of ``positions`` for the past and x, or for more; made if None.
+            key_padding_mask: True for padding keys, which a query of their row sees only at its own position.
+            part: which rows of the whole batch these are.
+        """
+        batch, time, _ = x.shape
+        length = past.seen if isinstance(past, KeyValueCache) else 0 if past is None else past.shape[3]
+        positions = self.positions.prepare(
+            self.u, batch=batch, queries=time, memory=length, like=x, table=table, key_padding_mask=key_padding_mask
+        )
+        shape = (self.heads, batch, time, length + time)
+        drop = dropout_mask(shape, rate=self.dropout, training=self.training, like=x, rows=1, part=part)
+        rows = AttentionRows(
+            injection=None if injection is None else torch.addcmul(weights.bias, injection, weights.scale),
+            past=past.permute(2, 0, 1, 3, 4) if isinstance(past, Tensor) else past,
+            positions=positions.rows,
+            drop=None if drop is None else drop.transpose(0, 1),
+        )
+        return Prepared(shared=AttentionShared(weights=weights, positions=positions.shared), rows=rows)
+
+    def forward(self, x: Float[Tensor, "B T D"], prepared: Prepared) -> Float[Tensor, "B T D"]:
+        """The attention output o of the current positions: five matrix products, or four with decay."""
+        batch, time, _ = x.shape
+        shared, rows = prepared.shared, prepared.rows
+        weights, past = shared.weights, rows.past
+        added = weights.bias if rows.injection is None else rows.injection.flatten(0, -2)
+        qkv = torch.addmm(added, x.flatten(0, 1), weights.qkv).view(batch, time, -1)
+        parts = self._split(qkv)
+        q, kv = parts[0], parts[1:]
+        if past is not None:
+            cached = isinstance(past, KeyValueCache)
+            kv = past.joined(kv) if cached else torch.cat([past.permute(1, 2, 0, 3, 4), kv], dim=3)
+        k, v = kv
+        positions = Prepared(shared=shared.positions, rows=rows.positions)
+        scores = self.positions(q.flatten(0, 1), k.flatten(0, 1), positions)
+        drop = None if rows.drop is None else rows.drop.transpose(0, 1).flatten(0, 1)
+        attended = masked(torch.softmax(scores, dim=-1), drop)
+        heads = torch.bmm(attended, v.flatten(0, 1)).view(self.heads, batch, time, -1)
+        heads = heads.permute(1, 2, 0, 3).flatten(2)
+        heads = heads if self.norm is None else self.norm(heads)
+        return functional.linear(heads, weights.out.t(), self.out.bias)
+
+    def keys_and_values(
+        self, x: Float[Tensor, "B L D"], injection: Float[Tensor, "B L 3*D"] | None, weights: AttentionWeights
+    ) -> Float[Tensor, "2 H B L C"]:
+        """Keys and values of states x under the injection U at the same positions."""
+        width = x.shape[2]
+        rows = x @ weights.qkv[:, width:]
+        return self._split(rows if injection is None else rows + injection[..., width:])
+
+    def _split(self, rows: Float[Tensor, "B L SD"]) -> Float[Tensor, "S H B L C"]:
+        """Queries, keys or values side by side in one row, into heads."""
+        batch, length, _ = rows.shape
+        parts = rows.view(batch, length, -1, self.heads, self.u.shape[1])
+        return parts.permute(2, 3, 0, 1, 4)

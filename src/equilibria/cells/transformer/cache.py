@@ -1,0 +1,117 @@
+"""Keys and values of past positions, one slot each, for generation: each is projected once.
+
+Letters: B batch, T time (new positions), K keys that are seen, H heads, C width of a head, S slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeyValueCache:
+    """A tree of batch-first tensors: slots, filled from the left, of which those up to ``end`` hold the past.
+
+    The slots are written in place and shared by successive versions of the cache. A version that has a successor
+    already, or is used with gradients, is copied first: so each version keeps its content, and only the newest one is
+    fast.
+    """
+
+    slots: Float[Tensor, "B 2 H S C"]
+    """Keys and values; in memory the heads stand before the batch, as attention reads them."""
+    written: list[int]
+    """One-element list shared by all versions of the cache: the number of slots written."""
+    length: int
+    """Past positions that are seen at most."""
+    end: int
+    """Slots that hold the past."""
+    moved: int
+    """Position of the first slot in the text: how far the slots have slid."""
+    padding: Int[Tensor, " B"] | None
+    """Positions before the text of each row begins, which no query sees; None without any."""
+    padded: int
+    """The largest of them."""
+
+    @classmethod
+    def empty(
+        cls, *, heads: int, batch: int, width: int, length: int, padding: Int[Tensor, " B"] | None, like: Tensor
+    ) -> KeyValueCache:
+        """No past yet; ``width`` is C, ``like`` gives dtype and device."""
+        slots = _batch_first(like.new_empty(2, heads, batch, 0, width))
+        padded = 0 if padding is None else int(padding.max())
+        return cls(
+            slots=slots,
+            written=[0],
+            length=length,
+            end=0,
+            moved=0,
+            padding=padding if padded else None,
+            padded=padded,
+        )
+
+    @property
+    def seen(self) -> int:
+        """Past positions that new ones see."""
+        return min(self.end, self.length)
+
+    def with_room(self, time: int) -> KeyValueCache:
+        """The same past with room for ``time`` new positions.
+
+        Reallocates and drops unseen slots now and then; amortised O(1) per token.
+        """
+        if self._newest and self.end + time <= self.slots.shape[3]:
+            return self
+        past = self.past
+        # As many slots again as are kept: the copy is paid for by that many tokens.
+        room = max(time, min(self.length, max(64, 2 * self.seen)))
+        slots = _batch_first(torch.cat([past, past.new_zeros(*past.shape[:3], room, past.shape[4])], dim=3))
+        moved = self.moved + self.end - self.seen
+        return dataclasses.replace(self, slots=slots, written=[self.seen], end=self.seen, moved=moved)
+
+    @property
+    def _newest(self) -> bool:
+        return self.written == [self.end]
+
+    @property
+    def past(self) -> Float[Tensor, "2 H B M C"]:
+        """Keys and values that new positions see."""
+        return self._heads_first[:, :, :, self.end - self.seen : self.end]
+
+    @property
+    def _heads_first(self) -> Float[Tensor, "2 H B S C"]:
+        return self.slots.permute(1, 2, 0, 3, 4)
+
+    def joined(self, present: Float[Tensor, "2 H B T C"]) -> Float[Tensor, "2 H B K C"]:
+        """Keys and values of the past and the present side by side: where that is allowed, a view of the slots."""
+        end = self.end + present.shape[3]
+        tangent = forward_ad.unpack_dual(present).tangent  # of a Jacobian–vector product
+        if tangent is not None or torch.is_grad_enabled() or not self._newest:
+            return torch.cat([self.past, present], dim=3)
+        slots = self._heads_first
+        slots[:, :, :, self.end : end].copy_(present)
+        return slots[:, :, :, self.end - self.seen : end]
+
+    def advanced(self, present: Float[Tensor, "2 H B T C"]) -> KeyValueCache:
+        """The cache in which the present has become past."""
+        time = present.shape[3]
+        cache = self.with_room(time)
+        cache._heads_first[:, :, :, cache.end : cache.end + time].copy_(present)
+        cache.written[0] = cache.end + time
+        return dataclasses.replace(cache, end=cache.end + time)
+
+    def key_padding_mask(self, time: int) -> Bool[Tensor, "B K"] | None:
+        """True for keys before the text of a row begins, those of ``time`` new positions included; None without any."""
+        first = self.moved + self.end - self.seen
+        if self.padding is None or self.padded <= first:
+            return None
+        positions = torch.arange(first, first + self.seen + time, device=self.padding.device)
+        return positions < self.padding[:, None]
+
+
+def _batch_first(slots: Float[Tensor, "2 H B S C"]) -> Float[Tensor, "B 2 H S C"]:
+    return slots.permute(2, 0, 1, 3, 4)

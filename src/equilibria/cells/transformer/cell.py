@@ -1,0 +1,322 @@
+"""The cell of the DEQ-Transformer: one block of relative attention with memory, and a feed-forward network.
+
+The input enters through an injection into queries, keys and values (Bai, Kolter and Koltun 2019, §4.2). All that does
+not depend on z is computed in ``prepare``: effective weights, injection, the keys and values of the memory, the
+position term, the masks. One call of f is then six matrix products (seven with relative positions). Without injection
+and with the options of ``explicit`` it is a layer of Transformer-XL (Dai et al. 2019).
+
+Letters: B batch, T time, M memory, D width, I inner width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from equilibria.cells.transformer.attention import Attention
+from equilibria.cells.transformer.cache import KeyValueCache
+from equilibria.cells.transformer.positions import DecayPositions, Positions, RelativePositions
+from equilibria.cells.transformer.prepared import (
+    TransformerCache,
+    TransformerKept,
+    TransformerMemory,
+    TransformerRows,
+    TransformerShared,
+    TransformerWeights,
+)
+from equilibria.core.checks import check_at_least, check_choices
+from equilibria.layers.cell import Prepared
+from equilibria.layers.dropout import BatchSlice, add_masked, check_rate, dropout_mask, masked
+from equilibria.layers.linear import INITS, Held, Init, NormedLinear
+from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_streams, check_width
+
+WINDOW = 1000
+"""Positions that a query sees, itself included, where a window of 0 leaves the number to the cell."""
+_CHOICES = {"norm": ("post", "pre", "pre-normalised"), "positions": ("relative", "decay"), "init": INITS}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The hyper-parameters of a ``TransformerCell``."""
+
+    width: int = 128
+    """D, channels of the state; a multiple of heads, and even with relative positions."""
+    heads: int = 4
+    """H, attention heads."""
+    inner: int = 512
+    """I, width of the feed-forward network."""
+    memory: int = 64
+    """M, positions of the past that are remembered between segments; 0 for none."""
+    window: int = 0
+    """How many positions back a query sees, itself included; 0 means 1000."""
+    positions: Literal["relative", "decay"] = "relative"
+    """The term of Transformer-XL ("relative"), or a learned bias per head and distance ("decay"), quick to train."""
+    longest: int = 1024
+    """Only with "decay": the number of distances that have a bias; memory and segment together may not be longer."""
+    norm: Literal["post", "pre", "pre-normalised"] = "post"
+    """Where layer norm stands: "post" (the paper), "pre" (the textbook), or "pre-normalised" (see the cell)."""
+    dropout: float = 0.0
+    """Share of channels dropped from attention output, inner layer, feed-forward output and position table."""
+    attention_dropout: float = 0.0
+    """Share of attention weights dropped."""
+    weight_norm: bool = True
+    """The five matrices inside f are weight-normed; without it f stops being solvable in long runs."""
+    init: Init = "default_fan_in"
+    """How these matrices start: from U(±1/√fan_in), or "normal", from N(0, std²)."""
+    std: float = 0.01
+    """Of the injection and of the biases u and v, which start from N(0, std²), and of init "normal"."""
+    injection: bool = True
+    """The input is added to queries, keys and values; if not, it is the first state, of an explicit layer."""
+    affine: bool = False
+    """The layer norms have a gain and a bias."""
+    attention_norm: bool = False
+    """One more layer norm stands before the output matrix of the attention."""
+    variational: bool = True
+    """A dropout mask of channels holds for all positions; otherwise each position has its own."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, width=1, heads=1, inner=1, longest=1, memory=0, window=0)
+        check_choices(self, _CHOICES)
+        if self.width % self.heads:
+            divisors = [heads for heads in range(1, self.width + 1) if self.width % heads == 0]
+            raise ValueError(
+                f"TransformerConfig(width={self.width}, heads={self.heads}): the heads share the width evenly; "
+                f"try heads={min(divisors, key=lambda heads: abs(heads - self.heads))}."
+            )
+        if self.positions == "relative" and self.width % 2:
+            raise ValueError(
+                f"TransformerConfig(width={self.width}, positions='relative'): the sinusoids come in pairs of sine and "
+                f"cosine, so the width is even; try width={self.width + 1}, or positions='decay'."
+            )
+        check_rate("TransformerConfig", "dropout", self.dropout)
+        check_rate("TransformerConfig", "attention_dropout", self.attention_dropout)
+
+    @property
+    def outputs(self) -> int:
+        """D, channels of what the layers after this one read: the whole state."""
+        return self.width
+
+    def build(self) -> TransformerCell:
+        """The cell, with fresh parameters."""
+        return TransformerCell(self)
+
+
+class TransformerCell(SequenceCell):
+    """z ↦ f(z; x), the block of Bai, Kolter and Koltun 2019, §4.2, with layer norms LN that have no parameters.
+
+    Keys and values are of c = [Z0; z], queries of z; in both pre-norm variants, of LN(c).
+
+        post            a = LN(z + Attention(c)),      f = LN(a + FFN(a))
+        pre             a = z + Attention(LN(c)),      f = a + FFN(LN(a))
+        pre-normalised  a = LN(z + Attention(LN(c))),  f = a + FFN(a)
+
+    With "pre", J = I + …, so that only a solver that needs no contraction, or a Jacobian penalty, makes it a good
+    equilibrium; the residual of "pre-normalised" is bounded.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._held = Held()
+        width, kind = config.width, {"init": config.init, "std": config.std}
+        self.inject = None
+        if config.injection:
+            self.inject = NormedLinear(inputs=width, outputs=3 * width, normed=False, init="normal", std=config.std)
+        self.attention = Attention(
+            width=width,
+            heads=config.heads,
+            positions=self._positions(config),
+            dropout=config.attention_dropout,
+            weight_norm=config.weight_norm,
+            norm=config.attention_norm,
+            affine=config.affine,
+            **kind,
+        )
+        self.inner = NormedLinear(inputs=width, outputs=config.inner, normed=config.weight_norm, **kind)
+        self.outer = NormedLinear(inputs=config.inner, outputs=width, normed=config.weight_norm, **kind)
+        # The first norm stands before the feed-forward network, the second at the end or at the beginning of f.
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=config.affine) for _ in range(2))
+
+    def prepare(
+        self,
+        x: Float[Tensor, "B T D"],
+        memory: TransformerMemory | TransformerCache | None = None,
+        *,
+        warm: bool = False,
+        part: BatchSlice | None = None,
+    ) -> Prepared:
+        """Weights, injection, keys and values of the memory, position term and masks."""
+        return self.prepare_injected(x, self.injected(x), memory, warm=warm, part=part)
+
+    def injected(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3*D"] | None:
+        """U = x W_in + b_in; None from a cell without injection."""
+        check_width(x, self.config.width)
+        return None if self.inject is None else functional.linear(x, self.inject.effective(), self.inject.bias)
+
+    def prepare_injected(
+        self,
+        x: Float[Tensor, "B T D"],
+        injection: Float[Tensor, "B T 3*D"] | None,
+        memory: TransformerMemory | TransformerCache | None,
+        *,
+        warm: bool,
+        part: BatchSlice | None,
+    ) -> Prepared:
+        """``prepare`` with an injection from elsewhere: several cells may share one."""
+        self._check_memory(x, memory)
+        table, key_padding_mask, time = None, None, x.shape[1]
+        if isinstance(memory, TransformerCache):
+            weights, table = self._of_generation(memory)
+            past = memory.past.with_room(time)
+            key_padding_mask = past.key_padding_mask(time)
+            table = table if time == 1 else None  # it reaches back from one new position only
+            memory = dataclasses.replace(memory, past=past)
+        else:
+            weights = self._weights()
+            past = None if memory is None else self._keys_and_values(memory.z, memory.u, weights)
+        attention = self.attention.prepare(
+            x, injection, past, weights=weights.attention, table=table, key_padding_mask=key_padding_mask, part=part
+        )
+        rows = TransformerRows(
+            attention=attention.rows,
+            drop_attention=self._mask(x, self.config.width, part),
+            drop_inner=self._mask(x, self.config.inner, part),
+            drop_outer=self._mask(x, self.config.width, part),
+            valid=None if key_padding_mask is None else (~key_padding_mask[:, -time:, None]).to(x.dtype),
+        )
+        kept = TransformerKept(
+            start=self._start(x, memory, warm=warm),
+            injection=None if injection is None else injection.detach(),
+            weights=weights,
+            memory=memory,
+        )
+        shared = TransformerShared(weights=weights, attention=attention.shared)
+        return Prepared(shared=shared, rows=rows, kept=kept, droppable=time > 1)
+
+    def _start(
+        self, x: Float[Tensor, "B T D"], memory: TransformerMemory | TransformerCache | None, *, warm: bool
+    ) -> Float[Tensor, "B T D"]:
+        if isinstance(memory, TransformerCache) and memory.last is not None and x.shape[1] == 1:
+            return memory.last
+        start = torch.zeros_like(x) if self.config.injection else x
+        if warm and isinstance(memory, TransformerMemory):
+            return memory.z[:, -1:].expand_as(start).to(start)
+        return start
+
+    def start(self, prepared: Prepared) -> Float[Tensor, "B T D"]:
+        """Zero; without injection the input; if warm, the last state of the memory at all positions.
+
+        In generation, if asked for, the state of the position before.
+        """
+        return prepared.kept.start
+
+    def forward(self, z: Float[Tensor, "B T D"], prepared: Prepared) -> Float[Tensor, "B T D"]:
+        """f(z)."""
+        post, weights, rows = self.config.norm == "post", prepared.shared.weights, prepared.rows
+        attention = Prepared(shared=prepared.shared.attention, rows=rows.attention)
+        attended = self.attention(z if post else self.norms[1](z), attention)
+        a = add_masked(z, attended, rows.drop_attention)
+        b = self.norms[0](a)
+        # The product is left flat, because relu in place on a view would make autograd copy it back and forth.
+        inner = torch.relu_(functional.linear(b.flatten(0, 1), weights.inner, self.inner.bias))
+        inner = masked(inner.unflatten(0, z.shape[:2]), rows.drop_inner)
+        update = functional.linear(inner, weights.outer, self.outer.bias)
+        f = add_masked(a if self.config.norm == "pre" else b, update, rows.drop_outer)
+        return masked(self.norms[1](f) if post else f, rows.valid)
+
+    def remember(self, z: Float[Tensor, "B T D"], prepared: Prepared) -> TransformerMemory | TransformerCache | None:
+        """The last M positions of [Z0; z] and of [U0; U], detached; a cache, with the keys and values of z."""
+        kept: TransformerKept = prepared.kept
+        length, memory = self.config.memory, kept.memory
+        if isinstance(memory, TransformerCache):
+            past = memory.past.advanced(self._keys_and_values(z, kept.injection, kept.weights))
+            return dataclasses.replace(memory, past=past, last=z[:, -1:] if memory.warm else None)
+        if length == 0:
+            return None
+        return TransformerMemory.joined(memory, z.detach(), kept.injection, length=length)
+
+    def cache(
+        self,
+        batch: int,
+        *,
+        length: int | None = None,
+        padding: Int[Tensor, " B"] | None = None,
+        memory: TransformerMemory | None = None,
+        warm: bool = False,
+    ) -> TransformerCache:
+        """A memory of up to ``length`` positions (M if None) whose keys and values are computed once, for generation.
+
+        It stands wherever a ``TransformerMemory`` does, without gradients: by the exactness law, what is solved from it
+        position by position is the equilibrium of the whole text, as far as its length and the window reach. The cache
+        holds no weights; the cell keeps those that it computed last (see ``Held``).
+
+        Args:
+            batch: rows.
+            length: positions that are remembered.
+            padding: positions at which the text of each row has not begun; f is 0 there, and no query sees them.
+            memory: of what came before.
+            warm: start each single position from the state of the one before it, instead of zero: worth a try where
+                neighbours resemble each other; on text it saved nothing.
+        """
+        config = self.config
+        check_new_cache(self, batch, kind=TransformerMemory, memory=memory, padding=padding)
+        length = min(config.memory if length is None else length, (config.window or WINDOW) - 1)
+        self._held.renew()
+        with torch.no_grad():
+            past = KeyValueCache.empty(
+                heads=config.heads,
+                batch=batch,
+                width=config.width // config.heads,
+                length=length,
+                padding=padding,
+                like=self.inner.direction,
+            )
+            cache = TransformerCache(past=past, last=None, warm=warm)
+            weights, _ = self._of_generation(cache)
+            if memory is not None:
+                known = self._keys_and_values(memory.z, memory.u, weights)
+                cache = dataclasses.replace(cache, past=past.with_room(known.shape[3]).advanced(known))
+        return cache
+
+    def _of_generation(self, cache: TransformerCache) -> tuple[TransformerWeights, Tensor]:
+        """The weights, and the table of positions for all distances of one new position to the past."""
+        length = cache.past.length
+
+        def computed() -> tuple[TransformerWeights, Tensor]:
+            weights = self._weights()
+            return weights, self.attention.positions.table(queries=1, memory=length, like=weights.inner)
+
+        return self._held.of(self, computed, length)
+
+    @staticmethod
+    def _positions(config: TransformerConfig) -> Positions:
+        common = {"heads": config.heads, "window": config.window or WINDOW}
+        if config.positions == "decay":
+            return DecayPositions(**common, longest=config.longest)
+        names = ("width", "dropout", "variational", "weight_norm", "init", "std")
+        return RelativePositions(**common, **{name: getattr(config, name) for name in names})
+
+    def _weights(self) -> TransformerWeights:
+        return TransformerWeights(
+            attention=self.attention.weights(), inner=self.inner.effective(), outer=self.outer.effective()
+        )
+
+    def _keys_and_values(self, z: Tensor, injection: Tensor | None, weights: TransformerWeights) -> Tensor:
+        z = z if self.config.norm == "post" else self.norms[1](z)
+        return self.attention.keys_and_values(z, injection, weights.attention)
+
+    def _mask(self, x: Tensor, width: int, part: BatchSlice | None) -> Tensor | None:
+        shape = (len(x), 1 if self.config.variational else x.shape[1], width)
+        return dropout_mask(shape, rate=self.config.dropout, training=self.training, like=x, part=part)
+
+    def _check_memory(self, x: Tensor, memory: TransformerMemory | TransformerCache | None) -> None:
+        if isinstance(memory, TransformerCache):
+            check_cache_use(self)
+            check_streams(len(memory.past.slots), x)
+        elif memory is not None:
+            check_streams(len(memory.z), x)

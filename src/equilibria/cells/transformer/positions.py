@@ -1,0 +1,250 @@
+"""How attention knows where things are: two kinds of position term, each with the causal window built in.
+
+Each kind is a module with the parameters. Its ``prepare`` gives what one solve needs, and its ``forward`` turns queries
+and keys into the scores A + mask with as few passes over the (H, B, T, K) scores as possible.
+
+Letters: B batch, T time (queries), M memory, K = M + T keys, D width, H heads, C = D/H width of a head, N = H·B, heads
+first. Query i sees key j iff 0 ≤ M + i − j < window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from equilibria.layers.cell import Prepared
+from equilibria.layers.dropout import dropout_mask, masked
+from equilibria.layers.linear import Init, NormedLinear
+
+
+def sinusoids(count: int, width: int, like: Tensor) -> Float[Tensor, "count width"]:
+    """Rows [sin δω, cos δω] for the distances δ = count−1, …, 0; ω_i = 10000^(−2i/width) (Vaswani et al. 2017)."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    distance = torch.arange(count - 1, -1, -1, dtype=wide, device=like.device)
+    omega = 10000 ** (-torch.arange(0, width, 2, dtype=wide, device=like.device) / width)
+    angle = distance[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1).to(like.dtype)
+
+
+def relative_shift(raw: Float[Tensor, "N T K1"]) -> Float[Tensor, "N T K"]:
+    """The entries raw[n, i, 1 + j + (T−1−i)] at (n, i, j): scores by distance become scores by key (Dai et al. 2019).
+
+    ``raw`` holds a column of padding before the distances K−1, …, 0, so K1 = K + 1. Read as one long row without its
+    first T numbers and cut into rows of K, it is shifted as wanted for j ≤ M + i; what lands at later j is meaningless.
+    No number is moved.
+    """
+    _, queries, columns = raw.shape
+    return raw.flatten(1)[:, queries:].unflatten(1, (queries, columns - 1))
+
+
+class Positions(nn.Module, ABC):
+    """A position term: what depends on parameters and distances alone, and the scores that it gives."""
+
+    @abstractmethod
+    def table(self, *, queries: int, memory: int, like: Tensor) -> Tensor:
+        """The term by distance, with graph; a table for more keys serves for fewer."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        u: Float[Tensor, "H C"],
+        *,
+        batch: int,
+        queries: int,
+        memory: int,
+        like: Tensor,
+        table: Tensor | None = None,
+        key_padding_mask: Bool[Tensor, "B K"] | None = None,
+    ) -> Prepared:
+        """The position term for ``queries`` after ``memory`` keys, with graph.
+
+        Args:
+            u: the bias that the queries already have.
+            batch: samples.
+            queries: T.
+            memory: M.
+            like: gives dtype and device.
+            table: as ``table`` gives it for these keys or more; made if None.
+            key_padding_mask: True for padding keys, which a query of their row sees only at its own position.
+        """
+
+    @abstractmethod
+    def forward(
+        self, q: Float[Tensor, "N T C"], k: Float[Tensor, "N K C"], prepared: Prepared
+    ) -> Float[Tensor, "N T K"]:
+        """The scores, masked; q already has u and 1/√C inside."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RelativeTerm:
+    """What all samples share of the term of ``RelativePositions``."""
+
+    table: Float[Tensor, "H C K1"]
+    """P by distance, K−1 … 0, after a column of zeros: the padding that ``relative_shift`` needs, for nothing."""
+    shift: Float[Tensor, "H 1 C"]
+    """(v − u)/√C."""
+    visible: Float[Tensor, "1 1"]
+    """0, in place of a mask where every query sees every key."""
+
+
+class RelativePositions(Positions):
+    """The content-dependent position term of Transformer-XL (Dai et al. 2019, §3.3): P = R W_r and the bias v.
+
+    Args:
+        width: D.
+        heads: H.
+        window: keys that a query sees, itself included.
+        dropout: share of the channels of R that is dropped.
+        variational: the same channels at all distances, or others at each.
+        weight_norm: whether W_r is weight-normed.
+        init: how W_r starts.
+        std: of init "normal", and of v.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        window: int,
+        dropout: float,
+        variational: bool,
+        weight_norm: bool,
+        init: Init,
+        std: float,
+    ) -> None:
+        super().__init__()
+        self.window, self.dropout, self.variational = window, dropout, variational
+        self.v = nn.Parameter(torch.empty(heads, width // heads).normal_(std=std))
+        self.project = NormedLinear(inputs=width, outputs=width, bias=False, normed=weight_norm, init=init, std=std)
+
+    def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H C K1"]:
+        """P for the distances K−1, …, 0 after a column of zeros, with graph; one for more keys serves for fewer."""
+        keys, (heads, width) = memory + queries, self.v.shape
+        rows = sinusoids(keys, heads * width, like)
+        shape = (1 if self.variational else keys, heads * width)
+        rows = masked(rows, dropout_mask(shape, rate=self.dropout, training=self.training, like=rows, rows=None))
+        rows = (rows @ self.project.effective().t()).view(keys, heads, width).permute(1, 2, 0)
+        return nn.functional.pad(rows, (1, 0))
+
+    def prepare(
+        self,
+        u: Float[Tensor, "H C"],
+        *,
+        batch: int,
+        queries: int,
+        memory: int,
+        like: Tensor,
+        table: Tensor | None = None,
+        key_padding_mask: Bool[Tensor, "B K"] | None = None,
+    ) -> Prepared:
+        """Shared: a ``RelativeTerm``. Rows: the mask [B T K1], 0 or −∞, or None where all is seen.
+
+        The mask is −∞ wherever ``relative_shift`` brings what a query must not see: no pass over the scores is spent.
+        """
+        keys = memory + queries
+        table = self.table(queries=queries, memory=memory, like=like) if table is None else table
+        term = RelativeTerm(
+            # What the first column holds is never read: the shift drops it, or the mask is −∞ there.
+            table=table[:, :, -keys - 1 :],
+            shift=((self.v - u) / math.sqrt(u.shape[1])).unsqueeze(1),
+            visible=like.new_zeros(1, 1),
+        )
+        return Prepared(
+            shared=term,
+            rows=self._mask(batch=batch, queries=queries, keys=keys, key_padding_mask=key_padding_mask, like=like),
+        )
+
+    def forward(
+        self, q: Float[Tensor, "N T C"], k: Float[Tensor, "N K C"], prepared: Prepared
+    ) -> Float[Tensor, "N T K"]:
+        """A_ij = q_i·k_j + (q_i + v − u)·P_(M+i−j)."""
+        term, mask = prepared.shared, prepared.rows
+        rows, queries, width = q.shape
+        heads = len(term.table)
+        mask = term.visible if mask is None else mask.flatten(0, 1)
+        # One product per head over all samples, since P is the same for each of them.
+        by_distance = torch.baddbmm(mask.expand(heads, -1, -1), q.view(heads, -1, width) + term.shift, term.table).view(
+            rows, queries, -1
+        )
+        return torch.baddbmm(relative_shift(by_distance), q, k.transpose(1, 2))
+
+    def _mask(
+        self, *, batch: int, queries: int, keys: int, key_padding_mask: Bool[Tensor, "B K"] | None, like: Tensor
+    ) -> Float[Tensor, "B T K1"] | None:
+        if queries == 1 and keys <= self.window and key_padding_mask is None:
+            return None
+        query = torch.arange(queries, device=like.device)[:, None]
+        column = torch.arange(-1, keys, device=like.device)  # −1 is the padding
+        # Row i of the shifted scores begins at column T−1−i; what lies before it belongs to no pair (i, j ≤ M+i).
+        visible = (column >= queries - 1 - query) & (keys - 1 - column < self.window) & (column >= 0)
+        key = column - (queries - 1 - query)
+        visible = visible.expand(batch, -1, -1)
+        if key_padding_mask is not None:
+            unseen = key_padding_mask[:, key.clamp(0, keys - 1)] & (key != keys - queries + query)
+            visible = visible & ~unseen
+        zeros = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+        return zeros.masked_fill_(~visible, -math.inf)
+
+
+class DecayPositions(Positions):
+    """A learned bias b per head and distance, started at −slope·distance (the start is ALiBi, Press et al. 2022)."""
+
+    def __init__(self, *, heads: int, window: int, longest: int) -> None:
+        super().__init__()
+        self.window, self.longest = window, longest
+        self.bias = nn.Parameter(-slopes(heads)[:, None] * torch.arange(longest))
+
+    def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H K"]:
+        """b for the distances K−1, …, 0, with graph; one for more keys serves for fewer."""
+        keys = memory + queries
+        if keys > self.longest:
+            raise ValueError(
+                f"memory and segment are {memory} + {queries} = {keys} positions long, but the decay has biases for "
+                f"{self.longest}; use shorter segments or a shorter memory, or build the cell with longest={keys} or "
+                "more."
+            )
+        return self.bias[:, :keys].flip(1).to(like.dtype)
+
+    def prepare(
+        self,
+        u: Float[Tensor, "H C"],
+        *,
+        batch: int,
+        queries: int,
+        memory: int,
+        like: Tensor,
+        table: Tensor | None = None,
+        key_padding_mask: Bool[Tensor, "B K"] | None = None,
+    ) -> Prepared:
+        """Rows: the bias b [B H T K], heads first in memory, and −∞ where query i does not see key j."""
+        keys = memory + queries
+        row = self.table(queries=queries, memory=memory, like=like) if table is None else table[:, -keys:]
+        # One row per head, distances K−1 … 0, then T−1 places that lie in the future: query i reads K of them.
+        row = nn.functional.pad(row, (0, queries - 1), value=-math.inf)
+        if keys > self.window:
+            far = torch.arange(row.shape[1], device=like.device) < keys - self.window
+            row = row.masked_fill(far, -math.inf)
+        bias = row.unfold(1, keys, 1).flip(1).unsqueeze(1).expand(-1, batch, -1, -1)
+        if key_padding_mask is not None:
+            itself = torch.arange(memory, keys, device=like.device)[:, None] == torch.arange(keys, device=like.device)
+            bias = bias.masked_fill(key_padding_mask[:, None] & ~itself, -math.inf)
+        return Prepared(rows=bias.contiguous().transpose(0, 1))
+
+    def forward(
+        self, q: Float[Tensor, "N T C"], k: Float[Tensor, "N K C"], prepared: Prepared
+    ) -> Float[Tensor, "N T K"]:
+        """A_ij = q_i·k_j + b_(M+i−j)."""
+        return torch.baddbmm(prepared.rows.transpose(0, 1).flatten(0, 1), q, k.transpose(1, 2))
+
+
+def slopes(heads: int) -> Float[Tensor, " heads"]:
+    """How fast each head forgets at first: 2, 0.7, 0.2, 0.05 for four heads, else a geometric row from 2 to 0.05."""
+    if heads == 4:
+        return torch.tensor([2, 0.7, 0.2, 0.05])
+    return torch.logspace(math.log10(2), math.log10(0.05), heads) if heads > 1 else torch.tensor([math.sqrt(0.1)])

@@ -1,0 +1,254 @@
+"""The cell of TrellisNet: a causal convolution over two times, and the gates of an LSTM.
+
+S. Bai, J. Z. Kolter, V. Koltun, "Trellis Networks for Sequence Modeling" (2019); as an equilibrium, Bai, Kolter and
+Koltun 2019, §4.1. All that does not depend on z is computed in ``prepare``: effective weights, the injection of the
+input, what the last state of the past adds to the first time, the masks. One call of f is one matrix product.
+
+Letters: B batch, T time, E channels of the input, H channels of h and of c, O channels of the output; H2 = 2·H.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from equilibria.cells.trellis.prepared import (
+    TrellisCache,
+    TrellisKept,
+    TrellisMemory,
+    TrellisRows,
+    TrellisWeights,
+)
+from equilibria.cells.trellis.scan import scan
+from equilibria.core.checks import check_at_least, check_choices
+from equilibria.layers.cell import Prepared
+from equilibria.layers.dropout import BatchSlice, check_rate, dropout_mask, masked
+from equilibria.layers.linear import INITS, Held, Init, NormedLinear
+from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_streams, check_width
+
+_CHOICES = {"recurrence": ("delayed", "scan"), "injection_init": INITS}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrellisConfig:
+    """The hyper-parameters of a ``TrellisCell``: kernels of two times, without dilation, as in all its language models.
+
+    The state has 2·(hidden + outputs) channels: as many of h as of c.
+    """
+
+    width: int = 400
+    """E, channels of the input."""
+    hidden: int = 1000
+    """Channels of h that stay inside the cell."""
+    outputs: int = 400
+    """O, channels of h, the last ones, that the layers after this one read."""
+    dropout: float = 0.0
+    """Share of the channels of h that is dropped inside the cell: the same at all times and in all iterations."""
+    weight_dropout: float = 0.0
+    """Share of the weights of the past, W⁰ and X⁰, that is dropped per step (DropConnect)."""
+    weight_norm: bool = True
+    """The two matrices are weight-normed."""
+    carry_input: bool = True
+    """A segment sees the last input of the one before, as it does its state; TrellisNet's code reads 0."""
+    recurrence: Literal["delayed", "scan"] = "delayed"
+    """The c_{t−1} of c_t: that of the iterate ("delayed", TrellisNet), or that of the same evaluation ("scan")."""
+    std: float = 0.01
+    """The weights of h and the bias start from N(0, std²)."""
+    injection_init: Init = "default_fan_in"
+    """The weights of the input start from U(±1/√(2·width)), or with "normal" from N(0, std²), as in TrellisNet."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, width=1, hidden=0, outputs=1)
+        check_choices(self, _CHOICES)
+        if not 0 <= self.std < math.inf:
+            raise ValueError(f"TrellisConfig(std={self.std}): a standard deviation is finite and ≥ 0; try 0.01.")
+        check_rate("TrellisConfig", "dropout", self.dropout)
+        check_rate("TrellisConfig", "weight_dropout", self.weight_dropout)
+
+    @property
+    def channels(self) -> int:
+        """H = hidden + outputs, channels of h, and of c."""
+        return self.hidden + self.outputs
+
+    def build(self) -> TrellisCell:
+        """The cell, with fresh parameters."""
+        return TrellisCell(self)
+
+
+class TrellisCell(SequenceCell):
+    """z = [h; c] ↦ f(z; x), for all times t at once; ĥ = h ⊙ D.
+
+        i, o, g, f = σ, σ, tanh, σ of  W⁰ ĥ_{t−1} + W¹ ĥ_t + X⁰ x_{t−1} + X¹ x_t + b
+        c'_t = f ⊙ c_{t−1} + i ⊙ g,    h'_t = o ⊙ tanh c'_t
+
+    Left of the first time stand the last h, c and x of the past, or zeros. Layer ℓ of TrellisNet is the ℓ-th iterate
+    from zero. With W¹ = 0 the equilibrium is the LSTM (Bai, Kolter, Koltun, "Trellis Networks", theorem 1).
+
+    With ``recurrence="delayed"`` c_{t−1} is that of the iterate, as in TrellisNet: what c carries needs an iteration a
+    time step. With "scan" it is c'_{t−1}, so that it is carried to all times in one evaluation. Both maps have the same
+    equilibria, since there c' = c; their networks of finite depth differ.
+
+    Deviations from the authors' code: (1) one bias instead of two that are added; (2) the input is carried over the
+    borders of segments like h and c, so that two segments joined by memory are one long one; ``carry_input=False`` has
+    their zero.
+    """
+
+    def __init__(self, config: TrellisConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._held = Held()
+        channels = config.channels
+        common = {"outputs": 4 * channels, "normed": config.weight_norm, "std": config.std}
+        self.state = NormedLinear(inputs=2 * channels, init="normal", **common)
+        self.input = NormedLinear(inputs=2 * config.width, init=config.injection_init, bias=False, **common)
+        assert self.state.bias is not None
+        nn.init.normal_(self.state.bias, std=config.std)
+
+    def prepare(
+        self,
+        x: Float[Tensor, "B T E"],
+        memory: TrellisMemory | TrellisCache | None = None,
+        *,
+        warm: bool = False,
+        part: BatchSlice | None = None,
+    ) -> Prepared:
+        """Shared: the weights. Rows: injection, the share of the past, and the masks."""
+        cache, valid = None, None
+        if isinstance(memory, TrellisCache):
+            cache, memory = memory, memory.memory
+            valid = _valid(cache.padding, x)
+            x = masked(x, valid)
+        self._check(x, memory, cache)
+        config, channels = self.config, self.config.channels
+        weights = self._weights() if cache is None else self._held.of(self, self._weights)
+        z = x.new_zeros(len(x), 1, 2 * channels) if memory is None else memory.z.to(x.dtype)
+        h, c = z.split(channels, dim=-1)
+        drop = dropout_mask((len(x), 1, channels), rate=config.dropout, training=self.training, like=x, part=part)
+        before = x.new_zeros(len(x), 1, config.width) if memory is None or memory.x is None else memory.x.to(x.dtype)
+        pairs = torch.cat([torch.cat([before, x[:, :-1]], dim=1), x], dim=-1)
+        injection = functional.linear(pairs, weights.input, self.state.bias)
+        h = masked(h, drop)
+        if x.shape[1] == 1 and memory is not None:  # as in generation: then W⁰ has nothing more to do
+            injection = injection + functional.linear(h, weights.state[:, :channels])
+        starts_warm = warm if cache is None else cache.warm and x.shape[1] == 1
+        kept = TrellisKept(
+            start=torch.cat([h, c], dim=-1) if starts_warm else None,
+            like=injection,
+            last=x[:, -1:].detach().clone() if config.carry_input or cache is not None else None,
+            cache=cache,
+        )
+        rows = TrellisRows(injection=injection, past_h=h, past_c=c, drop=drop, valid=valid)
+        return Prepared(shared=weights, rows=rows, kept=kept, droppable=x.shape[1] > 1)
+
+    def start(self, prepared: Prepared) -> Float[Tensor, "B T H2"]:
+        """Zero; if warm, the last state of the past, at all times."""
+        kept: TrellisKept = prepared.kept
+        batch, time, gates = kept.like.shape
+        if kept.start is None:
+            return kept.like.new_zeros(batch, time, gates // 2)
+        return kept.start.expand(-1, time, -1)
+
+    def forward(self, z: Float[Tensor, "B T H2"], prepared: Prepared) -> Float[Tensor, "B T H2"]:
+        """f(z)."""
+        rows: TrellisRows = prepared.rows
+        h, c = z.split(self.config.channels, dim=-1)
+        gates = self._preactivation(masked(h, rows.drop), prepared.shared, rows)
+        i, o, g, f = gates.split(self.config.channels, dim=-1)
+        update, keep = i.sigmoid() * g.tanh(), f.sigmoid()
+        if self.config.recurrence == "scan" and z.shape[1] > 1:
+            c = scan(masked(keep, rows.valid), masked(update, rows.valid), rows.past_c)
+        else:
+            c = torch.addcmul(update, keep, torch.cat([rows.past_c.to(c.dtype), c[:, :-1]], dim=1))
+        return masked(torch.cat([o.sigmoid() * c.tanh(), c], dim=-1), rows.valid)
+
+    def _preactivation(
+        self, h: Float[Tensor, "B T H"], weights: TrellisWeights, rows: TrellisRows
+    ) -> Float[Tensor, "B T H4"]:
+        """W⁰ ĥ_{t−1} + W¹ ĥ_t + injection."""
+        weight, channels = weights.state, self.config.channels
+        if h.shape[1] == 1:
+            h, weight = h[:, 0], weight[:, channels:]
+        else:
+            h = torch.cat([torch.cat([rows.past_h.to(h.dtype), h[:, :-1]], dim=1), h], dim=-1).flatten(0, 1)
+        return torch.addmm(rows.injection.flatten(0, 1), h, weight.t()).view_as(rows.injection)
+
+    def output(self, z: Float[Tensor, "B T H2"]) -> Float[Tensor, "B T O"]:
+        """The last O channels of h."""
+        return z[..., self.config.hidden : self.config.channels]
+
+    def remember(self, z: Float[Tensor, "B T H2"], prepared: Prepared) -> TrellisMemory | TrellisCache:
+        """h, c and x at the last time, detached; a cache, with them."""
+        kept: TrellisKept = prepared.kept
+        memory = TrellisMemory(z=z[:, -1:].detach().clone(), x=kept.last)  # a view would keep all of z
+        if kept.cache is None:
+            return memory
+        padding = kept.cache.padding
+        if padding is not None:
+            padding = (padding - z.shape[1]).clamp(min=0)
+            padding = padding if padding.any() else None
+        return dataclasses.replace(kept.cache, memory=memory, padding=padding)
+
+    def cache(
+        self,
+        batch: int,
+        *,
+        length: int | None = None,
+        padding: Int[Tensor, " B"] | None = None,
+        memory: TrellisMemory | None = None,
+        warm: bool = False,
+    ) -> TrellisCache:
+        """The memory for generation: one state per stream, exact for text of any length.
+
+        It stands wherever a ``TrellisMemory`` does, without gradients. The input is always carried, as from time to
+        time inside a segment.
+
+        Args:
+            batch: rows.
+            length: None: there is no number of positions that could be chosen.
+            padding: positions at which the text of each row has not begun; f is 0 there.
+            memory: of what came before.
+            warm: start each single position from the state of the one before it, instead of zero.
+        """
+        check_new_cache(self, batch, kind=TrellisMemory, memory=memory, padding=padding)
+        if length is not None:
+            raise ValueError(
+                f"cache(length={length}): a trellis remembers one state, of all the text before it, and not a number "
+                "of positions; leave the length of the memory out."
+            )
+        self._held.renew()
+        if memory is None:
+            zero = self.state.direction.new_zeros(batch, 1, 2 * self.config.channels)
+            memory = TrellisMemory(z=zero, x=None)
+        return TrellisCache(memory=memory, padding=padding, warm=warm)
+
+    def _weights(self) -> TrellisWeights:
+        return TrellisWeights(state=self._dropped(self.state), input=self._dropped(self.input))
+
+    def _dropped(self, linear: NormedLinear) -> Tensor:
+        """The effective matrix, with DropConnect on the raw weights of the past (Merity, McCann, Socher 2017)."""
+        rate, (rows, columns) = self.config.weight_dropout, linear.direction.shape
+        if rate == 0 or not self.training:
+            return linear.effective()
+        kept = torch.empty(rows, columns // 2, dtype=torch.bool, device=linear.direction.device).bernoulli_(1 - rate)
+        return linear.effective(kept, rate)
+
+    def _check(self, x: Tensor, memory: TrellisMemory | None, cache: TrellisCache | None) -> None:
+        check_width(x, self.config.width)
+        if cache is not None:
+            check_cache_use(self)
+        if memory is not None:
+            check_streams(len(memory.z), x)
+
+
+def _valid(padding: Tensor | None, x: Tensor) -> Float[Tensor, "B T 1"] | None:
+    """1 where the text of a row has begun, 0 before; None if all have."""
+    if padding is None:
+        return None
+    times = torch.arange(x.shape[1], device=x.device)
+    return (times >= padding[:, None]).to(x.dtype)[..., None]

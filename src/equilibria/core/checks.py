@@ -1,0 +1,28 @@
+"""Checks of arguments that several files share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    """Raise a TypeError unless ``value`` is a ``kind``; the usual mistake is the class where its instance is meant."""
+    if not isinstance(value, kind):
+        found = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}"
+        raise TypeError(f"{name} is {found}; it must be a {kind.__name__}, for example {example}.")
+
+
+def check_at_least(value: Any, **least: float) -> None:
+    """Raise a ValueError if a field of ``value`` is below its bound."""
+    for name, bound in least.items():
+        if getattr(value, name) < bound:
+            raise ValueError(f"{type(value).__name__}({name}={getattr(value, name)}): {name} is at least {bound}.")
+
+
+def check_choices(value: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """Raise a ValueError if a field of ``value`` is none of its choices."""
+    for name, allowed in choices.items():
+        if getattr(value, name) not in allowed:
+            known = " or ".join(map(repr, allowed)) if len(allowed) == 2 else f"one of {', '.join(map(repr, allowed))}"
+            raise ValueError(f"{type(value).__name__}({name}={getattr(value, name)!r}): {name} is {known}.")

@@ -1,0 +1,109 @@
+"""The map as solvers see it: flat, counted, checked, in the dtype of the algebra.
+
+Letters: B batch, R chosen samples, N flattened state. State ``z``, map ``f``, Jacobian ``J``.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from equilibria.core.autocast import Autocast
+from equilibria.core.maps import Map
+from equilibria.core.state import Layout, State
+from equilibria.core.trees import tensors_in
+
+
+class Evaluator:
+    """f on rows ``[B N]`` in float32 or wider; every call is counted.
+
+    ``remaining`` tells how many evaluations are left in the budget.
+    """
+
+    def __init__(self, f: Map, layout: Layout, max_evals: int) -> None:
+        self._f, self._layout = f, layout
+        self.autocast = Autocast(layout.device.type)
+        self.evals, self._max_evals = 0, max_evals
+        self._divisible: bool | None = None
+
+    @property
+    def remaining(self) -> int:
+        """Evaluations left in the budget."""
+        return self._max_evals - self.evals
+
+    def forfeit(self, count: int) -> None:
+        """Take ``count`` unused evaluations out of the budget.
+
+        A solver whose steps differ in cost between samples charges the full cost of a step even if some samples needed
+        less, so that no sample's budget depends on its batch.
+        """
+        self._max_evals -= count
+
+    @property
+    def divisible(self) -> bool:
+        """True if samples can be left out; not while autograd records, which would have to record that as well."""
+        if torch.is_grad_enabled():
+            return False
+        if self._divisible is None:  # asked with no index, so that a GPU need not tell how many samples there are
+            self._divisible = self._f.rows(torch.empty(0, dtype=torch.long, device=self._layout.device)) is not None
+        return self._divisible
+
+    def take(self, index: Int[Tensor, " R"]) -> None:
+        """Continue with these samples alone."""
+        narrowed = self._f.rows(index)
+        assert narrowed is not None  # ``divisible`` was asked before
+        self._f = narrowed
+
+    def rounded(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """The nearest value that the dtypes of the leaves can hold: the point at which f is really evaluated."""
+        return z if self._layout.exact else self._layout.pack(self._layout.unpack(z))
+
+    def __call__(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """f(z), counted."""
+        self.evals += 1
+        given = self._layout.unpack(z)
+        tensors = self._tensors(given)
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        with self.autocast.on():
+            value = self._layout.aligned(self._f(given))
+        for tensor, version, fz in zip(tensors, versions, self._tensors(value), strict=True):
+            self._check(fz, tensor)
+            if not tensor.is_inference() and tensor._version != version:
+                raise ValueError(
+                    "f changed its argument z in place, and the iteration would continue from a wrong value; return a "
+                    "new tensor (no z.mul_(…), no inplace=True in the first layer), or begin f with z = z.clone()."
+                )
+        return self._layout.pack(value)
+
+    def _tensors(self, state: State) -> list[Tensor]:
+        return [state] if self._layout.single else tensors_in(state)
+
+    def jvp(self, z: Float[Tensor, "B N"], v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """J(z)·v, counted as one evaluation."""
+        self.evals += 1
+        with self.autocast.on():
+            product = self._f.jvp(self._layout.unpack(z), self._layout.unpack(v))
+        return self._layout.pack(self._layout.aligned(product))
+
+    def _check(self, fz: Tensor, z: Tensor) -> None:
+        if fz.shape != z.shape:
+            raise ValueError(
+                f"f changed the shape from {tuple(z.shape)} to {tuple(fz.shape)}; a fixed point needs f(z) of the "
+                "shape of z: look at the last layer of f, or at z0."
+            )
+        if fz.device != z.device:
+            raise ValueError(
+                f"f moved the state from {z.device} to {fz.device}; put z0 and all that f uses on one device."
+            )
+        if fz.dtype != z.dtype and not (self.autocast.enabled and fz.dtype.is_floating_point):
+            raise TypeError(
+                f"f changed the dtype from {z.dtype} to {fz.dtype}; make z0 {fz.dtype}, or end f with .to(z.dtype)."
+            )
+
+    @property
+    def computes_in(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of the products inside f, as far as they are known."""
+        if self.autocast.enabled:
+            return (self.autocast.dtype,)
+        return tuple(leaf.dtype for leaf in self._layout.leaves)

@@ -1,0 +1,190 @@
+"""Maps: what solvers, gradient rules and stability measures may ask of f.
+
+Letters: B batch, R chosen samples. State ``z``, map ``f``, Jacobian ``J``, cotangent ``u``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from equilibria.core.autocast import Autocast
+from equilibria.core.capture import leaves_below
+from equilibria.core.state import Layout, State
+from equilibria.core.trees import map_tensors, tensors_in, with_tensors
+
+
+class Map(ABC):
+    """f: State -> State. Only the call must be written; every other method has a default that is right for any f."""
+
+    @abstractmethod
+    def __call__(self, z: State) -> State:
+        """f(z)."""
+
+    def jvp(self, z: State, v: State) -> State:
+        """J(z)·v, here by ``torch.func.jvp``."""
+        return torch.func.jvp(self.__call__, (z,), (v,))[1]
+
+    def linearise(self, z: State, *, create_graph: bool = False) -> Linearised:
+        """f(z) with graph, and products with Jᵀ there: one evaluation of f.
+
+        Args:
+            z: the point; it is a constant of the result.
+            create_graph: the products shall be differentiable themselves.
+        """
+        return linearised(self, z, create_graph=create_graph)
+
+    def eager(self) -> Map:
+        """The map without compilation, which alone shows what it reads and can be differentiated twice."""
+        return self
+
+    def rows(self, index: Int[Tensor, " R"]) -> Map | None:
+        """The map of these samples alone, in this order; here None, which says that there is no such map.
+
+        A solver uses it to leave converged samples out. Whether it is None may not depend on ``index``, which can be
+        empty.
+        """
+        return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linearised:
+    """f at one point: its value, with the graph to everything that f reads, and vector–Jacobian products (VJPs)."""
+
+    value: State
+    """f(z), every leaf in the dtype of z's leaf."""
+    start: tuple[GradientEdge, ...]
+    """Where the leaves of z enter the graph, which keeps z itself only if f needs it again."""
+    anchor: Tensor
+    """The one leaf of the graph that is not an input of f."""
+    autocast: Autocast
+    create_graph: bool = False
+    compiled: bool = False
+    """True if f was compiled: its backward pass must not overwrite the tensors that it saved for the next VJP."""
+    again: Callable[[], Linearised] | None = None
+    """Evaluates f once more for VJPs alone, where that makes them cheaper."""
+
+    @property
+    def constant(self) -> bool:
+        """True if no tensor that f reads requires a gradient."""
+        return all(leaf is self.anchor for leaf in leaves_below(tensors_in(self.value)))
+
+    def for_products(self) -> Linearised:
+        """A linearisation whose VJPs skip the gradients of the parameters; release it after the adjoint solve."""
+        return self if self.again is None else self.again()
+
+    def vjp(self, u: State) -> State:
+        """Jᵀu, a state like u; the gradients of the parameters are not computed."""
+        values, cotangents = tensors_in(self.value), tensors_in(u)
+        reached = [(fz, c.to(fz.dtype)) for fz, c in zip(values, cotangents, strict=True) if fz.requires_grad]
+        if not reached:
+            return map_tensors(torch.zeros_like, u)
+        with self.autocast.on(), _kept_whole() if self.compiled else contextlib.nullcontext():
+            products = torch.autograd.grad(
+                [fz for fz, _ in reached],
+                self.start,
+                [c for _, c in reached],
+                retain_graph=True,
+                create_graph=self.create_graph,
+                allow_unused=True,
+            )
+        pairs = zip(products, cotangents, strict=True)
+        return with_tensors(
+            u, (torch.zeros_like(c) if product is None else product.to(c.dtype) for product, c in pairs)
+        )
+
+
+def linearised(f: Callable[[State], State], z: State, *, create_graph: bool = False) -> Linearised:
+    """f(z) with graph; see ``Map.linearise``."""
+    layout = Layout.of(z)
+    autocast = Autocast(layout.device.type)
+    with torch.enable_grad(), autocast.on():
+        anchor = torch.zeros((), device=layout.device, requires_grad=True)
+        begun = map_tensors(lambda leaf: _Begin.apply(leaf.detach(), anchor), z)  # pyright: ignore
+        edges = tuple(get_gradient_edge(leaf) for leaf in tensors_in(begun))
+        value = layout.cast(layout.aligned(f(begun)))
+    return Linearised(value=value, start=edges, anchor=anchor, autocast=autocast, create_graph=create_graph)
+
+
+def linearised_for_products(f: Callable[[State], State], z: State, autocast: Autocast) -> Linearised:
+    """The linearisation of a compiled f of which only z requires a gradient."""
+    with autocast.on(), _kept_whole():
+        return dataclasses.replace(linearised(f, z), compiled=True)
+
+
+def _kept_whole() -> contextlib.AbstractContextManager[Any]:
+    """Disable donated buffers: a compiled backward runs once per VJP and must not overwrite its saved tensors.
+
+    The setting is read when f is compiled and at each backward pass, in the thread where that runs.
+    """
+    return functorch_config.patch(donated_buffer=False)
+
+
+class _Begin(torch.autograd.Function):
+    """z as the beginning of a graph; its own gradient is computed for VJPs only, and flows no further."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, anchor: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionMap(Map):
+    """Any callable as a map."""
+
+    function: Callable[[State], State]
+
+    def __call__(self, z: State) -> State:
+        """function(z)."""
+        return self.function(z)
+
+    def jvp(self, z: State, v: State) -> State:
+        """J(z)·v by ``torch.func.jvp``."""
+        return torch.func.jvp(self.function, (z,), (v,))[1]
+
+
+def as_map(f: Callable[[State], State]) -> Map:
+    """``f`` as a ``Map``: itself if it is one, else a ``FunctionMap``; the one door for plain callables.
+
+    Raises:
+        TypeError: f cannot be called.
+    """
+    if isinstance(f, Map):
+        return f
+    if not callable(f):
+        raise TypeError(
+            f"f is {type(f).__name__}; it must be a function of the state, or a Map: f comes first, then z0."
+        )
+    return FunctionMap(f)
+
+
+@dataclasses.dataclass(frozen=True)
+class AffineMap(Map):
+    """u ↦ L(u) + factor·offset with a known linear part, so that J(u)·v = L(v) needs no derivative."""
+
+    linear: Callable[[Tensor], Tensor]
+    offset: Tensor
+    factor: Tensor | None = None
+    """One number per sample, [B 1 … 1], so that the product need not be stored; None for 1."""
+
+    def __call__(self, z: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+        """L(z) + factor·offset."""
+        linear = self.linear(z)
+        return linear + self.offset if self.factor is None else torch.addcmul(linear, self.offset, self.factor)
+
+    def jvp(self, z: Float[Tensor, "B *state"], v: Float[Tensor, "B *state"]) -> Float[Tensor, "B *state"]:
+        """L(v)."""
+        return self.linear(v)

@@ -1,0 +1,177 @@
+"""The only loop of the library: iterate a solver until every sample has reached its fixed point.
+
+Letters: B batch, N flattened state, K evaluations of f. State ``z``, map ``f``, residual ``r``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from equilibria.core.checks import check_kind
+from equilibria.core.evaluator import Evaluator
+from equilibria.core.maps import Map, as_map
+from equilibria.core.progress import Progress
+from equilibria.core.state import Layout, State, check_finite
+from equilibria.core.stop import Status, Stop
+from equilibria.core.trees import take_rows
+
+History = Any
+"""What a solver remembers from one step to the next: its own choice of value."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Solution:
+    """What a solve gives back. Per-sample fields have the batch as first axis."""
+
+    z: State
+    """The solution; from a gradient rule it is the differentiable one."""
+    fz: State
+    """f at the iterate that the loop returned; it may share its memory with z."""
+    residual: Float[Tensor, " B"]
+    """‖f(z) − z‖ / ‖f(z)‖ at the iterate that was returned."""
+    status: Int[Tensor, " B"]
+    """One ``Status`` per sample."""
+    steps: Int[Tensor, " B"]
+    """Steps that each sample took before it was done."""
+    evals: int
+    """Evaluations of f, Jacobian–vector products included; a gradient rule adds those that carry its graph."""
+    trace: Float[Tensor, "K B"]
+    """Relative residual after each step, as long as the solve was; a sample that is done repeats its last value."""
+    history: History = None
+    """The solver's last history (Shine reads Broyden's inverse from it). If samples were dropped during the solve, it
+    covers only those still active at the end."""
+    adjoint: list[Solution] = dataclasses.field(default_factory=list)
+    """Each backward pass appends the solution of its own solve, also to copies that ``dataclasses.replace`` makes."""
+
+    @property
+    def converged(self) -> Bool[Tensor, " B"]:
+        """True for the samples that met the tolerance."""
+        return self.status == Status.CONVERGED
+
+    def __str__(self) -> str:
+        """Counts, cost, worst residual, and the advice of the worst status."""
+        total, done = self.status.numel(), int(self.converged.sum())
+        worst = Status(int(self.status.max()))
+        line = (
+            f"{done} of {total} samples converged, {self.evals} evaluations, worst residual {self.residual.max():.1e}"
+        )
+        return line if worst is Status.CONVERGED else f"{line}. {worst.name}: {worst.advice}"
+
+    __repr__ = __str__
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Iterate:
+    """The point from which a solver takes its next step."""
+
+    z: Float[Tensor, "B N"]
+    fz: Float[Tensor, "B N"]
+    """f(z)."""
+    r: Float[Tensor, "B N"]
+    """The residual f(z) − z."""
+    active: Bool[Tensor, " B"]
+    """False for the samples that are done: a step does not move them."""
+
+
+class Solver(ABC):
+    """Proposes the next iterate, and nothing else. Subclasses are frozen dataclasses of hyper-parameters."""
+
+    cost: ClassVar[int] = 1
+    """Fewest evaluations that one step and the test of its result take."""
+
+    @abstractmethod
+    def init(self, z: Float[Tensor, "B N"]) -> History:
+        """The history before the first step."""
+
+    @abstractmethod
+    def step(self, f: Evaluator, at: Iterate, history: History) -> tuple[Float[Tensor, "B N"], History]:
+        """The next iterate and the new history. Every further evaluation of f is counted."""
+
+    def select(self, history: History, rows: Int[Tensor, " R"]) -> History:
+        """The history of these samples alone, in ascending order; here of tensors with the batch as first axis."""
+        return take_rows(history, rows)
+
+
+def solve(
+    f: Map | Callable[[State], State], z0: State, solver: Solver, stop: Stop, *, drop_converged: bool = True
+) -> Solution:
+    """The fixed point z = f(z) of each sample, found by ``solver`` from ``z0``; no gradient rule.
+
+    Every sample is its own problem: it has its own residual, status and step count, is never moved again once it is
+    done, and gets the same answer alone as in any batch. Operations are recorded by autograd if gradients are enabled,
+    as anywhere in PyTorch; call it under ``torch.no_grad()``, or through a gradient rule, to avoid that.
+
+    Args:
+        f: the map; it must treat samples independently and give the same bits when called twice.
+        z0: the start, finite: a tensor ``[B *shape]`` or a tree of such tensors.
+        solver: proposes the iterates.
+        stop: tolerances and budget.
+        drop_converged: if f supports it (``Map.rows``), converged samples leave the batch once at least a quarter of
+            it has converged. False keeps all of them, so that the history covers the whole batch.
+
+    Warns:
+        RuntimeWarning: f computes in half precision, and the tolerance is below what that resolves.
+
+    Raises:
+        ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes structure, shape, dtype or
+            device.
+    """
+    check_kind("solver", solver, Solver, "Anderson()")
+    check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
+    layout = Layout.of(z0)
+    check_finite(z0)
+    evaluate = Evaluator(as_map(f), layout, stop.max_evals)
+    _warn_of_rounding(evaluate.computes_in, stop)
+    z = layout.pack(z0)
+    del z0  # a state that would be kept for nothing
+    with evaluate.autocast.off():
+        history, progress = solver.init(z), Progress(z, stop, layout)
+        while True:
+            fz = evaluate(z)
+            r = fz - z
+            active = progress.update(z, fz, r)
+            if not progress.moving or evaluate.remaining < solver.cost:
+                break
+            if drop_converged and progress.worth_compacting and evaluate.divisible:
+                index = progress.still_active()
+                if len(index):
+                    evaluate.take(index)
+                    active = progress.take(index)
+                    z, fz, r, history = z[index], fz[index], r[index], solver.select(history, index)
+            at = Iterate(z=z, fz=fz, r=r, active=active)
+            proposal, history = solver.step(evaluate, at, history)
+            z = progress.freeze(evaluate.rounded(proposal))
+            del proposal, at, fz, r  # states that nobody needs while f is evaluated
+    found = progress.outcome()
+    return Solution(
+        z=layout.unpack(found.z),
+        fz=layout.unpack(found.fz),
+        residual=found.residual,
+        status=found.status,
+        steps=found.steps,
+        evals=evaluate.evals,
+        trace=progress.trace(found.residual),
+        history=history,
+    )
+
+
+def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        level = torch.finfo(dtype).eps / 2
+        # A leaf that is measured together with wider ones may be small beside them, so only states of one dtype count.
+        if set(dtypes) == {dtype} and 0 < stop.rtol < level:
+            warnings.warn(
+                f"Stop(rtol={stop.rtol:g}) is below what {str(dtype)[6:]} resolves: residuals of an f that computes in "
+                f"it stay at about {level:.0e}, so solves will spend their budget; give rtol={4 * level:.0e}, or let f "
+                "compute in float32.",
+                RuntimeWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,247 @@
+"""States: trees of tensors whose leaves have the batch as first axis, and their flat form ``[B N]``.
+
+Solvers see a state as one matrix with a row per sample; ``Layout`` packs and unpacks it.
+
+Letters: B batch, N flattened state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from equilibria.core.trees import inverse, memory_order
+
+State = Any
+"""A tensor ``[B *shape]``, or a dict, tuple, named tuple or list of states, nested as one likes.
+
+Leaves are real and floating, lie on one device and have one batch size; their shapes and dtypes may differ.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """One tensor of a state, without its batch axis."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...]
+    """The axes in the order in which they lie in memory, the batch first."""
+    size: int
+    """Numbers per sample."""
+    plain: bool
+    """True if the axes lie in memory in their own order."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Leaf:
+        own, axes = tuple(range(tensor.ndim)), (0, *memory_order(tensor, range(1, tensor.ndim)))
+        order = axes if axes != own and tensor.permute(axes).is_contiguous() else own
+        shape = tuple(tensor.shape[1:])
+        return cls(shape=shape, dtype=tensor.dtype, order=order, size=math.prod(shape), plain=order == own)
+
+    def flat(self, tensor: Tensor, dtype: torch.dtype) -> Float[Tensor, "B N"]:
+        """The tensor as rows in ``dtype``: a view where dtype and memory order allow it."""
+        if not self.plain:
+            tensor = tensor.permute(self.order)
+        rows = tensor.reshape(len(tensor), self.size)
+        return rows if rows.dtype == dtype else rows.to(dtype)
+
+    def shaped(self, rows: Float[Tensor, "B N"]) -> Tensor:
+        """The reverse of ``flat``, in the leaf's own dtype."""
+        if rows.dtype != self.dtype:
+            rows = rows.to(self.dtype)
+        if self.plain:
+            return rows.view(len(rows), *self.shape)
+        return rows.view(len(rows), *(self.shape[axis - 1] for axis in self.order[1:])).permute(inverse(self.order))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """How the leaves of a state lie side by side in one row per sample."""
+
+    leaves: tuple[_Leaf, ...]
+    spec: pytree.TreeSpec
+    device: torch.device
+    dtype: torch.dtype
+    """That of the rows: float32, or float64 if a leaf has it."""
+    single: bool
+    """True if the state is one tensor, and no tree."""
+    exact: bool
+    """True if every leaf has the dtype of the rows, so that unpacking rounds nothing."""
+
+    @classmethod
+    def of(cls, z0: State) -> Layout:
+        """The layout of the state ``z0``.
+
+        Raises:
+            TypeError: a leaf is not a real floating tensor.
+            ValueError: a leaf has no batch axis, the leaves differ in batch size or device, or there is no number.
+        """
+        tensors, spec = pytree.tree_flatten(z0)
+        _check_leaves(z0, tensors)
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        return cls(
+            leaves=tuple(_Leaf.of(tensor) for tensor in tensors),
+            spec=spec,
+            device=tensors[0].device,
+            dtype=dtype,
+            single=isinstance(z0, Tensor),
+            exact=all(t.dtype == dtype for t in tensors),
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers per sample in each leaf; they add up to N."""
+        return tuple(leaf.size for leaf in self.leaves)
+
+    def widened(self) -> Layout:
+        """The layout of the same state with every leaf in the dtype of the rows."""
+        leaves = tuple(dataclasses.replace(leaf, dtype=self.dtype) for leaf in self.leaves)
+        return dataclasses.replace(self, leaves=leaves, exact=True)
+
+    def pack(self, z: State) -> Float[Tensor, "B N"]:
+        """The state as rows in ``dtype``; of a single leaf a view where its dtype and memory order allow it."""
+        if self.single:
+            return self.leaves[0].flat(z, self.dtype)
+        parts = [leaf.flat(t, self.dtype) for leaf, t in zip(self.leaves, pytree.tree_leaves(z), strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def unpack(self, flat: Float[Tensor, "B N"]) -> State:
+        """The state that ``flat`` holds; of a single leaf a view if it has the dtype of the rows."""
+        if self.single:
+            return self.leaves[0].shaped(flat)
+        pieces = zip(self.leaves, flat.split(self.sizes, dim=1), strict=True)
+        return pytree.tree_unflatten([leaf.shaped(piece.contiguous()) for leaf, piece in pieces], self.spec)
+
+    def aligned(self, value: Any) -> State:
+        """The value of f with the entries of its dicts in the order of z0.
+
+        Raises:
+            TypeError: it is built in another way than z0.
+        """
+        if self.single and isinstance(value, Tensor):
+            return value
+        leaves, spec = pytree.tree_flatten(value)
+        if spec == self.spec and all(isinstance(leaf, Tensor) for leaf in leaves):
+            return value
+        try:
+            return _aligned(pytree.tree_unflatten(range(len(self.leaves)), self.spec), value)
+        except _Different:
+            raise TypeError(
+                f"f returned {described(value)}, and the state is {self.described()}; f must return a state that is "
+                "built like z0, with the same keys and as many tensors."
+            ) from None
+
+    def cast(self, value: State) -> State:
+        """The state with every leaf in its own dtype, since autocast may have changed it."""
+        if self.single:
+            return value.to(self.leaves[0].dtype)
+        tensors = pytree.tree_leaves(value)
+        cast = [tensor.to(leaf.dtype) for leaf, tensor in zip(self.leaves, tensors, strict=True)]
+        return pytree.tree_unflatten(cast, self.spec)
+
+    def described(self) -> str:
+        """The kinds of containers and the shapes of the leaves, for messages."""
+        return described(pytree.tree_unflatten([_Shape(leaf.shape) for leaf in self.leaves], self.spec))
+
+
+def described(value: Any) -> str:
+    """What a value is made of, in one line: {'a': (B, 3), 'b': (B, 2)}."""
+    if isinstance(value, Tensor):
+        return str(_Shape(tuple(value.shape[1:])))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {described(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        ends = "[]" if isinstance(value, list) else "()"
+        return ends[0] + ", ".join(map(described, value)) + ends[1]
+    return str(value) if isinstance(value, _Shape) else type(value).__name__
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """The shape of a leaf, as messages show it."""
+
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"({', '.join(['B', *map(str, self.shape)])})"
+
+
+class _Different(Exception):
+    """Two trees are built differently."""
+
+
+def _aligned(skeleton: Any, value: Any) -> Any:
+    if isinstance(skeleton, int):
+        if isinstance(value, Tensor):
+            return value
+        raise _Different
+    if isinstance(skeleton, dict) and isinstance(value, dict) and skeleton.keys() == value.keys():
+        return type(skeleton)((key, _aligned(part, value[key])) for key, part in skeleton.items())
+    same = type(skeleton) is type(value) and isinstance(skeleton, tuple | list) and len(skeleton) == len(value)
+    if not same:
+        raise _Different
+    parts = [_aligned(part, other) for part, other in zip(skeleton, value, strict=True)]
+    return type(skeleton)(*parts) if hasattr(skeleton, "_fields") else type(skeleton)(parts)
+
+
+def check_finite(z0: State) -> None:
+    """Raise a ValueError that names the samples of a start that are NaN or infinite."""
+    tensors = pytree.tree_leaves(z0)
+    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        return
+    batch = len(tensors[0])
+    finite = torch.stack([torch.isfinite(t.detach().reshape(batch, -1)).all(dim=1) for t in tensors]).all(dim=0)
+    bad = (~finite).nonzero().flatten().tolist()
+    raise ValueError(f"z0 is NaN or infinite in {len(bad)} of {batch} samples ({bad[:8]}); start from finite values.")
+
+
+def _check_leaves(z0: State, tensors: Sequence[Any]) -> None:
+    if not tensors:
+        raise ValueError(f"z0 is {z0!r}, which holds no tensor; a state has at least one.")
+    for path, leaf in pytree.tree_flatten_with_path(z0)[0]:
+        _check_leaf(f"z0{pytree.keystr(path)}", leaf)
+    if max(tensor.ndim for tensor in tensors) < 2:
+        raise ValueError(
+            f"z0 has shape {' and '.join(str(tuple(t.shape)) for t in tensors)}; a state has a batch axis first and at "
+            "least one axis after it, (B, *state): try z0[None] for one problem, z0[:, None] for a batch of scalar "
+            "ones."
+        )
+    batches, devices = {len(tensor) for tensor in tensors}, {str(tensor.device) for tensor in tensors}
+    if len(batches) > 1:
+        raise ValueError(
+            f"the leaves of z0 hold {', '.join(map(str, sorted(batches)))} samples; all leaves have the same batch "
+            "size, as their first axis."
+        )
+    if len(devices) > 1:
+        raise ValueError(f"the leaves of z0 are on {', '.join(sorted(devices))}; put all of them on one device.")
+
+
+def _check_leaf(name: str, leaf: Any) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(
+            f"{name} is {type(leaf).__name__}; a state is one tensor (B, *state), or a dict, tuple or list of such "
+            "tensors."
+        )
+    if leaf.ndim < 1:
+        raise ValueError(f"{name} is a single number; a state has a batch axis first: try z0.reshape(1, 1).")
+    if leaf.is_complex():
+        raise TypeError(
+            f"{name} has dtype {leaf.dtype}; a state is real: give torch.view_as_real(z0) and let f convert it with "
+            "torch.view_as_complex, which keeps gradients."
+        )
+    if not leaf.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} has dtype {leaf.dtype}; a state is real and floating: float64, float32, bfloat16, float16."
+        )
+    if leaf.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(leaf.shape)}, which is empty; give at least one sample with one number."
+        )

@@ -1,0 +1,83 @@
+"""When a sample is done, and how its solve ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+NORMS = ("l2", "max")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """When a sample is done: ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, or the budget is spent.
+
+    With ``rtol = atol = 0`` nothing ever counts as converged and the whole budget is used: a network of fixed depth.
+    """
+
+    rtol: float = 1e-3
+    """Tolerance relative to ‖f(z)‖, per sample."""
+    atol: float = 1e-6
+    """Absolute tolerance, in the unit of the state's norm, per sample."""
+    max_evals: int = 30
+    """Budget of the solve in evaluations of f, the same unit for every solver; a whole number ≥ 1."""
+    best: bool = True
+    """Return the iterate with the smallest residual (True) or the last one (False)."""
+    norm: Literal["l2", "max"] | Callable[[Any], Any] = "l2"
+    """‖·‖ of one sample: Euclidean, largest magnitude, or a function of a state that returns one number per sample."""
+    per_leaf: bool = False
+    """Measure each tensor of the state by itself, so that a small one is not hidden by a large one: a sample is done
+    when all of its leaves are, and its residual is the largest of theirs."""
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Stop({name}={value}): a tolerance is a finite number ≥ 0; try {name}=1e-3, or 0.")
+        if not isinstance(self.max_evals, int) or self.max_evals < 1:
+            raise ValueError(
+                f"Stop(max_evals={self.max_evals}): the budget counts evaluations of f and must be a whole number, "
+                "at least 1; try 30."
+            )
+        if not (callable(self.norm) or self.norm in NORMS):
+            raise ValueError(f"Stop(norm={self.norm!r}): the norm is 'l2', 'max' or a function of the state.")
+        if self.per_leaf and callable(self.norm):
+            raise ValueError(
+                "Stop(per_leaf=True) with a norm of your own: each leaf is measured by 'l2' or 'max'; give one of "
+                "these, or let the function weigh the leaves and leave per_leaf out."
+            )
+
+    @property
+    def has_tolerance(self) -> bool:
+        """True if a sample can count as converged; otherwise the solve is a network of fixed depth."""
+        return self.rtol > 0 or self.atol > 0
+
+
+class Status(enum.IntEnum):
+    """How the solve of one sample ended. ``status.advice`` says what to do about it."""
+
+    CONVERGED = 0
+    BUDGET_SPENT = 1
+    NONFINITE = 2
+
+    @property
+    def advice(self) -> str:
+        """One sentence: what happened and what to try."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Status.CONVERGED: "The residual is below atol + rtol·‖f(z)‖.",
+    Status.BUDGET_SPENT: (
+        "The budget was spent before the tolerance was met, and the iterate that the stop asks for was returned: raise "
+        "max_evals, loosen rtol (bfloat16 reaches about 1e-2), or make f more contractive (weight norm, Jacobian "
+        "penalty; see stability.spectral_radius); and see that f gives the same bits twice, with no dropout inside."
+    ),
+    Status.NONFINITE: (
+        "f or the solver's step became NaN or infinite, and the best iterate with a finite f was returned, or the "
+        "start if there was none: look for non-finite inputs or weights, lower the learning rate, or damp the solver."
+    ),
+}

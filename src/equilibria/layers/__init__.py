@@ -1,0 +1,1 @@
+"""Layers: modules around a map, for any inputs and any state."""

@@ -1,0 +1,201 @@
+"""Cell: one weight-tied map z ↦ f(z; inputs), split into what is constant during a solve and what is not.
+
+Letters: B batch, R chosen samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from equilibria.core.maps import Linearised, Map, linearised, linearised_for_products
+from equilibria.core.state import State
+from equilibria.core.trees import map_tensors, take_rows, tensors_in
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a cell computes once per forward pass, with graph, and what stays constant during the solve."""
+
+    shared: Any = ()
+    """What all samples share, such as effective weights; never divided."""
+    rows: Any = None
+    """A tree (dicts, tuples, lists, dataclasses) of tensors with the batch as first axis, whatever their order in
+    memory: converged samples leave it. None if nothing is known of single samples."""
+    kept: Any = None
+    """What ``start`` and ``remember`` read; f does not."""
+    droppable: bool = True
+    """False where leaving samples out costs more than it saves."""
+
+
+class Cell(nn.Module, ABC):
+    """One weight-tied map z ↦ f(z; inputs). Only ``forward`` must be written.
+
+    The inputs may be anything, and the state is a tensor ``[B *shape]`` or a tree of such tensors.
+    """
+
+    def prepare(self, *inputs: Any, **options: Any) -> Prepared:
+        """Everything that does not depend on z, with graph: once per forward pass. Here the inputs as they are."""
+        if options:
+            raise TypeError(
+                f"{type(self).__name__} has no option {', '.join(sorted(options))}; leave it out, or give the cell a "
+                "prepare that knows it."
+            )
+        return Prepared(shared=inputs)
+
+    def start(self, prepared: Prepared) -> State:
+        """The first iterate z0: here zeros like the first input, if that is one floating tensor.
+
+        Raises:
+            TypeError: it is not; the layer has to be called with ``start=``.
+        """
+        first = prepared.shared[0] if isinstance(prepared.shared, tuple) and prepared.shared else None
+        if isinstance(first, Tensor) and first.is_floating_point():
+            return torch.zeros_like(first)
+        found = "there is no input" if first is None else f"the first input is {_kind(first)}"
+        raise TypeError(
+            f"{type(self).__name__} cannot tell the shape of its state, since {found}: call the layer with "
+            "start=torch.zeros(…), a state or a tree of tensors [B *shape]."
+        )
+
+    def begin(self, prepared: Prepared, given: State | None) -> State:
+        """The first iterate of a solve: ``given`` by the caller, or else ``start(prepared)``."""
+        return self.start(prepared) if given is None else given
+
+    @abstractmethod
+    def forward(self, z: State, prepared: Prepared) -> State:
+        """f(z): pure, so that the same inputs give the same bits."""
+
+    def output(self, z: State) -> Any:
+        """What the layers after this one read of the state: here all of it."""
+        return z
+
+    def remember(self, z: State, prepared: Prepared) -> Any:
+        """What the next segment of the same streams needs of this one: here None; see ``SequenceCell``."""
+        return None
+
+
+def check_rows(prepared: Prepared, z0: State) -> None:
+    """Raise a ValueError unless every tensor of ``prepared.rows`` has one entry per sample of ``z0``."""
+    if prepared.rows is None or not prepared.droppable:
+        return
+    batch = len(tensors_in(z0)[0])
+    for tensor in tensors_in(prepared.rows):
+        if tensor.ndim == 0 or len(tensor) != batch:
+            raise ValueError(
+                f"Prepared(rows=…) holds a tensor of shape {tuple(tensor.shape)} for a batch of {batch} samples; rows "
+                "are divided by samples, so each of their tensors has the batch as first axis: put what all samples "
+                "share into Prepared(shared=…)."
+            )
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+class ModuleCell(Cell):
+    """Any ``nn.Module`` f(z, *inputs) as a cell; samples that have converged stay in the batch.
+
+    Args:
+        module: the map. It must give the same bits when called twice, so no dropout that draws inside it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, z: State, prepared: Prepared) -> State:
+        """module(z, *inputs)."""
+        return self.module(z, *prepared.shared)
+
+
+def as_cell(module: nn.Module) -> Cell:
+    """``module`` as a ``Cell``: itself if it is one, else a ``ModuleCell``; the one door for plain modules.
+
+    Raises:
+        TypeError: it is not an ``nn.Module``.
+    """
+    if isinstance(module, Cell):
+        return module
+    if not isinstance(module, nn.Module):
+        found = f"the class {module.__name__}" if isinstance(module, type) else repr(module)
+        raise TypeError(
+            f"cell is {found}; it must be an nn.Module f(z, *inputs), or a Cell such as "
+            "TransformerCell(TransformerConfig()). For a function without parameters of its own use fixed_point."
+        )
+    return ModuleCell(module)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CellMap(Map):
+    """f(·; inputs) of a cell."""
+
+    cell: Cell
+    prepared: Prepared
+
+    def __call__(self, z: State) -> State:
+        """f(z), compiled if the cell is."""
+        return self.cell(z, self.prepared)
+
+    def eager(self) -> Map:
+        """f without compilation."""
+        return _EagerCellMap(self.cell, self.prepared) if self._compiled else self
+
+    def jvp(self, z: State, v: State) -> State:
+        """J(z)·v; compiled code has no forward-mode derivative."""
+        return self.eager().jvp(z, v) if self._compiled else super().jvp(z, v)
+
+    def linearise(self, z: State, *, create_graph: bool = False) -> Linearised:
+        """f(z) with graph; of a compiled cell VJPs come from a graph of z alone, if there can be one.
+
+        The backward pass of compiled code computes the gradients of all its inputs, whatever is asked for.
+        """
+        if not self._compiled:
+            return linearised(self, z, create_graph=create_graph)
+        # On a GPU a graph of z alone was never tried; compiled code has no second derivative anywhere.
+        if create_graph or any(parameter.is_cuda for parameter in self.cell.parameters()):
+            return linearised(self.eager(), z, create_graph=create_graph)
+        parameters = {name: parameter.detach() for name, parameter in self.cell.named_parameters()}
+        alone = _FrozenCellMap(self.cell, map_tensors(Tensor.detach, self.prepared), parameters)
+        point, z = linearised(self, z), map_tensors(Tensor.detach, z)
+        return dataclasses.replace(point, again=partial(linearised_for_products, alone, z, point.autocast))
+
+    def rows(self, index: Int[Tensor, " R"]) -> CellMap | None:
+        """f for these samples, if the cell prepares them one by one."""
+        if self.prepared.rows is None or not self.prepared.droppable:
+            return None
+        prepared = dataclasses.replace(self.prepared, rows=take_rows(self.prepared.rows, index), kept=None)
+        return CellMap(self.cell, prepared)
+
+    @property
+    def _compiled(self) -> bool:
+        return self.cell._compiled_call_impl is not None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _EagerCellMap(Map):
+    """f of a compiled cell, past its compiled call."""
+
+    cell: Cell
+    prepared: Prepared
+
+    def __call__(self, z: State) -> State:
+        return self.cell.forward(z, self.prepared)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _FrozenCellMap(Map):
+    """f of a compiled cell with constants for its parameters and for all that it prepared."""
+
+    cell: Cell
+    prepared: Prepared
+    parameters: dict[str, Tensor]
+
+    def __call__(self, z: State) -> State:
+        return torch.func.functional_call(self.cell, self.parameters, (z, self.prepared))

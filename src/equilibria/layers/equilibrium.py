@@ -1,0 +1,89 @@
+"""Equilibrium: a cell, a solver, a stopping rule and a gradient rule make a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from equilibria.core.checks import check_kind
+from equilibria.core.gradient import GradientRule
+from equilibria.core.solve import Solver
+from equilibria.core.state import State
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.layers.cell import CellMap, as_cell, check_rows
+from equilibria.layers.layer import Layer, LayerOutput
+from equilibria.layers.sequence import sequence_cell
+
+
+class Equilibrium(Layer):
+    """z* = f(z*; inputs): the fixed point of one weight-tied cell (Bai, Kolter, Koltun 2019, eq. 3).
+
+    Args:
+        cell: the map f: a ``Cell``, or any ``nn.Module`` f(z, *inputs).
+        solver: proposes iterates.
+        stop: tolerances and budget of the forward solve.
+        gradient: how the gradient gets through the solve.
+        eval_stop: tolerances and budget in ``eval()`` mode; ``stop`` if None.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        solver: Solver = Method.solver,
+        stop: Stop = Method.stop,
+        gradient: GradientRule = Method.gradient,
+        eval_stop: Stop | None = None,
+    ) -> None:
+        super().__init__()
+        self.cell = as_cell(cell)
+        self.method = Method(solver=solver, stop=stop, gradient=gradient)
+        if eval_stop is not None:
+            check_kind("eval_stop", eval_stop, Stop, "Stop(rtol=1e-3)")
+        self.eval_stop = eval_stop
+
+    def forward(
+        self, *inputs: Any, start: State | None = None, method: Method | None = None, **options: Any
+    ) -> LayerOutput:
+        """The equilibrium under ``inputs``.
+
+        Args:
+            inputs: those of the cell's ``prepare``, or of the module after z.
+            start: the first iterate, such as the equilibrium of a similar input; it decides on the cost alone, as long
+                as there is one equilibrium. None for the cell's own.
+            method: how to solve this time, in training and in evaluation alike; None for the layer's own way.
+            options: those of the cell's ``prepare``.
+
+        Raises:
+            ValueError: ``start`` has another shape than the state, or is not finite.
+            TypeError: the cell cannot tell its first iterate, and ``start`` is None.
+        """
+        prepared = self.cell.prepare(*inputs, **options)
+        f = CellMap(self.cell, prepared)
+        chosen = method or (self.method if self.training else self.evaluation_method)
+        z0 = self.cell.begin(prepared, start)
+        check_rows(prepared, z0)
+        solution = chosen.run(f, z0)
+        return LayerOutput(
+            output=self.cell.output(solution.z),
+            z=solution.z,
+            f=f,
+            solution=solution,
+            memory=self.cell.remember(solution.z, prepared),
+        )
+
+    @property
+    def evaluation_method(self) -> Method:
+        """The method of ``eval()`` mode."""
+        return self.method if self.eval_stop is None else dataclasses.replace(self.method, stop=self.eval_stop)
+
+    def cache(self, batch: int, **choices: Any) -> Any:
+        """A memory for generation; see ``SequenceCell.cache``."""
+        return sequence_cell(self.cell).cache(batch, **choices)
+
+    def extra_repr(self) -> str:
+        """Solver, stopping rule and gradient rule."""
+        method = self.method
+        return f"solver={method.solver}, stop={method.stop}, gradient={method.gradient}, eval_stop={self.eval_stop}"

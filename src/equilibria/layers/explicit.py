@@ -1,0 +1,140 @@
+"""Unrolled, Stack: the explicit networks of the same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from equilibria.core.state import State
+from equilibria.fixed_point import Method
+from equilibria.layers.cell import Cell, CellMap, Prepared, as_cell
+from equilibria.layers.layer import Layer, LayerOutput, check_no_method
+from equilibria.layers.sequence import SequenceCell, sequence_cell
+
+
+class Unrolled(Layer):
+    """The explicit, weight-tied network of depth L: z_l = f(z_{l−1}; inputs), z_0 = start, with back-propagation.
+
+    All layers of a sequence cell read one memory, that of the last state, so that for L → ∞ it is the equilibrium. Two
+    segments joined by it are therefore not quite one long one, as they are for ``Stack``.
+
+    Args:
+        cell: the map f: a ``Cell``, or any ``nn.Module`` f(z, *inputs).
+        depth: L, evaluations of f.
+        checkpoint: keep only the states and evaluate f again in the backward pass (T. Chen et al. 2016).
+        auxiliary_every: in training, give the outputs of layers k, 2k, … ≤ L too, for auxiliary losses; 0 for none.
+    """
+
+    def __init__(self, cell: nn.Module, depth: int, *, checkpoint: bool = False, auxiliary_every: int = 0) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"Unrolled(depth={depth}): a network has at least one layer; try depth=12.")
+        if not 0 <= auxiliary_every <= depth:
+            raise ValueError(
+                f"Unrolled(depth={depth}, auxiliary_every={auxiliary_every}): one of the {depth} layers at least has "
+                "an auxiliary output, or none with 0; try a fifth of the depth."
+            )
+        self.cell = as_cell(cell)
+        self.depth, self.checkpoint, self.auxiliary_every = depth, checkpoint, auxiliary_every
+
+    def forward(
+        self, *inputs: Any, start: State | None = None, method: Method | None = None, **options: Any
+    ) -> LayerOutput:
+        """The last state under ``inputs``, from ``start`` or the cell's own first iterate."""
+        check_no_method(self, method)
+        prepared = self.cell.prepare(*inputs, **options)
+        z, auxiliary = self.cell.begin(prepared, start), []
+        for layer in range(1, self.depth + 1):
+            z = _applied(self.cell, z, prepared, checkpoint=self.checkpoint)
+            if self.training and self.auxiliary_every and layer % self.auxiliary_every == 0:
+                auxiliary.append(self.cell.output(z))
+        return LayerOutput(
+            output=self.cell.output(z),
+            z=z,
+            f=CellMap(self.cell, prepared),
+            solution=None,
+            memory=self.cell.remember(z, prepared),
+            auxiliary=tuple(auxiliary),
+        )
+
+    def cache(self, batch: int, **choices: Any) -> Any:
+        """A memory for generation; see ``SequenceCell.cache``."""
+        choices["warm"] = False  # a network of fixed depth begins where it was trained to begin
+        return sequence_cell(self.cell).cache(batch, **choices)
+
+    def extra_repr(self) -> str:
+        """Depth."""
+        return f"depth={self.depth}, checkpoint={self.checkpoint}, auxiliary_every={self.auxiliary_every}"
+
+
+class Stack(Layer):
+    """The explicit network of L cells, each applied once: z_l = f_l(z_{l−1}; inputs).
+
+    The inputs enter every cell through its ``prepare``, and z_0 is the start of the first. A cell may occur several
+    times: then its layers share their weights, and draw dropout masks of their own.
+
+    Sequence cells have one memory each, in a tuple. A layer remembers its input z_{l−1}, whose keys and values are
+    those it sees (Dai et al. 2019, eq. 3), so that two segments joined by memory are one long one. A cell whose f
+    carries on what it computed itself, such as a TrellisCell with "scan", would need more than its input.
+
+    Args:
+        cells: f_1, …, f_L: cells, or any modules f_l(z, *inputs); either all are sequence cells or none is.
+        checkpoint: keep only the states and evaluate each layer again in the backward pass (T. Chen et al. 2016).
+    """
+
+    def __init__(self, cells: Iterable[nn.Module], *, checkpoint: bool = False) -> None:
+        super().__init__()
+        self.cells, self.checkpoint = nn.ModuleList(as_cell(cell) for cell in cells), checkpoint
+        if not self.cells:
+            raise ValueError("Stack(cells=[]): a stack has at least one cell; give one cell per layer.")
+        kinds = {isinstance(cell, SequenceCell) for cell in self.cells}
+        if len(kinds) > 1:
+            names = ", ".join(type(cell).__name__ for cell in self.cells)
+            raise ValueError(f"Stack(cells=…) of {names}: either all cells are SequenceCells, or none is.")
+        self._remembers = kinds == {True}
+
+    @property
+    def _cells(self) -> list[Cell]:
+        return list(self.cells)  # pyright: ignore
+
+    def forward(
+        self, *inputs: Any, start: State | None = None, method: Method | None = None, **options: Any
+    ) -> LayerOutput:
+        """The last layer's state under ``inputs``; of sequence cells these are x and a tuple of memories, or None."""
+        check_no_method(self, method)
+        prepared = self._prepared(inputs, options)
+        z, kept = self._cells[0].begin(prepared[0], start), []
+        for cell, constants in zip(self._cells, prepared, strict=True):
+            kept.append(cell.remember(z, constants))
+            z = _applied(cell, z, constants, checkpoint=self.checkpoint)
+        return LayerOutput(
+            output=self._cells[-1].output(z),
+            z=z,
+            f=CellMap(self._cells[-1], prepared[-1]),
+            solution=None,
+            memory=tuple(kept) if self._remembers else None,
+        )
+
+    def _prepared(self, inputs: Sequence[Any], options: dict[str, Any]) -> list[Prepared]:
+        if not self._remembers:
+            return [cell.prepare(*inputs, **options) for cell in self._cells]
+        x, memory = (*inputs, None)[:2]
+        memories = (None,) * len(self.cells) if memory is None else memory
+        return [cell.prepare(x, past, **options) for cell, past in zip(self._cells, memories, strict=True)]
+
+    def cache(self, batch: int, *, memory: tuple[Any, ...] | None = None, **choices: Any) -> tuple[Any, ...]:
+        """A memory for generation, one entry per layer; see ``SequenceCell.cache``."""
+        memories = (None,) * len(self.cells) if memory is None else memory
+        choices["warm"] = False
+        pairs = zip(self._cells, memories, strict=True)
+        return tuple(sequence_cell(cell).cache(batch, memory=past, **choices) for cell, past in pairs)
+
+
+def _applied(cell: Cell, z: State, prepared: Prepared, *, checkpoint: bool) -> State:
+    if not checkpoint or not is_grad_enabled():
+        return cell(z, prepared)
+    # f draws no random numbers, so there is no state of a generator to bring back.
+    return recomputed(cell, z, prepared, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore

@@ -1,0 +1,110 @@
+"""Windows of past vectors, and the small systems over them that the quasi-Newton solvers solve.
+
+Letters: B batch, N flattened state, W window.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def empty_window(z: Float[Tensor, "B N"], size: int, *, dtype: torch.dtype | None) -> Float[Tensor, "B W N"]:
+    """A zeroed window of ``size`` vectors per sample, rows contiguous, in ``dtype`` or else in z's."""
+    return torch.zeros(len(z), size, z.shape[1], dtype=dtype or z.dtype, device=z.device)
+
+
+def stored(window: Float[Tensor, "B W N"], slot: int, row: Float[Tensor, "B N"]) -> Float[Tensor, "B W N"]:
+    """The window with ``row`` at ``slot``: in place, but a new tensor where autograd needs the old one."""
+    if torch.is_grad_enabled() and (window.requires_grad or row.requires_grad):
+        return torch.cat([window[:, :slot], row[:, None].to(window.dtype), window[:, slot + 1 :]], dim=1)
+    window[:, slot] = row
+    return window
+
+
+def vector_at(window: Float[Tensor, "B W N"], slot: int, dtype: torch.dtype) -> Float[Tensor, "B N"]:
+    """The vector at ``slot``."""
+    return window[:, slot].to(dtype)
+
+
+def stored_difference(
+    window: Float[Tensor, "B W N"], slot: int, x: Float[Tensor, "B N"], y: Float[Tensor, "B N"]
+) -> Float[Tensor, "B W N"]:
+    """The window with x − y at ``slot``, like ``stored``, and without a copy of it."""
+    if torch.is_grad_enabled() and (window.requires_grad or x.requires_grad or y.requires_grad):
+        return stored(window, slot, x - y)
+    torch.sub(x, y, out=window[:, slot])
+    return window
+
+
+def check_history_dtype(owner: str, dtype: torch.dtype | None) -> None:
+    """Raise a ValueError unless ``dtype`` can hold the vectors of a history."""
+    if dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"{owner}(history_dtype={dtype}): a history is kept in torch.bfloat16, torch.float32 or torch.float64, or "
+            "with None in the dtype of the algebra; float16 would overflow."
+        )
+
+
+def selected(window: Float[Tensor, "B W N"], rows: Int[Tensor, " R"]) -> Float[Tensor, "R W N"]:
+    """The vectors of these samples, in ascending order: moved to the front in place, so that no room is taken."""
+    for place, row in enumerate(rows.tolist()):
+        if place != row:
+            window[place] = window[row]
+    return window[: len(rows)]
+
+
+def inner(window: Float[Tensor, "B W N"], x: Float[Tensor, "B N"]) -> Float[Tensor, "B W"]:
+    """Inner product of each vector of the window with x, in x's dtype."""
+    if window.dtype != x.dtype:  # a product of two bfloat16 vectors would come out in bfloat16
+        return torch.stack([dot(row.to(x.dtype), x) for row in window.unbind(1)], dim=1)
+    # Row times transposed window: on a CPU ten times faster than window times column, and a sample's bits do not
+    # depend on the size of its batch.
+    return torch.bmm(x[:, None], window.mT)[:, 0]
+
+
+def combine(
+    weights: Float[Tensor, "B W"], window: Float[Tensor, "B W N"], *, onto: Float[Tensor, "B N"] | None = None
+) -> Float[Tensor, "B N"]:
+    """Σ_i weights_i · window_i + ``onto``, in the dtype of the latter."""
+    if onto is not None and onto.dtype != window.dtype:
+        out = None if torch.is_grad_enabled() else torch.empty_like(onto)
+        for weight, row in zip(weights.to(onto.dtype).unbind(1), window.unbind(1), strict=True):
+            onto = torch.addcmul(onto, row, weight[:, None], out=out)
+        return onto
+    rows = weights.to(window.dtype)[:, None]
+    return (torch.bmm(rows, window) if onto is None else torch.baddbmm(onto[:, None], rows, window))[:, 0]
+
+
+def dot(x: Float[Tensor, "B N"], y: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
+    """Inner product of each sample."""
+    return torch.linalg.vecdot(x, y)
+
+
+def small_dtype(x: Tensor) -> torch.dtype:
+    """float64 for the W×W systems, where the device has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def bordered(gram: Float[Tensor, "B W W"], slot: int, row: Float[Tensor, "B used"]) -> Float[Tensor, "B W W"]:
+    """The Gram matrix after the vector at ``slot`` was replaced by one whose inner products are ``row``."""
+    gram, row = gram.clone(), row.to(gram.dtype)
+    gram[:, slot, : row.shape[1]] = row
+    gram[:, : row.shape[1], slot] = row
+    return gram
+
+
+def ridge_solve(gram: Float[Tensor, "B W W"], target: Float[Tensor, "B W"], *, ridge: float) -> Float[Tensor, "B W"]:
+    """argmin over c of cᵀGc − 2cᵀt + λ Σ_i G_ii c_i², for each sample; zero where the column is empty.
+
+    The system is scaled to a unit diagonal first, so that the ridge λ acts on every column alike, whatever its length.
+    """
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    filled = diagonal > 0
+    scale = torch.where(filled, diagonal, 1.0).rsqrt()  # of an empty column too it is a plain number, with a gradient
+    regular = gram * scale[:, :, None] * scale[:, None, :]
+    regular = regular + torch.diag_embed(torch.where(filled, ridge, 1.0).to(gram.dtype))
+    solution, info = torch.linalg.solve_ex(regular, target * scale)
+    usable = (info == 0) & torch.isfinite(solution).all(dim=1)
+    return torch.where(usable[:, None], solution * scale, 0.0)

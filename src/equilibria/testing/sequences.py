@@ -1,0 +1,141 @@
+"""SequenceCellSuite: the laws that every cell on sequences must keep. It needs pytest.
+
+Letters: B batch, T time, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from equilibria.core.stop import Stop
+from equilibria.core.trees import take_rows, tensors_in
+from equilibria.fixed_point import Method
+from equilibria.layers.cell import Prepared
+from equilibria.layers.equilibrium import Equilibrium
+from equilibria.layers.sequence import Memory, SequenceCell
+from equilibria.solvers.anderson import Anderson
+from equilibria.testing.cells import BATCH, CellSuite, cast
+
+
+class SequenceCellSuite(CellSuite):
+    """The laws of a ``SequenceCell`` besides: causality, memory and generation. ``inputs`` takes a time as well."""
+
+    segment_law_of_the_map: ClassVar[bool] = True
+    """False for a cell whose f carries on what it computed itself: then only its equilibrium has the law."""
+    padded_cache: ClassVar[bool] = True
+    """False for a cell whose ``cache`` cannot tell where rows of different lengths begin."""
+    time: ClassVar[int] = 4
+
+    def make(self) -> SequenceCell:
+        """A cell in float64 whose random parameters are large enough for every path to show."""
+        raise NotImplementedError
+
+    def make_contraction(self) -> SequenceCell | None:
+        """A cell with one equilibrium that Anderson's method finds to 1e-13; None if that is not to be had."""
+        return None
+
+    def inputs(self, batch: int, time: int | None = None) -> tuple[Tensor]:
+        """Random x ``[B T D]`` in float64, of ``self.time`` positions unless said otherwise."""
+        raise NotImplementedError
+
+    def _past(self, cell: Any, batch: int = BATCH, *, dtype: torch.dtype = torch.float64) -> Memory:
+        (x,) = cast(self.inputs(batch), dtype)
+        with torch.no_grad():
+            prepared = cell.prepare(x)
+            return cell.remember(self._state(cell, prepared), prepared)
+
+    def _prepared(self, cell: Any, inputs: tuple[Any, ...]) -> Prepared:
+        (x,) = inputs
+        return cell.prepare(x, self._past(cell, len(x), dtype=x.dtype))
+
+    @pytest.mark.parametrize("remembering", [False, True])
+    def test_causal(self, remembering: bool) -> None:
+        """What lies later changes nothing before."""
+        cell: Any = self._cell()
+        (x,) = self.inputs(BATCH)
+        memory = self._past(cell) if remembering else None
+        z = self._state(cell, cell.prepare(x, memory))
+        before = cell(z, cell.prepare(x, memory))
+        for t in range(self.time):
+            later_x, later_z = x.clone(), z.clone()
+            later_x[:, t:] += 1
+            later_z[:, t:] -= torch.randn_like(later_z[:, t:])
+            after = cell(later_z, cell.prepare(later_x, memory))
+            assert torch.equal(after[:, :t], before[:, :t])
+            assert not torch.allclose(after[:, t], before[:, t])
+
+    def test_chosen_samples_with_a_cache(self) -> None:
+        """A cache is a tree with the batch first, of rows that may begin at different positions."""
+        if not self.padded_cache:
+            pytest.skip("the cell has no cache of its own")
+        cell: Any = self._cell()
+        (x,) = self.inputs(4)
+        with torch.no_grad():
+            prepared = cell.prepare(x, cell.cache(4, padding=torch.tensor([2, 0, 3, 1])))
+            self._check_rows(cell, prepared, self._state(cell, prepared))
+
+    def test_memory_is_a_detached_tree_with_the_batch_first(self) -> None:
+        """The memory of some streams is these rows of the memory."""
+        cell: Any = self._cell()
+        (x,) = self.inputs(3)
+        prepared = cell.prepare(x)
+        z = self._state(cell, prepared)
+        memory, index = cell.remember(z.requires_grad_(), prepared), torch.tensor([2, 0])
+        assert not any(leaf.requires_grad for leaf in tensors_in(memory))
+        some = cell.remember(z[index], cell.prepare(x[index]))
+        for a, b in zip(tensors_in(take_rows(memory, index)), tensors_in(some), strict=True):
+            assert_close(a, b.detach(), rtol=0, atol=1e-13)
+
+    def test_warm_starts_are_states_and_change_nothing_but_the_cost(self) -> None:
+        """From another start the same equilibrium is found."""
+        cell: Any = self._cell()
+        (x,) = self.inputs(BATCH)
+        for memory in (None, self._past(cell)):
+            cold, warm = (cell.start(cell.prepare(x, memory, warm=warm)) for warm in (False, True))
+            assert warm.shape == cold.shape
+            assert warm.dtype == cold.dtype
+        contraction: Any = self.make_contraction()
+        if contraction is None:
+            return
+        layer, memory = Equilibrium(contraction.eval()), self._past(contraction)
+        method = Method(Anderson(), Stop(rtol=1e-10, atol=0, max_evals=200))
+        found = [layer(x, memory, method=method, warm=warm) for warm in (False, True)]
+        assert all(out.solution.converged.all() for out in found)
+        assert_close(found[0].z, found[1].z, rtol=1e-6, atol=1e-7)
+
+    def test_segment_law_of_the_map(self) -> None:
+        """f of two segments at once is f of the first, and f of the second after the first was remembered."""
+        if not self.segment_law_of_the_map:
+            pytest.skip("the law holds for the equilibrium alone")
+        cell: Any = self._cell()
+        (x,) = self.inputs(BATCH, 2 * self.time)
+        half, prepared = self.time, cell.prepare(x)
+        z = self._state(cell, prepared)
+        joint, beginning = cell(z, prepared), cell.prepare(x[:, :half])
+        first = cell(z[:, :half], beginning)
+        second = cell(z[:, half:], cell.prepare(x[:, half:], cell.remember(z[:, :half], beginning)))
+        assert_close(torch.cat([first, second], dim=1), joint, rtol=0, atol=1e-12)
+
+    def test_segment_law_of_the_equilibrium(self) -> None:
+        """Solved in pieces of 1, 2 and 1 positions with memory or with a cache, or at once: the same equilibrium."""
+        contraction = self.make_contraction()
+        if contraction is None:
+            pytest.skip("the suite knows no contraction of this cell")
+        layer = Equilibrium(contraction.eval(), Anderson(), Stop(rtol=1e-13, atol=1e-13, max_evals=100))
+        (x,) = self.inputs(BATCH, 4)
+        with torch.no_grad():
+            joint = layer(x)
+            assert joint.solution is not None
+            assert joint.solution.converged.all()
+            for memory in (None, contraction.cache(BATCH)):
+                pieces = []
+                for piece in x.split([1, 2, 1], dim=1):
+                    out = layer(piece, memory)
+                    memory = out.memory
+                    pieces.append(out.z)
+                assert_close(torch.cat(pieces, dim=1), joint.z, rtol=0, atol=1e-10)
