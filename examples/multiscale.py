@@ -1,12 +1,12 @@
 """A multiscale equilibrium: one state of three resolutions, solved together, that reads handwritten digits.
 
-The state is a dict of tensors, {"fine": [B C 8 8], "coarse": [B C 4 4], "token": [B D]}, and f is a plain ``nn.Module``:
-every scale hears itself, the other two, and the finest one the picture (after Bai, Koltun, Kolter, *Multiscale Deep
-Equilibrium Models*, 2020). Only the token is read by the classifier. The digits are the 8×8 ones of scikit-learn,
-which come with the package; a quarter of them, always the same, is the test.
+The state is a dict of tensors, {"fine": [B, C, 8, 8], "coarse": [B, C', 4, 4], "token": [B, D]}, and f is a plain
+``nn.Module``: each scale is computed from itself and its neighbours, and the finest one from the picture as well (a
+small version of Bai, Koltun and Kolter, *Multiscale Deep Equilibrium Models*, 2020). The classifier reads the token
+alone. The digits are the 8×8 ones that come with scikit-learn; a quarter of them, always the same, is the test set.
 
-python examples/multiscale.py                              needs pip install scikit-learn matplotlib
-python examples/multiscale.py --epochs 4 --seed 1 --picture residuals.png
+python examples/multiscale.py                 a minute on one core; needs pip install scikit-learn matplotlib
+python examples/multiscale.py --epochs 2 --seed 1 --picture residuals.png
 """
 
 import argparse
@@ -17,30 +17,117 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
+from torch.nn.functional import cross_entropy, interpolate
 from torch.nn.utils.parametrizations import weight_norm
 
 from equilibria import Equilibrium, Implicit, Stop
 
-FINE, COARSE, TOKEN = 16, 32, 64
+FINE, COARSE, TOKEN = 16, 32, 64  # channels of each scale
+STOP = Stop(rtol=1e-3, max_evals=60, per_leaf=True)  # per_leaf: the small token has to converge as well
 
 
 class Scales(nn.Module):
-    """f(z, x). The products with z are small at the start, and group norm bounds what f returns: f is a contraction."""
+    """f(z, x): f is a contraction at the start, since what flows back from coarse to fine is small there.
 
-    def __init__(self) -> None:
+    Group norm after the sums keeps every scale at one size whatever the weights do. The Jacobian is the smaller the
+    larger the part of the sum that does not depend on z, which is why the digits come with a mean of about 0 and a
+    standard deviation of about 1.5.
+    """
+
+    def __init__(self, feedback: float = 0.1) -> None:
         super().__init__()
         self.picture = nn.Conv2d(1, FINE, 3, padding=1)
-        self.fine, self.coarse, self.token = _conv(FINE, FINE), _conv(COARSE, COARSE), _linear(TOKEN, TOKEN)
-        self.fine_to_coarse, self.coarse_to_fine = _conv(FINE, COARSE, stride=2), _conv(COARSE, FINE, size=1)
-        self.coarse_to_token, self.token_to_coarse = _linear(16 * COARSE, TOKEN), _linear(TOKEN, COARSE)
-        self.norms = nn.ModuleDict({"fine": nn.GroupNorm(4, FINE), "coarse": nn.GroupNorm(4, COARSE), "token": nn.GroupNorm(4, TOKEN)})
+        self.fine = scaled(nn.Conv2d(FINE, FINE, 3, padding=1, bias=False), feedback)
+        self.coarse = scaled(nn.Conv2d(COARSE, COARSE, 3, padding=1, bias=False), feedback)
+        self.token = scaled(nn.Linear(TOKEN, TOKEN, bias=False), feedback)
+        self.fine_to_coarse = scaled(nn.Conv2d(FINE, COARSE, 3, stride=2, padding=1, bias=False), 1.0)
+        self.coarse_to_token = scaled(nn.Linear(16 * COARSE, TOKEN, bias=False), 1.0)
+        self.coarse_to_fine = scaled(nn.Conv2d(COARSE, FINE, 1, bias=False), feedback)
+        self.token_to_coarse = scaled(nn.Linear(TOKEN, COARSE, bias=False), feedback)
+        self.norm_fine, self.norm_coarse, self.norm_token = (nn.GroupNorm(4, c) for c in (FINE, COARSE, TOKEN))
 
     def forward(self, z: dict[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.Tensor]:
         fine, coarse, token = z["fine"], z["coarse"], z["token"]
-        heard = {
-            "fine": self.picture(x) + self.fine(fine) + interpolate(self.coarse_to_fine(coarse), scale_factor=2),
-            "coarse": self.fine_to_coarse(fine) + self.coarse(coarse) + self.token_to_coarse(token)[:, :, None, None],
-            "token": self.coarse_to_token(coarse.flatten(1)) + self.token(token),
+        to_fine = self.picture(x) + self.fine(fine) + interpolate(self.coarse_to_fine(coarse), scale_factor=2)
+        to_coarse = self.fine_to_coarse(fine) + self.coarse(coarse) + self.token_to_coarse(token)[:, :, None, None]
+        to_token = self.coarse_to_token(coarse.flatten(1)) + self.token(token)
+        return {
+            "fine": torch.relu(self.norm_fine(to_fine)),
+            "coarse": torch.relu(self.norm_coarse(to_coarse)),
+            "token": torch.relu(self.norm_token(to_token)),
         }
-        return {scale: torch.relu(self.norms[scale](value)) for scale, value in heard.items()}
+
+
+def scaled(layer: nn.Module, factor: float) -> nn.Module:
+    """The layer with weight norm, its weights ``factor`` times as large as PyTorch draws them."""
+    layer = weight_norm(layer)
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(factor)
+    return layer
+
+
+def zeros(batch: int) -> dict[str, torch.Tensor]:
+    """Where the solve starts. A plain module cannot say what its state looks like, so the layer is told."""
+    shapes = {"fine": (FINE, 8, 8), "coarse": (COARSE, 4, 4), "token": (TOKEN,)}
+    return {scale: torch.zeros(batch, *shape) for scale, shape in shapes.items()}
+
+
+def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Pictures [B, 1, 8, 8] and classes [B]: three quarters to train on and a quarter to test on."""
+    data = load_digits()
+    x, y = torch.tensor(data.images, dtype=torch.float32)[:, None] / 4 - 1.2, torch.tensor(data.target)
+    train, test = train_test_split(torch.arange(len(y)), test_size=0.25, random_state=0, stratify=data.target)
+    return (x[train], y[train]), (x[test], y[test])
+
+
+def draw(trace: torch.Tensor, path: Path) -> None:
+    """The relative residual of some samples after each evaluation of f; ``trace`` is [evaluations, samples]."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
+    axes.semilogy(range(1, len(trace) + 1), trace, linewidth=1)
+    axes.axhline(STOP.rtol, color="black", linestyle="--", linewidth=1, label="tolerance")
+    axes.set(xlabel="evaluations of f", ylabel="relative residual", title="Convergence on test digits, after training")
+    axes.legend()
+    axes.figure.savefig(path, dpi=150)
+
+
+def main(epochs: int = 8, seed: int = 0, picture: Path = Path("multiscale.png")) -> float:
+    """Trains, draws the residuals, and returns the accuracy on the test set."""
+    torch.manual_seed(seed)
+    (x, y), (test_x, test_y) = digits()
+    layer = Equilibrium(Scales(), stop=STOP, gradient=Implicit(stop=STOP))
+    head, began = nn.Linear(TOKEN, 10), time.perf_counter()
+    optimiser = torch.optim.AdamW([*layer.parameters(), *head.parameters()], lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, max_lr=3e-3, epochs=epochs, steps_per_epoch=-(-len(x) // 32)
+    )
+    for epoch in range(1, epochs + 1):
+        solves = []
+        for rows in torch.randperm(len(x)).split(32):
+            out = layer(x[rows], start=zeros(len(rows)))
+            optimiser.zero_grad()
+            cross_entropy(head(out.z["token"]), y[rows]).backward()
+            optimiser.step()
+            schedule.step()
+            solves.append((out.solution, out.solution.adjoint[0]))
+        with torch.no_grad():
+            out = layer(test_x, start=zeros(len(test_x)))
+        accuracy = (head(out.z["token"]).argmax(1) == test_y).float().mean().item()
+        forward, backward = (sum(s.evals for s in way) / len(way) for way in zip(*solves, strict=True))
+        converged = torch.cat([s.converged for pair in solves for s in pair]).float().mean().item()
+        print(
+            f"epoch {epoch}: test accuracy {accuracy:.2%} | evaluations forward {forward:.1f}, backward {backward:.1f} | "
+            f"converged: training {converged:.2%}, test {out.solution.converged.float().mean():.2%} | "
+            f"{time.perf_counter() - began:.0f} s"
+        )
+    draw(out.solution.trace[:, :16], picture)
+    return accuracy
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--picture", type=Path, default=Path("multiscale.png"))
+    main(**vars(parser.parse_args()))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
 
-from equilibria import Anderson, Implicit, Method, NewtonKrylov, Stop
+from equilibria import Anderson, Implicit, Method, NewtonKrylov, Stop, take_rows
 from equilibria.cells import ChainConfig, TransformerCell, TransformerConfig, TrellisCache, TrellisCell, TrellisConfig
 from equilibria.cells.transformer.positions import RelativePositions
+from equilibria.core.trees import tensors_in
 from equilibria.language import Explicit, LanguageConfig, generate, stream
+from equilibria.layers.cell import CellMap, Prepared
 from equilibria.stability import spectral_radius
 
 V = 13
@@ -354,6 +358,320 @@ class TestCache:
         spectral_radius(out.layer.f, out.layer.z, iterations=5)
         assert torch.equal(out.memory.past.slots, before)
         assert not out.memory.past.slots.requires_grad
+
+
+def padded(rows):
+    """The rows side by side, ending together, and how far each was moved."""
+    longest = max(map(len, rows))
+    tokens = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+    return tokens, torch.tensor([longest - len(row) for row in rows])
+
+
+def read(model, rows, **choices):
+    """The cache of a model that has read these rows."""
+    tokens, padding = padded(rows)
+    with torch.no_grad():
+        return model.logits(tokens, model.cache(len(rows), padding=padding, **choices))[1]
+
+
+def ends_of(model, texts):
+    """The logits at the end of each text, solved as a whole."""
+    tokens, padding = padded(texts)
+    with torch.no_grad():
+        return model.logits(tokens, model.cache(len(texts), padding=padding), last=True)[0][:, -1]
+
+
+def held(model):
+    """Where the cells of a model keep the weights of a generation."""
+    return [module._held for module in model.modules() if hasattr(module, "_held")]
+
+
+class TestTree:
+    """A cache is a tree of tensors with the batch first, and without weights."""
+
+    @pytest.mark.parametrize("name", CELLS)
+    @pytest.mark.parametrize("warm", [False, True])
+    def test_every_tensor_has_the_batch_first_and_none_is_a_weight(self, name, warm):
+        model, rows = built(CELLS[name]), ragged()[:5]
+        caches = [read(model, rows, warm=warm)]
+        with torch.no_grad():
+            for token in torch.randint(V, (3, 5, 1)):
+                caches.append(model.logits(token, caches[-1])[1])
+        weights = tensors_in([*model.parameters(), *map(vars, held(model))])
+        assert len(weights) > len(list(model.parameters()))
+        kept = {tensor.untyped_storage().data_ptr() for tensor in weights if tensor.numel()}
+        for cache in caches:
+            tensors = tensors_in(cache)
+            assert tensors
+            assert {len(tensor) for tensor in tensors} == {5}
+            assert not any(tensor.requires_grad for tensor in tensors)
+            assert kept.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel())
+
+    @pytest.mark.parametrize("name", CELLS)
+    def test_copies_and_pickles_continue_the_text(self, name):
+        model, rows = built(CELLS[name]), ragged()
+        cache, token = read(model, rows), torch.randint(V, (8, 1))
+        with torch.no_grad():
+            expected, _ = model.logits(token, cache)
+            for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+                assert torch.equal(model.logits(token, other)[0], expected)
+
+    def test_the_slots_of_chosen_rows_lie_in_memory_as_attention_reads_them(self):
+        cache = take_rows(read(built(), ragged()), torch.tensor([3, 0, 3]))
+        assert cache.past.slots.shape[:3] == (3, 2, 2)
+        assert cache.past.slots.permute(1, 2, 0, 3, 4).is_contiguous()
+
+
+class TestBeams:
+    """``take_rows`` reorders, repeats and drops the rows of a cache, as a search with beams does."""
+
+    @pytest.mark.parametrize("name", CELLS)
+    @pytest.mark.parametrize("warm", [False, True])
+    def test_reordered_at_every_step_they_have_the_logits_of_the_whole_texts(self, name, warm):
+        model, texts = built(CELLS[name]), ragged()
+        cache = read(model, texts, warm=warm)
+        for beams in (8, 9, 4):
+            index, tokens = torch.randint(len(texts), (beams,)), torch.randint(V, (beams, 1))
+            texts = [torch.cat([texts[i], token]) for i, token in zip(index, tokens, strict=True)]
+            with torch.no_grad():
+                logits, cache = model.logits(tokens, take_rows(cache, index))
+            torch.testing.assert_close(logits[:, -1], ends_of(model, texts), rtol=0, atol=1e-8)
+
+    @pytest.mark.parametrize("name", CELLS)
+    def test_they_have_the_logits_of_reordered_prompts(self, name):
+        model, rows = built(CELLS[name]), ragged()
+        index = torch.tensor([5, 2, 2, 7, 0, 3])
+        some, token = [rows[i] for i in index], torch.randint(V, (6, 1))
+        with torch.no_grad():
+            expected, _ = model.logits(token, read(model, some))
+            found, _ = model.logits(token, take_rows(read(model, rows), index))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+    @pytest.mark.parametrize("name", CELLS)
+    def test_before_the_text_of_every_row_has_begun(self, name):
+        """In the middle of the padding of the short rows."""
+        model, rows = built(CELLS[name]), ragged()
+        tokens, padding = padded(rows)
+        index = torch.tensor([0, 3, 1, 6, 4, 0])
+        with torch.no_grad():
+            _, cache = model.logits(tokens[:, :4], model.cache(8, padding=padding))
+            logits, cache = model.logits(tokens[index, 4:], take_rows(cache, index))
+            token = torch.randint(V, (6, 1))
+            more, _ = model.logits(token, cache)
+        some = [rows[i] for i in index]
+        torch.testing.assert_close(logits[:, -1], ends_of(model, some), rtol=0, atol=1e-8)
+        some = [torch.cat(pair) for pair in zip(some, token, strict=True)]
+        torch.testing.assert_close(more[:, -1], ends_of(model, some), rtol=0, atol=1e-8)
+
+    @pytest.mark.parametrize("name", CELLS)
+    def test_the_cache_they_come_from_stays_as_it_is(self, name):
+        """Before and after it has a successor, and whichever of them is continued first."""
+        model, rows = built(CELLS[name]), ragged()
+        first, index, token = read(model, rows), torch.tensor([1, 1, 6]), torch.randint(V, (8, 1))
+        with torch.no_grad():
+            chosen = take_rows(first, index)
+            expected_rows, _ = model.logits(token[index], chosen)
+            expected, second = model.logits(token, first)
+            model.logits(torch.randint(V, (8, 3)), second)  # written behind what the first one holds
+            again = take_rows(first, index)
+            assert torch.equal(model.logits(token[index], again)[0], expected_rows)
+            assert torch.equal(model.logits(token[index], chosen)[0], expected_rows)
+            torch.testing.assert_close(model.logits(token, first)[0], expected, rtol=0, atol=1e-10)
+
+    @pytest.mark.parametrize("memory", [1, 5])
+    def test_of_a_memory_that_slides(self, memory):
+        """As with the memory of training, whose rows are chosen in the same way."""
+        model = built(dataclasses.replace(SMALL, memory=memory))
+        tokens = torch.randint(V, (3, 4))
+        with torch.no_grad():
+            cache, past = model.cache(3), None
+            for _ in range(16):
+                logits, cache = model.logits(tokens, cache, last=True)
+                expected, past = model.logits(tokens, past, last=True)
+                torch.testing.assert_close(logits, expected, rtol=0, atol=1e-8)
+                index = torch.randint(3, (3,))
+                cache, past = take_rows(cache, index), take_rows(past, index)
+                tokens = torch.randint(V, (3, 1))
+
+    def test_of_the_layers_of_a_stack(self):
+        cell = dataclasses.replace(SMALL, injection=False, affine=True)
+        model, rows = built(cell, explicit=Explicit(depth=3, tied=False, memory="layers")), ragged()
+        index, token = torch.tensor([7, 7, 0, 3]), torch.randint(V, (4, 1))
+        with torch.no_grad():
+            logits, _ = model.logits(token, take_rows(read(model, rows), index))
+        texts = [torch.cat([rows[i], end]) for i, end in zip(index, token, strict=True)]
+        torch.testing.assert_close(logits[:, -1], ends_of(model, texts), rtol=0, atol=1e-8)
+
+
+class TestRows:
+    """Of what a cell prepares, ``take_rows`` gives what it would prepare of the chosen samples."""
+
+    INDEX = torch.tensor([6, 1, 1, 4])
+
+    def check(self, cell, prepared):
+        z = torch.randn_like(cell.start(prepared))
+        expected = cell(z, prepared)[self.INDEX]
+        rows = take_rows(prepared.rows, self.INDEX)
+        assert {len(tensor) for tensor in tensors_in(rows)} == {len(self.INDEX)}
+        found = cell(z[self.INDEX], Prepared(shared=prepared.shared, rows=rows))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        if prepared.droppable:
+            some = CellMap(cell, prepared).rows(self.INDEX)
+            torch.testing.assert_close(some(z[self.INDEX]), expected, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("name", CELLS)
+    @pytest.mark.parametrize("time", [1, 4])
+    def test_with_a_memory_and_dropout(self, name, time):
+        cell = dropping(CELLS[name]).build().double().train()
+        with torch.no_grad():
+            x = torch.randn(8, 5, cell.config.width, dtype=torch.float64)
+            begun = cell.prepare(x)
+            memory = cell.remember(torch.randn_like(cell.start(begun)), begun)
+            self.check(cell, cell.prepare(x[:, :time], memory))
+            self.check(cell, begun)
+
+    @pytest.mark.parametrize("name", CELLS)
+    @pytest.mark.parametrize("time", [1, 4])
+    def test_with_a_cache_of_ragged_rows(self, name, time):
+        model = built(CELLS[name])
+        with torch.no_grad():
+            x = model.embedding(torch.randint(V, (8, time)))
+            self.check(model.layer.cell, model.layer.cell.prepare(x, read(model, ragged())))
+            begun = model.cache(8, padding=torch.tensor([0, 2, 5, 1, 3, 0, 4, 1]))  # nothing is cached yet
+            self.check(model.layer.cell, model.layer.cell.prepare(x, begun))
+
+
+def dropping(cell):
+    if isinstance(cell, ChainConfig):
+        return ChainConfig(cells=tuple(map(dropping, cell.cells)))
+    other = {"weight_dropout": 0.3} if isinstance(cell, TrellisConfig) else {"attention_dropout": 0.3}
+    return dataclasses.replace(cell, dropout=0.3, **other)
+
+
+class TestWeights:
+    """A cell keeps its effective weights from one position to the next, and never beyond their change."""
+
+    CELLS = pytest.mark.parametrize("name", ["relative", "chain", "trellis"])
+
+    def continued(self, model, cache, token):
+        """The logits after a token under a cache made before, which are those of the weights as they are now."""
+        with torch.no_grad():
+            logits, _ = model.logits(token, cache)
+            for one in held(model):
+                one.renew()
+            assert torch.equal(model.logits(token, cache)[0], logits)
+        return logits
+
+    def check(self, model, rows, *, than):
+        """What is generated is what solving the whole text again gives, and it is another text ``than`` before."""
+        tokens, logits = cached(model, rows, 2)
+        del model.logits
+        for row, mine, seen in zip(rows, tokens, logits, strict=True):
+            expected, whole = solved_again(model, row, 2)
+            assert torch.equal(mine, expected)
+            torch.testing.assert_close(seen, whole, rtol=0, atol=1e-8)
+        assert not torch.allclose(logits, than, rtol=0, atol=1e-3)
+
+    def generated(self, model, rows):
+        """The logits of a generation, and a cache with a token to continue it."""
+        _, logits = cached(model, rows, 2)
+        del model.logits
+        return logits, read(model, rows), torch.randint(V, (len(rows), 1))
+
+    @CELLS
+    @pytest.mark.parametrize("way", ["sgd", "adam", "fused", "loaded", "assigned", "replaced", "in place"])
+    def test_after_a_change_generation_uses_those_of_now(self, name, way):
+        model, rows = built(CELLS[name]), ragged()[1:3]
+        before, cache, token = self.generated(model, rows)
+        old = self.continued(model, cache, token)
+        change(model, way)
+        assert not torch.allclose(self.continued(model, cache, token), old, rtol=0, atol=1e-3)
+        self.check(model, rows, than=before)
+
+    @CELLS
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_a_copy_has_its_own(self, name, copied):
+        model, rows = built(CELLS[name]), ragged()[1:3]
+        size = len(pickle.dumps(model))
+        before, cache, token = self.generated(model, rows)
+        assert len(pickle.dumps(model)) == size  # without what is kept
+        twin, old = copied(model), self.continued(model, cache, token)
+        assert torch.equal(self.continued(twin, cache, token), old)
+        change(twin, "in place")
+        assert not torch.allclose(self.continued(twin, cache, token), old, rtol=0, atol=1e-3)
+        self.check(twin, rows, than=before)
+        assert torch.equal(self.continued(model, cache, token), old)
+
+    @CELLS
+    def test_of_another_precision(self, name):
+        model, rows = built(CELLS[name]), ragged()[1:3]
+        self.generated(model, rows)
+        assert generate(model.float(), rows, length=3, temperature=0).shape == (2, 3)
+        assert {tensor.dtype for tensor in tensors_in([vars(one) for one in held(model)])} == {torch.float32}
+
+    def test_for_one_call_only(self):
+        """Of ``torch.func.functional_call``, whose tensors may come to lie where those of the last call did."""
+        model, token = built(), torch.randint(V, (2, 1))
+        cache, gain = read(model, ragged((3, 5))), model.layer.cell.outer.gain.detach().clone()
+        logits = Logits(model)
+        with torch.no_grad():
+            for factor in range(2, 12):
+                found = torch.func.functional_call(
+                    logits, {"model.layer.cell.outer.gain": gain * factor}, (token, cache)
+                )
+                model.layer.cell.outer.gain.copy_(gain * factor)
+                assert torch.equal(found, model.logits(token, cache)[0])
+
+    @CELLS
+    def test_of_inference_mode(self, name):
+        """Such parameters count no changes, so nothing is kept of them."""
+        model, rows = built(CELLS[name]), ragged()[1:3]
+        expected = generate(model, rows, length=4, temperature=0)
+        with torch.inference_mode():
+            twin = built(CELLS[name])
+            twin.load_state_dict(model.state_dict())
+            assert torch.equal(generate(twin, rows, length=4, temperature=0), expected)
+            cache, token = read(twin, rows), torch.randint(V, (2, 1))
+            old = self.continued(twin, cache, token)
+            change(twin, "in place")
+            assert not torch.allclose(self.continued(twin, cache, token), old, rtol=0, atol=1e-3)
+
+
+class Logits(torch.nn.Module):
+    """A module whose output are the logits of a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, memory):
+        return self.model.logits(tokens, memory)[0]
+
+
+def change(model, way):
+    """Other weights, by far more than rounding and little enough to leave the cell a contraction."""
+    torch.manual_seed(1)
+    parameters = dict(model.layer.named_parameters())
+    others = {name: weight.detach() + 0.02 * torch.randn_like(weight) for name, weight in parameters.items()}
+    optimisers = {
+        "sgd": lambda: torch.optim.SGD(parameters.values(), lr=0.02),
+        "adam": lambda: torch.optim.Adam(parameters.values(), lr=0.02),
+        "fused": lambda: torch.optim.AdamW(parameters.values(), lr=0.02, fused=True),
+    }
+    if way in optimisers:
+        for weight in parameters.values():
+            weight.grad = torch.randn_like(weight)
+        optimisers[way]().step()
+    elif way in ("loaded", "assigned"):
+        model.layer.load_state_dict(others, assign=way == "assigned")
+    elif way == "replaced":
+        for name, value in others.items():
+            module = model.layer.get_submodule(name.rpartition(".")[0])
+            setattr(module, name.rpartition(".")[2], torch.nn.Parameter(value))
+    else:
+        with torch.no_grad():
+            for name, value in others.items():
+                parameters[name].copy_(value)
 
 
 def test_models_without_cache():

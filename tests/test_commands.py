@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from equilibria.__main__ import main
 from equilibria.commands import arguments, errors, prepare, train
@@ -66,6 +68,15 @@ def test_every_verb_explains_itself(capsys, verb):
         (
             "train tiny --optimiser adamm",
             "--training.optimiser is one of adam, adamw, sgd, asgd, and not 'adamm'; did you mean adam",
+        ),
+        (
+            "train tiny --stages.1.method.solver.history-dtype bfloat61",
+            "--stages.1.method.solver.history-dtype is one of ",
+        ),
+        ("train tiny --stages.1.method.solver.history-dtype bfloat61", "and not 'bfloat61'; did you mean bfloat16"),
+        (
+            "train tiny --stages.1.method.solver.history-dtype float16",
+            "Anderson(history_dtype=torch.float16): a history is kept in torch.bfloat16, ",
         ),
         ("train tiny --untied", "--untied says more about --explicit LAYERS"),
         ("train tiny --explicit x", "--explicit takes a number of layers, and 'x' is none; try --explicit 12."),
@@ -212,6 +223,19 @@ def test_a_reader_that_leaves_early_is_no_error(place):
 )
 def test_the_recipe_is_told_from_the_values_of_flags(words, recipe, rest):
     assert train._split(words.split()) == (recipe, rest.split())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, None])
+def test_the_dtype_of_a_history_is_a_flag(dtype):
+    default = train.Options(experiment_of("tiny"))
+    for words in (["--stages.1.method.solver.history-dtype"], ["--stages.1.method.gradient.solver.history-dtype"]):
+        words = [*words, str(dtype).removeprefix("torch.")]
+        (_, stage) = arguments.parse(train.Options, words, verb="train tiny", default=default).experiment.stages
+        solver = stage.method.gradient.solver if "gradient" in words[0] else stage.method.solver
+        assert solver == dataclasses.replace(default.experiment.stages[1].method.solver, history_dtype=dtype)
+        changed = train.Options(dataclasses.replace(default.experiment, stages=(default.experiment.stages[0], stage)))
+        kept = arguments.parse(train.Options, ["--seed", "3"], verb="train tiny", default=changed)
+        assert kept.experiment.stages[1] == stage
 
 
 def test_flags_are_those_of_the_tree_of_dataclasses(place):

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from equilibria.__main__ import main
 from equilibria.cells import ChainConfig
@@ -138,6 +139,19 @@ def test_resume_refuses_other_settings_and_other_experiments(run, capsys):
     assert "is a run of 'small'" in fails(capsys, "train", "tiny", "--out", "runs/small", "--resume")
 
 
+def test_a_history_in_bfloat16_is_asked_for_written_down_and_continued(place, capsys):
+    words = ["train", "recipe.py:small", "--data", "text", "--quiet"]
+    assert main([*words, "--stages.1.method.solver.history-dtype", "bfloat16"]) == 0
+    stored = json.loads(Path("runs/small/experiment.json").read_text())
+    assert [stage["method"]["solver"].get("history_dtype") for stage in stored["stages"]] == [None, "bfloat16"]
+    assert Run(Path("runs/small")).experiment().stages[1].method.solver.history_dtype is torch.bfloat16
+    assert main([*words, "--resume"]) == 0
+    assert main(["evaluate", "runs/small"]) == 0
+    capsys.readouterr()
+    sentence = fails(capsys, *words, "--resume", "--stages.1.method.solver.history-dtype", "None", code=1)
+    assert "stages.1.method.solver.history_dtype = 'bfloat16' and is to be continued with None" in sentence
+
+
 def test_evaluate_prints_the_score_and_what_it_depends_on(run, capsys):
     assert main(["evaluate", "runs/small", "--split", "test", "--max-evals", "9", "--rtol", "0.5"]) == 0
     text = capsys.readouterr().out
@@ -181,6 +195,43 @@ def test_where_two_stages_meet_the_checkpoint_is_of_the_second(place):
         assert found.model.layer.method == second.method
         again = evaluate(found.model, found.corpus.valid, **asked(logged))
         assert again.nats_per_token == logged["nats"]
+
+
+def test_what_a_run_is_written_in_has_a_number(run):
+    assert json.loads((run / "experiment.json").read_text())["format"] == 2
+    assert "format" not in Run(run).stored()
+
+
+VERBS = {
+    "evaluate": "evaluate runs/small",
+    "generate": "generate runs/small --prompt ab --length 3",
+    "report": "report runs/small",
+    "export": "export runs/small",
+    "resume": "train recipe.py:small --data text --out runs/small --resume",
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    ("written", "author"),
+    [(None, "version 0.1"), (3, "another version (its format is 3)"), ("2", "another version (its format is '2')")],
+)
+def test_a_run_of_another_version_is_refused_in_one_sentence_and_loses_nothing(run, capsys, verb, written, author):
+    described = json.loads((run / "experiment.json").read_text())
+    del described["format"]
+    if written is not None:
+        described["format"] = written
+    (run / "experiment.json").write_text(json.dumps(described))
+
+    def everything():
+        return {file: file.read_bytes() for file in Path("runs").rglob("*") if file.is_file()}
+
+    before = everything()
+    assert fails(capsys, *VERBS[verb].split(), code=1) == (
+        f"runs/small was written by {author} of equilibria, and this version reads format 2; use the version that "
+        "wrote it, or train again."
+    )
+    assert everything() == before
 
 
 OWN = """

@@ -1,10 +1,19 @@
-"""What the documentation names exists."""
+"""What the documentation names exists, and its programs run."""
 
+import importlib
+import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import equilibria
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("README.md", "docs/extending.md", "docs/migrating.md")
+"""Pages whose Python blocks are one program; a block with a title shows older code and is not part of it."""
 
 
 def test_the_readme_names_every_solver_and_rule():
@@ -14,3 +23,55 @@ def test_the_readme_names_every_solver_and_rule():
     for member in (*solvers.CATALOGUE, *gradients.CATALOGUE):
         assert f"`{member.__name__}`" in text
         assert member.__name__ in equilibria.__all__
+
+
+def program(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return "\n\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_the_python_blocks_of_a_page_run(page, tmp_path):
+    """From top to bottom, as one file; the suites in it are run as tests."""
+    file = tmp_path / "test_page.py"
+    end = "\n\n\ndef test_to_the_end():\n    pass\n"
+    file.write_text(program(page) + end, encoding="utf-8")
+    # RuntimeWarning: a snippet whose solve warns would be a bad example.
+    arguments = ["-q", "-p", "no:cacheprovider", "-W", "error::RuntimeWarning", f"--rootdir={tmp_path}", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_extending_shows_a_suite_for_each_kind():
+    from equilibria import testing
+
+    assert all(f"({suite}):" in program("docs/extending.md") for suite in testing.__all__)
+
+
+def exists(name):
+    """True if ``name`` is a module of the library, or can be read from one attribute by attribute."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ImportError:
+            continue
+        for part in parts[count:]:
+            fields = getattr(found, "__dataclass_fields__", {})
+            if not (hasattr(found, part) or part in fields):
+                return False
+            found = getattr(found, part, None)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_dotted_names_of_the_library_exist(page):
+    """Those of 0.1 in docs/migrating.md stand in the first column of a table, or in blocks with a title."""
+    text = re.sub(r"^```\w+ .*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    if page.name == "migrating.md":
+        text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
+    names = set(re.findall(r"\bequilibria(?:\.[A-Za-z_]\w*)+", text))
+    assert sorted(name for name in names if not exists(name)) == []

@@ -21,7 +21,8 @@ NAMES = ["loss", "evaluations", "residual", "converged", "spectral_radius", "mem
 def stage(name: str, *, rtol: float) -> dict[str, Any]:
     stop = {"kind": "Stop", "rtol": rtol, "atol": rtol, "max_evals": 30, "best": True}
     solver = {"kind": "Anderson", "window": 6}
-    return {"kind": "Stage", "name": name, "steps": 50, "solver": solver, "stop": stop, "eval_stop": None}
+    method = {"kind": "Method", "solver": solver, "stop": stop}
+    return {"kind": "Stage", "name": name, "steps": 50, "method": method, "eval_stop": None}
 
 
 def experiment(**changes: Any) -> dict[str, Any]:
@@ -84,7 +85,8 @@ def events() -> list[dict[str, Any]]:
 
 def write(path: Path, lines: list[dict[str, Any]], *, tail: str = "", **changes: Any) -> Path:
     path.mkdir(parents=True)
-    (path / "experiment.json").write_text(json.dumps(experiment(**changes)), encoding="utf-8")
+    described = {"format": 2, **experiment(**changes)}
+    (path / "experiment.json").write_text(json.dumps(described), encoding="utf-8")
     text = "".join(json.dumps(line) + "\n" for line in lines) + tail
     (path / "metrics.jsonl").write_text(text, encoding="utf-8")
     return path
@@ -263,8 +265,19 @@ def test_settings_name_every_value(tmp_path):
     groups = dict(page.groups_of(experiment()))
     assert list(groups) == ["corpus: PythonDocs", "model", "stage 1: shallow", "stage 2: implicit", "training"]
     assert ("cell", "TransformerConfig(width=32)") in groups["model"]
+    assert ("method.solver", "Anderson(window=6)") in groups["stage 2: implicit"]
     assert ("clip", "none") in groups["training"]
     assert ("betas", "0.9, 0.99") in groups["training"]
+
+
+def test_a_stage_has_a_tolerance_unless_it_says_otherwise(tmp_path):
+    """As a field that is left out has its default; a stage without a method solves nothing."""
+    stages = [stage("shallow", rtol=0.0), stage("implicit", rtol=1e-2)]
+    stages += [{"name": "bare", "method": {"kind": "Method"}}, {"name": "none", "method": None}, {"name": "missing"}]
+    record = read(write(tmp_path / "run", [], stages=stages))
+    found = {name: record.has_tolerance(name) for name in ("shallow", "implicit", "bare", "none", "missing", "unknown")}
+    expected = {"shallow": False, "implicit": True, "bare": True, "none": False, "missing": False, "unknown": True}
+    assert found == expected
 
 
 def test_a_folder_without_a_run_names_the_runs_nearby(tmp_path):

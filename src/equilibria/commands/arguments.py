@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
 import tyro
 
 from equilibria.commands.errors import UsageError
 from equilibria.training.names import nearest
+from equilibria.training.serialise import DTYPES
 
 Options = TypeVar("Options")
 
@@ -37,7 +39,7 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
     words = [_full(word, known) for word in arguments]
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), _READERS:
             value, rest = tyro.cli(
                 kind,
                 prog=f"equilibria {verb}",
@@ -53,6 +55,25 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
     if rest:
         raise _unknown(rest[0], known, verb)
     return value
+
+
+_READERS = tyro.constructors.ConstructorRegistry()
+"""How to read the types that tyro does not know."""
+
+
+@_READERS.primitive_rule
+def _read_dtype(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """A dtype by its name, without the "torch."."""
+    if info.type is not torch.dtype:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(DTYPES)}}}",
+        instance_from_str=lambda words: DTYPES[words[0]],
+        is_instance=lambda value: isinstance(value, torch.dtype),
+        str_from_instance=lambda value: [str(value).removeprefix("torch.")],
+        choices=tuple(DTYPES),
+    )
 
 
 def flags(value: Any, prefix: str = "") -> dict[str, Any]:

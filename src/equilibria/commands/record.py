@@ -94,8 +94,8 @@ class Record:
     def has_tolerance(self, stage: str) -> bool:
         """Whether the solves of a stage aim at a tolerance; a network of fixed depth does not."""
         parts = [part for part in self.experiment.get("stages", []) if part.get("name") == stage]
-        stops = [(part.get("method") or {}).get("stop", {"rtol": 0, "atol": 0}) for part in parts]
-        return not stops or any(stop.get("rtol", 1) > 0 or stop.get("atol", 1) > 0 for stop in stops)
+        stops = [part["method"].get("stop") or {} for part in parts if part.get("method")]
+        return not parts or any(stop.get("rtol", 1) > 0 or stop.get("atol", 1) > 0 for stop in stops)
 
 
 def read(path: Path) -> Record:

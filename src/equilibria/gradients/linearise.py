@@ -120,14 +120,15 @@ def solve_adjoint(point: Point, g: Float[Tensor, "B N"], solver: Solver, stop: S
     size = row_norm(g)[:, None]
     sound = torch.isfinite(size)
     scale = torch.where(sound & (size > 0), size, 1.0)
-    start = (g / scale).masked_fill_(~sound, 0.0)
     system = AffineMap(point.vjp, g, 1 / scale)
+    # The start is held by nothing but the solve, which releases it after the first step.
     if stop.per_leaf or callable(stop.norm):  # a norm that has to see the leaves
         wide = point.layout.widened()
-        solution = solve(OnStates(system, wide), wide.unpack(start), solver, stop)
+        start = wide.unpack((g / scale).masked_fill_(~sound, 0.0))
+        solution = solve(OnStates(system, wide), start, solver, stop)
         solution = dataclasses.replace(solution, z=wide.pack(solution.z), fz=wide.pack(solution.fz))
     else:
-        solution = solve(system, start, solver, stop)
+        solution = solve(system, (g / scale).masked_fill_(~sound, 0.0), solver, stop)
     u, fu = ((x * scale).masked_fill_(~sound, torch.nan) for x in (solution.z, solution.fz))
     return dataclasses.replace(solution, z=u, fz=fu, history=None)
 

@@ -103,14 +103,15 @@ def _decode(data: JSON, hint: Any, kinds: Mapping[str, type], *, where: str) -> 
             return data
         if (type(data), member) in _WIDER:
             return member(data)
-        if member is torch.dtype and isinstance(data, str) and data in _DTYPES:
-            return _DTYPES[data]
+        if member is torch.dtype and isinstance(data, str) and data in DTYPES:
+            return DTYPES[data]
     written = (member for member in _members(hint) if typing.get_origin(member) is not Callable)  # which is never JSON
     allowed = " or ".join(map(_named, written))
     raise ValueError(f"{where} is {data!r}; it must be {allowed}.")
 
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+"""The dtypes that an experiment can name."""
 _WIDER = {(int, float), (str, Path)}
 """What a plain JSON value may become where it is not expected as it is."""
 
@@ -172,5 +173,5 @@ def _named(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(repr(value) for value in typing.get_args(hint))
     if hint is torch.dtype:
-        return " or ".join(map(repr, _DTYPES))
+        return " or ".join(map(repr, DTYPES))
     return "a list" if typing.get_origin(hint) is tuple else f"a {getattr(hint, '__name__', hint)}"
