@@ -16,11 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import equilibria.equilibrium
-import equilibria.gradients.adjoint
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import equilibria.core.gradient
+import equilibria.gradients.linearise
+import equilibria.gradients.unroll
 from equilibria.corpora import Corpus
 from equilibria.recipes import RECIPES
 from equilibria.training import Experiment, Run, Trainer
@@ -75,8 +76,8 @@ def main(folder: Path, parallel: Any, leave_after: int, recipe: str | None = Non
     """Train."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    equilibria.equilibrium.solve = watched(equilibria.equilibrium.solve)
-    equilibria.gradients.adjoint.solve = watched(equilibria.gradients.adjoint.solve)
+    for module in (equilibria.core.gradient, equilibria.gradients.linearise, equilibria.gradients.unroll):
+        module.solve = watched(module.solve)
     with Ranks.joined(parallel, "cpu", timeout=60) as ranks:
         every = ranks.of_all(train(folder, parallel, leave_after, recipe, ranks))
         if ranks.first:

@@ -390,10 +390,9 @@ class TestTree:
     """A cache is a tree of tensors with the batch first, and without weights."""
 
     @pytest.mark.parametrize("name", CELLS)
-    @pytest.mark.parametrize("warm", [False, True])
-    def test_every_tensor_has_the_batch_first_and_none_is_a_weight(self, name, warm):
+    def test_every_tensor_has_the_batch_first_and_none_is_a_weight(self, name):
         model, rows = built(CELLS[name]), ragged()[:5]
-        caches = [read(model, rows, warm=warm)]
+        caches = [read(model, rows, warm=True)]
         with torch.no_grad():
             for token in torch.randint(V, (3, 5, 1)):
                 caches.append(model.logits(token, caches[-1])[1])
@@ -407,7 +406,7 @@ class TestTree:
             assert not any(tensor.requires_grad for tensor in tensors)
             assert kept.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel())
 
-    @pytest.mark.parametrize("name", CELLS)
+    @pytest.mark.parametrize("name", ["relative", "decay", "chain", "trellis"])
     def test_copies_and_pickles_continue_the_text(self, name):
         model, rows = built(CELLS[name]), ragged()
         cache, token = read(model, rows), torch.randint(V, (8, 1))
@@ -425,8 +424,9 @@ class TestTree:
 class TestBeams:
     """``take_rows`` reorders, repeats and drops the rows of a cache, as a search with beams does."""
 
-    @pytest.mark.parametrize("name", CELLS)
-    @pytest.mark.parametrize("warm", [False, True])
+    @pytest.mark.parametrize(
+        ("name", "warm"), [*((name, False) for name in CELLS), ("relative", True), ("trellis", True)]
+    )
     def test_reordered_at_every_step_they_have_the_logits_of_the_whole_texts(self, name, warm):
         model, texts = built(CELLS[name]), ragged()
         cache = read(model, texts, warm=warm)
@@ -437,7 +437,7 @@ class TestBeams:
                 logits, cache = model.logits(tokens, take_rows(cache, index))
             torch.testing.assert_close(logits[:, -1], ends_of(model, texts), rtol=0, atol=1e-8)
 
-    @pytest.mark.parametrize("name", CELLS)
+    @pytest.mark.parametrize("name", ["relative", "decay", "chain", "trellis"])
     def test_they_have_the_logits_of_reordered_prompts(self, name):
         model, rows = built(CELLS[name]), ragged()
         index = torch.tensor([5, 2, 2, 7, 0, 3])
@@ -463,7 +463,7 @@ class TestBeams:
         some = [torch.cat(pair) for pair in zip(some, token, strict=True)]
         torch.testing.assert_close(more[:, -1], ends_of(model, some), rtol=0, atol=1e-8)
 
-    @pytest.mark.parametrize("name", CELLS)
+    @pytest.mark.parametrize("name", ["relative", "decay", "chain", "trellis"])
     def test_the_cache_they_come_from_stays_as_it_is(self, name):
         """Before and after it has a successor, and whichever of them is continued first."""
         model, rows = built(CELLS[name]), ragged()
@@ -478,10 +478,9 @@ class TestBeams:
             assert torch.equal(model.logits(token[index], chosen)[0], expected_rows)
             torch.testing.assert_close(model.logits(token, first)[0], expected, rtol=0, atol=1e-10)
 
-    @pytest.mark.parametrize("memory", [1, 5])
-    def test_of_a_memory_that_slides(self, memory):
+    def test_of_a_memory_that_slides(self):
         """As with the memory of training, whose rows are chosen in the same way."""
-        model = built(dataclasses.replace(SMALL, memory=memory))
+        model = built(dataclasses.replace(SMALL, memory=5))
         tokens = torch.randint(V, (3, 4))
         with torch.no_grad():
             cache, past = model.cache(3), None
@@ -551,7 +550,7 @@ def dropping(cell):
 class TestWeights:
     """A cell keeps its effective weights from one position to the next, and never beyond their change."""
 
-    CELLS = pytest.mark.parametrize("name", ["relative", "chain", "trellis"])
+    CELLS = pytest.mark.parametrize("name", ["relative", "trellis"])
 
     def continued(self, model, cache, token):
         """The logits after a token under a cache made before, which are those of the weights as they are now."""
@@ -579,13 +578,19 @@ class TestWeights:
         return logits, read(model, rows), torch.randint(V, (len(rows), 1))
 
     @CELLS
-    @pytest.mark.parametrize("way", ["sgd", "adam", "fused", "loaded", "assigned", "replaced", "in place"])
+    @pytest.mark.parametrize("way", ["optimiser", "loaded", "assigned", "replaced", "in place"])
     def test_after_a_change_generation_uses_those_of_now(self, name, way):
         model, rows = built(CELLS[name]), ragged()[1:3]
         before, cache, token = self.generated(model, rows)
         old = self.continued(model, cache, token)
         change(model, way)
         assert not torch.allclose(self.continued(model, cache, token), old, rtol=0, atol=1e-3)
+        self.check(model, rows, than=before)
+
+    def test_after_a_change_that_pytorch_does_not_count_they_are_those_of_a_new_cache(self):
+        model, rows = built(), ragged()[1:3]
+        before, _, _ = self.generated(model, rows)
+        change(model, "fused optimiser")
         self.check(model, rows, than=before)
 
     @CELLS
@@ -604,7 +609,7 @@ class TestWeights:
 
     @CELLS
     def test_of_another_precision(self, name):
-        model, rows = built(CELLS[name]), ragged()[1:3]
+        model, rows = built(CELLS[name], stop=Stop(rtol=1e-6, atol=1e-6, max_evals=60)), ragged()[1:3]
         self.generated(model, rows)
         assert generate(model.float(), rows, length=3, temperature=0).shape == (2, 3)
         assert {tensor.dtype for tensor in tensors_in([vars(one) for one in held(model)])} == {torch.float32}
@@ -613,14 +618,12 @@ class TestWeights:
         """Of ``torch.func.functional_call``, whose tensors may come to lie where those of the last call did."""
         model, token = built(), torch.randint(V, (2, 1))
         cache, gain = read(model, ragged((3, 5))), model.layer.cell.outer.gain.detach().clone()
-        logits = Logits(model)
+        logits, factors, name = Logits(model), (0.5, 2, 3, 0.1), "model.layer.cell.outer.gain"
         with torch.no_grad():
-            for factor in range(2, 12):
-                found = torch.func.functional_call(
-                    logits, {"model.layer.cell.outer.gain": gain * factor}, (token, cache)
-                )
+            found = [torch.func.functional_call(logits, {name: gain * factor}, (token, cache)) for factor in factors]
+            for factor, seen in zip(factors, found, strict=True):
                 model.layer.cell.outer.gain.copy_(gain * factor)
-                assert torch.equal(found, model.logits(token, cache)[0])
+                assert torch.equal(model.logits(token, cache)[0], seen)
 
     @CELLS
     def test_of_inference_mode(self, name):
@@ -653,15 +656,10 @@ def change(model, way):
     torch.manual_seed(1)
     parameters = dict(model.layer.named_parameters())
     others = {name: weight.detach() + 0.02 * torch.randn_like(weight) for name, weight in parameters.items()}
-    optimisers = {
-        "sgd": lambda: torch.optim.SGD(parameters.values(), lr=0.02),
-        "adam": lambda: torch.optim.Adam(parameters.values(), lr=0.02),
-        "fused": lambda: torch.optim.AdamW(parameters.values(), lr=0.02, fused=True),
-    }
-    if way in optimisers:
+    if way.endswith("optimiser"):
         for weight in parameters.values():
             weight.grad = torch.randn_like(weight)
-        optimisers[way]().step()
+        torch.optim.Adam(parameters.values(), lr=0.02, fused=way.startswith("fused")).step()
     elif way in ("loaded", "assigned"):
         model.layer.load_state_dict(others, assign=way == "assigned")
     elif way == "replaced":

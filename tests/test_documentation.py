@@ -13,7 +13,7 @@ import equilibria
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("README.md", "docs/extending.md", "docs/migrating.md")
-"""Pages whose Python blocks are one program; a block with a title shows older code and is not part of it."""
+"""Pages whose Python blocks are one program; those with the title 0.1 show older code and are not part of it."""
 
 
 def test_the_readme_names_every_solver_and_rule():
@@ -27,7 +27,7 @@ def test_the_readme_names_every_solver_and_rule():
 
 def program(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    return "\n\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    return "\n\n".join(re.findall(r'^```python(?: title="0.2")?\n(.*?)^```', text, flags=re.DOTALL | re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
@@ -67,11 +67,17 @@ def exists(name):
     return False
 
 
+PACKAGE = "|".join(sorted(path.stem for path in (ROOT / "src" / "equilibria").iterdir() if path.stem[0] != "_"))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_dotted_names_of_the_library_exist(page):
-    """Those of 0.1 in docs/migrating.md stand in the first column of a table, or in blocks with a title."""
-    text = re.sub(r"^```\w+ .*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    """Those of 0.1 in docs/migrating.md stand in the first column of a table, or in blocks with that title."""
+    text = re.sub(r'^```python title="0.1".*?^```', "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    short = []
     if page.name == "migrating.md":
         text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
-    names = set(re.findall(r"\bequilibria(?:\.[A-Za-z_]\w*)+", text))
+        short = re.findall(rf"`((?:{PACKAGE})\.[\w.]+)", text)
+        assert len(short) > 80
+    names = {*re.findall(r"\bequilibria(?:\.[A-Za-z_]\w*)+", text), *(f"equilibria.{name}" for name in short)}
     assert sorted(name for name in names if not exists(name)) == []

@@ -1,6 +1,5 @@
 """What happens to real runs: asked to leave, started twice, out of disk, with a dead rank; nothing is lost."""
 
-import contextlib
 import errno
 import json
 import os
@@ -14,13 +13,13 @@ import pytest
 import torch
 
 from equilibria.__main__ import main
-from equilibria.commands.errors import LOST, explain
+from equilibria.commands.errors import LOST
 from equilibria.training import Run, Trainer, checkpoint
 from equilibria.training.checkpoint import CheckpointError
-from equilibria.training.ranks import Ranks
 from equilibria.training.trainer import TrainingInterrupted
 from small_experiment import corpus, experiment, finished, same_bits, trained_weights
 from small_run import fails, furnish
+from spawned import waiting
 
 WORDS = ["tiny", "--training.threads", "1", "--training.yardstick", "False", "--training.checkpoint-every", "1000"]
 WORDS += ["--training.log-every", "1", "--quiet"]
@@ -158,21 +157,6 @@ def test_weights_are_exported_as_one_file(tmp_path, capsys):
 
 def test_export_of_nothing_is_refused(tmp_path, capsys):
     assert "no run" in fails(capsys, "export", str(tmp_path), code=1)
-
-
-def waiting(rank, port, results):
-    """Rank 1 does not come; what rank 0 would say."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with contextlib.suppress(RuntimeError), Ranks.joined("ddp", "cpu", timeout=3) as ranks:
-        if rank == 1:
-            time.sleep(10)
-            return
-        began = time.monotonic()
-        try:
-            ranks.wait()
-        except Exception as error:
-            results.put((explain(error), time.monotonic() - began))
 
 
 @pytest.mark.slow

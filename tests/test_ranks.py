@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equilibria.layers.dropout import Part, drawn, part_of_batch
+from equilibria.layers.dropout import BatchSlice, batch_draw
 from equilibria.training import Trainer
 from equilibria.training.checkpoint import verify
 from equilibria.training.decay import NonMonotone
@@ -90,15 +90,18 @@ def test_in_float32_two_ranks_are_to_the_bit_one_process_with_two_parts(tmp_path
 def test_random_numbers_are_those_of_the_whole_batch():
     def numbers(first, count):
         torch.manual_seed(3)
-        with part_of_batch(Part(first=first, total=6)):
-            return drawn(torch.randn, (count, 2)), drawn(torch.randn, (3, count), rows=1), torch.rand(())
+        part = BatchSlice(first=first, total=6)
+        each = batch_draw(torch.randn, (count, 2), part=part), batch_draw(torch.randn, (3, count), part=part, rows=1)
+        return *each, torch.rand(())
 
     torch.manual_seed(3)
-    whole = drawn(torch.randn, (6, 2)), drawn(torch.randn, (3, 6), rows=1), torch.rand(())
+    whole = torch.randn(6, 2), torch.randn(3, 6), torch.rand(())
     parts = [numbers(0, 2), numbers(2, 3), numbers(5, 1)]
     assert torch.cat([part[0] for part in parts]).equal(whole[0])
     assert torch.cat([part[1] for part in parts], dim=1).equal(whole[1])
     assert all(part[2] == whole[2] for part in parts)
+    torch.manual_seed(3)
+    assert batch_draw(torch.randn, (6, 2), part=None).equal(whole[0])
 
 
 @pytest.mark.parametrize("parts", [2, 4])

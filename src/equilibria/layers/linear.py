@@ -67,8 +67,9 @@ class Held:
     """What a module computes from its parameters alone, kept from one generated position to the next.
 
     It is computed again when a parameter was changed in place by an optimiser or ``load_state_dict``, replaced, cast or
-    moved. Only writing through ``parameter.data`` goes unnoticed, until ``renew``. Copies and pickles of the module
-    begin without it.
+    moved. Only what PyTorch does not count as a change goes unnoticed, until ``renew``: writing through
+    ``parameter.data``, and the step of an optimiser with ``fused=True``. Copies and pickles of the module begin without
+    it.
     """
 
     def __init__(self) -> None:
