@@ -19,7 +19,9 @@ def small() -> Experiment:
     return Experiment(
         name="small",
         corpus=TextFolder(unit="character"),
-        model=LanguageConfig(cell=TransformerConfig(width=8, heads=2, inner=8, memory=4, positions="decay", longest=32)),
+        model=LanguageConfig(
+            cell=TransformerConfig(width=8, heads=2, inner=8, memory=4, positions="decay", longest=32),
+        ),
         stages=(
             Stage("shallow", 3, Method(Picard(), Stop(rtol=0, atol=0, max_evals=3, best=False), Unroll())),
             Stage("implicit", 5, Method(Anderson(), Stop(rtol=1e-2), Implicit(stop=Stop(rtol=1e-2)))),

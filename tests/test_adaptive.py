@@ -20,7 +20,7 @@ from equilibria.language import (
 from equilibria.language.embeddings import dropped
 
 V, D, B, T = 23, 12, 3, 7
-SHAPES = {
+CONFIGS = {
     "published": AdaptiveConfig(cutoffs=(5, 9, 16), division=2),
     "wider": AdaptiveConfig(cutoffs=(5, 9, 16), division=2, width=20),
     "narrower": AdaptiveConfig(cutoffs=(1, 2), division=3, width=9),
@@ -30,13 +30,13 @@ SHAPES = {
 }
 WIKITEXT = AdaptiveConfig(cutoffs=(20_000, 40_000, 200_000), division=4, width=700)
 
-every = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+every = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 either = pytest.mark.parametrize("tied", [True, False])
 
 
-def built(shape, tied=True, **choices):
+def built(config, tied=True, **choices):
     """Embedding and head in float64 with nothing at zero, so that no term can be forgotten unseen."""
-    embedding, head = shape.build(V, width=D, tied=tied, **choices)
+    embedding, head = config.build(V, width=D, tied=tied, **choices)
     for parameter in (*embedding.parameters(), *head.parameters()):
         torch.nn.init.normal_(parameter, std=0.5)
     return embedding.double(), head.double()
@@ -50,20 +50,20 @@ def tokens():
     return torch.randint(V, (B, T))
 
 
-def clusters(shape, size=V):
+def clusters(config, size=V):
     """First and end of each."""
-    bounds = (0, *shape.cutoffs, size)
+    bounds = (0, *config.cutoffs, size)
     return list(itertools.pairwise(bounds))
 
 
-def dense(shape, embedding, head, h):
+def dense(config, embedding, head, h):
     """The tied log-probabilities of one state, word by word, as the equations are written."""
     tables, projections = list(embedding.tables), list(embedding.projections)
     if len(tables) == 1:
-        tables = [tables[0][first:end] for first, end in clusters(shape)]
+        tables = [tables[0][first:end] for first, end in clusters(config)]
         projections = projections * len(tables)
     reads = [head.projection, *projections[1:]] if projections else [torch.eye(D, dtype=h.dtype)] * len(tables)
-    logits = [tables[i] @ (reads[i].T @ h) + head.bias[first:end] for i, (first, end) in enumerate(clusters(shape))]
+    logits = [tables[i] @ (reads[i].T @ h) + head.bias[first:end] for i, (first, end) in enumerate(clusters(config))]
     slots = head.slot_weight @ (reads[0].T @ h) + head.slot_bias
     total = torch.cat([logits[0], slots]).logsumexp(0)
     tails = [slots[i] - total + (rare - rare.logsumexp(0)) for i, rare in enumerate(logits[1:])]
@@ -73,15 +73,15 @@ def dense(shape, embedding, head, h):
 class TestHead:
     @every
     @either
-    def test_probabilities_sum_to_one(self, shape, tied):
-        embedding, head = built(shape, tied)
+    def test_probabilities_sum_to_one(self, config, tied):
+        embedding, head = built(config, tied)
         sums = head(states(), embedding).exp().sum(-1)
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-12)
 
     @every
     @either
-    def test_nats_are_in_the_order_of_the_tokens(self, shape, tied):
-        embedding, head = built(shape, tied)
+    def test_nats_are_in_the_order_of_the_tokens(self, config, tied):
+        embedding, head = built(config, tied)
         h, targets = states(), tokens()
         expected = -head(h, embedding).gather(-1, targets[..., None]).squeeze(-1)
         nats = head.nats(h, targets, embedding)
@@ -92,12 +92,12 @@ class TestHead:
         )
 
     @every
-    def test_tied_is_the_equation(self, shape):
-        embedding, head = built(shape)
+    def test_tied_is_the_equation(self, config):
+        embedding, head = built(config)
         h = states(1, 2)
         out = head(h, embedding)
         for position in range(2):
-            torch.testing.assert_close(out[0, position], dense(shape, embedding, head, h[0, position]))
+            torch.testing.assert_close(out[0, position], dense(config, embedding, head, h[0, position]))
 
     def test_clusters_of_one_word_are_a_plain_softmax(self):
         embedding, head = built(AdaptiveConfig(cutoffs=(V - 2, V - 1), division=1))
@@ -110,7 +110,7 @@ class TestHead:
         torch.testing.assert_close(head.nats(h, targets, embedding), plain.nats(h, targets, nothing))
 
     def test_untied_is_torchs(self):
-        embedding, head = built(SHAPES["published"], tied=False)
+        embedding, head = built(CONFIGS["published"], tied=False)
         h, targets = states(), tokens()
         flat = h.flatten(0, 1)
         torch.testing.assert_close(
@@ -120,16 +120,16 @@ class TestHead:
 
     @pytest.mark.parametrize("name", ["published", "one table", "one projection"])
     def test_gradients_of_nats(self, name):
-        embedding, head = built(SHAPES[name])
+        embedding, head = built(CONFIGS[name])
         h, targets = states(1, 5).requires_grad_(), torch.tensor([[22, 0, 7, 20, 5]])
         inputs = (h, *embedding.parameters(), *head.parameters())
         assert torch.autograd.gradcheck(lambda *_: head.nats(h, targets, embedding), inputs)
 
-    @pytest.mark.parametrize("shape", [SHAPES["published"], SHAPES["one projection"]])
+    @pytest.mark.parametrize("config", [CONFIGS["published"], CONFIGS["one projection"]])
     @either
     @pytest.mark.parametrize("word", [0, 6, V - 1])
-    def test_a_cluster_without_target_gets_gradient_zero(self, shape, tied, word):
-        embedding, head = built(shape, tied)
+    def test_a_cluster_without_target_gets_gradient_zero(self, config, tied, word):
+        embedding, head = built(config, tied)
         ids = torch.full((B, T), word)
         head.nats(embedding(ids), ids, embedding).mean().backward()
         for name, parameter in (*embedding.named_parameters(), *head.named_parameters()):
@@ -137,11 +137,11 @@ class TestHead:
             assert torch.isfinite(parameter.grad).all(), name
         if not tied:
             used = [bool(tail[1].weight.grad.any()) for tail in head.softmax.tail]
-            assert used == [first <= word < end for first, end in clusters(shape)[1:]]
+            assert used == [first <= word < end for first, end in clusters(config)[1:]]
 
     @either
     def test_log_softmax_is_in_float32_at_least(self, tied):
-        embedding, head = built(SHAPES["published"], tied)
+        embedding, head = built(CONFIGS["published"], tied)
         h, targets = states(), tokens()
         exact = head.nats(h, targets, embedding)
         for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
@@ -156,7 +156,7 @@ class TestHead:
     @either
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_autocast(self, tied, dtype):
-        embedding, head = built(SHAPES["published"], tied)
+        embedding, head = built(CONFIGS["published"], tied)
         embedding, head = embedding.float(), head.float()
         ids, targets = tokens(), tokens()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -171,7 +171,7 @@ class TestHead:
     @pytest.mark.gpu
     @either
     def test_cuda_gives_the_same(self, tied):
-        embedding, head = built(SHAPES["published"], tied)
+        embedding, head = built(CONFIGS["published"], tied)
         ids = tokens() % 9  # two clusters stay empty
         expected = head.nats(embedding(ids), ids, embedding).detach()
         embedding, head, ids = embedding.cuda(), head.cuda(), ids.cuda()
@@ -184,7 +184,7 @@ class TestHead:
         torch.testing.assert_close(nats.detach().cpu(), expected.float(), rtol=0.1, atol=0.5)
 
     def test_words_outside_the_vocabulary_are_refused(self):
-        embedding, head = built(SHAPES["published"])
+        embedding, head = built(CONFIGS["published"])
         for word in (-1, V):
             ids = torch.full((B, T), word)
             with pytest.raises(IndexError):
@@ -195,30 +195,30 @@ class TestHead:
 
 class TestEmbedding:
     @every
-    def test_is_the_projected_row_of_the_cluster(self, shape):
-        embedding, _ = built(shape)
+    def test_is_the_projected_row_of_the_cluster(self, config):
+        embedding, _ = built(config)
         ids = torch.randperm(V)[None]
         out = embedding(ids)
         for position, word in enumerate(ids[0].tolist()):
-            cluster = max(i for i, (first, _) in enumerate(clusters(shape)) if first <= word)
+            cluster = max(i for i, (first, _) in enumerate(clusters(config)) if first <= word)
             if len(embedding.tables) == 1:
                 row = embedding.tables[0][word]
                 row = embedding.projections[0] @ row if len(embedding.projections) else row
             else:
-                row = embedding.projections[cluster] @ embedding.tables[cluster][word - clusters(shape)[cluster][0]]
+                row = embedding.projections[cluster] @ embedding.tables[cluster][word - clusters(config)[cluster][0]]
             torch.testing.assert_close(out[0, position], row * D**0.5)
 
     def test_widths_are_floored_and_cluster_zero_is_projected_too(self):
-        embedding, _ = built(SHAPES["floored"])
+        embedding, _ = built(CONFIGS["floored"])
         assert [tuple(table.shape) for table in embedding.tables] == [(8, 11), (14, 3), (1, 1)]
         assert [tuple(projection.shape) for projection in embedding.projections] == [(D, 11), (D, 3), (D, 1)]
-        same, _ = built(SHAPES["published"])
+        same, _ = built(CONFIGS["published"])
         assert same.projections[0].shape == (D, D)
-        assert [len(built(SHAPES[name])[0].projections) for name in ("one table", "one projection")] == [0, 1]
+        assert [len(built(CONFIGS[name])[0].projections) for name in ("one table", "one projection")] == [0, 1]
         assert same.vocabulary_size == Embedding(vocabulary_size=V, width=D).vocabulary_size == V
 
     def test_drops_whole_channels(self):
-        embedding, _ = built(SHAPES["published"], dropout=0.5)
+        embedding, _ = built(CONFIGS["published"], dropout=0.5)
         ids = tokens()
         out, full = embedding.train()(ids), embedding.eval()(ids)
         lost = (out == 0).all(dim=1)
@@ -227,13 +227,13 @@ class TestEmbedding:
         torch.testing.assert_close(out, full * 2 * ~lost[:, None])
 
     def test_gradients(self):
-        embedding, _ = built(SHAPES["published"])
+        embedding, _ = built(CONFIGS["published"])
         ids = torch.tensor([[22, 0, 7, 20, 5]])
         assert torch.autograd.gradcheck(lambda *_: embedding(ids), tuple(embedding.parameters()))
 
     @every
-    def test_drops_whole_words(self, shape):
-        embedding, _ = built(shape, word_dropout=0.5)
+    def test_drops_whole_words(self, config):
+        embedding, _ = built(config, word_dropout=0.5)
         ids = torch.randperm(V).repeat(B, 2)
         out, full = embedding.train()(ids), embedding.eval()(ids)
         lost = (out == 0).all(dim=2)
@@ -242,17 +242,17 @@ class TestEmbedding:
         torch.testing.assert_close(out, full * 2 * ~lost[..., None])
 
     @every
-    def test_is_not_scaled_where_that_is_said(self, shape):
-        embedding, _ = built(shape)
-        plain, _ = built(shape, scaled=False)
+    def test_is_not_scaled_where_that_is_said(self, config):
+        embedding, _ = built(config)
+        plain, _ = built(config, scaled=False)
         plain.load_state_dict(embedding.state_dict())
         ids = tokens()
         torch.testing.assert_close(plain(ids) * D**0.5, embedding(ids))
 
     @either
     def test_uniform_start(self, tied):
-        shape = AdaptiveConfig(cutoffs=(500, 900), division=2, projection_std=3.0)
-        embedding, head = shape.build(2_000, width=32, tied=tied, std=0.1 / 3**0.5, init="uniform")
+        config = AdaptiveConfig(cutoffs=(500, 900), division=2, projection_std=3.0)
+        embedding, head = config.build(2_000, width=32, tied=tied, std=0.1 / 3**0.5, init="uniform")
         for name, parameter in (*embedding.named_parameters(), *head.named_parameters()):
             largest = float(parameter.detach().abs().max())
             if "bias" in name:
@@ -266,7 +266,7 @@ class TestEmbedding:
 class TestSplitCrossEntropy:
     """TrellisNet's loss on WikiText-103, as a special case."""
 
-    shape = AdaptiveConfig(cutoffs=(5, 9, 16), division=1, slot_std=0.0)
+    config = AdaptiveConfig(cutoffs=(5, 9, 16), division=1, slot_std=0.0)
 
     def test_is_its_equation(self):
         """p(w) = p(slot of w's cluster)·p(w | cluster), rows of the embedding and one bias a word; nothing else."""
@@ -292,8 +292,8 @@ class TestSplitCrossEntropy:
         heads = []
         for slot_std in (None, 0.0):
             torch.manual_seed(1)
-            shape = dataclasses.replace(self.shape, slot_std=slot_std)
-            embedding, head = shape.build(V, width=D, tied=tied, init=init)
+            config = dataclasses.replace(self.shape, slot_std=slot_std)
+            embedding, head = config.build(V, width=D, tied=tied, init=init)
             slots, words = (
                 (head.slot_weight, embedding.tables[0])
                 if tied
@@ -306,30 +306,30 @@ class TestSplitCrossEntropy:
         assert torch.equal(heads[0][1], heads[1][1])
 
     def test_slots_have_their_own_deviation(self):
-        shape = dataclasses.replace(self.shape, slot_std=5.0)
-        _, head = shape.build(V, width=D, init="uniform", std=0.01)
+        config = dataclasses.replace(self.shape, slot_std=5.0)
+        _, head = config.build(V, width=D, init="uniform", std=0.01)
         assert head.slot_weight.detach().std() > 2
 
     def test_has_the_parameters_of_the_published_model(self):
-        shape = dataclasses.replace(self.shape, cutoffs=(2_800, 20_000, 76_000))
+        config = dataclasses.replace(self.shape, cutoffs=(2_800, 20_000, 76_000))
         with torch.device("meta"):
-            embedding, head = shape.build(267_735, width=512)
+            embedding, head = config.build(267_735, width=512)
         assert sum(p.numel() for p in embedding.parameters()) == 267_735 * 512
         assert sum(p.numel() for p in head.parameters()) == 267_735 + 3 * 513
 
 
 class TestTies:
     def test_names(self):
-        embedding, head = built(SHAPES["published"])
+        embedding, head = built(CONFIGS["published"])
         assert list(embedding.state_dict()) == [f"{kind}.{i}" for kind in ("tables", "projections") for i in range(4)]
         assert sorted(head.state_dict()) == ["bias", "projection", "slot_bias", "slot_weight"]
         assert head.projection is not embedding.projections[0]
-        assert built(SHAPES["one table"])[1].projection is None
-        assert built(SHAPES["one projection"])[1].projection.shape == (D, 7)
+        assert built(CONFIGS["one table"])[1].projection is None
+        assert built(CONFIGS["one projection"])[1].projection.shape == (D, 7)
 
     @pytest.mark.parametrize("tie", [*(f"tables.{i}" for i in range(4)), *(f"projections.{i}" for i in range(1, 4))])
     def test_a_step_on_one_parameter_moves_both_sides_once(self, tie):
-        embedding, head = built(SHAPES["published"])
+        embedding, head = built(CONFIGS["published"])
         module = torch.nn.ModuleDict({"embedding": embedding, "head": head})
         assert len({id(p) for p in module.parameters()}) == len(list(module.parameters())) == 12
         for pair in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.float().double()):
@@ -344,7 +344,7 @@ class TestTies:
             assert not torch.allclose(pair["head"](h, pair["embedding"]), out)
 
     def test_the_first_projection_is_not_tied(self):
-        embedding, head = built(SHAPES["published"])
+        embedding, head = built(CONFIGS["published"])
         h = states()
         out = head(h, embedding)
         with torch.no_grad():
@@ -353,8 +353,8 @@ class TestTies:
 
     @every
     @either
-    def test_state_dict_carries_everything(self, shape, tied):
-        first, other = (torch.nn.ModuleList(built(shape, tied)) for _ in range(2))
+    def test_state_dict_carries_everything(self, config, tied):
+        first, other = (torch.nn.ModuleList(built(config, tied)) for _ in range(2))
         h, targets = states(), tokens()
         expected = first[1].nats(h, targets, first[0])
         assert not torch.allclose(other[1].nats(h, targets, other[0]), expected)
@@ -363,7 +363,7 @@ class TestTies:
 
     @either
     def test_initial_values(self, tied):
-        embedding, head = dataclasses.replace(SHAPES["published"], projection_std=3.0).build(V, width=D, tied=tied)
+        embedding, head = dataclasses.replace(CONFIGS["published"], projection_std=3.0).build(V, width=D, tied=tied)
         for name, parameter in (*embedding.named_parameters(), *head.named_parameters()):
             projection = "projection" in name or name.endswith(".0.weight")
             expected = 0.0 if "bias" in name else 3.0 if projection else 0.01
@@ -406,8 +406,8 @@ class TestSizes:
     def test_word_dropout_draws_one_number_a_word(self):
         """And copies no table, which would be 16 times as many."""
         size, ids = 100_000, torch.randint(100_000, (4, 16))
-        shape = AdaptiveConfig(cutoffs=(9, 99), division=2)
-        clustered, _ = shape.build(size, width=16, tied=True, word_dropout=0.1)
+        config = AdaptiveConfig(cutoffs=(9, 99), division=2)
+        clustered, _ = config.build(size, width=16, tied=True, word_dropout=0.1)
         for embedding in (clustered, Embedding(vocabulary_size=size, width=16, word_dropout=0.1)):
             with Largest() as largest:
                 embedding.train()(ids)
@@ -445,7 +445,7 @@ class TestOutputDropout:
         if head == "plain":
             embedding, head = Embedding(vocabulary_size=V, width=D), SoftmaxHead(width=D, vocabulary_size=V, **drops)
         else:
-            embedding, head = SHAPES["published"].build(V, width=D, tied=head == "tied", std=0.5, **drops)
+            embedding, head = CONFIGS["published"].build(V, width=D, tied=head == "tied", std=0.5, **drops)
         h, targets = states().float(), tokens()
         torch.manual_seed(1)
         out = head.dropped(h)
@@ -457,7 +457,7 @@ class TestOutputDropout:
         assert head.eval().dropped(h) is h
 
     def test_channel_is_the_default(self):
-        _, head = SHAPES["published"].build(V, width=D)
+        _, head = CONFIGS["published"].build(V, width=D)
         assert head.output_dropout == SoftmaxHead(width=D, vocabulary_size=V).output_dropout == "channel"
         assert "output_dropout='channel'" in repr(head)
 
@@ -484,14 +484,14 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"vocabulary of 10000.*below the size.*plain softmax"):
             AdaptiveConfig().build(10_000, width=64)
         with pytest.raises(ValueError, match="vocabulary of 16"):
-            SHAPES["published"].build(16, width=D)
-        assert SHAPES["published"].build(17, width=D)[0].vocabulary_size == 17
+            CONFIGS["published"].build(16, width=D)
+        assert CONFIGS["published"].build(17, width=D)[0].vocabulary_size == 17
 
     def test_of_the_width(self):
         AdaptiveConfig(width=None)
         with pytest.raises(ValueError, match="width of 7"):
-            SHAPES["published"].build(V, width=7)
-        wide = dataclasses.replace(SHAPES["published"], width=8)
+            CONFIGS["published"].build(V, width=7)
+        wide = dataclasses.replace(CONFIGS["published"], width=8)
         assert isinstance(wide.build(V, width=7)[1], TiedAdaptiveHead)
         with pytest.raises(ValueError, match="width of 7"):  # an untied head divides the model's width
             wide.build(V, width=7, tied=False)
@@ -499,11 +499,11 @@ class TestErrors:
     def test_of_the_dropout(self, unhooked):
         for tied in (True, False):
             with pytest.raises(ValueError, match=r"dropout=1\.0"):
-                SHAPES["published"].build(V, width=D, tied=tied, dropout=1.0)
+                CONFIGS["published"].build(V, width=D, tied=tied, dropout=1.0)
             with pytest.raises(ValueError, match=r"word_dropout=1\.0"):
-                SHAPES["published"].build(V, width=D, tied=tied, word_dropout=1.0)
+                CONFIGS["published"].build(V, width=D, tied=tied, word_dropout=1.0)
             with pytest.raises(ValueError, match=r"output_dropout='row'.*'channel'.*'token'"):
-                SHAPES["published"].build(V, width=D, tied=tied, output_dropout="row")
+                CONFIGS["published"].build(V, width=D, tied=tied, output_dropout="row")
         with pytest.raises(ValueError, match="output_dropout='row'"):
             SoftmaxHead(width=D, vocabulary_size=V, output_dropout="row")
 

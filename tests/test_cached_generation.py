@@ -472,11 +472,14 @@ class TestBeams:
             chosen = take_rows(first, index)
             expected_rows, _ = model.logits(token[index], chosen)
             expected, second = model.logits(token, first)
-            model.logits(torch.randint(V, (8, 3)), second)  # written behind what the first one holds
+            later = torch.randint(V, (8, 3))
+            expected_later, _ = model.logits(later, second)  # written behind what the first one holds
             again = take_rows(first, index)
             assert torch.equal(model.logits(token[index], again)[0], expected_rows)
             assert torch.equal(model.logits(token[index], chosen)[0], expected_rows)
             torch.testing.assert_close(model.logits(token, first)[0], expected, rtol=0, atol=1e-10)
+            model.logits((token + 1) % V, first)  # another successor, where the second one has its place
+            torch.testing.assert_close(model.logits(later, second)[0], expected_later, rtol=0, atol=1e-10)
 
     def test_of_a_memory_that_slides(self):
         """As with the memory of training, whose rows are chosen in the same way."""

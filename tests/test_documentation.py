@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,13 +32,18 @@ def program(page):
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # a snippet whose solve warns would be a bad example
 def test_the_python_blocks_of_a_page_run(page, tmp_path):
-    """From top to bottom, as one file; the suites in it are run as tests."""
+    """From top to bottom, as one file."""
+    file = tmp_path / "page.py"
+    file.write_text(program(page), encoding="utf-8")
+    runpy.run_path(str(file))
+
+
+def test_the_suites_of_extending_pass(tmp_path):
     file = tmp_path / "test_page.py"
-    end = "\n\n\ndef test_to_the_end():\n    pass\n"
-    file.write_text(program(page) + end, encoding="utf-8")
-    # RuntimeWarning: a snippet whose solve warns would be a bad example.
-    arguments = ["-q", "-p", "no:cacheprovider", "-W", "error::RuntimeWarning", f"--rootdir={tmp_path}", str(file)]
+    file.write_text(program("docs/extending.md"), encoding="utf-8")
+    arguments = ["-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(file)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
     )
@@ -73,7 +79,9 @@ PACKAGE = "|".join(sorted(path.stem for path in (ROOT / "src" / "equilibria").it
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_dotted_names_of_the_library_exist(page):
     """Those of 0.1 in docs/migrating.md stand in the first column of a table, or in blocks with that title."""
-    text = re.sub(r'^```python title="0.1".*?^```', "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(
+        r'^```python title="0.1".*?^```', "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
     short = []
     if page.name == "migrating.md":
         text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-WORDS = {"multiscale": ["--epochs", "1"]}
+WORDS = {"multiscale": ["--epochs", "1"], "graph": ["--steps", "60"]}
 """What is said to an example beside its name, to have it done sooner."""
 
 
@@ -26,6 +26,13 @@ def test_runs(path, capsys, tmp_path, monkeypatch):
     if path.stem == "multiscale":
         assert float(re.search(r"epoch 1: test accuracy ([\d.]+)%", printed)[1]) > 60
         assert (tmp_path / "multiscale.png").is_file()
+    if path.stem == "graph":
+        far, near = (
+            float(re.search(rf"{name}: test accuracy ([\d.]+)%", printed)[1])
+            for name in ("equilibrium", "three layers")
+        )
+        assert far > near + 10
+        assert (tmp_path / "graph.png").is_file()
 
 
 def test_the_readme_shows_the_first_example():

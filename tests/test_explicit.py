@@ -122,7 +122,7 @@ def test_what_has_no_twin_is_refused(unhooked):
 
 
 @WAYS
-def test_a_twin_trains_and_goes_on_with_the_same_bits(tmp_path, choices):
+def test_a_twin_trains_and_continues_with_the_same_bits(tmp_path, choices):
     value = explicit(experiment(), 3, **choices)
     weights, events = finished(tmp_path / "whole", value)
     losses = [event["loss"] for event in events if event["event"] == "step"]

@@ -352,6 +352,30 @@ class TestRefused:
             Explicit(**fields)
 
 
+@pytest.mark.parametrize(
+    "explicit", [Explicit(depth=2), Explicit(depth=2, tied=False, memory="layers")], ids=["Unrolled", "Stack"]
+)
+def test_an_explicit_network_has_no_use_for_a_method(explicit):
+    config = dataclasses.replace(CONFIG, explicit=explicit)
+    with pytest.raises(ValueError, match=r"build\(method=…\): an explicit network solves nothing"):
+        config.build(V, method=METHOD)
+    with pytest.raises(TypeError, match=r"(Unrolled|Stack) solves nothing, so it has no use for method="):
+        built(config)(tokens(), tokens(), method=METHOD)
+
+
+def test_a_method_given_to_a_call_is_the_one_that_solves():
+    """In training and in evaluation, where it goes before the stop of evaluation; the layer stays as it is."""
+    model, ids = built(eval_stop=Stop(rtol=0, atol=0, max_evals=3)), tokens()
+    four = Method(Picard(), Stop(rtol=0, atol=0, max_evals=5, best=False), Unroll())
+    for training in (True, False):
+        out = model.train(training)(ids, ids, method=four)
+        z = torch.zeros_like(out.layer.z)
+        for _ in range(4):
+            z = out.layer.f(z)
+        assert torch.equal(out.layer.z, z)
+    assert model.layer.method == METHOD
+
+
 def test_every_parameter_gets_a_gradient():
     model = built(dataclasses.replace(CONFIG, dropout=0.1, tied=False))
     memory = None

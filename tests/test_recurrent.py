@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from equilibria import Method, take_rows
 from equilibria.language import LanguageConfig, RecurrentConfig
 from equilibria.recipes.copying import copying
 from equilibria.recipes.copying_recurrent import copying_gru, copying_lstm
@@ -83,6 +84,22 @@ def test_a_memory_of_other_streams_is_refused(unhooked):
     memory = model(tokens(), tokens()).memory
     with pytest.raises(ValueError, match="memory is of 3 streams and the input of 2"):
         model(tokens()[:2], tokens()[:2], memory)
+
+
+@NETWORKS
+def test_the_rows_of_its_memory_are_its_streams(network):
+    model, index = built(network=network).double().eval(), torch.tensor([2, 0, 2])
+    ids, following = tokens(), tokens()
+    memory = model(ids, ids).memory
+    found = model(following[index], following[index], take_rows(memory, index)).nats
+    torch.testing.assert_close(found, model(following, following, memory).nats[index], rtol=0, atol=1e-12)
+
+
+def test_it_has_no_use_for_a_method():
+    with pytest.raises(ValueError, match=r"RecurrentConfig\.build\(method=…\): a recurrent network solves nothing"):
+        RecurrentConfig().build(V, method=Method())
+    with pytest.raises(TypeError, match="Recurrent solves nothing, so it has no use for method="):
+        built()(tokens(), tokens(), method=Method())
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_with_overlap_every_target_is_scored_exactly_once(cut, batch_size, world
     assert torch.equal(torch.cat(scored).flatten(), 1 + torch.arange((rows + extra) // rows * rows))
 
 
-def test_a_segment_with_overlap_reads_the_end_of_the_one_before_anew_and_remembers_nothing():
+def test_a_segment_with_overlap_reads_the_end_of_the_one_before_again_and_remembers_nothing():
     pieces = list(Segments(counting(20), batch_size=2, length=5, overlap=3).one_epoch())  # rows of 10
     assert [piece.tokens[0].tolist() for piece in pieces] == [
         [0, 1, 2, 3, 4],

@@ -1,4 +1,4 @@
-"""The published TrellisNets: their numbers, their sizes, and that small ones train and go on."""
+"""The published TrellisNets: their numbers, their sizes, and that small ones train and continue."""
 
 import dataclasses
 import json
@@ -250,7 +250,7 @@ def shrunk(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_small_ones_train_and_go_on_as_if_never_stopped(name, tmp_path):
+def test_small_ones_train_and_continue_as_if_never_stopped(name, tmp_path):
     value = shrunk(name)
     weights, log = finished(tmp_path / "whole", value)
     steps = [event for event in log if event["event"] == "step"]
