@@ -270,7 +270,7 @@ class TestSplitCrossEntropy:
 
     def test_is_its_equation(self):
         """p(w) = p(slot of w's cluster)·p(w | cluster), rows of the embedding and one bias a word; nothing else."""
-        embedding, head = built(self.shape, scaled=False)
+        embedding, head = built(self.config, scaled=False)
         assert [name for name, _ in embedding.named_parameters()] == ["tables.0"]
         assert sorted(name for name, _ in head.named_parameters()) == ["bias", "slot_bias", "slot_weight"]
         h = states(1, 4)
@@ -292,7 +292,7 @@ class TestSplitCrossEntropy:
         heads = []
         for slot_std in (None, 0.0):
             torch.manual_seed(1)
-            config = dataclasses.replace(self.shape, slot_std=slot_std)
+            config = dataclasses.replace(self.config, slot_std=slot_std)
             embedding, head = config.build(V, width=D, tied=tied, init=init)
             slots, words = (
                 (head.slot_weight, embedding.tables[0])
@@ -306,12 +306,12 @@ class TestSplitCrossEntropy:
         assert torch.equal(heads[0][1], heads[1][1])
 
     def test_slots_have_their_own_deviation(self):
-        config = dataclasses.replace(self.shape, slot_std=5.0)
+        config = dataclasses.replace(self.config, slot_std=5.0)
         _, head = config.build(V, width=D, init="uniform", std=0.01)
         assert head.slot_weight.detach().std() > 2
 
     def test_has_the_parameters_of_the_published_model(self):
-        config = dataclasses.replace(self.shape, cutoffs=(2_800, 20_000, 76_000))
+        config = dataclasses.replace(self.config, cutoffs=(2_800, 20_000, 76_000))
         with torch.device("meta"):
             embedding, head = config.build(267_735, width=512)
         assert sum(p.numel() for p in embedding.parameters()) == 267_735 * 512
@@ -476,7 +476,7 @@ class TestErrors:
             ({"width": 63}, r"⌊63/4\^3⌋ = 0.*smaller division"),
         ],
     )
-    def test_of_the_shape(self, fields, sentence):
+    def test_of_the_configuration(self, fields, sentence):
         with pytest.raises(ValueError, match=sentence):
             AdaptiveConfig(**fields)
 
