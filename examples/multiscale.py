@@ -29,8 +29,8 @@ STOP = Stop(rtol=1e-3, max_evals=60, per_leaf=True)  # per_leaf: the small token
 class Scales(nn.Module):
     """f(z, x). What flows back, from coarse to fine, is small at the start, which makes f a contraction there.
 
-    Group norm of the sums keeps each scale at one size, whatever the weights become; the Jacobian is the smaller, the
-    larger the part of a sum that does not depend on z, so the pictures come with a standard deviation of 1.5.
+    Group norm of the sums keeps each scale at one size, whatever the weights become. The larger the part of a sum that
+    does not depend on z, the smaller the Jacobian: hence pictures with a standard deviation of 1.5.
     """
 
     def __init__(self, back: float = 0.1) -> None:
@@ -65,8 +65,8 @@ def scaled(layer: nn.Module, factor: float) -> nn.Module:
 
 def zeros(batch: int) -> dict[str, torch.Tensor]:
     """Where the solve starts. A plain module cannot say what its state looks like, so the layer is told."""
-    fine, coarse, token = torch.zeros(batch, FINE, 8, 8), torch.zeros(batch, COARSE, 4, 4), torch.zeros(batch, TOKEN)
-    return {"fine": fine, "coarse": coarse, "token": token}
+    shapes = {"fine": (FINE, 8, 8), "coarse": (COARSE, 4, 4), "token": (TOKEN,)}
+    return {scale: torch.zeros(batch, *shape) for scale, shape in shapes.items()}
 
 
 def digits() -> list[torch.Tensor]:
