@@ -6,6 +6,7 @@ The public vocabulary. Text, training and the command line live in ``equilibria.
 
 from equilibria import cells, stability
 from equilibria.core.evaluator import Evaluator
+from equilibria.core.failure import ConvergenceError, ConvergenceWarning
 from equilibria.core.gradient import ForwardSolve, GradientRule
 from equilibria.core.maps import AffineMap, Linearised, Map
 from equilibria.core.solve import Iterate, Solution, Solver, solve
@@ -27,6 +28,8 @@ __all__ = [
     "Anderson",
     "Broyden",
     "Cell",
+    "ConvergenceError",
+    "ConvergenceWarning",
     "EquilibriaError",
     "Equilibrium",
     "Evaluator",

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from equilibria.core.checks import check_kind
+from equilibria.core.checks import check_choices, check_kind
+from equilibria.core.failure import WAYS, OnFailure, report
 from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import FunctionMap, Map, as_map
-from equilibria.core.solve import Solution, Solver
+from equilibria.core.solve import Solution, Solver, check_keep
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
 from equilibria.gradients.implicit import Implicit
@@ -26,15 +27,35 @@ class Method:
     """Tolerances and budget of the forward solve."""
     gradient: GradientRule = Implicit()
     """How the gradient gets through the solve."""
+    coupled: bool = False
+    """True if f mixes the samples of the batch (graph nodes along the batch axis, batch norm in training): the whole
+    state is then one problem with one norm, and its leaves may have any shape."""
+    on_failure: OnFailure = "warn"
+    """What happens when a solve, forward or backward, does not converge: "warn", "raise" or "ignore". A stop without
+    tolerance never fails."""
+    keep: tuple[int, ...] = ()
+    """Numbers of steps after which the state is kept in ``Solution.iterates``, for losses along the way."""
 
     def __post_init__(self) -> None:
         check_kind("solver", self.solver, Solver, "Anderson()")
         check_kind("stop", self.stop, Stop, "Stop(rtol=1e-3)")
         check_kind("gradient", self.gradient, GradientRule, "Implicit()")
+        check_choices(self, {"on_failure": WAYS})
+        check_keep(self.keep)
 
     def run(self, f: Map, z0: State) -> Solution:
-        """The solution of z = f(z) from z0; its ``z`` carries the gradient."""
-        return self.gradient.run(f, z0, self)
+        """The solution of z = f(z) from z0; its ``z`` carries the gradient.
+
+        Warns:
+            ConvergenceWarning: some samples did not converge, or f mixes samples that are said to be independent, and
+                ``on_failure`` is "warn". The adjoint solve warns in the backward pass.
+
+        Raises:
+            ConvergenceError: the same, if ``on_failure`` is "raise".
+        """
+        solution = self.gradient.run(f, z0, self)
+        report(solution, self.stop, self.on_failure, of="The forward solve")
+        return solution
 
     def with_budget(self, factor: int) -> Method:
         """The method with ``factor`` times the budget, forward and backward."""
@@ -49,24 +70,35 @@ def fixed_point(
     solver: Solver = Method.solver,
     stop: Stop = Method.stop,
     gradient: GradientRule = Method.gradient,
+    coupled: bool = Method.coupled,
+    on_failure: OnFailure = Method.on_failure,
+    keep: tuple[int, ...] = Method.keep,
 ) -> Solution:
     """The solution of z = f(z, *operands) for each sample; its ``z`` carries the gradient to everything that f uses.
 
     Args:
-        f: any function of a state that returns a state built like it, treats samples independently and gives the same
-            bits when called twice (no fresh dropout masks inside). Parameters and inputs that it closes over receive
-            gradients, and so do operands.
+        f: any function of a state that returns a state built like it and gives the same bits when called twice (no
+            fresh dropout masks inside). It treats samples independently, or is ``coupled``. Parameters and inputs that
+            it closes over receive gradients, and so do operands.
         z0: the start, usually zeros: a tensor ``[B *shape]``, or a dict, tuple or list of such tensors.
         operands: further arguments of f, constant during the solve.
         solver: how iterates are proposed.
         stop: tolerances and the budget in evaluations of f.
         gradient: how the gradient gets through the solve.
+        coupled: f mixes the samples, so that the whole state is one problem; its leaves may have any shape.
+        on_failure: "warn", "raise" or "ignore" when a solve, forward or backward, does not converge.
+        keep: numbers of steps after which the state is kept in ``Solution.iterates``.
+
+    Warns:
+        ConvergenceWarning: a solve did not converge, or samples are coupled without ``coupled=True``.
 
     Raises:
         ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes structure, shape, dtype or
             device.
     """
-    method = Method(solver=solver, stop=stop, gradient=gradient)
+    method = Method(
+        solver=solver, stop=stop, gradient=gradient, coupled=coupled, on_failure=on_failure, keep=tuple(keep)
+    )
     return method.run(_with_operands(as_map(f), operands), z0)
 
 

@@ -19,7 +19,7 @@ from equilibria.core.solve import Solver, solve
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
 from equilibria.core.trees import map_pairs, map_tensors, tensors_in
-from equilibria.fixed_point import Method, fixed_point
+from equilibria.fixed_point import Method
 from equilibria.solvers.history import ridge_solve, small_dtype
 from equilibria.solvers.picard import Picard
 
@@ -31,6 +31,7 @@ def jacobian_penalty(
     samples: int = 1,
     generator: torch.Generator | None = None,
     draw: Callable[[Tensor], Tensor] | None = None,
+    coupled: bool = False,
 ) -> Float[Tensor, " B"]:
     """‖εᵀJ‖²/N with ε ~ N(0, I): an unbiased estimate of ‖J‖_F²/N at z, differentiable in the parameters of f.
 
@@ -44,10 +45,11 @@ def jacobian_penalty(
         samples: number of ε to average over.
         generator: random numbers for ε; the default generator if None.
         draw: gives ε for one leaf of f(z), in place of standard normal numbers from ``generator``.
+        coupled: f mixes the samples; there is one number for all of them.
     """
     if samples < 1:
         raise ValueError(f"jacobian_penalty(samples={samples}): at least one random vector is needed; try 1.")
-    layout = Layout.of(z)
+    layout = Layout.of(z, coupled=coupled)
     with torch.enable_grad():
         point = as_map(f).linearise(z, create_graph=True)
         total = torch.zeros(len(layout.pack(z)), dtype=layout.dtype, device=layout.device)
@@ -68,16 +70,24 @@ def spectral_radius(
     *,
     iterations: int = 60,
     generator: torch.Generator | None = None,
+    coupled: bool = False,
 ) -> Float[Tensor, " B"]:
     """The largest modulus of an eigenvalue of J at z, for each sample, by power iteration with VJPs.
 
     From three successive vectors v, Av, A²v of the iteration (A = Jᵀ) it fits A²v ≈ a·Av + b·v and returns the larger
     root of λ² = aλ + b: the leading eigenvalue if it is real, the modulus of the pair if it is complex (a Rayleigh
     quotient would return its real part). NaN where J is not finite. Costs one evaluation of f and ``iterations`` VJPs.
+
+    Args:
+        f: the map.
+        z: the point, usually the equilibrium.
+        iterations: VJPs, at least three.
+        generator: random numbers for the first vector; the default generator if None.
+        coupled: f mixes the samples; there is one number for all of them.
     """
     if iterations < 3:
         raise ValueError(f"spectral_radius(iterations={iterations}): three VJPs at least are needed; try 60.")
-    layout = Layout.of(z)
+    layout = Layout.of(z, coupled=coupled)
     point = as_map(f).linearise(z).for_products()
 
     def product(v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
@@ -137,6 +147,7 @@ def check_gradient(
     solver: Solver = Method.solver,
     stop: Stop = Method.stop,
     gradient: GradientRule = Method.gradient,
+    coupled: bool = False,
     steps: int = 300,
     damping: float = 1.0,
 ) -> GradientCheck:
@@ -149,6 +160,7 @@ def check_gradient(
         solver: for the forward solve of the rule.
         stop: for the forward solve of the rule.
         gradient: the rule to be checked.
+        coupled: f mixes the samples.
         steps: depth of the unroll; its memory grows with it.
         damping: damping of the unroll.
     """
@@ -163,10 +175,11 @@ def check_gradient(
         return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
 
     with torch.enable_grad():
-        solution = fixed_point(f, z0, solver=solver, stop=stop, gradient=gradient)
+        method = Method(solver=solver, stop=stop, gradient=gradient, coupled=coupled, on_failure="ignore")
+        solution = method.run(as_map(f), z0)
         got = gradients(solution.z)
         fixed = Stop(rtol=0, atol=0, max_evals=steps + 1, best=False)
-        unrolled = solve(f, z0, Picard(damping), fixed)
+        unrolled = solve(f, z0, Picard(damping), fixed, coupled=coupled)
         expected = gradients(unrolled.z)
     return GradientCheck(
         relative_error=_relative(torch.cat([g.flatten() for g in got]), torch.cat([g.flatten() for g in expected])),

@@ -15,6 +15,7 @@ from equilibria import (
     Equilibrium,
     Implicit,
     Map,
+    Method,
     NewtonKrylov,
     Picard,
     Prepared,
@@ -192,8 +193,9 @@ def test_the_layer_leaves_samples_out_where_its_cell_can(kind, fewest):
 )
 def test_rules_that_read_the_history_get_that_of_all_samples(solver, gradient):
     cell = Divided(AffineConfig(width=5, norm=0.9)).double()
-    layer = Equilibrium(cell, solver, Stop(rtol=0, atol=1e-3, max_evals=30), gradient)
-    layer(mixed_input()).z.sum().backward()
+    stop = Stop(rtol=0, atol=1e-3, max_evals=30)
+    method = Method(solver, stop, gradient, on_failure="ignore")
+    Equilibrium(cell)(mixed_input(), method=method).z.sum().backward()
     assert set(cell.count) == {BATCH}
 
 

@@ -152,7 +152,7 @@ def test_affine_maps_are_differentiated_by_their_linear_part():
 
 REFUSED = {
     "no batch axis": (torch.zeros(5), halving, ValueError, r"shape \(5,\).*z0\[None\]"),
-    "empty batch": (torch.zeros(0, 5), halving, ValueError, r"\(0, 5\), which is empty"),
+    "empty samples": (torch.zeros(2, 0), halving, ValueError, r"\(2, 0\), in which a sample has no number"),
     "integers": (torch.zeros(2, 5, dtype=torch.long), halving, TypeError, "int64.*float32"),
     "no tensor": ([0.0], halving, TypeError, r"z0\[0\] is float"),
     "f gives no tensor": (

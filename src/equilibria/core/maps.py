@@ -70,6 +70,8 @@ class Linearised:
     create_graph: bool = False
     compiled: bool = False
     """True if f was compiled: its backward pass must not overwrite the tensors that it saved for the next VJP."""
+    arrival: Arrival = dataclasses.field(default_factory=lambda: Arrival())
+    """What is done with the cotangent of z at the end of a backward pass."""
     again: Callable[[], Linearised] | None = None
     """Evaluates f once more for VJPs alone, where that makes them cheaper."""
 
@@ -105,14 +107,22 @@ class Linearised:
 
 def linearised(f: Callable[[State], State], z: State, *, create_graph: bool = False) -> Linearised:
     """f(z) with graph; see ``Map.linearise``."""
-    layout = Layout.of(z)
+    layout = Layout.of(z, coupled=True)  # the structure alone is needed, and any leaf has one
     autocast = Autocast(layout.device.type)
     with torch.enable_grad(), autocast.on():
         anchor = torch.zeros((), device=layout.device, requires_grad=True)
-        begun = map_tensors(lambda leaf: _Begin.apply(leaf.detach(), anchor), z)  # pyright: ignore
-        edges = tuple(get_gradient_edge(leaf) for leaf in tensors_in(begun))
-        value = layout.cast(layout.aligned(f(begun)))
-    return Linearised(value=value, start=edges, anchor=anchor, autocast=autocast, create_graph=create_graph)
+        arrival = Arrival()
+        leaves = _Begin.apply(arrival, anchor, *(leaf.detach() for leaf in tensors_in(z)))
+        edges = tuple(get_gradient_edge(leaf) for leaf in leaves)  # pyright: ignore
+        value = layout.cast(layout.aligned(f(with_tensors(z, leaves))))  # pyright: ignore
+    return Linearised(
+        value=value,
+        start=edges,
+        anchor=anchor,
+        autocast=autocast,
+        create_graph=create_graph,
+        arrival=arrival,
+    )
 
 
 def linearised_for_products(f: Callable[[State], State], z: State, autocast: Autocast) -> Linearised:
@@ -129,16 +139,32 @@ def _kept_whole() -> contextlib.AbstractContextManager[Any]:
     return functorch_config.patch(donated_buffer=False)
 
 
+class Arrival:
+    """Where the cotangents of z's leaves arrive when a backward pass goes through the whole graph of f(z)."""
+
+    def __init__(self) -> None:
+        self.awaited: Callable[[tuple[Tensor, ...]], None] | None = None
+        """Called once with Jᵀu, leaf by leaf, where u is what f(z) received; then forgotten."""
+
+    def arrived(self, cotangents: tuple[Tensor, ...]) -> None:
+        """Hand the cotangents on to whoever waits for them."""
+        awaited, self.awaited = self.awaited, None
+        if awaited is not None:
+            awaited(cotangents)
+
+
 class _Begin(torch.autograd.Function):
-    """z as the beginning of a graph; its own gradient is computed for VJPs only, and flows no further."""
+    """The leaves of z as the beginning of a graph; their gradient is computed for VJPs, and flows no further."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, anchor: Tensor) -> Tensor:
-        return z.view_as(z)
+    def forward(ctx: Any, arrival: Arrival, anchor: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        ctx.arrival = arrival
+        return tuple(leaf.view_as(leaf) for leaf in leaves)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
+        ctx.arrival.arrived(cotangents)
+        return (None,) * (2 + len(cotangents))
 
 
 @dataclasses.dataclass(frozen=True)

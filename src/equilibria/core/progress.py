@@ -22,6 +22,8 @@ from equilibria.core.trees import take_rows
 
 WORTH = 0.75
 """The batch is compacted when at most this fraction of it is still active."""
+ROUNDING = 10
+"""A residual of this many eps of the first one counts as converged."""
 
 
 def row_norm(x: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
@@ -50,34 +52,29 @@ class Progress:
         self._status = torch.full((len(z),), int(Status.BUDGET_SPENT), device=z.device)
         self._steps, self._steps_of_all = torch.zeros(len(z), dtype=torch.long, device=z.device), 0
         self._active = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        self.moving, self._count = True, len(z)
+        self.moving, self._count = len(z) > 0, len(z)
+        self._floor: Tensor | None = None
         self._samples, self._flags = torch.arange(len(z), device=z.device), _Flags(late=z.is_cuda)
         self._trace: list[tuple[Tensor, Tensor]] = []
         self._left_out: list[tuple[Tensor, Outcome]] = []
 
     def update(self, z: Float[Tensor, "R N"], fz: Float[Tensor, "R N"], r: Float[Tensor, "R N"]) -> Bool[Tensor, " R"]:
         """Record the new pair (z, f(z)), with r = f(z) − z; returns which samples are still active."""
-        residual, size = self._norm(r.detach()), self._norm(fz.detach())
-        tolerance = self._stop.atol + self._stop.rtol * size
+        residual, size = (self._stop.norms(x.detach(), self._layout) for x in (r, fz))
+        tolerance = self._tolerance(residual, size)
         if self._all_moving and not self._flags.late and self._only_better(residual, residual / size, tolerance):
             self._z, self._fz = z, fz
             return self._active
         return self._record(z, fz, residual, size, tolerance)
 
-    def _norm(self, x: Float[Tensor, "R N"]) -> Float[Tensor, " R"] | Float[Tensor, "R L"]:
-        """‖·‖ of each sample, or of each of its leaves."""
-        norm = self._stop.norm
-        if callable(norm):
-            found = norm(self._layout.unpack(x))
-            if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
-                shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise ValueError(f"Stop(norm=…) returned {shape}; it must return one number per sample, [{len(x)}].")
-            return found.to(x.dtype)
-        order = 2 if norm == "l2" else math.inf
-        if self._stop.per_leaf and len(self._layout.sizes) > 1:
-            pieces = x.split(self._layout.sizes, dim=1)
-            return torch.stack([torch.linalg.vector_norm(piece, order, dim=1) for piece in pieces], dim=1)
-        return torch.linalg.vector_norm(x, order, dim=1)
+    def _tolerance(self, residual: Tensor, size: Tensor) -> Tensor:
+        """The largest ‖r‖ that counts as converged."""
+        stop = self._stop
+        if not stop.has_tolerance:
+            return torch.zeros_like(residual)
+        if self._floor is None:
+            self._floor = ROUNDING * torch.finfo(residual.dtype).eps * residual
+        return torch.maximum(stop.atol + stop.rtol * size, self._floor)
 
     @property
     def _all_moving(self) -> bool:
@@ -96,7 +93,7 @@ class Progress:
 
     def _record(self, z: Tensor, fz: Tensor, residual: Tensor, size: Tensor, tolerance: Tensor) -> Tensor:
         active, stop = self._active, self._stop
-        relative = _largest(torch.where(residual == 0, 0.0, residual / size))
+        relative = relative_residual(residual, size)
         finite = _all(torch.isfinite(residual) & torch.isfinite(size))
         met = active & finite & _all(residual <= tolerance) & stop.has_tolerance
         first = torch.isinf(self._residual)
@@ -143,6 +140,7 @@ class Progress:
         kept = take_rows(current, index)
         self._z, self._fz, self._residual, self._status = kept.z, kept.fz, kept.residual, kept.status
         self._steps, self._steps_of_all = kept.steps, 0
+        self._floor = None if self._floor is None else self._floor[index]
         self._samples, self._active, self._count = self._samples[index], self._active[index], len(index)
         self._flags = _Flags(late=self._flags.late)
         return self._active
@@ -170,6 +168,11 @@ class Progress:
             status=self._status,
             steps=self._steps + self._steps_of_all,
         )
+
+
+def relative_residual(residual: Tensor, size: Tensor) -> Float[Tensor, " R"]:
+    """‖r‖ / ‖f(z)‖ of each row, or the largest of its leaves."""
+    return _largest(torch.where(residual == 0, 0.0, residual / size))
 
 
 def _largest(x: Tensor) -> Float[Tensor, " R"]:

@@ -6,9 +6,10 @@ Letters: B batch, N flattened state, K evaluations of f. State ``z``, map ``f``,
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +49,8 @@ class Solution:
     history: History = None
     """The solver's last history (Shine reads Broyden's inverse from it). If samples were dropped during the solve, it
     covers only those still active at the end."""
+    iterates: tuple[State, ...] = ()
+    """The states after the numbers of steps that ``keep`` names."""
     adjoint: list[Solution] = dataclasses.field(default_factory=list)
     """Each backward pass appends the solution of its own solve, also to copies that ``dataclasses.replace`` makes."""
 
@@ -59,6 +62,8 @@ class Solution:
     def __str__(self) -> str:
         """Counts, cost, worst residual, and the advice of the worst status."""
         total, done = self.status.numel(), int(self.converged.sum())
+        if total == 0:
+            return "no samples, nothing to solve"
         worst = Status(int(self.status.max()))
         line = (
             f"{done} of {total} samples converged, {self.evals} evaluations, worst residual {self.residual.max():.1e}"
@@ -101,21 +106,33 @@ class Solver(ABC):
 
 
 def solve(
-    f: Map | Callable[[State], State], z0: State, solver: Solver, stop: Stop, *, drop_converged: bool = True
+    f: Map | Callable[[State], State],
+    z0: State,
+    solver: Solver,
+    stop: Stop,
+    *,
+    coupled: bool = False,
+    keep: Sequence[int] = (),
+    drop_converged: bool = True,
 ) -> Solution:
     """The fixed point z = f(z) of each sample, found by ``solver`` from ``z0``; no gradient rule.
 
-    Every sample is its own problem: it has its own residual, status and step count, is never moved again once it is
-    done, and gets the same answer alone as in any batch. Operations are recorded by autograd if gradients are enabled,
-    as anywhere in PyTorch; call it under ``torch.no_grad()``, or through a gradient rule, to avoid that.
+    Every sample is its own problem, unless they are ``coupled``: it has its own residual, status and step count, is
+    never moved again once it is done, and gets the same answer alone as in any batch. Operations are recorded by
+    autograd if gradients are enabled, as anywhere in PyTorch; call it under ``torch.no_grad()``, or through a gradient
+    rule, to avoid that.
 
     Args:
-        f: the map; it must treat samples independently and give the same bits when called twice.
+        f: the map; it must give the same bits when called twice, and treat samples independently or be ``coupled``.
         z0: the start, finite: a tensor ``[B *shape]`` or a tree of such tensors.
         solver: proposes the iterates.
         stop: tolerances and budget.
+        coupled: f mixes the samples, so that the whole state is one problem: one residual, status and step count, in
+            fields of length 1. Nothing is frozen before all is done, and the leaves of z0 may have any shape.
+        keep: numbers of steps after which the state is kept in ``Solution.iterates``; a sample that was done before
+            has its last state there.
         drop_converged: if f supports it (``Map.rows``), converged samples leave the batch once at least a quarter of
-            it has converged. False keeps all of them, so that the history covers the whole batch.
+            it has converged. False keeps all of them, so that the history covers the whole batch; so does ``keep``.
 
     Warns:
         RuntimeWarning: f computes in half precision, and the tolerance is below what that resolves.
@@ -126,21 +143,22 @@ def solve(
     """
     check_kind("solver", solver, Solver, "Anderson()")
     check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
-    layout = Layout.of(z0)
-    check_finite(z0)
+    check_keep(keep)
+    layout = Layout.of(z0, coupled=coupled)
+    check_finite(z0, coupled=coupled)
     evaluate = Evaluator(as_map(f), layout, stop.max_evals)
     _warn_of_rounding(evaluate.computes_in, stop)
     z = layout.pack(z0)
     del z0  # a state that would be kept for nothing
     with evaluate.autocast.off():
-        history, progress = solver.init(z), Progress(z, stop, layout)
+        history, progress, kept, step = solver.init(z), Progress(z, stop, layout), [], 0
         while True:
             fz = evaluate(z)
             r = fz - z
             active = progress.update(z, fz, r)
             if not progress.moving or evaluate.remaining < solver.cost:
                 break
-            if drop_converged and progress.worth_compacting and evaluate.divisible:
+            if drop_converged and not keep and progress.worth_compacting and evaluate.divisible:
                 index = progress.still_active()
                 if len(index):
                     evaluate.take(index)
@@ -150,6 +168,9 @@ def solve(
             proposal, history = solver.step(evaluate, at, history)
             z = progress.freeze(evaluate.rounded(proposal))
             del proposal, at, fz, r  # states that nobody needs while f is evaluated
+            step += 1
+            if step in keep:
+                kept.append(layout.unpack(z))
     found = progress.outcome()
     return Solution(
         z=layout.unpack(found.z),
@@ -160,7 +181,15 @@ def solve(
         evals=evaluate.evals,
         trace=progress.trace(found.residual),
         history=history,
+        iterates=(*kept, *[layout.unpack(found.z)] * (len(keep) - len(kept))),
     )
+
+
+def check_keep(keep: Sequence[int]) -> None:
+    """Raise a ValueError unless these are rising numbers of steps."""
+    rising = all(a < b for a, b in itertools.pairwise(keep))
+    if not rising or any(not isinstance(step, int) or step < 1 for step in keep):
+        raise ValueError(f"keep={tuple(keep)}: these are numbers of steps, rising, from 1 on; try keep=(5, 10).")
 
 
 def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:

@@ -1,8 +1,9 @@
 """States: trees of tensors whose leaves have the batch as first axis, and their flat form ``[B N]``.
 
-Solvers see a state as one matrix with a row per sample; ``Layout`` packs and unpacks it.
+Solvers see a state as one matrix with a row per sample; ``Layout`` packs and unpacks it. Where f couples the samples,
+the whole state is one problem, and its matrix has one row.
 
-Letters: B batch, N flattened state.
+Letters: B batch, N flattened state; B is 1 in a matrix of coupled samples.
 """
 
 from __future__ import annotations
@@ -22,32 +23,45 @@ from equilibria.core.trees import inverse, memory_order
 State = Any
 """A tensor ``[B *shape]``, or a dict, tuple, named tuple or list of states, nested as one likes.
 
-Leaves are real and floating, lie on one device and have one batch size; their shapes and dtypes may differ.
+Leaves are real and floating, lie on one device and have one batch size; their shapes and dtypes may differ. Where f
+couples the samples, the leaves may have any shape.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """One tensor of a state, without its batch axis."""
+    """One tensor of a state, without the batch axis that it may have."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     order: tuple[int, ...]
     """The axes in the order in which they lie in memory, the batch first."""
     size: int
-    """Numbers per sample."""
+    """Numbers per row."""
     plain: bool
     """True if the axes lie in memory in their own order."""
+    coupled: bool
+    """True if the tensor is one row, and has no batch axis."""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Leaf:
-        own, axes = tuple(range(tensor.ndim)), (0, *memory_order(tensor, range(1, tensor.ndim)))
-        order = axes if axes != own and tensor.permute(axes).is_contiguous() else own
-        shape = tuple(tensor.shape[1:])
-        return cls(shape=shape, dtype=tensor.dtype, order=order, size=math.prod(shape), plain=order == own)
+    def of(cls, tensor: Tensor, *, coupled: bool) -> _Leaf:
+        rows = tensor[None] if coupled else tensor
+        own, axes = tuple(range(rows.ndim)), (0, *memory_order(rows, range(1, rows.ndim)))
+        order = axes if axes != own and rows.permute(axes).is_contiguous() else own
+        shape = tuple(rows.shape[1:])
+        return cls(
+            shape=shape,
+            dtype=tensor.dtype,
+            order=order,
+            size=math.prod(shape),
+            plain=order == own,
+            coupled=coupled,
+        )
 
     def flat(self, tensor: Tensor, dtype: torch.dtype) -> Float[Tensor, "B N"]:
         """The tensor as rows in ``dtype``: a view where dtype and memory order allow it."""
+        if self.coupled:
+            tensor = tensor[None]
         if not self.plain:
             tensor = tensor.permute(self.order)
         rows = tensor.reshape(len(tensor), self.size)
@@ -58,8 +72,11 @@ class _Leaf:
         if rows.dtype != self.dtype:
             rows = rows.to(self.dtype)
         if self.plain:
-            return rows.view(len(rows), *self.shape)
-        return rows.view(len(rows), *(self.shape[axis - 1] for axis in self.order[1:])).permute(inverse(self.order))
+            tensor = rows.view(len(rows), *self.shape)
+        else:
+            lying = rows.view(len(rows), *(self.shape[axis - 1] for axis in self.order[1:]))
+            tensor = lying.permute(inverse(self.order))
+        return tensor[0] if self.coupled else tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,30 +92,37 @@ class Layout:
     """True if the state is one tensor, and no tree."""
     exact: bool
     """True if every leaf has the dtype of the rows, so that unpacking rounds nothing."""
+    coupled: bool = False
+    """True if the whole state is one row."""
 
     @classmethod
-    def of(cls, z0: State) -> Layout:
+    def of(cls, z0: State, *, coupled: bool = False) -> Layout:
         """The layout of the state ``z0``.
+
+        Args:
+            z0: the state.
+            coupled: f mixes the samples, so that the whole state is one row, and its leaves may have any shape.
 
         Raises:
             TypeError: a leaf is not a real floating tensor.
             ValueError: a leaf has no batch axis, the leaves differ in batch size or device, or there is no number.
         """
         tensors, spec = pytree.tree_flatten(z0)
-        _check_leaves(z0, tensors)
+        _check_leaves(z0, tensors, coupled=coupled)
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         return cls(
-            leaves=tuple(_Leaf.of(tensor) for tensor in tensors),
+            leaves=tuple(_Leaf.of(tensor, coupled=coupled) for tensor in tensors),
             spec=spec,
             device=tensors[0].device,
             dtype=dtype,
             single=isinstance(z0, Tensor),
             exact=all(t.dtype == dtype for t in tensors),
+            coupled=coupled,
         )
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers per sample in each leaf; they add up to N."""
+        """Numbers per row in each leaf; they add up to N."""
         return tuple(leaf.size for leaf in self.leaves)
 
     def widened(self) -> Layout:
@@ -135,8 +159,8 @@ class Layout:
             return _aligned(pytree.tree_unflatten(range(len(self.leaves)), self.spec), value)
         except _Different:
             raise TypeError(
-                f"f returned {described(value)}, and the state is {self.described()}; f must return a state that is "
-                "built like z0, with the same keys and as many tensors."
+                f"f returned {described(value, coupled=self.coupled)}, and the state is {self.described()}; f must "
+                "return a state that is built like z0, with the same keys and as many tensors."
             ) from None
 
     def cast(self, value: State) -> State:
@@ -149,18 +173,19 @@ class Layout:
 
     def described(self) -> str:
         """The kinds of containers and the shapes of the leaves, for messages."""
-        return described(pytree.tree_unflatten([_Shape(leaf.shape) for leaf in self.leaves], self.spec))
+        return described(pytree.tree_unflatten([_Shape(leaf.shape, leaf.coupled) for leaf in self.leaves], self.spec))
 
 
-def described(value: Any) -> str:
+def described(value: Any, *, coupled: bool = False) -> str:
     """What a value is made of, in one line: {'a': (B, 3), 'b': (B, 2)}."""
     if isinstance(value, Tensor):
-        return str(_Shape(tuple(value.shape[1:])))
+        return str(_Shape(tuple(value.shape if coupled else value.shape[1:]), coupled))
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {described(part)}" for key, part in value.items()) + "}"
+        parts = (f"{key!r}: {described(part, coupled=coupled)}" for key, part in value.items())
+        return "{" + ", ".join(parts) + "}"
     if isinstance(value, tuple | list):
         ends = "[]" if isinstance(value, list) else "()"
-        return ends[0] + ", ".join(map(described, value)) + ends[1]
+        return ends[0] + ", ".join(described(part, coupled=coupled) for part in value) + ends[1]
     return str(value) if isinstance(value, _Shape) else type(value).__name__
 
 
@@ -169,9 +194,10 @@ class _Shape:
     """The shape of a leaf, as messages show it."""
 
     shape: tuple[int, ...]
+    coupled: bool = False
 
     def __str__(self) -> str:
-        return f"({', '.join(['B', *map(str, self.shape)])})"
+        return str(self.shape) if self.coupled else f"({', '.join(['B', *map(str, self.shape)])})"
 
 
 class _Different(Exception):
@@ -192,46 +218,58 @@ def _aligned(skeleton: Any, value: Any) -> Any:
     return type(skeleton)(*parts) if hasattr(skeleton, "_fields") else type(skeleton)(parts)
 
 
-def check_finite(z0: State) -> None:
+def check_finite(z0: State, *, coupled: bool = False) -> None:
     """Raise a ValueError that names the samples of a start that are NaN or infinite."""
     tensors = pytree.tree_leaves(z0)
     if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         return
+    if coupled:
+        bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
+        total = sum(tensor.numel() for tensor in tensors)
+        raise ValueError(f"z0 is NaN or infinite in {bad} of its {total} numbers; start from finite values.")
     batch = len(tensors[0])
     finite = torch.stack([torch.isfinite(t.detach().reshape(batch, -1)).all(dim=1) for t in tensors]).all(dim=0)
     bad = (~finite).nonzero().flatten().tolist()
     raise ValueError(f"z0 is NaN or infinite in {len(bad)} of {batch} samples ({bad[:8]}); start from finite values.")
 
 
-def _check_leaves(z0: State, tensors: Sequence[Any]) -> None:
+def _check_leaves(z0: State, tensors: Sequence[Any], *, coupled: bool) -> None:
     if not tensors:
         raise ValueError(f"z0 is {z0!r}, which holds no tensor; a state has at least one.")
     for path, leaf in pytree.tree_flatten_with_path(z0)[0]:
-        _check_leaf(f"z0{pytree.keystr(path)}", leaf)
+        _check_leaf(f"z0{pytree.keystr(path)}", leaf, coupled=coupled)
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"the leaves of z0 are on {', '.join(sorted(devices))}; put all of them on one device.")
+    if not coupled:
+        _check_batch(tensors)
+
+
+def _check_batch(tensors: Sequence[Tensor]) -> None:
     if max(tensor.ndim for tensor in tensors) < 2:
         raise ValueError(
             f"z0 has shape {' and '.join(str(tuple(t.shape)) for t in tensors)}; a state has a batch axis first and at "
-            "least one axis after it, (B, *state): try z0[None] for one problem, z0[:, None] for a batch of scalar "
-            "ones."
+            "least one axis after it, (B, *state): try z0[None] or coupled=True for one problem, z0[:, None] for a "
+            "batch of scalar ones."
         )
-    batches, devices = {len(tensor) for tensor in tensors}, {str(tensor.device) for tensor in tensors}
+    batches = {len(tensor) for tensor in tensors}
     if len(batches) > 1:
         raise ValueError(
             f"the leaves of z0 hold {', '.join(map(str, sorted(batches)))} samples; all leaves have the same batch "
-            "size, as their first axis."
+            "size, as their first axis. If they are one problem together, say coupled=True."
         )
-    if len(devices) > 1:
-        raise ValueError(f"the leaves of z0 are on {', '.join(sorted(devices))}; put all of them on one device.")
 
 
-def _check_leaf(name: str, leaf: Any) -> None:
+def _check_leaf(name: str, leaf: Any, *, coupled: bool) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(
             f"{name} is {type(leaf).__name__}; a state is one tensor (B, *state), or a dict, tuple or list of such "
             "tensors."
         )
-    if leaf.ndim < 1:
-        raise ValueError(f"{name} is a single number; a state has a batch axis first: try z0.reshape(1, 1).")
+    if leaf.ndim < 1 and not coupled:
+        raise ValueError(
+            f"{name} is a single number; a state has a batch axis first: try z0.reshape(1, 1), or coupled=True."
+        )
     if leaf.is_complex():
         raise TypeError(
             f"{name} has dtype {leaf.dtype}; a state is real: give torch.view_as_real(z0) and let f convert it with "
@@ -241,7 +279,7 @@ def _check_leaf(name: str, leaf: Any) -> None:
         raise TypeError(
             f"{name} has dtype {leaf.dtype}; a state is real and floating: float64, float32, bfloat16, float16."
         )
-    if leaf.numel() == 0:
+    if not coupled and 0 in leaf.shape[1:]:
         raise ValueError(
-            f"{name} has shape {tuple(leaf.shape)}, which is empty; give at least one sample with one number."
+            f"{name} has shape {tuple(leaf.shape)}, in which a sample has no number; give every sample at least one."
         )

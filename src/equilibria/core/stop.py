@@ -1,4 +1,7 @@
-"""When a sample is done, and how its solve ended."""
+"""When a sample is done, and how its solve ended.
+
+Letters: B batch, L leaves of the state, N flattened state.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,29 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from equilibria.core.state import Layout
+
 NORMS = ("l2", "max")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """When a sample is done: ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖, or the budget is spent.
+    """When a sample is done: ‖r‖ ≤ rtol·‖f(z)‖ + atol with r = f(z) − z, or the budget is spent.
 
-    With ``rtol = atol = 0`` nothing ever counts as converged and the whole budget is used: a network of fixed depth.
+    It is done too when ‖r‖ ≤ 10·eps·(‖r‖ at the start), eps that of float32 or of float64 if the state has it: a
+    fixed point 0, to which no tolerance relative to ‖f(z)‖ leads, is recognised by that. With ``rtol = atol = 0``
+    nothing ever counts as converged and the whole budget is used: a network of fixed depth.
     """
 
     rtol: float = 1e-3
     """Tolerance relative to ‖f(z)‖, per sample."""
-    atol: float = 1e-6
-    """Absolute tolerance, in the unit of the state's norm, per sample."""
+    atol: float = 0.0
+    """Absolute tolerance, in the unit of the state's norm, per sample. It belongs to the scale of a state: 1e-6 would
+    call every state of the size 1e-8 converged."""
     max_evals: int = 30
     """Budget of the solve in evaluations of f, the same unit for every solver; a whole number ≥ 1."""
     best: bool = True
@@ -50,6 +62,20 @@ class Stop:
                 "these, or let the function weigh the leaves and leave per_leaf out."
             )
 
+    def norms(self, x: Float[Tensor, "B N"], layout: Layout) -> Float[Tensor, " B"] | Float[Tensor, "B L"]:
+        """‖·‖ of each row, or of each leaf in it."""
+        if callable(self.norm):
+            found = self.norm(layout.unpack(x))
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            if not isinstance(found, Tensor) or found.numel() != len(x) or found.ndim > 1:
+                raise ValueError(f"Stop(norm=…) returned {shape}; it must return one number per sample, [{len(x)}].")
+            return found.reshape(len(x)).to(x.dtype)
+        order = 2 if self.norm == "l2" else math.inf
+        if self.per_leaf and len(layout.sizes) > 1:
+            pieces = x.split(layout.sizes, dim=1)
+            return torch.stack([torch.linalg.vector_norm(piece, order, dim=1) for piece in pieces], dim=1)
+        return torch.linalg.vector_norm(x, order, dim=1)
+
     @property
     def has_tolerance(self) -> bool:
         """True if a sample can count as converged; otherwise the solve is a network of fixed depth."""
@@ -70,7 +96,7 @@ class Status(enum.IntEnum):
 
 
 _ADVICE = {
-    Status.CONVERGED: "The residual is below atol + rtol·‖f(z)‖.",
+    Status.CONVERGED: "The residual is below rtol·‖f(z)‖ + atol, or at the rounding of its first value.",
     Status.BUDGET_SPENT: (
         "The budget was spent before the tolerance was met, and the iterate that the stop asks for was returned: raise "
         "max_evals, loosen rtol (bfloat16 reaches about 1e-2), or make f more contractive (weight norm, Jacobian "

@@ -9,12 +9,13 @@ import dataclasses
 
 from torch import Tensor
 
+from equilibria.core.failure import report
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, Solver
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
-from equilibria.gradients.linearise import Point, as_state, attached, solve_adjoint
+from equilibria.gradients.linearise import Point, as_state, attached, check_arrival, solve_adjoint
 from equilibria.solvers.anderson import Anderson
 
 
@@ -35,15 +36,18 @@ class Implicit(GradientRule):
 
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution, with f(z*) as its differentiable z."""
-        solution = solve_without_graph(f, z0, method.solver, method.stop)
+        solution = solve_without_graph(f, z0, method)
         solved = solution.adjoint  # nothing else of the solution is kept until the backward pass
 
         def adjoint(point: Point, g: Tensor) -> Tensor:
             found = solve_adjoint(point, g, self.solver, self.stop)
             solved.append(as_state(point, found))
+            of = "The adjoint solve of Implicit()"
+            report(found, self.stop, method.on_failure, of=of)
+            check_arrival(point, g, found, self.stop, method.on_failure, of=of)
             return found.z
 
-        return attached(f, solution, adjoint)
+        return attached(f, solution, adjoint, method)
 
     def with_budget(self, factor: int) -> Implicit:
         """The rule with ``factor`` times the budget of its adjoint solve."""

@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.core.failure import OnFailure, check_repeats
+from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import AffineMap, Linearised, Map
-from equilibria.core.progress import row_norm
+from equilibria.core.progress import relative_residual, row_norm
 from equilibria.core.solve import Solution, Solver, solve
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
-from equilibria.core.trees import map_tensors
+from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 
 Adjoint = Callable[["Point", Float[Tensor, "B N"]], Float[Tensor, "B N"]]
 """Maps the cotangent g of the output to the cotangent that f(z*) receives, both as rows in float32 or wider."""
@@ -36,18 +38,69 @@ class Point:
         return self.layout.pack(self.linearised.vjp(self.layout.unpack(u)))
 
 
-def attached(f: Map, solution: Solution, adjoint: Adjoint) -> Solution:
+def attached(f: Map, solution: Solution, adjoint: Adjoint, method: ForwardSolve) -> Solution:
     """The solution with a differentiable z = f(z*): g goes through ``adjoint``, then through that f."""
     if not torch.is_grad_enabled():
         return dataclasses.replace(solution, z=solution.fz)
-    layout = Layout.of(solution.z)
+    layout = Layout.of(solution.z, coupled=method.coupled)
     point = Point(f.linearise(solution.z), layout)
     fz = point.linearised.value
+    with torch.no_grad():
+        check_again(method, change(layout.pack(fz), recorded(solution, layout), method.stop, layout), fz)
     # The same bits as the f(z*) without graph, whose memory is released.
     out = dataclasses.replace(solution, z=fz, fz=map_tensors(Tensor.detach, fz), evals=solution.evals + 1)
     if point.linearised.constant:  # all is frozen: no graph is kept, no adjoint solved
         return dataclasses.replace(out, z=out.fz)
     return dataclasses.replace(out, z=layout.unpack(_Replace.apply(layout.pack(fz), point, adjoint)))  # pyright: ignore
+
+
+def check_again(method: ForwardSolve, changed: Float[Tensor, " B"], state: State) -> None:
+    """Say that f(z*), evaluated once more after the solve, differs from what it was there."""
+    eps = rounding(tensors_in(state))
+    of, coupled = "The forward solve", method.coupled
+    check_repeats(changed, method.stop, method.on_failure, eps=eps, coupled=coupled, of=of)
+
+
+def recorded(solution: Solution, layout: Layout) -> Solution:
+    """The solution with rows in the place of states."""
+    return dataclasses.replace(solution, z=layout.pack(solution.z), fz=layout.pack(solution.fz))
+
+
+def change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: Layout) -> Float[Tensor, " B"]:
+    """How far f(z), evaluated again, is from a solve of rows: in its value or in its residual, relative to f(z).
+
+    Both are needed: the value that is recorded of a sample is from the last evaluation, its residual from the one at
+    which it was done.
+    """
+    difference = row_norm(again - solved.fz)
+    value = torch.where(difference == 0, 0.0, difference / row_norm(solved.fz))
+    residual = relative_residual(stop.norms(again - solved.z, layout), stop.norms(again, layout))
+    return torch.maximum(value, (residual - solved.residual).abs())
+
+
+def check_arrival(
+    point: Point, g: Float[Tensor, "B N"], solved: Solution, stop: Stop, on_failure: OnFailure, *, of: str
+) -> None:
+    """Say at the end of the backward pass, where Jᵀu arrives, that Jᵀu + g is not what it was in the solve."""
+    if on_failure == "ignore" or not stop.has_tolerance:
+        return
+    layout, value, wide = point.layout, point.linearised.value, point.layout.widened()
+
+    def check(products: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            changed = change(layout.pack(with_tensors(value, products)) + g, solved, stop, wide)
+        check_repeats(changed, stop, on_failure, eps=rounding(products), coupled=layout.coupled, of=of)
+
+    point.linearised.arrival.awaited = check
+
+
+def rounding(tensors: Sequence[Tensor]) -> float:
+    """The largest eps of their dtypes, and of the dtype that autocast computes in."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    kind = next(iter(tensors)).device.type
+    if torch.is_autocast_enabled(kind):
+        dtypes.add(torch.get_autocast_dtype(kind))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +178,7 @@ def solve_adjoint(point: Point, g: Float[Tensor, "B N"], solver: Solver, stop: S
     if stop.per_leaf or callable(stop.norm):  # a norm that has to see the leaves
         wide = point.layout.widened()
         start = wide.unpack((g / scale).masked_fill_(~sound, 0.0))
-        solution = solve(OnStates(system, wide), start, solver, stop)
+        solution = solve(OnStates(system, wide), start, solver, stop, coupled=wide.coupled)
         solution = dataclasses.replace(solution, z=wide.pack(solution.z), fz=wide.pack(solution.fz))
     else:
         solution = solve(system, (g / scale).masked_fill_(~sound, 0.0), solver, stop)

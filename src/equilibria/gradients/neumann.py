@@ -32,7 +32,7 @@ class Neumann(GradientRule):
 
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution, with f(z*) as its differentiable z."""
-        solution = solve_without_graph(f, z0, method.solver, method.stop)
+        solution = solve_without_graph(f, z0, method)
         solved = solution.adjoint  # nothing else of the solution is kept until the backward pass
 
         def adjoint(point: Point, g: Tensor) -> Tensor:
@@ -43,4 +43,4 @@ class Neumann(GradientRule):
             solved.append(as_state(point, found))
             return found.fz
 
-        return attached(f, solution, adjoint)
+        return attached(f, solution, adjoint, method)

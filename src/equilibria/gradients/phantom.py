@@ -12,6 +12,7 @@ from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
 from equilibria.core.trees import map_pairs
+from equilibria.gradients.linearise import check_again
 from equilibria.solvers.picard import Picard
 
 
@@ -37,10 +38,11 @@ class Phantom(GradientRule):
 
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution, with the last tracked iterate as its differentiable z."""
-        solution = solve_without_graph(f, z0, method.solver, method.stop)
+        solution = solve_without_graph(f, z0, method)
         if not torch.is_grad_enabled():
             return dataclasses.replace(solution, z=solution.fz)
         budget = Stop(rtol=0, atol=0, max_evals=self.steps, best=False)
-        tracked = solve(f, solution.z, Picard(self.damping), budget)
+        tracked = solve(f, solution.z, Picard(self.damping), budget, coupled=method.coupled)
+        check_again(method, (tracked.trace[0].detach() - solution.residual).abs(), solution.z)
         z = map_pairs(lambda x, fx: x.lerp(fx, self.damping), tracked.z, tracked.fz)
         return dataclasses.replace(solution, z=z, evals=solution.evals + tracked.evals)

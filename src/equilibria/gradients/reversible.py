@@ -47,13 +47,13 @@ class ReversibleGradient(GradientRule):
                 f"ReversibleGradient() got the solver {solver}; only Reversible(…) can be undone: use "
                 "solver=Reversible(0.8), or another gradient rule such as Implicit() or Unroll(checkpoint=True)."
             )
-        layout = Layout.of(z0)
+        layout = Layout.of(z0, coupled=method.coupled)
         _check_budget(
             solver, stop, max((leaf.dtype for leaf in layout.leaves), key=lambda dtype: torch.finfo(dtype).eps)
         )
         f = f.eager()  # compiled code does not say what it reads
         constants, last = Constants(), dataclasses.replace(stop, best=False)
-        solution = solve_without_graph(FunctionMap(constants.of(f)), z0, solver, last, keep_history=True)
+        solution = solve_without_graph(FunctionMap(constants.of(f)), z0, method, stop=last, keep_history=True)
         if not torch.is_grad_enabled():
             return solution
         path = _Path(

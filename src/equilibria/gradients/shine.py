@@ -32,10 +32,10 @@ class Shine(GradientRule):
                 "another gradient rule such as Implicit()."
             )
         solver = dataclasses.replace(solver, rank=max(solver.rank, stop.max_evals))
-        solution = solve_without_graph(f, z0, solver, stop, keep_history=True)
+        solution = solve_without_graph(f, z0, method, solver=solver, keep_history=True)
         history: BroydenHistory = solution.history
 
         def adjoint(point: Point, g: Tensor) -> Tensor:
             return history.apply_transposed(g)
 
-        return attached(f, dataclasses.replace(solution, history=None), adjoint)
+        return attached(f, dataclasses.replace(solution, history=None), adjoint, method)

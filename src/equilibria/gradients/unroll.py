@@ -45,6 +45,6 @@ class Unroll(GradientRule):
         """The solution as the solver returns it, with the graph of all its steps."""
         if self.checkpoint and torch.is_grad_enabled():
             f = Recomputed(f)
-        solution = solve(f, z0, method.solver, method.stop)
+        solution = solve(f, z0, method.solver, method.stop, coupled=method.coupled, keep=method.keep)
         # What is kept for reports must not keep the graph alive.
         return dataclasses.replace(solution, fz=map_tensors(Tensor.detach, solution.fz), history=None)

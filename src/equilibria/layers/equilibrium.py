@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from equilibria.core.checks import check_kind
+from equilibria.core.failure import OnFailure
 from equilibria.core.gradient import GradientRule
 from equilibria.core.solve import Solver
 from equilibria.core.state import State
@@ -27,6 +28,9 @@ class Equilibrium(Layer):
         stop: tolerances and budget of the forward solve.
         gradient: how the gradient gets through the solve.
         eval_stop: tolerances and budget in ``eval()`` mode; ``stop`` if None.
+        coupled: the cell mixes the samples of the batch, so that the whole state is one problem.
+        on_failure: "warn", "raise" or "ignore" when a solve, forward or backward, does not converge.
+        keep: numbers of steps after which the state is kept in ``Solution.iterates``.
     """
 
     def __init__(
@@ -36,10 +40,16 @@ class Equilibrium(Layer):
         stop: Stop = Method.stop,
         gradient: GradientRule = Method.gradient,
         eval_stop: Stop | None = None,
+        *,
+        coupled: bool = Method.coupled,
+        on_failure: OnFailure = Method.on_failure,
+        keep: tuple[int, ...] = Method.keep,
     ) -> None:
         super().__init__()
         self.cell = as_cell(cell)
-        self.method = Method(solver=solver, stop=stop, gradient=gradient)
+        self.method = Method(
+            solver=solver, stop=stop, gradient=gradient, coupled=coupled, on_failure=on_failure, keep=keep
+        )
         if eval_stop is not None:
             check_kind("eval_stop", eval_stop, Stop, "Stop(rtol=1e-3)")
         self.eval_stop = eval_stop
@@ -64,7 +74,8 @@ class Equilibrium(Layer):
         f = CellMap(self.cell, prepared)
         chosen = method or (self.method if self.training else self.evaluation_method)
         z0 = self.cell.begin(prepared, start)
-        check_rows(prepared, z0)
+        if not chosen.coupled:
+            check_rows(prepared, z0)
         solution = chosen.run(f, z0)
         return LayerOutput(
             output=self.cell.output(solution.z),
@@ -84,6 +95,8 @@ class Equilibrium(Layer):
         return sequence_cell(self.cell).cache(batch, **choices)
 
     def extra_repr(self) -> str:
-        """Solver, stopping rule and gradient rule."""
+        """Solver, stopping rule and gradient rule; what else differs from its default."""
         method = self.method
-        return f"solver={method.solver}, stop={method.stop}, gradient={method.gradient}, eval_stop={self.eval_stop}"
+        said = f"solver={method.solver}, stop={method.stop}, gradient={method.gradient}, eval_stop={self.eval_stop}"
+        more = {name: getattr(method, name) for name in ("coupled", "on_failure", "keep")}
+        return said + "".join(f", {name}={value!r}" for name, value in more.items() if value != getattr(Method, name))

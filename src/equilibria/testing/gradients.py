@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import pickle
 import weakref
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from equilibria.core.failure import ConvergenceError, ConvergenceWarning, OnFailure
 from equilibria.core.maps import as_map
 from equilibria.core.solve import Solution
 from equilibria.core.state import State
@@ -42,10 +44,18 @@ class GradientSuite:
         """The rule with a solver and a tight stop that suit it."""
         raise NotImplementedError
 
-    def _run(self, f: Callable[[State], State], z0: State, stop: Stop | None = None) -> Solution:
+    def _run(
+        self,
+        f: Callable[[State], State],
+        z0: State,
+        stop: Stop | None = None,
+        *,
+        on_failure: OnFailure = "ignore",
+        coupled: bool = False,
+    ) -> Solution:
         method = self.make()
-        method = method if stop is None else Method(method.solver, stop, method.gradient)
-        return method.run(as_map(f), z0)
+        stop = method.stop if stop is None else stop
+        return dataclasses.replace(method, stop=stop, on_failure=on_failure, coupled=coupled).run(as_map(f), z0)
 
     def test_equals_a_long_unroll(self) -> None:
         """For a tensor state."""
@@ -178,6 +188,15 @@ class GradientSuite:
             penalty.backward(inputs=[weight], retain_graph=True)
         with pytest.raises(RuntimeError, match=refused):
             penalty.backward()
+
+    def test_a_failure_is_heard(self) -> None:
+        """A forward solve without enough budget warns, raises or is ignored, as it is told to."""
+        _, x, f = tanh_map()
+        stop = Stop(rtol=1e-12, max_evals=5)
+        with pytest.warns(ConvergenceWarning, match="forward solve: 0 of 3 samples converged"):
+            self._run(f, torch.zeros_like(x), stop, on_failure="warn")
+        with pytest.raises(ConvergenceError, match="raise max_evals"):
+            self._run(f, torch.zeros_like(x), stop, on_failure="raise")
 
     def test_a_nan_sample_is_reported_and_contained(self) -> None:
         """The other samples are not touched."""

@@ -181,4 +181,5 @@ class Experiment:
         Its own way to solve is that of ``stage``, by default the last one; a training passes that of each step.
         """
         stage = stage or self.stages[-1]
-        return self.model.build(len(corpus.vocabulary), method=stage.method, eval_stop=stage.eval_stop)
+        method = stage.method and dataclasses.replace(stage.method, on_failure="ignore")  # failures are counted
+        return self.model.build(len(corpus.vocabulary), method=method, eval_stop=stage.eval_stop)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from equilibria.core.solve import Solution
@@ -36,7 +38,10 @@ class ConvergencePolicy:
         return self._raised(stage.evaluation_method)
 
     def _raised(self, method: Method | None) -> Method | None:
-        return method if method is None or self.factor == 1 else method.with_budget(self.factor)
+        if method is None:
+            return None
+        method = dataclasses.replace(method, on_failure="ignore")  # failures are counted and recorded
+        return method if self.factor == 1 else method.with_budget(self.factor)
 
     def share_of_failures(self, solutions: tuple[Solution, ...], stage: Stage) -> float | None:
         """Share of the samples of all ranks whose solve, forward or backward, failed; None if no policy reads it."""
