@@ -1,5 +1,6 @@
 # make demo    train a deep equilibrium model on real text, in about four minutes
-# make test    style, types, layers and tests
+# make test    style, types, layers and the tests that take less than ten seconds each
+# make check   all tests, with several processes, compilation and campaigns: about four times as long
 # make docs    the documentation as a site that needs no server and no network: site/index.html
 # make install the virtual environment alone
 
@@ -10,7 +11,7 @@ RUN ?= runs/demo
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test docs install lint clean
+.PHONY: demo test check docs install lint clean
 
 install: $(STAMP)
 
@@ -36,6 +37,9 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 test: lint
+	$(BIN)/pytest -n 2 -m "not slow"
+
+check: lint
 	$(BIN)/pytest -n 2
 
 docs: $(DOCS_STAMP)

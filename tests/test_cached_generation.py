@@ -128,6 +128,7 @@ def test_256_tokens_in_float32():
         assert solved_again(model, prefix, 1)[0] == tokens[step]
 
 
+@pytest.mark.slow
 def test_256_tokens_in_float32_of_a_ragged_batch():
     cell = dataclasses.replace(SMALL, memory=300)
     model = built(cell, stop=Stop(rtol=1e-6, atol=1e-6, max_evals=60), dtype=torch.float32)

@@ -83,6 +83,7 @@ def test_a_second_run_gets_the_next_number_and_a_named_folder_is_not_overwritten
     assert train.folder("new", taken=True) == Path("runs/new")
 
 
+@pytest.mark.slow
 def test_the_demo_of_the_makefile_can_be_made_again_and_again(place, capsys, monkeypatch):
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     folder = re.search(r"^RUN \?= (.*)$", makefile, re.MULTILINE)[1]
@@ -139,6 +140,7 @@ def test_resume_refuses_other_settings_and_other_experiments(run, capsys):
     assert "is a run of 'small'" in fails(capsys, "train", "tiny", "--out", "runs/small", "--resume")
 
 
+@pytest.mark.slow
 def test_a_history_in_bfloat16_is_asked_for_written_down_and_continued(place, capsys):
     words = ["train", "recipe.py:small", "--data", "text", "--quiet"]
     assert main([*words, "--stages.1.method.solver.history-dtype", "bfloat16"]) == 0
@@ -179,6 +181,7 @@ def test_a_model_scores_again_what_its_log_says(run, which):
     assert dataclasses.asdict(again.setting) == logged["setting"]
 
 
+@pytest.mark.slow
 def test_where_two_stages_meet_the_checkpoint_is_of_the_second(place):
     """Its best value is measured there, and the training goes on there."""
     assert main(["train", "recipe.py:small", "--data", "text", "--keep", "20", "--quiet"]) == 0

@@ -15,7 +15,7 @@ import pytest
 
 from compiled_cells import CASES
 
-pytestmark = pytest.mark.xdist_group("compiled")
+pytestmark = [pytest.mark.xdist_group("compiled"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

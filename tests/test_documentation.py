@@ -40,6 +40,7 @@ def test_the_python_blocks_of_a_page_run(page, tmp_path):
     runpy.run_path(str(file))
 
 
+@pytest.mark.slow
 def test_the_suites_of_extending_pass(tmp_path):
     file = tmp_path / "test_page.py"
     file.write_text(program("docs/extending.md"), encoding="utf-8")

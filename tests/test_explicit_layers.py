@@ -195,6 +195,7 @@ def test_masks_are_drawn_once_per_step(monkeypatch):
     assert evals[1] > evals[0]
 
 
+@pytest.mark.slow
 def test_the_mean_penalty_is_the_norm_of_the_dense_jacobian():
     cell, x = noisy(SMALL).eval(), inputs(3)
     prepared = cell.prepare(x, cell.remember(inputs(4), cell.prepare(inputs(4), None)))

@@ -95,6 +95,7 @@ def test_a_run_that_left_goes_on_to_the_same_bits(tmp_path):
     assert same_bits(trained_weights(again), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -140,6 +141,7 @@ def test_a_checkpoint_that_names_files_elsewhere_is_refused(tmp_path, place):
         checkpoint.load(folder)
 
 
+@pytest.mark.slow
 def test_weights_are_exported_as_one_file(tmp_path, capsys):
     from safetensors import safe_open
 

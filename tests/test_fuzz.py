@@ -92,6 +92,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @campaign
 @given(words=st.lists(st.one_of(NAMES, st.sampled_from(FLAGS.split()), VALUES), max_size=6))
 def test_command_lines(place, words):

@@ -194,6 +194,7 @@ class TestOneMatrix(CellSuite):
 """
 
 
+@pytest.mark.slow
 def test_a_solver_and_a_cell_are_added_with_four_files_each(tmp_path):
     """A file, its line in the folder, a test and a line of the docs: in a copy of the package the suites then pass."""
     package = tmp_path / "src" / "equilibria"

@@ -20,6 +20,11 @@ from equilibria.training.snapshot import weights
 from small_experiment import Killed, corpus, experiment, finished, kill_at, same_bits, without_times
 
 
+def some_slow(*values):
+    """Cases that only ``make check`` runs."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     return finished(tmp_path_factory.mktemp("run") / "whole")
@@ -37,7 +42,7 @@ def killed_after(number: int):
     return on_event
 
 
-@pytest.mark.parametrize("number", [1, 9, 11, 13, 14, 15, 20, 27, 34])
+@pytest.mark.parametrize("number", [1, 14, *some_slow(9, 11, 13, 15, 20, 27, 34)])
 def test_stopped_after_any_line_of_the_log(tmp_path, uninterrupted, number):
     weights, events = uninterrupted
     with pytest.raises(Killed):
@@ -47,6 +52,7 @@ def test_stopped_after_any_line_of_the_log(tmp_path, uninterrupted, number):
     assert without_times(resumed_events) == without_times(events)
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again(tmp_path, uninterrupted):
     weights, events = uninterrupted
     for number in (14, 9, 2, 8, 10):
@@ -78,7 +84,7 @@ def decayed(request, tmp_path_factory):
     return request.param, weights, events
 
 
-@pytest.mark.parametrize("step", [3, 7, 11, 12, 14, 17])
+@pytest.mark.parametrize("step", [11, *some_slow(3, 7, 12, 14, 17)])
 def test_what_the_validations_have_done_is_remembered(tmp_path, decayed, step):
     name, weights, events = decayed
     with pytest.raises(Killed):

@@ -129,6 +129,7 @@ def test_a_step_is_the_textbook_step():
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_penalty_lowers_the_jacobian():
     def penalty_after(weight):
         value = with_stage(with_stage(experiment(), 0, steps=1), 1, steps=40, penalty=weight, penalty_share=1.0)

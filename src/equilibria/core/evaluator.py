@@ -11,6 +11,7 @@ from torch import Tensor
 
 from equilibria.core.autocast import Autocast
 from equilibria.core.maps import Map
+from equilibria.core.products import JVP, Products
 from equilibria.core.state import Layout, State
 from equilibria.core.trees import tensors_in
 
@@ -26,6 +27,7 @@ class Evaluator:
         self.autocast = Autocast(layout.device.type)
         self.evals, self._max_evals = 0, max_evals
         self._divisible: bool | None = None
+        self._products: Products | None = None
 
     @property
     def remaining(self) -> int:
@@ -53,7 +55,7 @@ class Evaluator:
         """Continue with these samples alone."""
         narrowed = self._f.rows(index)
         assert narrowed is not None  # ``divisible`` was asked before
-        self._f = narrowed
+        self._f, self._products = narrowed, None
 
     def rounded(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         """The nearest value that the dtypes of the leaves can hold: the point at which f is really evaluated."""
@@ -79,9 +81,25 @@ class Evaluator:
     def _tensors(self, state: State) -> list[Tensor]:
         return [state] if self._layout.single else tensors_in(state)
 
-    def jvp(self, z: Float[Tensor, "B N"], v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        """J(z)·v, counted as one evaluation."""
+    def jvp(self, z: Float[Tensor, "B N"], v: Float[Tensor, "B N"], *, how: JVP = "auto") -> Float[Tensor, "B N"]:
+        """J(z)·v, counted as one evaluation.
+
+        Args:
+            z: the point.
+            v: the direction.
+            how: "forward" mode, "double" backward, finite "differences", or "auto" for the first that f allows.
+        """
         self.evals += 1
+        if self._products is None:
+            self._products = Products(self._flat, self._forward_jvp, how)
+        return self._products(z, v)
+
+    def _flat(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        with self.autocast.on():
+            value = self._layout.aligned(self._f.eager()(self._layout.unpack(z)))
+        return self._layout.pack(value)
+
+    def _forward_jvp(self, z: Float[Tensor, "B N"], v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         with self.autocast.on():
             product = self._f.jvp(self._layout.unpack(z), self._layout.unpack(v))
         return self._layout.pack(self._layout.aligned(product))

@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch.autograd import forward_ad
 
 from equilibria.core.failure import OnFailure
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, Solver, solve
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
-from equilibria.core.trees import map_tensors
+from equilibria.core.trees import map_tensors, tensors_in
 
 
 @runtime_checkable
@@ -77,7 +78,9 @@ def solve_without_graph(
         stop: in place of the method's.
         keep_history: evaluate all samples to the end and keep the solver's history of them.
     """
-    with torch.no_grad():
+    _check_no_transform()
+    _check_no_tangent(f, z0)
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(mode=False):
         solution = solve(
             f,
             map_tensors(torch.Tensor.detach, z0),
@@ -92,3 +95,25 @@ def solve_without_graph(
     # Autocast caches weights that were cast without a graph; the graph-carrying evaluation must not meet them.
     torch.clear_autocast_cache()
     return solution
+
+
+_UNSUPPORTED = (
+    "The solve of a gradient rule cannot be differentiated in forward mode or transformed by torch.func: the result "
+    "would be wrong. Use gradient=Unroll() inside the transform, or autograd (loss.backward(), torch.autograd.grad)."
+)
+
+
+def _check_no_transform() -> None:
+    """Raise a RuntimeError inside torch.func.grad, vjp, jvp, vmap and what is made of them."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(_UNSUPPORTED)
+
+
+def _check_no_tangent(f: Map, z0: State) -> None:
+    """Raise a RuntimeError if f reads a dual tensor of ``torch.autograd.forward_ad``; it costs one evaluation then."""
+    if forward_ad._current_level < 0:
+        return
+    with torch.no_grad():
+        values = tensors_in(f(map_tensors(lambda leaf: forward_ad.unpack_dual(leaf).primal, z0)))
+    if any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in values):
+        raise RuntimeError(_UNSUPPORTED)

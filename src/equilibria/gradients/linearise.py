@@ -133,7 +133,7 @@ class _Replace(torch.autograd.Function):
         with torch.no_grad(), point.linearised.autocast.off():
             u = ctx.adjoint(dataclasses.replace(point, linearised=point.linearised.for_products()), cotangents[0])
         value = point.layout.pack(point.linearised.value)
-        return *differentiated_once([u], behind=[value]), None, None
+        return *differentiated_once([u], behind=[value, cotangents[0]]), None, None
 
 
 class _Refuse(torch.autograd.Function):
@@ -146,8 +146,9 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         raise RuntimeError(
-            "A gradient found by a solve cannot be differentiated again: the second derivative would be wrong. Use the "
-            "Unroll() or Phantom(…) rule for double backward, or stability.jacobian_penalty for a penalty on J."
+            "A gradient found by a solve cannot be differentiated again: the second derivative would be wrong. Use "
+            "gradient=Unroll() with Stop(rtol=0, max_evals=…, best=False) for derivatives of higher order, or "
+            "stability.jacobian_penalty for a penalty on J."
         )
 
 
@@ -155,8 +156,8 @@ def differentiated_once(tensors: Sequence[Tensor], *, behind: Sequence[Tensor]) 
     """The results of a backward pass, made to refuse a second one.
 
     ``once_differentiable`` does so only where the cotangent requires a gradient, which that of a loss does not.
-    ``behind`` holds what the results depend on: autograd passes over nodes that do not lead to what it is asked for,
-    and this one must lie on the way to all of them.
+    ``behind`` holds what the results depend on, the cotangent included: autograd passes over nodes that do not lead to
+    what it is asked for, and this one must lie on the way to all of them.
     """
     if not torch.is_grad_enabled():
         return tuple(tensors)

@@ -114,7 +114,7 @@ class _Undo(torch.autograd.Function):
         with torch.no_grad():
             found, z_bar, sums = _walk_back(path, z, torch.where(broken, torch.nan, cotangents[0]), constants)
             _check_arrival(torch.where(broken, 0.0, found - z0), torch.where(broken, 0.0, z), path)
-        behind = [t for t in (z0, *constants) if t.requires_grad]
+        behind = [t for t in (cotangents[0], z0, *constants) if t.requires_grad]
         return None, None, *differentiated_once([z_bar, *sums], behind=behind)
 
 

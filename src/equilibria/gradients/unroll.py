@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from equilibria.core.failure import tell
 from equilibria.core.gradient import ForwardSolve, GradientRule
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve
@@ -35,7 +36,9 @@ class Unroll(GradientRule):
     """The gradient of the iterate itself, by ordinary back-propagation through every step: memory grows with depth.
 
     With ``Picard()`` and ``Stop(rtol=0, atol=0, max_evals=L + 1, best=False)`` it is a weight-tied network of depth L.
-    If ``Stop.best`` returns the start itself, that carries no gradient of f: ask for the last iterate.
+    The gradient converges as the residual falls from its first value: from a start near the solution, few steps meet
+    the tolerance and the gradient has hardly begun to converge. That is warned of (see ``Method.on_failure``); a stop
+    without tolerance takes all its steps.
     """
 
     checkpoint: bool = False
@@ -46,5 +49,33 @@ class Unroll(GradientRule):
         if self.checkpoint and torch.is_grad_enabled():
             f = Recomputed(f)
         solution = solve(f, z0, method.solver, method.stop, coupled=method.coupled, keep=method.keep)
+        if torch.is_grad_enabled():
+            _check_steps(solution, method)
         # What is kept for reports must not keep the graph alive.
         return dataclasses.replace(solution, fz=map_tensors(Tensor.detach, solution.fz), history=None)
+
+
+UNCONVERGED = 1e-2
+"""A gradient whose error is about this large, relative to it, is warned of."""
+
+
+def _check_steps(solution: Solution, method: ForwardSolve) -> None:
+    """Say that samples met the tolerance before their gradient had converged.
+
+    Derivatives with respect to the constants of f begin at zero, and lose their error at the rate of the residual: what
+    is left of the first residual is about what is wrong with the gradient.
+    """
+    if not method.stop.has_tolerance or not len(solution.status):
+        return
+    first, last = solution.trace[0].detach(), solution.residual.detach()
+    error = torch.where(solution.steps > 0, last / first.where(first > 0, torch.ones_like(first)), 1.0)
+    early = solution.converged & (error > max(UNCONVERGED, 10 * method.stop.rtol))
+    tell(
+        early,
+        lambda: (
+            f"Unroll(): {int(early.sum())} of {len(early)} samples met the tolerance near their start, and their "
+            f"gradient is wrong by up to {float(error[early].max()):.0%}: start from zeros, take a fixed number of steps with "
+            "Stop(rtol=0, max_evals=…, best=False), or use gradient=Implicit()."
+        ),
+        method.on_failure,
+    )

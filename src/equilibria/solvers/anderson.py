@@ -6,6 +6,7 @@ Letters: B batch, N flattened state, W window.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from jaxtyping import Float, Int
@@ -72,8 +73,8 @@ class Anderson(Solver):
             raise ValueError(f"Anderson(window={self.window}): at least 2 pairs are combined; try 6, or use Picard().")
         if not 0 < self.mixing <= 2:
             raise ValueError(f"Anderson(mixing={self.mixing}): the mixing lies in (0, 2]; try 1.0.")
-        if self.ridge < 0:
-            raise ValueError(f"Anderson(ridge={self.ridge}): a ridge is ≥ 0; try 1e-7.")
+        if not 0 <= self.ridge < math.inf:
+            raise ValueError(f"Anderson(ridge={self.ridge}): a ridge is a finite number ≥ 0; try 1e-7.")
         check_history_dtype("Anderson", self.history_dtype)
 
     def init(self, z: Float[Tensor, "B N"]) -> AndersonHistory:

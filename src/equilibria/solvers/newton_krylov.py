@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.core.checks import check_choices
 from equilibria.core.evaluator import Evaluator
+from equilibria.core.products import JVP, WAYS
 from equilibria.core.progress import row_norm
 from equilibria.core.solve import Iterate, Solver
 from equilibria.solvers.history import combine, inner, ridge_solve, small_dtype
@@ -26,19 +28,22 @@ class NewtonKrylov(Solver):
     are those of ``Map.jvp`` and count as evaluations; the budget is charged ``inner + 1`` per step whether or not all
     are needed, so that no sample's budget depends on its batch. Deviations: (1) each sample stops its own inner
     iteration; (2) Gram–Schmidt is classical and done twice; (3) the small least-squares problem is solved again at
-    every inner iteration instead of by Givens rotations; (4) no restart and no line search. f must allow forward-mode
-    derivatives, which fused attention kernels do not.
+    every inner iteration instead of by Givens rotations; (4) no restart and no line search.
     """
 
     inner: int = 10
     """Largest number of GMRES iterations per Newton step; memory is inner + 1 states."""
     forcing: float = 0.1
     """η in (0, 1): relative accuracy of each linear solve."""
+    jvp: JVP = "auto"
+    """How J·v is computed: "forward" mode, "double" backward, finite "differences", accurate to about √eps, or "auto"
+    for the first of them that f allows."""
     cost: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.inner < 1:
             raise ValueError(f"NewtonKrylov(inner={self.inner}): at least 1 inner iteration is needed; try 10.")
+        check_choices(self, {"jvp": WAYS})
         if not 0 < self.forcing < 1:
             raise ValueError(f"NewtonKrylov(forcing={self.forcing}): the forcing term lies in (0, 1); try 0.1.")
 
@@ -49,12 +54,12 @@ class NewtonKrylov(Solver):
         """z + d."""
         iterations = min(self.inner, f.remaining - 1)
         before = f.evals
-        d = _gmres(f, at, iterations=iterations, forcing=self.forcing)
+        d = _gmres(f, at, iterations=iterations, forcing=self.forcing, how=self.jvp)
         f.forfeit(iterations - (f.evals - before))
         return at.z + d, None
 
 
-def _gmres(f: Evaluator, at: Iterate, *, iterations: int, forcing: float) -> Tensor:
+def _gmres(f: Evaluator, at: Iterate, *, iterations: int, forcing: float, how: JVP) -> Tensor:
     """The d of the Krylov space of I − J(z) and r that makes ‖(I − J)d − r‖ smallest."""
     z, r = at.z, at.r
     size = row_norm(r)
@@ -63,7 +68,7 @@ def _gmres(f: Evaluator, at: Iterate, *, iterations: int, forcing: float) -> Ten
     hessenberg = torch.zeros(len(z), iterations + 1, iterations, dtype=small_dtype(z), device=z.device)
     y = size.new_zeros(len(size), 1)
     for k in range(iterations):
-        w = basis[k] - f.jvp(z, basis[k])
+        w = basis[k] - f.jvp(z, basis[k], how=how)
         w, column = _orthogonalised(w, torch.stack(basis, dim=1))
         length = row_norm(w)
         # A sample whose inner solve is done adds zero columns and zero vectors: its answer stands.

@@ -1,0 +1,133 @@
+"""What a rule cannot differentiate it refuses, on every path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from equilibria import (
+    Anderson,
+    Broyden,
+    ConvergenceWarning,
+    Implicit,
+    Method,
+    Neumann,
+    Phantom,
+    Picard,
+    Reversible,
+    ReversibleGradient,
+    Shine,
+    Stop,
+    Unroll,
+)
+from equilibria.core.maps import as_map
+
+TIGHT = Stop(rtol=1e-12, max_evals=61)
+EXACT_ONCE = [
+    Method(Anderson(), TIGHT, Implicit(Anderson(), TIGHT)),
+    Method(Anderson(), TIGHT, Neumann(40)),
+    Method(Broyden(), TIGHT, Shine()),
+    Method(Reversible(0.5), TIGHT, ReversibleGradient(), on_failure="ignore"),
+]
+WITHOUT_FORWARD_MODE = [*EXACT_ONCE, Method(Anderson(), TIGHT, Phantom(3))]
+
+
+def name(method):
+    return type(method.gradient).__name__
+
+
+def energy(method, x, readout, weight):
+    z = method.run(as_map(lambda z: torch.tanh(z @ weight + x)), torch.zeros_like(x)).z
+    return (z @ readout).sum()
+
+
+@pytest.fixture
+def parts():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return draw(2, 4).requires_grad_(), draw(4).requires_grad_(), (0.3 * draw(4, 4)).requires_grad_()
+
+
+@pytest.mark.parametrize("method", EXACT_ONCE, ids=name)
+def test_a_loss_on_forces_is_refused_whatever_it_is_differentiated_by(method, parts):
+    x, readout, weight = parts
+    for inputs in ([readout], [weight], [x], None):
+        e = energy(method, x, readout, weight)
+        (force,) = torch.autograd.grad(e, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            (e + force.square().sum()).backward(inputs=inputs)
+
+
+@pytest.mark.parametrize("method", EXACT_ONCE, ids=name)
+def test_the_functional_jvp_is_refused_and_not_zero(method, parts):
+    x, readout, weight = parts
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.functional.jvp(lambda x: energy(method, x, readout, weight), x.detach(), torch.ones_like(x))
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones(()).double()),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("method", WITHOUT_FORWARD_MODE, ids=name)
+def test_transforms_of_torch_func_are_refused(method, transform, grad, parts):
+    x, readout, weight = parts
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"transformed by torch\.func"):
+        TRANSFORMS[transform](lambda x: energy(method, x, readout, weight), x.detach())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("method", WITHOUT_FORWARD_MODE, ids=name)
+def test_forward_mode_is_refused(method, grad, parts):
+    x, readout, weight = parts
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="differentiated in forward mode"):
+            energy(method, forward_ad.make_dual(x.detach(), torch.ones_like(x)), readout, weight)
+        energy(method, x, readout, weight)  # nothing is dual here
+
+
+def test_unrolling_allows_forward_mode(parts):
+    x, readout, weight = parts
+    method = Method(Picard(), Stop(rtol=0, max_evals=60, best=False), Unroll())
+
+    def f(x):
+        return energy(method, x, readout, weight)
+
+    v = torch.ones_like(x)
+    value, slope = torch.func.jvp(f, (x.detach(),), (v,))
+    (gradient,) = torch.autograd.grad(f(x), x)
+    torch.testing.assert_close(slope, (gradient * v).sum())
+    torch.testing.assert_close(value, f(x))
+    with forward_ad.dual_level():
+        out = forward_ad.unpack_dual(f(forward_ad.make_dual(x, v)))
+        torch.testing.assert_close(out.tangent, slope)
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("distance", [0.0, 1e-4])
+def test_unrolling_from_the_solution_is_warned_of(solver, distance):
+    """The exact slope is 0.5·2 = 1; from a start near the solution it is anything between 0 and that."""
+    x = torch.tensor([[1.0]], dtype=torch.float64, requires_grad=True)
+    method = Method(solver, Stop(rtol=1e-3), Unroll())
+
+    def f(z):
+        return 0.5 * z + 0.5 * x
+
+    with pytest.warns(ConvergenceWarning, match=r"Unroll\(\): 1 of 1 samples met the tolerance near their start"):
+        z = method.run(as_map(f), x.detach() + distance).z
+    slope = torch.autograd.grad(z.sum(), x)[0] if z.requires_grad else torch.zeros(())
+    assert float((slope - 1).abs()) > 0.01
+    fixed = Method(Picard(), Stop(rtol=0, max_evals=40, best=False), Unroll()).run(as_map(f), x.detach() + distance).z
+    torch.testing.assert_close(torch.autograd.grad(fixed.sum(), x)[0], torch.ones_like(x))
