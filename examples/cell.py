@@ -10,7 +10,7 @@ pytest examples/cell.py    the laws that every cell must keep
 import torch
 from torch import nn
 
-from equilibria import Cell, Equilibrium, Prepared
+from equilibria import Broyden, Cell, Equilibrium, Prepared, Stop
 
 
 class SetCell(Cell):
@@ -41,7 +41,7 @@ def wanted(x):
 def main(steps: int = 250) -> float:
     """Trains; returns the share of right answers on fresh data."""
     torch.manual_seed(0)
-    layer = Equilibrium(SetCell(32))
+    layer = Equilibrium(SetCell(32), Broyden(), Stop(max_evals=100))
     head = nn.Linear(32, 1)
     optimiser = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=2e-3)
     for step in range(steps):

@@ -179,17 +179,18 @@ def test_stages_follow_each_other():
 def test_a_model_solves_by_itself_as_in_the_last_stage():
     value = with_stage(experiment(), 1, eval_stop=Stop(max_evals=40))
     layer = value.build(corpus()).layer
-    assert (layer.method, layer.eval_stop) == (value.stages[1].method, Stop(max_evals=40))
+    assert (layer.method, layer.eval_stop) == (value.stages[1].training_method, Stop(max_evals=40))
 
 
 def test_a_stage_says_everything_about_the_solve():
     value = with_stage(experiment(), 0, eval_stop=Stop(max_evals=40))
     stage = value.stage_named("shallow")
     layer = value.build(corpus(), stage).layer
-    assert (layer.method, layer.eval_stop) == (stage.method, Stop(max_evals=40))
+    assert (layer.method, layer.eval_stop) == (stage.training_method, Stop(max_evals=40))
     assert layer.evaluation_method == stage.evaluation_method
-    assert stage.evaluation_method == dataclasses.replace(stage.method, stop=Stop(max_evals=40))
-    assert value.stages[1].evaluation_method == value.stages[1].method
+    assert stage.evaluation_method == dataclasses.replace(stage.training_method, stop=Stop(max_evals=40))
+    assert value.stages[1].evaluation_method == value.stages[1].training_method
+    assert stage.training_method == dataclasses.replace(stage.method, on_failure="ignore")
     with pytest.raises(ValueError, match="no stage 'implict' in 'small'; did you mean implicit"):
         value.stage_named("implict")
 

@@ -12,6 +12,9 @@ from equilibria.cells import ChainConfig, TransformerConfig
 from equilibria.layers import dropout
 from equilibria.stability import jacobian_penalty
 
+# Small models with random weights are solved here, and whether their solves converge is not the subject.
+pytestmark = pytest.mark.filterwarnings("ignore::equilibria.ConvergenceWarning")
+
 B, T = 2, 6
 SMALL = TransformerConfig(width=12, heads=3, inner=20, memory=16)
 XL = dataclasses.replace(

@@ -19,6 +19,9 @@ from equilibria.language import (
     SoftmaxHead,
 )
 
+# Small models with random weights are solved here, and whether their solves converge is not the subject.
+pytestmark = pytest.mark.filterwarnings("ignore::equilibria.ConvergenceWarning")
+
 V, B, T, SKIP = 13, 3, 8, 3
 CELL = TrellisConfig(width=6, hidden=7, outputs=6, std=0.3)
 DEEP = LanguageConfig(

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import equilibria
 
 ROOT = Path(equilibria.__file__).parent

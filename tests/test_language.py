@@ -22,6 +22,9 @@ from equilibria.language import (
     SoftmaxHead,
 )
 
+# Small models with random weights are solved here, and whether their solves converge is not the subject.
+pytestmark = pytest.mark.filterwarnings("ignore::equilibria.ConvergenceWarning")
+
 CELL = TransformerConfig(width=16, heads=2, inner=24, memory=8)
 CONFIG = LanguageConfig(cell=CELL)
 METHOD = Method(Anderson(), Stop(max_evals=12), Implicit())

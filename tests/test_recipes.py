@@ -81,8 +81,8 @@ PAPER = {
 }
 V2 = PAPER | {
     "pre-training": (32_000, 2),
-    "forward": ("Anderson", 30, 1e-3, 1e-6),
-    "backward": ("Broyden", 35, 1e-3, 1e-6),
+    "forward": ("Anderson", 30, 1e-3, 0),
+    "backward": ("Broyden", 35, 1e-3, 0),
     "evaluation": (150, 16),
 }
 TABLE = {
@@ -104,8 +104,8 @@ TABLE = {
     | {
         "dropouts": (0.06, 0.01),
         "segment, memory": (150, 300),
-        "forward": ("Anderson", 12, 1e-3, 1e-6),
-        "backward": ("Broyden", 13, 1e-3, 1e-6),
+        "forward": ("Anderson", 12, 1e-3, 0),
+        "backward": ("Broyden", 13, 1e-3, 0),
         "penalty": (1.9, 0.35, 35_000, 2),
     },
     "wikitext103-v2-jacobian-preln": V2
@@ -113,8 +113,8 @@ TABLE = {
         "norm": ("pre-normalised", False, False),
         "dropouts": (0.06, 0.01),
         "segment, memory": (150, 300),
-        "forward": ("Anderson", 14, 1e-3, 1e-6),
-        "backward": ("Broyden", 14, 1e-3, 1e-6),
+        "forward": ("Anderson", 14, 1e-3, 0),
+        "backward": ("Broyden", 14, 1e-3, 0),
         "penalty": (2.0, 0.4, 30_000, 2),
     },
     "wikitext103-unrolled": PAPER

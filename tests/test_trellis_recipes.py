@@ -46,8 +46,8 @@ WORDS = {
     "steps per epoch, epochs": (529, 500),
     "clip": 0.225,
     "shallow": (12, 39_675),
-    "forward": ("Picard", 50, 1e-3, 1e-6),
-    "backward": ("Anderson", 60, 1e-3, 1e-6),
+    "forward": ("Picard", 50, 1e-3, 0),
+    "backward": ("Anderson", 60, 1e-3, 0),
 }
 NO_SOLVE = {"shallow": None, "forward": None, "backward": None}
 CHARACTERS = WORDS | {

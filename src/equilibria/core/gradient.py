@@ -105,7 +105,7 @@ _UNSUPPORTED = (
 
 def _check_no_transform() -> None:
     """Raise a RuntimeError inside torch.func.grad, vjp, jvp, vmap and what is made of them."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         raise RuntimeError(_UNSUPPORTED)
 
 

@@ -16,7 +16,7 @@ JVP = Literal["auto", "forward", "double", "differences"]
 """How J·v is computed; "auto" takes the first way that f allows, in this order."""
 WAYS = ("auto", "forward", "double", "differences")
 
-Rows = Float[Tensor, "B N"]
+_Rows = Float[Tensor, "B N"]
 
 
 class Products:
@@ -28,14 +28,14 @@ class Products:
         how: the way; "auto" remembers the first one that works.
     """
 
-    def __init__(self, f: Callable[[Rows], Rows], forward: Callable[[Rows, Rows], Rows], how: JVP) -> None:
+    def __init__(self, f: Callable[[_Rows], _Rows], forward: Callable[[_Rows, _Rows], _Rows], how: JVP) -> None:
         self._f, self._forward = f, forward
         self._ways = list(WAYS[1:]) if how == "auto" else [how]
-        self._z: Rows | None = None
+        self._z: _Rows | None = None
         self._pullback: tuple[Tensor, Tensor] | None = None
-        self._fz: Rows | None = None
+        self._fz: _Rows | None = None
 
-    def __call__(self, z: Rows, v: Rows) -> Rows:
+    def __call__(self, z: _Rows, v: _Rows) -> _Rows:
         """J(z)·v."""
         if self._z is not z:
             self._z, self._pullback, self._fz = z, None, None
@@ -49,7 +49,7 @@ class Products:
                     raise
                 del self._ways[0]
 
-    def _double(self, z: Rows, v: Rows) -> Rows:
+    def _double(self, z: _Rows, v: _Rows) -> _Rows:
         """J·v as the derivative of u ↦ Jᵀu, which is linear: no operation of f needs a forward-mode derivative."""
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -67,7 +67,7 @@ class Products:
             )
         return found
 
-    def _differences(self, z: Rows, v: Rows) -> Rows:
+    def _differences(self, z: _Rows, v: _Rows) -> _Rows:
         """(f(z + h·v) − f(z)) / h with the h that balances rounding and curvature; accurate to about √eps."""
         if self._fz is None:
             self._fz = self._f(z)

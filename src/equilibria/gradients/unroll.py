@@ -74,8 +74,8 @@ def _check_steps(solution: Solution, method: ForwardSolve) -> None:
         early,
         lambda: (
             f"Unroll(): {int(early.sum())} of {len(early)} samples met the tolerance near their start, and their "
-            f"gradient is wrong by up to {float(error[early].max()):.0%}: start from zeros, take a fixed number of steps with "
-            "Stop(rtol=0, max_evals=…, best=False), or use gradient=Implicit()."
+            f"gradient is wrong by up to {float(error[early].max()):.0%}: start from zeros, take a fixed number of "
+            "steps with Stop(rtol=0, max_evals=…, best=False), or use gradient=Implicit()."
         ),
         method.on_failure,
     )

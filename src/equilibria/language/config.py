@@ -178,8 +178,7 @@ class LanguageConfig:
                 "LanguageConfig(cell=TransformerConfig(injection=False), explicit=None): the equilibrium of a cell "
                 "into which nothing is injected does not depend on the text; give injection=True, or Explicit(…)."
             )
-        method = method or Method()
-        return Equilibrium(self.cell.build(), method.solver, method.stop, method.gradient, eval_stop)
+        return Equilibrium(self.cell.build(), **vars(method or Method()), eval_stop=eval_stop)
 
 
 def outputs_of(cell: Any) -> int:

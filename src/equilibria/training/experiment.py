@@ -71,11 +71,15 @@ class Stage:
                 )
 
     @property
+    def training_method(self) -> Method | None:
+        """How the stage is solved in training; failures are counted and recorded, so no solve warns of them."""
+        return self.method and dataclasses.replace(self.method, on_failure="ignore")
+
+    @property
     def evaluation_method(self) -> Method | None:
         """How the equilibrium is found in evaluation."""
-        if self.method is None or self.eval_stop is None:
-            return self.method
-        return dataclasses.replace(self.method, stop=self.eval_stop)
+        method = self.training_method
+        return method if method is None or self.eval_stop is None else dataclasses.replace(method, stop=self.eval_stop)
 
     def drawn_method(self, method: Method | None) -> Method | None:
         """``method`` with a budget drawn for this step, max_evals − U{0, …, budget_jitter}.
@@ -181,5 +185,4 @@ class Experiment:
         Its own way to solve is that of ``stage``, by default the last one; a training passes that of each step.
         """
         stage = stage or self.stages[-1]
-        method = stage.method and dataclasses.replace(stage.method, on_failure="ignore")  # failures are counted
-        return self.model.build(len(corpus.vocabulary), method=method, eval_stop=stage.eval_stop)
+        return self.model.build(len(corpus.vocabulary), method=stage.training_method, eval_stop=stage.eval_stop)

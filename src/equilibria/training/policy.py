@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from equilibria.core.solve import Solution
@@ -31,17 +29,14 @@ class ConvergencePolicy:
 
     def method(self, stage: Stage) -> Method | None:
         """How the stage is solved in training, with the raised budget, forward and backward."""
-        return self._raised(stage.method)
+        return self._raised(stage.training_method)
 
     def evaluation_method(self, stage: Stage) -> Method | None:
         """How the stage is solved in evaluation, with the raised budget."""
         return self._raised(stage.evaluation_method)
 
     def _raised(self, method: Method | None) -> Method | None:
-        if method is None:
-            return None
-        method = dataclasses.replace(method, on_failure="ignore")  # failures are counted and recorded
-        return method if self.factor == 1 else method.with_budget(self.factor)
+        return method if method is None or self.factor == 1 else method.with_budget(self.factor)
 
     def share_of_failures(self, solutions: tuple[Solution, ...], stage: Stage) -> float | None:
         """Share of the samples of all ranks whose solve, forward or backward, failed; None if no policy reads it."""
