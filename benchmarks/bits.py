@@ -318,7 +318,7 @@ def solvers() -> Recorded:
         Unroll,
     )
 
-    stop = Stop(rtol=1e-3, max_evals=20)
+    stop = Stop(rtol=1e-3, atol=1e-6, max_evals=20)
     implicit = Implicit(Anderson(), stop)
     kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "Broyden": (broyden(20), Implicit(broyden(20), stop), {}),
@@ -335,7 +335,7 @@ def solvers() -> Recorded:
         "Shine": (broyden(20), Shine(), {}),
         "Unroll": (Anderson(), Unroll(), {}),
         "Unroll, recomputed": (Picard(), Unroll(checkpoint=True), {}),
-        "Reversible": (Reversible(0.5), ReversibleGradient(), {"stop": Stop(rtol=1e-3, max_evals=13)}),
+        "Reversible": (Reversible(0.5), ReversibleGradient(), {"stop": Stop(rtol=1e-3, atol=1e-6, max_evals=13)}),
         "no tolerance": (Anderson(), implicit, {"stop": Stop(rtol=0, atol=0, max_evals=9, best=False)}),
     }
     every: Recorded = []
