@@ -1,6 +1,6 @@
 # make demo    train a deep equilibrium model on real text, in about four minutes
-# make test    style, types, layers and the tests that take less than ten seconds each
-# make check   all tests, with several processes, compilation and campaigns: about four times as long
+# make test    style, types, layers and all tests that are not marked slow
+# make check   the slow tests too: several processes, compilation, campaigns
 # make docs    the documentation as a site that needs no server and no network: site/index.html
 # make install the virtual environment alone
 

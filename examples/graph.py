@@ -42,7 +42,7 @@ class Listen(nn.Module):
 def chains(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs [B, N, 2], adjacency matrices [B, N, N], labels [B, N], and edges from each node to the marked end [B, N].
 
-    The adjacency is normalised by the roots of both degrees, which keeps its eigenvalues in [−1, 1].
+    Each entry of the adjacency is divided by the square roots of its two degrees: all eigenvalues lie in [−1, 1].
     """
     distance = torch.rand(batch, NODES).argsort(dim=1)
     edges = ((distance[:, :, None] - distance[:, None, :]).abs() == 1).float()

@@ -99,3 +99,13 @@ def test_independence_is_checked():
         assert not found.independent
         assert (found.leak > 1e-4).all()
     assert check_independence(lambda z: torch.tanh(z), torch.ones(1, 3)).independent
+
+
+def test_what_is_not_finite_is_neither_exact_nor_independent():
+    z = torch.ones(3, 4, dtype=torch.float64)
+    poisoned = torch.tensor([[1.0], [torch.nan], [1.0]], dtype=torch.float64)
+    found = error_estimate(lambda z: 0.5 * z * poisoned, z)
+    assert found[1].isnan()
+    torch.testing.assert_close(found[[0, 2]], torch.ones(2, dtype=torch.float64))
+    assert error_estimate(lambda z: 0.5 * z + 1, torch.zeros_like(z)).isinf().all()
+    assert not check_independence(lambda z: z * torch.nan, z).independent

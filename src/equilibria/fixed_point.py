@@ -34,7 +34,7 @@ class Method:
     """What happens when a solve, forward or backward, does not converge: "warn", "raise" or "ignore". A stop without
     tolerance never fails."""
     keep: tuple[int, ...] = ()
-    """Numbers of steps after which the state is kept in ``Solution.iterates``, for losses along the way."""
+    """After each of these numbers of steps the solve keeps its state, in ``Solution.iterates``."""
 
     def __post_init__(self) -> None:
         check_kind("solver", self.solver, Solver, "Anderson()")
@@ -87,7 +87,7 @@ def fixed_point(
         gradient: how the gradient gets through the solve.
         coupled: f mixes the samples, so that the whole state is one problem; its leaves may have any shape.
         on_failure: "warn", "raise" or "ignore" when a solve, forward or backward, does not converge.
-        keep: numbers of steps after which the state is kept in ``Solution.iterates``.
+        keep: after each of these numbers of steps the solve keeps its state, in ``Solution.iterates``.
 
     Warns:
         ConvergenceWarning: a solve did not converge, or samples are coupled without ``coupled=True``.

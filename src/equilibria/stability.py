@@ -14,11 +14,11 @@ from torch import Tensor
 
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
-from equilibria.core.maps import Map, as_map
-from equilibria.core.progress import row_norm
+from equilibria.core.maps import AffineMap, Map, as_map
+from equilibria.core.progress import relative, row_norm
 from equilibria.core.solve import Solver, solve
 from equilibria.core.state import Layout, State
-from equilibria.core.stop import Stop
+from equilibria.core.stop import Status, Stop
 from equilibria.core.trees import map_pairs, map_tensors, tensors_in
 from equilibria.fixed_point import Method
 from equilibria.solvers.history import ridge_solve, small_dtype
@@ -140,6 +140,9 @@ def error_estimate(
         z: the point, usually what a solve gave back.
         products: J·v at most; the estimate is too small if they do not suffice.
         coupled: f mixes the samples; there is one number for all of them.
+
+    Returns:
+        One number per sample: infinite where z is 0 and z* is not, NaN where f(z) or a product is not finite.
     """
     if products < 1:
         raise ValueError(f"error_estimate(products={products}): at least one product J·v is needed; try 20.")
@@ -149,25 +152,11 @@ def error_estimate(
         evaluate = Evaluator(f, layout, 2 + products)
         flat = layout.pack(z)
         r = evaluate(flat) - flat
-        system = _Linear(lambda v: evaluate.jvp(flat, v), r)
+        system = AffineMap(lambda v: evaluate.jvp(flat, v), r)
         stop = Stop(rtol=1e-3, max_evals=2 + products, best=False)
         solved = solve(system, torch.zeros_like(r), NewtonKrylov(inner=products, forcing=1e-3), stop)
-        size = row_norm(flat)
-        return row_norm(solved.z) / torch.where(size > 0, size, 1.0)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Linear(Map):
-    """e ↦ J·e + r, whose fixed point is the step to the solution."""
-
-    product: Callable[[Tensor], Tensor]
-    r: Tensor
-
-    def __call__(self, z: State) -> State:
-        return self.product(z) + self.r
-
-    def jvp(self, z: State, v: State) -> State:
-        return self.product(v)
+        found = relative(row_norm(solved.z), row_norm(flat))
+        return torch.where(solved.status == Status.NONFINITE, torch.nan, found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +168,8 @@ class IndependenceCheck:
 
     @property
     def independent(self) -> bool:
-        """True if nothing but rounding falls on other samples."""
-        return not bool((self.leak > 100 * torch.finfo(self.leak.dtype).eps).any())
+        """True if nothing but rounding falls on other samples; False also where a product is NaN."""
+        return bool((self.leak <= 100 * torch.finfo(self.leak.dtype).eps).all())
 
 
 def check_independence(
@@ -208,9 +197,8 @@ def check_independence(
                 chosen = ((number >> digit) & 1) == half
                 u = torch.randn(flat.shape, dtype=flat.dtype, device=flat.device, generator=generator)
                 product = layout.pack(point.vjp(layout.unpack(u * chosen[:, None])))
-                size = row_norm(product[None].flatten(1))
-                found = torch.where(chosen, 0.0, row_norm(product)) / torch.where(size > 0, size, 1.0)
-                leak = torch.maximum(leak, found)
+                outside = torch.where(chosen, 0.0, row_norm(product))
+                leak = torch.maximum(leak, relative(outside, torch.linalg.vector_norm(product)))
     return IndependenceCheck(leak=leak)
 
 

@@ -131,3 +131,12 @@ def test_unrolling_from_the_solution_is_warned_of(solver, distance):
     assert float((slope - 1).abs()) > 0.01
     fixed = Method(Picard(), Stop(rtol=0, max_evals=40, best=False), Unroll()).run(as_map(f), x.detach() + distance).z
     torch.testing.assert_close(torch.autograd.grad(fixed.sum(), x)[0], torch.ones_like(x))
+
+
+def test_unrolling_from_the_solution_is_warned_of_in_forward_mode():
+    x = torch.ones(1, 1, dtype=torch.float64)
+    method = Method(Picard(), Stop(rtol=1e-3), Unroll())
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.warns(ConvergenceWarning, match="met the tolerance near their start"):
+            method.run(as_map(lambda z: 0.5 * z + 0.5 * dual), x + 1e-4)

@@ -27,7 +27,7 @@ class Evaluator:
         self.autocast = Autocast(layout.device.type)
         self.evals, self._max_evals = 0, max_evals
         self._divisible: bool | None = None
-        self._products: Products | None = None
+        self._products: dict[JVP, Products] = {}
 
     @property
     def remaining(self) -> int:
@@ -55,7 +55,7 @@ class Evaluator:
         """Continue with these samples alone."""
         narrowed = self._f.rows(index)
         assert narrowed is not None  # ``divisible`` was asked before
-        self._f, self._products = narrowed, None
+        self._f, self._products = narrowed, {}
 
     def rounded(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         """The nearest value that the dtypes of the leaves can hold: the point at which f is really evaluated."""
@@ -90,9 +90,9 @@ class Evaluator:
             how: "forward" mode, "double" backward, finite "differences", or "auto" for the first that f allows.
         """
         self.evals += 1
-        if self._products is None:
-            self._products = Products(self._flat, self._forward_jvp, how)
-        return self._products(z, v)
+        if how not in self._products:
+            self._products[how] = Products(self._flat, self._forward_jvp, how)
+        return self._products[how](z, v)
 
     def _flat(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         with self.autocast.on():

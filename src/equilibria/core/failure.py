@@ -29,11 +29,11 @@ WAYS = ("warn", "raise", "ignore")
 
 
 class ConvergenceWarning(UserWarning):
-    """A solve, forward or backward, did not do what its result promises; the message says what to try."""
+    """A solve, forward or backward, failed, so that its result is not to be trusted; the message says what to try."""
 
 
 class ConvergenceError(EquilibriaError, RuntimeError):
-    """The same as an error, where ``on_failure="raise"`` asks for it."""
+    """What ``ConvergenceWarning`` says, raised as an error because ``on_failure="raise"`` asks for it."""
 
 
 def report(solution: Solution, stop: Stop, on_failure: OnFailure, *, of: str) -> None:
@@ -45,15 +45,21 @@ def report(solution: Solution, stop: Stop, on_failure: OnFailure, *, of: str) ->
         on_failure: warn, raise or ignore.
         of: which solve, for the message.
     """
-    if stop.has_tolerance and solution.status.numel():
+    if is_heard(stop, on_failure):
         tell(~solution.converged, lambda: f"{of}: {solution}", on_failure)
 
 
+def is_heard(stop: Stop, on_failure: OnFailure) -> bool:
+    """True if a failure of a solve with this stop is told; without a tolerance a solve cannot fail."""
+    return stop.has_tolerance and on_failure != "ignore"
+
+
 def tell(flags: Bool[Tensor, " B"], message: Callable[[], str], on_failure: OnFailure) -> None:
-    """Warn or raise with ``message()`` if one of ``flags`` is set; late on a GPU, where only ``raise`` waits."""
+    """Warn or raise with ``message()`` if one of ``flags`` is set; late on a GPU, where only ``raise`` waits.
+
+    Ask ``is_heard`` first, which spares the work that the flags take.
+    """
     settle()
-    if on_failure == "ignore":
-        return
     if flags.is_cuda and on_failure == "warn":
         host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flags.any(), non_blocking=True)
         event = torch.cuda.Event()
@@ -112,8 +118,6 @@ def check_repeats(
         coupled: the samples are said to be one problem.
         of: which solve, for the message.
     """
-    if on_failure == "ignore" or not stop.has_tolerance:
-        return
     differs = change > 0.1 * stop.rtol + 30 * eps
 
     def message() -> str:

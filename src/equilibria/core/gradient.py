@@ -43,7 +43,7 @@ class ForwardSolve(Protocol):
 
     @property
     def keep(self) -> tuple[int, ...]:
-        """Numbers of steps after which the state is kept in ``Solution.iterates``."""
+        """After each of these numbers of steps the solve keeps its state, in ``Solution.iterates``."""
         ...
 
 
@@ -99,7 +99,8 @@ def solve_without_graph(
 
 _UNSUPPORTED = (
     "The solve of a gradient rule cannot be differentiated in forward mode or transformed by torch.func: the result "
-    "would be wrong. Use gradient=Unroll() inside the transform, or autograd (loss.backward(), torch.autograd.grad)."
+    "would be wrong. Use gradient=Unroll() inside torch.func.grad, vjp and jvp (inside vmap no solve is possible), or "
+    "autograd (loss.backward(), torch.autograd.grad)."
 )
 
 

@@ -154,7 +154,7 @@ class Arrival:
 
 
 class _Begin(torch.autograd.Function):
-    """The leaves of z as the beginning of a graph; their gradient is computed for VJPs, and flows no further."""
+    """The leaves of z, as the place where the graph of f(z) begins: a backward pass ends here and tells ``Arrival``."""
 
     @staticmethod
     def forward(ctx: Any, arrival: Arrival, anchor: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ from equilibria.core.trees import take_rows
 WORTH = 0.75
 """The batch is compacted when at most this fraction of it is still active."""
 ROUNDING = 10
-"""A residual of this many eps of the first one counts as converged."""
+"""A sample has converged, too, when its residual is at most this many eps times its first residual."""
 
 
 def row_norm(x: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
@@ -93,15 +93,15 @@ class Progress:
 
     def _record(self, z: Tensor, fz: Tensor, residual: Tensor, size: Tensor, tolerance: Tensor) -> Tensor:
         active, stop = self._active, self._stop
-        relative = relative_residual(residual, size)
+        ratio = relative(residual, size)
         finite = _all(torch.isfinite(residual) & torch.isfinite(size))
         met = active & finite & _all(residual <= tolerance) & stop.has_tolerance
         first = torch.isinf(self._residual)
-        improved = active & finite & ((relative < self._residual) | met | first | (not stop.best))
+        improved = active & finite & ((ratio < self._residual) | met | first | (not stop.best))
         self._status = torch.where(met, int(Status.CONVERGED), self._status)
         self._status = torch.where(active & ~finite, int(Status.NONFINITE), self._status)
-        self._residual = torch.where(improved, relative, self._residual)
-        self._trace.append((self._samples, torch.where(active, relative, self._residual)))
+        self._residual = torch.where(improved, ratio, self._residual)
+        self._trace.append((self._samples, torch.where(active, ratio, self._residual)))
         stale = (active & ~improved) | (self._status == Status.NONFINITE)
         self._active = active & finite & ~met
         any_stale, self._count = self._flags.read(torch.stack([stale.any().long(), self._active.sum()]))
@@ -170,9 +170,9 @@ class Progress:
         )
 
 
-def relative_residual(residual: Tensor, size: Tensor) -> Float[Tensor, " R"]:
-    """‖r‖ / ‖f(z)‖ of each row, or the largest of its leaves."""
-    return _largest(torch.where(residual == 0, 0.0, residual / size))
+def relative(norm: Tensor, size: Tensor) -> Float[Tensor, " R"]:
+    """norm / size of each row, or the largest of its leaves; 0 where the norm is 0, whatever the size."""
+    return _largest(torch.where(norm == 0, 0.0, norm / size))
 
 
 def _largest(x: Tensor) -> Float[Tensor, " R"]:

@@ -50,7 +50,7 @@ class Solution:
     """The solver's last history (Shine reads Broyden's inverse from it). If samples were dropped during the solve, it
     covers only those still active at the end."""
     iterates: tuple[State, ...] = ()
-    """The states after the numbers of steps that ``keep`` names."""
+    """The states that the solve had after the numbers of steps in ``keep``; only ``Unroll`` gives them a gradient."""
     adjoint: list[Solution] = dataclasses.field(default_factory=list)
     """Each backward pass appends the solution of its own solve, also to copies that ``dataclasses.replace`` makes."""
 

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.core.failure import OnFailure, check_repeats
+from equilibria.core.failure import OnFailure, check_repeats, is_heard
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import AffineMap, Linearised, Map
-from equilibria.core.progress import relative_residual, row_norm
+from equilibria.core.progress import relative, row_norm
 from equilibria.core.solve import Solution, Solver, solve
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
@@ -45,8 +45,9 @@ def attached(f: Map, solution: Solution, adjoint: Adjoint, method: ForwardSolve)
     layout = Layout.of(solution.z, coupled=method.coupled)
     point = Point(f.linearise(solution.z), layout)
     fz = point.linearised.value
-    with torch.no_grad():
-        check_again(method, change(layout.pack(fz), recorded(solution, layout), method.stop, layout), fz)
+    if is_heard(method.stop, method.on_failure):
+        with torch.no_grad():
+            check_again(method, change(layout.pack(fz), recorded(solution, layout), method.stop, layout), fz)
     # The same bits as the f(z*) without graph, whose memory is released.
     out = dataclasses.replace(solution, z=fz, fz=map_tensors(Tensor.detach, fz), evals=solution.evals + 1)
     if point.linearised.constant:  # all is frozen: no graph is kept, no adjoint solved
@@ -72,9 +73,8 @@ def change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: La
     Both are needed: the value that is recorded of a sample is from the last evaluation, its residual from the one at
     which it was done.
     """
-    difference = row_norm(again - solved.fz)
-    value = torch.where(difference == 0, 0.0, difference / row_norm(solved.fz))
-    residual = relative_residual(stop.norms(again - solved.z, layout), stop.norms(again, layout))
+    value = relative(row_norm(again - solved.fz), row_norm(solved.fz))
+    residual = relative(stop.norms(again - solved.z, layout), stop.norms(again, layout))
     return torch.maximum(value, (residual - solved.residual).abs())
 
 
@@ -82,7 +82,7 @@ def check_arrival(
     point: Point, g: Float[Tensor, "B N"], solved: Solution, stop: Stop, on_failure: OnFailure, *, of: str
 ) -> None:
     """Say at the end of the backward pass, where Jᵀu arrives, that Jᵀu + g is not what it was in the solve."""
-    if on_failure == "ignore" or not stop.has_tolerance:
+    if not is_heard(stop, on_failure):
         return
     layout, value, wide = point.layout, point.linearised.value, point.layout.widened()
 

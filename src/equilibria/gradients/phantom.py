@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from equilibria.core.failure import is_heard
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve
@@ -43,6 +44,7 @@ class Phantom(GradientRule):
             return dataclasses.replace(solution, z=solution.fz)
         budget = Stop(rtol=0, atol=0, max_evals=self.steps, best=False)
         tracked = solve(f, solution.z, Picard(self.damping), budget, coupled=method.coupled)
-        check_again(method, (tracked.trace[0].detach() - solution.residual).abs(), solution.z)
+        if is_heard(method.stop, method.on_failure):
+            check_again(method, (tracked.trace[0].detach() - solution.residual).abs(), solution.z)
         z = map_pairs(lambda x, fx: x.lerp(fx, self.damping), tracked.z, tracked.fz)
         return dataclasses.replace(solution, z=z, evals=solution.evals + tracked.evals)

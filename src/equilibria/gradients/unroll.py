@@ -6,9 +6,10 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from equilibria.core.failure import tell
+from equilibria.core.failure import is_heard, tell
 from equilibria.core.gradient import ForwardSolve, GradientRule
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve
@@ -49,7 +50,8 @@ class Unroll(GradientRule):
         if self.checkpoint and torch.is_grad_enabled():
             f = Recomputed(f)
         solution = solve(f, z0, method.solver, method.stop, coupled=method.coupled, keep=method.keep)
-        if torch.is_grad_enabled():
+        derived = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        if derived and is_heard(method.stop, method.on_failure):
             _check_steps(solution, method)
         # What is kept for reports must not keep the graph alive.
         return dataclasses.replace(solution, fz=map_tensors(Tensor.detach, solution.fz), history=None)
@@ -65,8 +67,6 @@ def _check_steps(solution: Solution, method: ForwardSolve) -> None:
     Derivatives with respect to the constants of f begin at zero, and lose their error at the rate of the residual: what
     is left of the first residual is about what is wrong with the gradient.
     """
-    if not method.stop.has_tolerance or not len(solution.status):
-        return
     first, last = solution.trace[0].detach(), solution.residual.detach()
     error = torch.where(solution.steps > 0, last / first.where(first > 0, torch.ones_like(first)), 1.0)
     early = solution.converged & (error > max(UNCONVERGED, 10 * method.stop.rtol))

@@ -30,7 +30,7 @@ class Equilibrium(Layer):
         eval_stop: tolerances and budget in ``eval()`` mode; ``stop`` if None.
         coupled: the cell mixes the samples of the batch, so that the whole state is one problem.
         on_failure: "warn", "raise" or "ignore" when a solve, forward or backward, does not converge.
-        keep: numbers of steps after which the state is kept in ``Solution.iterates``.
+        keep: after each of these numbers of steps the solve keeps its state, in ``Solution.iterates``.
     """
 
     def __init__(

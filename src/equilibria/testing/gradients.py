@@ -51,11 +51,10 @@ class GradientSuite:
         stop: Stop | None = None,
         *,
         on_failure: OnFailure = "ignore",
-        coupled: bool = False,
     ) -> Solution:
         method = self.make()
         stop = method.stop if stop is None else stop
-        return dataclasses.replace(method, stop=stop, on_failure=on_failure, coupled=coupled).run(as_map(f), z0)
+        return dataclasses.replace(method, stop=stop, on_failure=on_failure).run(as_map(f), z0)
 
     def test_equals_a_long_unroll(self) -> None:
         """For a tensor state."""
