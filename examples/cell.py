@@ -41,7 +41,7 @@ def wanted(x):
 def main(steps: int = 250) -> float:
     """Trains; returns the share of right answers on fresh data."""
     torch.manual_seed(0)
-    layer = Equilibrium(SetCell(32), Broyden(), Stop(max_evals=100))
+    layer = Equilibrium(SetCell(32), Broyden(rank=40), Stop(max_evals=400))
     head = nn.Linear(32, 1)
     optimiser = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=2e-3)
     for step in range(steps):
