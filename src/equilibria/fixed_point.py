@@ -107,5 +107,4 @@ def _with_operands(f: Map, operands: tuple[Any, ...]) -> Map:
         return f
     if not isinstance(f, FunctionMap):
         raise TypeError(f"a {type(f).__name__} is a map of the state alone and takes no operands; give a function.")
-    function: Callable[..., State] = f.function
-    return FunctionMap(lambda z: function(z, *operands))
+    return FunctionMap(f.function, operands)

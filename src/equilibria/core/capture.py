@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from equilibria.core.trees import map_tensors, tensors_in
@@ -13,6 +14,7 @@ from equilibria.core.trees import map_tensors, tensors_in
 
 def leaves_below(values: Sequence[Tensor]) -> Iterator[Tensor]:
     """The leaves that can receive a gradient from one of ``values``, in the order in which they are met."""
+    yield from (value for value in values if value.requires_grad and value.is_leaf)
     pending: list[Any] = [value.grad_fn for value in values]
     seen = set()
     while pending:
@@ -51,6 +53,28 @@ class Constants(TorchFunctionMode):
             if tensor.requires_grad:
                 self.found[id(tensor)] = tensor
         return func(*args, **(kwargs or {}))
+
+
+class Unknown(TorchFunctionMode):
+    """Finds the tensors that f reads without having been given them, if a transform or a gradient concerns them.
+
+    Args:
+        given: a tree of those that f is given; what is made while f runs is known as well.
+    """
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+        self._known = {id(tensor): tensor for tensor in tensors_in(given)}
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tensors_in((args, kwargs or {})):
+            concerned = tensor.requires_grad or is_functorch_wrapped_tensor(tensor)
+            if concerned and id(tensor) not in self._known:
+                self.found.append(tensor)
+        value = func(*args, **(kwargs or {}))
+        self._known |= {id(tensor): tensor for tensor in tensors_in(value)}
+        return value
 
 
 class Substitution(TorchFunctionMode):

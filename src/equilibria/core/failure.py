@@ -18,6 +18,7 @@ import jaxtyping
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch._C import _functorch
 
 from equilibria.core.solve import Solution
 from equilibria.core.stop import Stop
@@ -37,7 +38,7 @@ class ConvergenceError(EquilibriaError, RuntimeError):
 
 
 def report(solution: Solution, stop: Stop, on_failure: OnFailure, *, of: str) -> None:
-    """Say that samples of ``solution`` did not converge, if some did not.
+    """Say that samples of ``solution`` did not converge, if some did not; inside vmap nothing can be asked of it.
 
     Args:
         solution: of the solve.
@@ -45,8 +46,14 @@ def report(solution: Solution, stop: Stop, on_failure: OnFailure, *, of: str) ->
         on_failure: warn, raise or ignore.
         of: which solve, for the message.
     """
-    if is_heard(stop, on_failure):
+    if is_heard(stop, on_failure) and not is_batched():
         tell(~solution.converged, lambda: f"{of}: {solution}", on_failure)
+
+
+def is_batched() -> bool:
+    """True inside torch.func.vmap, where no decision can depend on a value."""
+    stack = _functorch.get_interpreter_stack() or []
+    return any(level.key() == _functorch.TransformType.Vmap for level in stack)
 
 
 def is_heard(stop: Stop, on_failure: OnFailure) -> bool:

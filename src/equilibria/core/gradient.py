@@ -67,6 +67,7 @@ def solve_without_graph(
     solver: Solver | None = None,
     stop: Stop | None = None,
     keep_history: bool = False,
+    forward_mode: bool = False,
 ) -> Solution:
     """``solve`` with gradients off: the first half of every rule that does not unroll.
 
@@ -77,9 +78,11 @@ def solve_without_graph(
         solver: in place of the method's.
         stop: in place of the method's.
         keep_history: evaluate all samples to the end and keep the solver's history of them.
+        forward_mode: the rule has its own way for the tangents that f reads; otherwise they are refused.
     """
     _check_no_transform()
-    _check_no_tangent(f, z0)
+    if not forward_mode:
+        _check_no_tangent(f, z0)
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(mode=False):
         solution = solve(
             f,
@@ -98,16 +101,20 @@ def solve_without_graph(
 
 
 _UNSUPPORTED = (
-    "The solve of a gradient rule cannot be differentiated in forward mode or transformed by torch.func: the result "
-    "would be wrong. Use gradient=Unroll() inside torch.func.grad, vjp and jvp (inside vmap no solve is possible), or "
-    "autograd (loss.backward(), torch.autograd.grad)."
+    "This gradient rule cannot be differentiated in forward mode or transformed by torch.func: the result would be "
+    "wrong. Use gradient=Implicit(), or autograd (loss.backward(), torch.autograd.grad)."
 )
 
 
 def _check_no_transform() -> None:
     """Raise a RuntimeError inside torch.func.grad, vjp, jvp, vmap and what is made of them."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    if is_transformed():
         raise RuntimeError(_UNSUPPORTED)
+
+
+def is_transformed() -> bool:
+    """True inside torch.func.grad, vjp, jvp, vmap and what is made of them."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _check_no_tangent(f: Map, z0: State) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,14 @@ class Map(ABC):
 
     def eager(self) -> Map:
         """The map without compilation, which alone shows what it reads and can be differentiated twice."""
+        return self
+
+    def reads(self) -> tuple[Tensor, ...]:
+        """The tensors that f depends on and can be given in another form, for ``torch.func``; here none are known."""
+        return ()
+
+    def given(self, tensors: Sequence[Tensor]) -> Map:
+        """The map that reads these tensors in the place of ``reads()``."""
         return self
 
     def rows(self, index: Int[Tensor, " R"]) -> Map | None:
@@ -107,12 +115,22 @@ class Linearised:
 
 def linearised(f: Callable[[State], State], z: State, *, create_graph: bool = False) -> Linearised:
     """f(z) with graph; see ``Map.linearise``."""
+    at = map_tensors(Tensor.detach, z)
+    return _linearised(f, at, Arrival(), Autocast(tensors_in(z)[0].device.type), create_graph=create_graph)
+
+
+def linearised_through(f: Callable[[State], State], z: State, autocast: Autocast) -> Linearised:
+    """f(z) with graph, as ``linearised`` gives it, but z keeps its own graph and its tangent, and Jᵀu depends on z."""
+    return _linearised(f, z, Arrival(passed_on=True), autocast, create_graph=True)
+
+
+def _linearised(
+    f: Callable[[State], State], z: State, arrival: Arrival, autocast: Autocast, *, create_graph: bool
+) -> Linearised:
     layout = Layout.of(z, coupled=True)  # the structure alone is needed, and any leaf has one
-    autocast = Autocast(layout.device.type)
     with torch.enable_grad(), autocast.on():
         anchor = torch.zeros((), device=layout.device, requires_grad=True)
-        arrival = Arrival()
-        leaves = _Begin.apply(arrival, anchor, *(leaf.detach() for leaf in tensors_in(z)))
+        leaves = _Begin.apply(arrival, anchor, *tensors_in(z))
         edges = tuple(get_gradient_edge(leaf) for leaf in leaves)  # pyright: ignore
         value = layout.cast(layout.aligned(f(with_tensors(z, leaves))))  # pyright: ignore
     return Linearised(
@@ -140,46 +158,68 @@ def _kept_whole() -> contextlib.AbstractContextManager[Any]:
 
 
 class Arrival:
-    """Where the cotangents of z's leaves arrive when a backward pass goes through the whole graph of f(z)."""
+    """Where the cotangents of z's leaves arrive when a backward pass goes through the whole graph of f(z).
 
-    def __init__(self) -> None:
-        self.awaited: Callable[[tuple[Tensor, ...]], None] | None = None
-        """Called once with Jᵀu, leaf by leaf, where u is what f(z) received; then forgotten."""
+    Args:
+        passed_on: z has a graph of its own, and they go on to it.
+    """
 
-    def arrived(self, cotangents: tuple[Tensor, ...]) -> None:
+    def __init__(self, *, passed_on: bool = False) -> None:
+        self.awaited: Callable[[tuple[Tensor | None, ...]], None] | None = None
+        """Called once with Jᵀu, leaf by leaf, where u is what f(z) received; then forgotten. None stands for zeros."""
+        self.passed_on = passed_on
+
+    def arrived(self, cotangents: tuple[Tensor | None, ...]) -> None:
         """Hand the cotangents on to whoever waits for them."""
+        if all(cotangent is None for cotangent in cotangents):  # a backward pass on its way to other tensors
+            return
         awaited, self.awaited = self.awaited, None
         if awaited is not None:
             awaited(cotangents)
 
 
 class _Begin(torch.autograd.Function):
-    """The leaves of z, as the place where the graph of f(z) begins: a backward pass ends here and tells ``Arrival``."""
+    """The leaves of z, as the place where the graph of f(z) begins: a backward pass tells ``Arrival`` and ends here."""
 
     @staticmethod
     def forward(ctx: Any, arrival: Arrival, anchor: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
         ctx.arrival = arrival
+        ctx.set_materialize_grads(False)
         return tuple(leaf.view_as(leaf) for leaf in leaves)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.arrival.arrived(cotangents)
-        return (None,) * (2 + len(cotangents))
+        return (None, None, *(cotangents if ctx.arrival.passed_on else (None,) * len(cotangents)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if tangent is None else tangent.view_as(tangent) for tangent in tangents[2:])
 
 
 @dataclasses.dataclass(frozen=True)
 class FunctionMap(Map):
     """Any callable as a map."""
 
-    function: Callable[[State], State]
+    function: Callable[..., State]
+    operands: tuple[Any, ...] = ()
+    """Further arguments of the function, constant during a solve."""
 
     def __call__(self, z: State) -> State:
-        """function(z)."""
-        return self.function(z)
+        """function(z, *operands)."""
+        return self.function(z, *self.operands)
+
+    def reads(self) -> tuple[Tensor, ...]:
+        """The tensors in the operands."""
+        return tuple(tensors_in(self.operands))
+
+    def given(self, tensors: Sequence[Tensor]) -> FunctionMap:
+        """The map with other operands."""
+        return FunctionMap(self.function, with_tensors(self.operands, tensors))
 
     def jvp(self, z: State, v: State) -> State:
         """J(z)·v by ``torch.func.jvp``."""
-        return torch.func.jvp(self.function, (z,), (v,))[1]
+        return torch.func.jvp(self.__call__, (z,), (v,))[1]
 
 
 def as_map(f: Callable[[State], State]) -> Map:

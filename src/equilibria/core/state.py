@@ -130,6 +130,11 @@ class Layout:
         leaves = tuple(dataclasses.replace(leaf, dtype=self.dtype) for leaf in self.leaves)
         return dataclasses.replace(self, leaves=leaves, exact=True)
 
+    def divisible(self) -> Layout:
+        """The layout of many such states side by side: what was one row, coupled or not, is one sample of a batch."""
+        leaves = tuple(dataclasses.replace(leaf, coupled=False) for leaf in self.leaves)
+        return dataclasses.replace(self, leaves=leaves, coupled=False)
+
     def pack(self, z: State) -> Float[Tensor, "B N"]:
         """The state as rows in ``dtype``; of a single leaf a view where its dtype and memory order allow it."""
         if self.single:

@@ -1,21 +1,38 @@
-"""The exact gradient by the implicit function theorem.
+"""The exact gradient by the implicit function theorem, at every order.
 
-Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u``.
+Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u``; tangents ``w`` of z*, ``h`` of f(z*).
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from equilibria.core.failure import report
-from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
+from equilibria.core.failure import OnFailure, report
+from equilibria.core.gradient import ForwardSolve, GradientRule, is_transformed, solve_without_graph
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, Solver
-from equilibria.core.state import State
+from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
-from equilibria.gradients.linearise import Point, as_state, attached, check_arrival, solve_adjoint
+from equilibria.gradients.functional import solved
+from equilibria.gradients.higher import AdjointMap, RowsMethod, TangentMap, deliver, through
+from equilibria.gradients.linearise import (
+    Edge,
+    OnStates,
+    Orders,
+    Point,
+    as_state,
+    attached,
+    check_arrival,
+    needs_leaves,
+    solve_adjoint,
+    solve_linear,
+    split_dual,
+)
 from equilibria.solvers.anderson import Anderson
 
 
@@ -26,7 +43,11 @@ class Implicit(GradientRule):
     The forward solve keeps no graph; one evaluation f(z*) with graph is all the memory. The adjoint system is solved
     for g/‖g‖ from u = g/‖g‖, so that tolerances are relative to ‖g‖ and neither cost nor accuracy depends on the scale
     of the loss. The error of the gradient is of the order of the two residuals, whether or not the solves converged.
-    Each backward pass appends its solution to ``Solution.adjoint``. Double backward is an error.
+    Each backward pass appends its solution to ``Solution.adjoint``.
+
+    Derivatives of every order exist. Under ``create_graph=True`` u is the fixed point of u ↦ Jᵀu + g, differentiated by
+    this same rule; in forward mode the tangent of z* is the fixed point of w ↦ Jw + h. Each order costs one more solve
+    and no memory that grows with its steps.
     """
 
     solver: Solver = Anderson()
@@ -36,20 +57,71 @@ class Implicit(GradientRule):
 
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution, with f(z*) as its differentiable z."""
-        solution = solve_without_graph(f, z0, method)
-        solved = solution.adjoint  # nothing else of the solution is kept until the backward pass
-
-        def adjoint(point: Point, g: Tensor) -> Tensor:
-            found = solve_adjoint(point, g, self.solver, self.stop)
-            solved.append(as_state(point, found))
-            of = "The adjoint solve of Implicit()"
-            report(found, self.stop, method.on_failure, of=of)
-            check_arrival(point, g, found, self.stop, method.on_failure, of=of)
-            return found.z
-
-        return attached(f, solution, adjoint, method)
+        if is_transformed():
+            return solved(f, z0, method, solver=self.solver, stop=self.stop)
+        return _attached(self, f, solve_without_graph(f, z0, method, forward_mode=True), method)
 
     def with_budget(self, factor: int) -> Implicit:
         """The rule with ``factor`` times the budget of its adjoint solve."""
         stop = dataclasses.replace(self.stop, max_evals=factor * self.stop.max_evals)
         return dataclasses.replace(self, stop=stop)
+
+
+def _attached(rule: Implicit, f: Map, solution: Solution, method: ForwardSolve) -> Solution:
+    """The solution of z = f(z), given without graph, with a z that is differentiable at every order."""
+    # Nothing of the solution but its list of adjoint solutions is kept until the backward pass.
+    systems = _Systems(rule, method.on_failure, solution.adjoint)
+    return attached(f, solution, systems.adjoint, method, systems)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Systems(Orders):
+    """The linear systems of one fixed point."""
+
+    rule: Implicit
+    on_failure: OnFailure
+    solved: list[Solution]
+
+    def adjoint(self, point: Point, g: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """u = Jᵀu + g without graph."""
+        return self._solve_adjoint(point, g).z
+
+    def again(self, point: Point, z: Float[Tensor, "B N"], g: Float[Tensor, "B N"], below: Edge) -> Tensor:
+        """u = Jᵀu + g with graph and tangent, as a fixed point that this rule differentiates."""
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(mode=False):
+            found = self._solve_adjoint(point, g)
+        there = through(point.f, z, point.tangent, point.layout, point.linearised)
+        u = self._differentiable(AdjointMap(there, point.layout, g), found, point.layout)
+        return deliver(there, point.layout, u, below)
+
+    def tangent(self, point: Point, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """w = Jw + h, differentiable backwards."""
+        rule, layout = self.rule, point.layout
+        there = through(point.f, z, (), layout, point.linearised)
+        _, h = split_dual(there.value, layout)
+        assert h is not None  # asked for where f(z*) has a tangent
+        with forward_ad._set_fwd_grad_enabled(mode=False), point.linearised.autocast.off():
+            system = TangentMap(there, layout, h)
+            with torch.no_grad():
+                found = solve_linear(system.linear, h, layout, rule.solver, rule.stop)
+            report(found, rule.stop, self.on_failure, of="The tangent solve of Implicit()")
+            return self._differentiable(system, found, layout)
+
+    def _solve_adjoint(self, point: Point, g: Float[Tensor, "B N"]) -> Solution:
+        rule, of = self.rule, "The adjoint solve of Implicit()"
+        found = solve_adjoint(point, g, rule.solver, rule.stop)
+        self.solved.append(as_state(point, found))
+        report(found, rule.stop, self.on_failure, of=of)
+        check_arrival(point, g, found, rule.stop, self.on_failure, of=of)
+        return found
+
+    def _differentiable(self, system: Map, found: Solution, layout: Layout) -> Float[Tensor, "B N"]:
+        """The solution of a linear system of rows, differentiated as any fixed point is."""
+        rule = self.rule
+        method = RowsMethod(solver=rule.solver, stop=rule.stop, on_failure=self.on_failure)
+        if not needs_leaves(rule.stop):
+            return _attached(rule, system, found, method).z
+        wide = layout.widened()
+        states = dataclasses.replace(found, z=wide.unpack(found.z), fz=wide.unpack(found.fz))
+        method = dataclasses.replace(method, coupled=wide.coupled)
+        return wide.pack(_attached(rule, OnStates(system, wide), states, method).z)

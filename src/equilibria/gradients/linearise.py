@@ -6,21 +6,26 @@ Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u`` = (
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from equilibria.core.failure import OnFailure, check_repeats, is_heard
-from equilibria.core.gradient import ForwardSolve
+from equilibria.core.gradient import ForwardSolve, is_transformed
 from equilibria.core.maps import AffineMap, Linearised, Map
 from equilibria.core.progress import relative, row_norm
 from equilibria.core.solve import Solution, Solver, solve
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
+
+Edge = Any
+"""A node of autograd's graph and which of its outputs is meant, as ``next_functions`` gives them."""
 
 Adjoint = Callable[["Point", Float[Tensor, "B N"]], Float[Tensor, "B N"]]
 """Maps the cotangent g of the output to the cotangent that f(z*) receives, both as rows in float32 or wider."""
@@ -32,27 +37,92 @@ class Point:
 
     linearised: Linearised
     layout: Layout
+    f: Map
+    copies: int | None = None
+    """Of the batch, where many cotangents come at once (``is_grads_batched``); the rows are then those of all."""
+    tangent: list[Tensor] = dataclasses.field(default_factory=list)
+    """That of z*, as rows, if f reads tangents of forward mode."""
 
     def vjp(self, u: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         """Jᵀu; computed in the dtypes of the state, returned in that of the rows."""
+        if self.copies is None:
+            return self._vjp(u)
+        return torch.func.vmap(self._vjp)(u.unflatten(0, (self.copies, -1))).flatten(0, 1)
+
+    @property
+    def solved_layout(self) -> Layout:
+        """That of the rows of a solve: of all copies."""
+        return self.layout if self.copies is None else self.layout.divisible()
+
+    def _vjp(self, u: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         return self.layout.pack(self.linearised.vjp(self.layout.unpack(u)))
 
 
-def attached(f: Map, solution: Solution, adjoint: Adjoint, method: ForwardSolve) -> Solution:
-    """The solution with a differentiable z = f(z*): g goes through ``adjoint``, then through that f."""
-    if not torch.is_grad_enabled():
+class Orders(ABC):
+    """What a rule needs for derivatives of every order: backwards again, and forwards."""
+
+    @abstractmethod
+    def again(self, point: Point, z: Float[Tensor, "B N"], g: Float[Tensor, "B N"], below: Edge) -> Tensor:
+        """The cotangent of f(z*), after it has seen to differentiable gradients of all that f reads.
+
+        Args:
+            point: f linearised at z*, a constant.
+            z: the same z*, with its graph.
+            g: the cotangent of z, with its graph and its tangent.
+            below: the edge to the node that made f(z*).
+        """
+
+    @abstractmethod
+    def tangent(self, point: Point, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """w = Jw + h: the tangent of z, where h is that of f(z*) for constant z*, which is not zero."""
+
+
+def attached(
+    f: Map, solution: Solution, adjoint: Adjoint, method: ForwardSolve, orders: Orders | None = None
+) -> Solution:
+    """The solution with a differentiable z = f(z*): g goes through ``adjoint``, then through that f.
+
+    Args:
+        f: the map.
+        solution: its fixed point, without graph.
+        adjoint: the backward pass of the first order.
+        method: of the solve.
+        orders: derivatives of higher order and forward mode; None to refuse them.
+    """
+    dual = orders is not None and forward_ad._current_level >= 0
+    if not torch.is_grad_enabled() and not dual:
         return dataclasses.replace(solution, z=solution.fz)
     layout = Layout.of(solution.z, coupled=method.coupled)
-    point = Point(f.linearise(solution.z), layout)
-    fz = point.linearised.value
+    f = f.eager() if dual else f
+    point = Point(f.linearise(solution.z), layout, f)
+    fz, constant = point.linearised.value, point.linearised.constant
+    known = map_tensors(Tensor.detach, fz)
     if is_heard(method.stop, method.on_failure):
         with torch.no_grad():
-            check_again(method, change(layout.pack(fz), recorded(solution, layout), method.stop, layout), fz)
+            check_again(method, change(layout.pack(known), recorded(solution, layout), method.stop, layout), known)
     # The same bits as the f(z*) without graph, whose memory is released.
-    out = dataclasses.replace(solution, z=fz, fz=map_tensors(Tensor.detach, fz), evals=solution.evals + 1)
-    if point.linearised.constant:  # all is frozen: no graph is kept, no adjoint solved
-        return dataclasses.replace(out, z=out.fz)
-    return dataclasses.replace(out, z=layout.unpack(_Replace.apply(layout.pack(fz), point, adjoint)))  # pyright: ignore
+    out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1)
+    primal, h = split_dual(fz, layout) if dual else (fz, None)
+    if constant or not torch.is_grad_enabled():  # no graph is kept, no adjoint solved
+        z = layout.pack(known) if h is not None else None
+    else:
+        z = _Replace.apply(layout.pack(primal), point, adjoint, orders)
+    if z is None:
+        return out
+    if h is not None and orders is not None:
+        point.tangent.append(orders.tangent(point, z))  # pyright: ignore
+        z = forward_ad.make_dual(z, point.tangent[0])  # pyright: ignore
+    return dataclasses.replace(out, z=layout.unpack(z))  # pyright: ignore
+
+
+def split_dual(state: State, layout: Layout) -> tuple[State, Float[Tensor, "B N"] | None]:
+    """The state without its tangents, and these as rows; None if no leaf has one."""
+    pairs = [forward_ad.unpack_dual(leaf) for leaf in tensors_in(state)]
+    primal = with_tensors(state, (pair.primal for pair in pairs))
+    if all(pair.tangent is None for pair in pairs):
+        return primal, None
+    tangents = (torch.zeros_like(pair.primal) if pair.tangent is None else pair.tangent for pair in pairs)
+    return primal, layout.pack(with_tensors(state, tangents))
 
 
 def check_again(method: ForwardSolve, changed: Float[Tensor, " B"], state: State) -> None:
@@ -82,14 +152,16 @@ def check_arrival(
     point: Point, g: Float[Tensor, "B N"], solved: Solution, stop: Stop, on_failure: OnFailure, *, of: str
 ) -> None:
     """Say at the end of the backward pass, where Jᵀu arrives, that Jᵀu + g is not what it was in the solve."""
-    if not is_heard(stop, on_failure):
+    if not is_heard(stop, on_failure) or point.copies is not None:
         return
     layout, value, wide = point.layout, point.linearised.value, point.layout.widened()
 
-    def check(products: tuple[Tensor, ...]) -> None:
+    def check(products: tuple[Tensor | None, ...]) -> None:
+        values = tensors_in(value)
         with torch.no_grad():
-            changed = change(layout.pack(with_tensors(value, products)) + g, solved, stop, wide)
-        check_repeats(changed, stop, on_failure, eps=rounding(products), coupled=layout.coupled, of=of)
+            given = [torch.zeros_like(v) if p is None else p.detach() for v, p in zip(values, products, strict=True)]
+            changed = change(layout.pack(with_tensors(value, given)) + g.detach(), solved, stop, wide)
+        check_repeats(changed, stop, on_failure, eps=rounding(values), coupled=layout.coupled, of=of)
 
     point.linearised.arrival.awaited = check
 
@@ -123,17 +195,65 @@ class _Replace(torch.autograd.Function):
     """Identity forward; backward passes ``adjoint(point, g)`` on."""
 
     @staticmethod
-    def forward(ctx: Any, fz: Tensor, point: Point, adjoint: Adjoint) -> Tensor:
-        ctx.point, ctx.adjoint = point, adjoint
-        return fz.view_as(fz)
+    def forward(ctx: Any, fz: Tensor, point: Point, adjoint: Adjoint, orders: Orders | None) -> Tensor:
+        ctx.point, ctx.adjoint, ctx.orders = point, adjoint, orders
+        z = fz.view_as(fz)
+        ctx.save_for_backward(z)
+        ctx.set_materialize_grads(False)
+        return z
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        point = ctx.point
+        point, orders, (g,), (z,) = ctx.point, ctx.orders, cotangents, ctx.saved_tensors
+        if g is None:
+            return None, None, None, None
+        batched = is_transformed() or torch._C._functorch.is_legacy_batchedtensor(g)  # pyright: ignore
+        if batched and (torch.is_grad_enabled() or (orders is not None and forward_ad._current_level >= 0)):
+            raise RuntimeError(_BATCHED)
+        if orders is not None and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+            with point.linearised.autocast.off():
+                return orders.again(point, z, g, ctx.next_functions[0]), None, None, None
         with torch.no_grad(), point.linearised.autocast.off():
-            u = ctx.adjoint(dataclasses.replace(point, linearised=point.linearised.for_products()), cotangents[0])
-        value = point.layout.pack(point.linearised.value)
-        return *differentiated_once([u], behind=[value, cotangents[0]]), None, None
+            there = dataclasses.replace(point, linearised=point.linearised.for_products())
+            u = _solve_many(g, there, ctx.adjoint) if batched else ctx.adjoint(there, g)
+        return *differentiated_once([u], behind=[z, g]), None, None, None
+
+
+_BATCHED = (
+    "Many cotangents at once (is_grads_batched=True, vectorize=True) do not go together with create_graph=True or "
+    "forward mode through a solve: take them one by one, or use torch.func with what f reads given as operands."
+)
+
+
+def _solve_many(g: Tensor, point: Point, adjoint: Adjoint) -> Tensor:
+    """``adjoint(point, g)`` for many cotangents at once, in one solve."""
+    if is_transformed():
+        return _Solve.apply(g, point, adjoint)  # pyright: ignore[reportReturnType]
+    level = torch._C._vmapmode_increment_nesting() - 1  # the older vmap of torch.autograd
+    torch._C._vmapmode_decrement_nesting()
+    u = _together(torch._remove_batch_dim(g, level, 1, 0), point, adjoint)
+    return torch._add_batch_dim(u, 0, level)
+
+
+def _together(g: Float[Tensor, "V B N"], point: Point, adjoint: Adjoint) -> Float[Tensor, "V B N"]:
+    many = dataclasses.replace(point, copies=len(g))
+    return adjoint(many, g.flatten(0, 1)).unflatten(0, (len(g), -1))
+
+
+class _Solve(torch.autograd.Function):
+    """``adjoint(point, g)`` inside ``torch.func.vmap``."""
+
+    @staticmethod
+    def forward(g: Tensor, point: Point, adjoint: Adjoint) -> Tensor:
+        return adjoint(point, g)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is kept: there is no gradient."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], g: Tensor, point: Point, adjoint: Adjoint) -> tuple[Tensor, int]:
+        return _together(g.movedim(in_dims[0], 0), point, adjoint), 0
 
 
 class _Refuse(torch.autograd.Function):
@@ -146,9 +266,8 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         raise RuntimeError(
-            "A gradient found by a solve cannot be differentiated again: the second derivative would be wrong. Use "
-            "gradient=Unroll() with Stop(rtol=0, max_evals=…, best=False) for derivatives of higher order, or "
-            "stability.jacobian_penalty for a penalty on J."
+            "A gradient of this rule cannot be differentiated again: the second derivative would be wrong. Use "
+            "gradient=Implicit() for derivatives of higher order, or stability.jacobian_penalty for a penalty on J."
         )
 
 
@@ -166,27 +285,45 @@ def differentiated_once(tensors: Sequence[Tensor], *, behind: Sequence[Tensor]) 
 
 
 def solve_adjoint(point: Point, g: Float[Tensor, "B N"], solver: Solver, stop: Stop) -> Solution:
-    """u = Jᵀu + g from u = g, solved for g/‖g‖ so that its tolerances are in units of ‖g‖; a solution of rows.
+    """u = Jᵀu + g; see ``solve_linear``."""
+    return solve_linear(point.vjp, g, point.solved_layout, solver, stop)
 
-    u is kept in float32 or wider; half-precision VJPs are rounded, u itself is not. A sample whose g is not finite
+
+def solve_linear(
+    linear: Callable[[Tensor], Tensor], g: Float[Tensor, "B N"], layout: Layout, solver: Solver, stop: Stop
+) -> Solution:
+    """u = L(u) + g from u = g, solved for g/‖g‖ so that its tolerances are in units of ‖g‖; a solution of rows.
+
+    u is kept in float32 or wider; half-precision products are rounded, u itself is not. A sample whose g is not finite
     gets NaN and leaves the others alone.
     """
     size = row_norm(g)[:, None]
     sound = torch.isfinite(size)
     scale = torch.where(sound & (size > 0), size, 1.0)
-    system = AffineMap(point.vjp, g, 1 / scale)
-    # The start is held by nothing but the solve, which releases it after the first step.
-    if stop.per_leaf or callable(stop.norm):  # a norm that has to see the leaves
-        wide = point.layout.widened()
-        start = wide.unpack((g / scale).masked_fill_(~sound, 0.0))
-        solution = solve(OnStates(system, wide), start, solver, stop, coupled=wide.coupled)
-        solution = dataclasses.replace(solution, z=wide.pack(solution.z), fz=wide.pack(solution.fz))
-    else:
-        solution = solve(system, (g / scale).masked_fill_(~sound, 0.0), solver, stop)
+    start = (g / scale).masked_fill_(~sound, 0.0)
+    solution = solve_rows(AffineMap(linear, g, 1 / scale), start, layout, solver, stop)
     u, fu = ((x * scale).masked_fill_(~sound, torch.nan) for x in (solution.z, solution.fz))
     return dataclasses.replace(solution, z=u, fz=fu, history=None)
 
 
+def solve_rows(
+    f: Map, z0: Float[Tensor, "B N"], layout: Layout, solver: Solver, stop: Stop, *, keep: Sequence[int] = ()
+) -> Solution:
+    """A solve of rows, by a norm that may have to see the leaves of the state in them."""
+    if not needs_leaves(stop):
+        return solve(f, z0, solver, stop, keep=keep)
+    wide = layout.widened()
+    solution = solve(OnStates(f, wide), wide.unpack(z0), solver, stop, coupled=wide.coupled, keep=keep)
+    rows = tuple(wide.pack(z) for z in solution.iterates)
+    return dataclasses.replace(solution, z=wide.pack(solution.z), fz=wide.pack(solution.fz), iterates=rows)
+
+
+def needs_leaves(stop: Stop) -> bool:
+    """True if the norm is of the leaves of a state, and not of its rows."""
+    return stop.per_leaf or callable(stop.norm)
+
+
 def as_state(point: Point, adjoint: Solution) -> Solution:
     """The adjoint solution with states in the place of rows, as ``Solution.adjoint`` keeps it."""
-    return dataclasses.replace(adjoint, z=point.layout.unpack(adjoint.z), fz=point.layout.unpack(adjoint.fz))
+    layout = point.solved_layout
+    return dataclasses.replace(adjoint, z=layout.unpack(adjoint.z), fz=layout.unpack(adjoint.fz))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
@@ -36,6 +37,9 @@ class Shine(GradientRule):
         history: BroydenHistory = solution.history
 
         def adjoint(point: Point, g: Tensor) -> Tensor:
-            return history.apply_transposed(g)
+            if point.copies is None:
+                return history.apply_transposed(g)
+            each = [history.apply_transposed(part) for part in g.unflatten(0, (point.copies, -1))]
+            return torch.cat(each)
 
         return attached(f, dataclasses.replace(solution, history=None), adjoint, method)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from equilibria.core.failure import is_heard, tell
+from equilibria.core.failure import is_batched, is_heard, tell
 from equilibria.core.gradient import ForwardSolve, GradientRule
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve
@@ -47,6 +47,11 @@ class Unroll(GradientRule):
 
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution as the solver returns it, with the graph of all its steps."""
+        if is_batched():
+            raise RuntimeError(
+                "Unroll() cannot be used inside torch.func.vmap, where no loop can depend on a residual; use "
+                "gradient=Implicit(), or give f a larger batch."
+            )
         if self.checkpoint and torch.is_grad_enabled():
             f = Recomputed(f)
         solution = solve(f, z0, method.solver, method.stop, coupled=method.coupled, keep=method.keep)

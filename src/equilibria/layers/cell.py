@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from equilibria.core.maps import Linearised, Map, linearised, linearised_for_products
+from equilibria.core.maps import FunctionMap, Linearised, Map, linearised, linearised_for_products
 from equilibria.core.state import State
-from equilibria.core.trees import map_tensors, take_rows, tensors_in
+from equilibria.core.trees import map_tensors, take_rows, tensors_in, with_tensors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,6 +167,14 @@ class CellMap(Map):
         point, z = linearised(self, z), map_tensors(Tensor.detach, z)
         return dataclasses.replace(point, again=partial(linearised_for_products, alone, z, point.autocast))
 
+    def reads(self) -> tuple[Tensor, ...]:
+        """What was prepared, and the cell's parameters and buffers."""
+        return _EagerCellMap(self.cell, self.prepared).reads()
+
+    def given(self, tensors: Sequence[Tensor]) -> Map:
+        """The map of a cell with other weights, on inputs that were prepared otherwise; without compilation."""
+        return _EagerCellMap(self.cell, self.prepared).given(tensors)
+
     def rows(self, index: Int[Tensor, " R"]) -> CellMap | None:
         """f for these samples, if the cell prepares them one by one."""
         if self.prepared.rows is None or not self.prepared.droppable:
@@ -187,6 +196,35 @@ class _EagerCellMap(Map):
 
     def __call__(self, z: State) -> State:
         return self.cell.forward(z, self.prepared)
+
+    def reads(self) -> tuple[Tensor, ...]:
+        return *tensors_in(self._needed), *_tensors_of(self.cell).values()
+
+    def given(self, tensors: Sequence[Tensor]) -> Map:
+        count = len(tensors_in(self._needed))
+        names = [f"cell.{name}" for name in _tensors_of(self.cell)]
+        prepared = with_tensors(self._needed, tensors[:count])
+        weights = dict(zip(names, tensors[count:], strict=True))
+        return FunctionMap(lambda z: torch.func.functional_call(_Forward(self.cell), weights, (z, prepared)))
+
+    @property
+    def _needed(self) -> Prepared:
+        return dataclasses.replace(self.prepared, kept=None)
+
+
+class _Forward(nn.Module):
+    """A cell, past its compiled call."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, z: State, prepared: Prepared) -> State:
+        return self.cell.forward(z, prepared)
+
+
+def _tensors_of(cell: Cell) -> dict[str, Tensor]:
+    return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

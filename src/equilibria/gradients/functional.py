@@ -1,0 +1,255 @@
+"""Fixed points inside ``torch.func``: grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and what is made of them.
+
+A transform sees only what a function is given, so that all that f reads is given here. The gradient and the tangent of a
+fixed point are fixed points of linear maps, which go through the same Function again.
+
+Letters: B batch, N flattened state, V copies under vmap. Map ``F`` on rows, its operands, its Jacobian ``J`` by x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+from equilibria.core.capture import Unknown
+from equilibria.core.failure import OnFailure, is_batched, report
+from equilibria.core.gradient import ForwardSolve
+from equilibria.core.maps import FunctionMap, Map
+from equilibria.core.solve import Solution, Solver
+from equilibria.core.state import Layout, State
+from equilibria.core.stop import Stop
+from equilibria.gradients.linearise import solve_linear, solve_rows
+
+
+def solved(f: Map, z0: State, method: ForwardSolve, *, solver: Solver, stop: Stop) -> Solution:
+    """The solution of z = f(z) inside a transform; its z can be transformed further.
+
+    Args:
+        f: the map.
+        z0: the start.
+        method: of the forward solve.
+        solver: of the linear systems.
+        stop: of the linear systems.
+
+    Raises:
+        RuntimeError: two forward modes are nested, or f reads a tensor that it was not given.
+    """
+    _check_levels()
+    f = f.eager()
+    layout, reads = Layout.of(z0, coupled=method.coupled), f.reads()
+    with torch.no_grad():
+        _check_given(f, z0, reads)
+
+    def function(x: Float[Tensor, "B N"], *operands: Tensor) -> Float[Tensor, "B N"]:
+        value = f.given(operands)(layout.unpack(x))
+        return layout.pack(layout.cast(layout.aligned(value)))
+
+    system = System(
+        function=function,
+        layout=layout,
+        solver=method.solver,
+        stop=method.stop,
+        on_failure=method.on_failure if is_batched() else "ignore",  # elsewhere the one who asked for it tells
+        of="The forward solve",
+        keep=method.keep,
+        linear_solver=solver,
+        linear_stop=stop,
+        linear_on_failure=method.on_failure,
+    )
+    z, residual, status, steps, trace, *iterates = _Solved.apply(system, layout.pack(z0), *reads)  # pyright: ignore
+    state = layout.unpack(z)
+    return Solution(
+        z=state,
+        fz=state,
+        residual=residual,
+        status=status,
+        steps=steps,
+        evals=system.evals[0],
+        trace=trace,
+        iterates=tuple(layout.unpack(x) for x in iterates),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class System:
+    """x = F(x; operands), or x = L(x; operands) + x0, on rows."""
+
+    function: Callable[..., Tensor]
+    """F, or L."""
+    layout: Layout
+    solver: Solver
+    stop: Stop
+    on_failure: OnFailure
+    of: str
+    """Which solve, for messages."""
+    linear_solver: Solver
+    linear_stop: Stop
+    linear_on_failure: OnFailure
+    keep: tuple[int, ...] = ()
+    linear: bool = False
+    """True if ``function`` is L; the start x0 is then the offset as well."""
+    evals: list[int] = dataclasses.field(default_factory=list)
+    """Filled by the solve, at whatever depth of transforms it runs."""
+
+    def solve(self, x0: Float[Tensor, "B N"], operands: Sequence[Tensor]) -> Solution:
+        """The solution of rows, without graph and tangents."""
+
+        def f(x: Tensor) -> Tensor:
+            return self.function(x, *operands)
+
+        if self.linear:
+            found = solve_linear(f, x0, self.layout, self.solver, self.stop)
+        else:
+            found = solve_rows(FunctionMap(f), x0, self.layout, self.solver, self.stop, keep=self.keep)
+        self.evals.append(found.evals)
+        report(found, self.stop, self.on_failure, of=self.of)
+        return found
+
+    def adjoint(self) -> System:
+        """u = Jᵀu + g, with the operands (x, *operands)."""
+
+        def product(u: Tensor, x: Tensor, *operands: Tensor) -> Tensor:
+            return torch.func.vjp(lambda x: self.function(x, *operands), x)[1](u)[0]
+
+        return self._linear(product, "The adjoint solve of Implicit()")
+
+    def tangent(self) -> System:
+        """w = Jw + h, with the operands (x, *operands)."""
+
+        def product(w: Tensor, x: Tensor, *operands: Tensor) -> Tensor:
+            return jvp(lambda x: self.function(x, *operands), (x,), (w,))
+
+        return self._linear(product, "The tangent solve of Implicit()")
+
+    def _linear(self, product: Callable[..., Tensor], of: str) -> System:
+        return dataclasses.replace(
+            self,
+            function=product,
+            solver=self.linear_solver,
+            stop=self.linear_stop,
+            on_failure=self.linear_on_failure,
+            of=of,
+            keep=(),
+            linear=True,
+            evals=[],
+        )
+
+    def copies(self, count: int, dims: tuple[int | None, ...]) -> System:
+        """``count`` such systems as one, whose operands have a first axis for them where ``dims`` says 0."""
+        many = torch.func.vmap(self.function, in_dims=(0, *dims))
+
+        def function(x: Float[Tensor, "VB N"], *operands: Tensor) -> Float[Tensor, "VB N"]:
+            return many(_apart(x, count, 0), *operands).flatten(0, 1)
+
+        return dataclasses.replace(self, function=function, layout=self.layout.divisible())
+
+
+class _Solved(torch.autograd.Function):
+    """x* of a system, its residual, status, steps and trace, and the iterates that are kept."""
+
+    @staticmethod
+    def forward(system: System, x0: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(mode=False):
+            found = system.solve(x0.detach(), [operand.detach() for operand in operands])
+        x = found.z if system.linear else found.fz
+        # The engine may not hand out one tensor twice.
+        return x.clone(), found.residual, found.status, found.steps, found.trace, *(i.clone() for i in found.iterates)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        system, _, *operands = inputs
+        ctx.system, ctx.outputs = system, len(output)
+        ctx.save_for_backward(output[0], *operands)
+        ctx.save_for_forward(output[0], *operands)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        system, (x, *operands) = ctx.system, ctx.saved_tensors
+        u = _Solved.apply(system.adjoint(), cotangents[0], x, *operands)[0]  # pyright: ignore
+        chosen = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed and operands[i].is_floating_point()]
+        gradients: list[Tensor | None] = [None] * len(operands)
+        if chosen:
+            _, pull = torch.func.vjp(_partly(system.function, x, operands, chosen), *[operands[i] for i in chosen])
+            for i, gradient in zip(chosen, pull(u), strict=True):
+                gradients[i] = gradient
+        return None, u if system.linear else None, *gradients
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        system, (x, *operands) = ctx.system, ctx.saved_tensors
+        _, along_start, *along = tangents
+        chosen = [i for i, t in enumerate(along) if t is not None and operands[i].is_floating_point()]
+        h = along_start if system.linear and along_start is not None else torch.zeros_like(x)
+        if chosen:
+            primals = tuple(operands[i] for i in chosen)
+            h = h + jvp(_partly(system.function, x, operands, chosen), primals, tuple(along[i] for i in chosen))
+        w = _Solved.apply(system.tangent(), h, x, *operands)[0]  # pyright: ignore
+        return w, *[None] * (ctx.outputs - 1)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], system: System, x0: Tensor, *operands: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        count = info.batch_size
+        _, start, *dims = in_dims
+        x0 = x0.expand(count, *x0.shape) if start is None else x0.movedim(start, 0)
+        given = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(operands, dims, strict=True)]
+        many = system.copies(count, tuple(None if dim is None else 0 for dim in dims))
+        x, residual, status, steps, trace, *iterates = _Solved.apply(many, x0.flatten(0, 1), *given)  # pyright: ignore
+        system.evals.append(many.evals[-1])
+        first = [_apart(t, count, 0) for t in (x, residual, status, steps)]
+        kept = [_apart(t, count, 0) for t in iterates]
+        return (*first, _apart(trace, count, 1), *kept), (0, 0, 0, 0, 1, *[0] * len(kept))
+
+
+def jvp(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Any, ...]) -> Tensor:
+    """The derivative of f along ``tangents`` as that of its pullback, which is linear: two forward modes do not nest."""
+    value, pull = torch.func.vjp(f, *primals)
+    return torch.func.vjp(pull, torch.zeros_like(value))[1](tangents)[0]
+
+
+def _partly(f: Callable[..., Tensor], x: Tensor, operands: Sequence[Tensor], chosen: Sequence[int]) -> Any:
+    """f at x as a function of the chosen operands."""
+
+    def partly(*some: Tensor) -> Tensor:
+        every = list(operands)
+        for i, operand in zip(chosen, some, strict=True):
+            every[i] = operand
+        return f(x, *every)
+
+    return partly
+
+
+def _apart(tensor: Tensor, count: int, dim: int) -> Tensor:
+    return tensor.unflatten(dim, (count, tensor.shape[dim] // count if count else math.prod(tensor.shape)))
+
+
+def _check_levels() -> None:
+    stack = _functorch.get_interpreter_stack() or []
+    if sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1:
+        raise RuntimeError(
+            "Two nested forward modes (torch.func.jvp in jvp, jacfwd in jacfwd) give 0 for custom functions in PyTorch; "
+            "nest forward in reverse mode instead: torch.func.hessian, jacfwd(jacrev(f)), jvp of grad."
+        )
+
+
+def _check_given(f: Map, z0: State, reads: Sequence[Tensor]) -> None:
+    """Raise a RuntimeError if f reads a tensor that is transformed, or requires a gradient, and was not given to it."""
+    unknown = Unknown(z0, reads)
+    with unknown:
+        f.given(reads)(z0)
+    if unknown.found:
+        raise RuntimeError(
+            f"f reads a tensor of shape {tuple(unknown.found[0].shape)} that it closes over, and inside torch.func "
+            "gradients and batches reach only what f is given: pass it as an operand, fixed_point(f, z0, x, weight) with "
+            "f(z, x, weight), or use an Equilibrium with torch.func.functional_call."
+        )
