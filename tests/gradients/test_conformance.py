@@ -26,16 +26,21 @@ TIGHT = Stop(rtol=1e-12, atol=1e-13, max_evals=300)
 
 
 class TestImplicitAnderson(GradientSuite):
+    twice = True
+
     def make(self):
         return Method(Anderson(), TIGHT, Implicit(Anderson(), TIGHT))
 
 
 class TestImplicitBroyden(GradientSuite):
+    twice = True
+
     def make(self):
         return Method(Broyden(), TIGHT, Implicit(Broyden(), TIGHT))
 
 
 class TestImplicitNewtonKrylov(GradientSuite):
+    twice = True
     leaves_no_graph = False
 
     def make(self):
@@ -43,6 +48,8 @@ class TestImplicitNewtonKrylov(GradientSuite):
 
 
 class TestImplicitPicard(GradientSuite):
+    twice = True
+
     def make(self):
         return Method(Picard(), TIGHT, Implicit(Picard(), TIGHT))
 
@@ -80,12 +87,15 @@ class TestCheckpointedUnroll(TestUnroll):
 
 class TestUnrolledAnderson(TestUnroll):
     accuracy = 1e-7  # the derivative of an accelerated iterate converges later than the iterate
+    twice_accuracy = 1e-5
 
     def make(self):
         return Method(Anderson(), TIGHT, Unroll())
 
 
 class TestUnrolledBroyden(TestUnroll):
+    twice_accuracy = 1e-7
+
     def make(self):
         return Method(Broyden(), TIGHT, Unroll())
 
@@ -118,7 +128,7 @@ class TestJacobianFree(GradientSuite):
 
 
 class TestOnePhantomStep(GradientSuite):
-    accuracy, twice = math.inf, True
+    accuracy, twice, twice_accuracy = math.inf, True, math.inf
 
     def make(self):
         return Method(Anderson(), TIGHT, Phantom(1, 1.0))

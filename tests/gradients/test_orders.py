@@ -17,7 +17,6 @@ from equilibria import (
     Equilibrium,
     Implicit,
     Neumann,
-    NewtonKrylov,
     Phantom,
     Picard,
     Reversible,
@@ -47,8 +46,8 @@ RULES = {
         "gradient": ReversibleGradient(),
     },
 }
-TOLERANCE = {"Shine": 0.5, "ReversibleGradient": 1e-5}
-"""Of the norm of what is compared; 1e-9 elsewhere. Shine's inverse is an estimate; 30 damped steps leave 1e-6."""
+TOLERANCE = {"Shine": 0.3, "ReversibleGradient": 1e-5}
+"""Relative error; 1e-9 elsewhere. 30 damped steps leave 1e-6. Of Shine, which gives a direction, 1 − cosine."""
 
 
 class Tensor:
@@ -155,6 +154,13 @@ def double_backward_to_inputs(s):
     return [readout.grad]
 
 
+def third_order(s):
+    x, w = leaves()
+    first = torch.autograd.grad(energy(s(x, w)), [x, w], create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, w], create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in second), [x, w])
+
+
 def batched_gradients(s):
     x, w = leaves()
     y = s(x, w)
@@ -238,6 +244,7 @@ TRANSFORMS = (
     inputs,
     double_backward,
     double_backward_to_inputs,
+    third_order,
     batched_gradients,
     functional_jvp,
     functional_hessian,
@@ -253,7 +260,8 @@ TRANSFORMS = (
     hessian,
 )
 FIRST_ORDER = (backward, inputs)
-OF_AUTOGRAD = (*FIRST_ORDER, double_backward, double_backward_to_inputs, batched_gradients, functional_jvp)
+OF_AUTOGRAD = (*FIRST_ORDER, double_backward, double_backward_to_inputs, third_order)
+OF_AUTOGRAD = (*OF_AUTOGRAD, batched_gradients, functional_jvp)
 RIGHT = {
     "Implicit": TRANSFORMS,
     "Implicit-per-leaf": TRANSFORMS,
@@ -303,5 +311,8 @@ def test_each_cell_is_right_or_refused(cell):
             return
         found = transform(functools.partial(call, problem, rule))
     for part, exact in zip(found, expected(transform, type(problem), problem.coupled), strict=True):
-        error = (part.detach() - exact).norm() / exact.norm()
+        part = part.detach()
+        error = (part - exact).norm() / exact.norm()
+        if rule == "Shine":
+            error = 1 - (part * exact).sum() / part.norm() / exact.norm()
         assert error <= TOLERANCE.get(rule, 1e-9)

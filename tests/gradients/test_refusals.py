@@ -10,7 +10,6 @@ from equilibria import (
     Anderson,
     Broyden,
     ConvergenceWarning,
-    Implicit,
     Method,
     Neumann,
     Phantom,
@@ -25,7 +24,6 @@ from equilibria.core.maps import as_map
 
 TIGHT = Stop(rtol=1e-12, max_evals=61)
 EXACT_ONCE = [
-    Method(Anderson(), TIGHT, Implicit(Anderson(), TIGHT)),
     Method(Anderson(), TIGHT, Neumann(40)),
     Method(Broyden(), TIGHT, Shine()),
     Method(Reversible(0.5), TIGHT, ReversibleGradient(), on_failure="ignore"),

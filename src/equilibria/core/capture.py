@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
+from equilibria.core.transforms import is_of_transform
 from equilibria.core.trees import map_tensors, tensors_in
 
 
@@ -69,7 +69,7 @@ class Unknown(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tensors_in((args, kwargs or {})):
-            concerned = tensor.requires_grad or is_functorch_wrapped_tensor(tensor)
+            concerned = tensor.requires_grad or is_of_transform(tensor)
             if concerned and id(tensor) not in self._known:
                 self.found.append(tensor)
         value = func(*args, **(kwargs or {}))

@@ -18,10 +18,10 @@ import jaxtyping
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch._C import _functorch
 
 from equilibria.core.solve import Solution
 from equilibria.core.stop import Stop
+from equilibria.core.transforms import is_batched
 from equilibria.errors import EquilibriaError
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -48,12 +48,6 @@ def report(solution: Solution, stop: Stop, on_failure: OnFailure, *, of: str) ->
     """
     if is_heard(stop, on_failure) and not is_batched():
         tell(~solution.converged, lambda: f"{of}: {solution}", on_failure)
-
-
-def is_batched() -> bool:
-    """True inside torch.func.vmap, where no decision can depend on a value."""
-    stack = _functorch.get_interpreter_stack() or []
-    return any(level.key() == _functorch.TransformType.Vmap for level in stack)
 
 
 def is_heard(stop: Stop, on_failure: OnFailure) -> bool:

@@ -14,6 +14,7 @@ from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, Solver, solve
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
+from equilibria.core.transforms import is_forward_mode, is_transformed
 from equilibria.core.trees import map_tensors, tensors_in
 
 
@@ -112,14 +113,9 @@ def _check_no_transform() -> None:
         raise RuntimeError(_UNSUPPORTED)
 
 
-def is_transformed() -> bool:
-    """True inside torch.func.grad, vjp, jvp, vmap and what is made of them."""
-    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _check_no_tangent(f: Map, z0: State) -> None:
     """Raise a RuntimeError if f reads a dual tensor of ``torch.autograd.forward_ad``; it costs one evaluation then."""
-    if forward_ad._current_level < 0:
+    if not is_forward_mode():
         return
     with torch.no_grad():
         values = tensors_in(f(map_tensors(lambda leaf: forward_ad.unpack_dual(leaf).primal, z0)))

@@ -55,6 +55,10 @@ class Map(ABC):
         """The map that reads these tensors in the place of ``reads()``."""
         return self
 
+    def pinned(self) -> Map:
+        """The map of what it reads now, whatever is put into its place until a backward pass asks for it again."""
+        return self
+
     def rows(self, index: Int[Tensor, " R"]) -> Map | None:
         """The map of these samples alone, in this order; here None, which says that there is no such map.
 

@@ -1,7 +1,7 @@
 """Fixed points inside ``torch.func``: grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and what is made of them.
 
-A transform sees only what a function is given, so that all that f reads is given here. The gradient and the tangent of a
-fixed point are fixed points of linear maps, which go through the same Function again.
+A transform sees only what a function is given, so that all that f reads is given here. The gradient and the tangent of
+a fixed point are fixed points of linear maps, which go through the same Function again.
 
 Letters: B batch, N flattened state, V copies under vmap. Map ``F`` on rows, its operands, its Jacobian ``J`` by x.
 """
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from equilibria.core.capture import Unknown
-from equilibria.core.failure import OnFailure, is_batched, report
+from equilibria.core.failure import OnFailure, report
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import FunctionMap, Map
 from equilibria.core.solve import Solution, Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
+from equilibria.core.transforms import forward_modes, is_batched
 from equilibria.gradients.linearise import solve_linear, solve_rows
 
 
@@ -178,7 +178,7 @@ class _Solved(torch.autograd.Function):
         chosen = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed and operands[i].is_floating_point()]
         gradients: list[Tensor | None] = [None] * len(operands)
         if chosen:
-            _, pull = torch.func.vjp(_partly(system.function, x, operands, chosen), *[operands[i] for i in chosen])
+            pull: Any = torch.func.vjp(_partly(system.function, x, operands, chosen), *[operands[i] for i in chosen])[1]
             for i, gradient in zip(chosen, pull(u), strict=True):
                 gradients[i] = gradient
         return None, u if system.linear else None, *gradients
@@ -196,8 +196,8 @@ class _Solved(torch.autograd.Function):
         return w, *[None] * (ctx.outputs - 1)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], system: System, x0: Tensor, *operands: Tensor
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
+        info: Any, in_dims: Any, system: System, x0: Tensor, *operands: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         count = info.batch_size
         _, start, *dims = in_dims
@@ -212,8 +212,8 @@ class _Solved(torch.autograd.Function):
 
 
 def jvp(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Any, ...]) -> Tensor:
-    """The derivative of f along ``tangents`` as that of its pullback, which is linear: two forward modes do not nest."""
-    value, pull = torch.func.vjp(f, *primals)
+    """The derivative of f along ``tangents``, as that of its linear pullback, since two forward modes do not nest."""
+    value, pull = torch.func.vjp(f, *primals)[:2]
     return torch.func.vjp(pull, torch.zeros_like(value))[1](tangents)[0]
 
 
@@ -234,11 +234,10 @@ def _apart(tensor: Tensor, count: int, dim: int) -> Tensor:
 
 
 def _check_levels() -> None:
-    stack = _functorch.get_interpreter_stack() or []
-    if sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1:
+    if forward_modes() > 1:
         raise RuntimeError(
-            "Two nested forward modes (torch.func.jvp in jvp, jacfwd in jacfwd) give 0 for custom functions in PyTorch; "
-            "nest forward in reverse mode instead: torch.func.hessian, jacfwd(jacrev(f)), jvp of grad."
+            "Two nested forward modes (torch.func.jvp in jvp, jacfwd in jacfwd) give 0 for custom functions in "
+            "PyTorch; nest forward in reverse mode instead: torch.func.hessian, jacfwd(jacrev(f)), jvp of grad."
         )
 
 
@@ -250,6 +249,6 @@ def _check_given(f: Map, z0: State, reads: Sequence[Tensor]) -> None:
     if unknown.found:
         raise RuntimeError(
             f"f reads a tensor of shape {tuple(unknown.found[0].shape)} that it closes over, and inside torch.func "
-            "gradients and batches reach only what f is given: pass it as an operand, fixed_point(f, z0, x, weight) with "
-            "f(z, x, weight), or use an Equilibrium with torch.func.functional_call."
+            "gradients and batches reach only what f is given: pass it as an operand, fixed_point(f, z0, x, weight) "
+            "with f(z, x, weight), or use an Equilibrium with torch.func.functional_call."
         )

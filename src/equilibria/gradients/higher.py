@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.autograd.variable import Variable
 
 from equilibria.core.failure import OnFailure
 from equilibria.core.maps import Linearised, Map, linearised_through
 from equilibria.core.state import Layout
+from equilibria.core.transforms import at_the_end, task
 from equilibria.gradients.linearise import Edge
+
+_Crossing = tuple[Any, int, Edge]
+"""A node, which of its edges, and where that leads."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +89,7 @@ class RowsMethod:
     keep: tuple[int, ...] = ()
 
 
-def deliver(there: Linearised, layout: Layout, u: Float[Tensor, "B N"], below: Edge) -> Tensor:
+def deliver(there: Linearised, layout: Layout, u: Float[Tensor, "B N"], below: Edge, *, alike: bool) -> Tensor:
     """Make a backward pass that goes through one graph of f(z*) hand on the gradients of another one.
 
     The graph of the forward pass begins at a z* that is a constant, so what it gives cannot be differentiated by z*.
@@ -97,6 +101,7 @@ def deliver(there: Linearised, layout: Layout, u: Float[Tensor, "B N"], below: E
         layout: of the state.
         u: the cotangent of f(z*), differentiable.
         below: the edge to the graph that the running backward pass goes through.
+        alike: both graphs lead to the same tensors; otherwise the running one may lead to more.
 
     Returns:
         The cotangent for that graph.
@@ -108,71 +113,154 @@ def deliver(there: Linearised, layout: Layout, u: Float[Tensor, "B N"], below: E
     root = tuple(get_gradient_edge(value))
     own, seen = _nodes(below[0], ()), _nodes(root[0], [edge.node for edge in there.start])
     shared = own & seen
-    wanted = {edge for node in seen - shared for _, edge in _edges(node) if edge[0] in shared}
-    if root[0] in shared:
-        wanted.add(root)
-    crossings = [(node, i, edge) for node in own - shared for i, edge in _edges(node) if edge[0] in shared]
-    if not wanted <= {edge for _, _, edge in crossings} | {tuple(below)}:
+    if root[0] in shared:  # f(z) is a tensor that it reads
+        wanted, gradients = {root}, {root: u}
+    else:
+        leaving = _crossings(seen - shared, shared)
+        wanted, gradients = {edge for _, _, edge in leaving}, _partial(there, value, leaving, u)
+    crossings = _crossings(own - shared, shared)
+    crossed = {edge for _, _, edge in crossings} | ({tuple(below)} if below[0] in shared else set())
+    changed = any(isinstance(getattr(node, "variable", None), torch.nn.Parameter) for node in own ^ seen)
+    if changed or not (wanted == crossed if alike else wanted <= crossed):
         raise RuntimeError(
-            "f was evaluated again for a derivative of higher order and read other tensors than before; f must compute "
-            "the same each time that it is called."
+            "f was evaluated again for a derivative of higher order and read other tensors than before, so that its "
+            "gradient cannot be differentiated; f must compute the same each time that it is called."
         )
-    edges = list(wanted)
-    there.arrival.passed_on = False  # the partial gradients are wanted, and z* itself depends on what f reads
-    found = torch.autograd.grad(
-        value,
-        [GradientEdge(*edge) for edge in edges],
-        u,
-        retain_graph=True,
-        create_graph=torch.is_grad_enabled(),
-        allow_unused=True,
-    )
-    there.arrival.passed_on = True
-    gradients = {edge: gradient for edge, gradient in zip(edges, found, strict=True) if gradient is not None}
     direct = gradients.pop(tuple(below), None)
-    _Delivery(gradients).hook(crossings)
+    _Delivery(gradients, crossings)
     return u.detach() if direct is None else direct
 
 
-class _Delivery:
-    """Gradients on their way; it lives as long as the backward pass that is running."""
+def _partial(there: Linearised, value: Tensor, leaving: Sequence[_Crossing], u: Tensor) -> dict[Edge, Tensor]:
+    """The gradients along the edges that leave the graph of f(z*), each by what f reads itself and by nothing else.
 
-    def __init__(self, gradients: dict[Edge, Tensor]) -> None:
+    What is read may depend on other things that are read, and z* depends on all of them. So a hook takes the gradients
+    out of the backward pass where they leave the graph.
+    """
+    if not leaving:
+        return {}
+    there.arrival.passed_on = False
+    with _Taker(value, leaving) as taker:
+        torch.autograd.grad(
+            value,
+            [GradientEdge(*edge) for edge in {edge for _, _, edge in leaving}],
+            u,
+            retain_graph=True,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+    there.arrival.passed_on = True
+    return taker.found
+
+
+class _Crossed(ABC):
+    """Changes what nodes hand on along some of their edges, in one backward pass.
+
+    Where a fixed point is inside another one, both may change what the same node hands on: the inner one first.
+    """
+
+    _active: ClassVar[list[weakref.ref[_Crossed]]] = []
+
+    def __init__(self, crossings: Sequence[_Crossing]) -> None:
+        self._edges = _by_node(crossings)
+        self._handles: dict[Any, Any] = {}
+        self._task: int | None = None
+        """The backward pass; products inside a solve inside it pass the same nodes."""
+
+    @abstractmethod
+    def changed(self, handed: list[Tensor | None], edges: dict[int, Edge]) -> None:
+        """Change what a node hands on, in place, given where some of its edges lead."""
+
+    def begin(self) -> None:
+        """Register with all nodes."""
+        for node in self._edges:
+            self._register(node)
+            for outer in reversed(self._active):
+                crossed = outer()
+                if crossed is not None and node in crossed._handles:
+                    crossed._handles.pop(node).remove()
+                    crossed._register(node)
+        self._active.append(weakref.ref(self))
+
+    def end(self) -> None:
+        """Leave no trace."""
+        _Crossed._active[:] = [other for other in self._active if other() not in (self, None)]
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {}
+
+    def _register(self, node: Any) -> None:
+        this, edges = weakref.ref(self), self._edges[node]  # a node must not keep what keeps the node
+
+        def hook(handed: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
+            crossed = this()
+            if crossed is None or crossed._task != task():
+                return None
+            replaced = list(handed)
+            crossed.changed(replaced, edges)
+            return tuple(replaced)
+
+        self._handles[node] = node.register_hook(hook)
+
+
+class _Taker(_Crossed):
+    """Takes gradients out of the backward pass that begins at ``value``."""
+
+    def __init__(self, value: Tensor, leaving: Sequence[_Crossing]) -> None:
+        super().__init__(leaving)
+        self.found: dict[Edge, Tensor] = {}
+        self._root = get_gradient_edge(value).node
+
+    def changed(self, handed: list[Tensor | None], edges: dict[int, Edge]) -> None:
+        """Nothing goes on."""
+        for i, edge in edges.items():
+            gradient, handed[i] = handed[i], None
+            if gradient is not None:
+                self.found[edge] = self.found[edge] + gradient if edge in self.found else gradient
+
+    def __enter__(self) -> _Taker:
+        self.begin()
+        self._at_root = self._root.register_prehook(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._at_root.remove()
+        self.end()
+
+    def _note(self, _: Any) -> None:
+        if self._task is None:
+            self._task = task()
+
+
+class _Delivery(_Crossed):
+    """Puts gradients into the backward pass that is running; it lives as long as that."""
+
+    def __init__(self, gradients: dict[Edge, Tensor], crossings: Sequence[_Crossing]) -> None:
+        super().__init__(crossings)
         self._gradients = gradients
-        self._handles: list[Any] = []
+        self._task = task()
+        self.begin()
+        at_the_end(self.end)
 
-    def hook(self, crossings: Sequence[tuple[Any, int, Edge]]) -> None:
-        """Replace what these nodes hand on along these edges, once."""
-        inputs: dict[Any, dict[int, Edge]] = {}
-        for node, i, edge in crossings:
-            inputs.setdefault(node, {})[i] = edge
-        this = weakref.ref(self)  # a node must not keep what keeps the node
-
-        def hook_of(edges: dict[int, Edge]) -> Any:
-            def hook(handed: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
-                delivery = this()
-                return None if delivery is None else delivery.instead(handed, edges)
-
-            return hook
-
-        self._handles = [node.register_hook(hook_of(edges)) for node, edges in inputs.items()]
-        Variable._execution_engine.queue_callback(self.end)
-
-    def instead(self, handed: tuple[Tensor | None, ...], edges: dict[int, Edge]) -> tuple[Tensor | None, ...]:
+    def changed(self, handed: list[Tensor | None], edges: dict[int, Edge]) -> None:
         """The gradient goes along the first of the edges that reach a tensor, zeros along the others."""
-        replaced = list(handed)
         for i, edge in edges.items():
             own = handed[i]
             if own is not None:
                 gradient = self._gradients.pop(edge, None)
-                replaced[i] = torch.zeros_like(own) if gradient is None else gradient
-        return tuple(replaced)
+                handed[i] = torch.zeros_like(own) if gradient is None else gradient
 
-    def end(self) -> None:
-        """Called when the backward pass is over."""
-        for handle in self._handles:
-            handle.remove()
-        self._gradients.clear()
+
+def _crossings(nodes: set[Any], shared: set[Any]) -> list[_Crossing]:
+    """The edges that lead from ``nodes`` to ``shared`` ones."""
+    return [(node, i, edge) for node in nodes for i, edge in _edges(node) if edge[0] in shared]
+
+
+def _by_node(crossings: Sequence[_Crossing]) -> dict[Any, dict[int, Edge]]:
+    found: dict[Any, dict[int, Edge]] = {}
+    for node, i, edge in crossings:
+        found.setdefault(node, {})[i] = edge
+    return found
 
 
 def _nodes(root: Any, barrier: Sequence[Any]) -> set[Any]:

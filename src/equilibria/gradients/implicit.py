@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from equilibria.core.failure import OnFailure, report
-from equilibria.core.gradient import ForwardSolve, GradientRule, is_transformed, solve_without_graph
+from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
+from equilibria.core.transforms import is_transformed
 from equilibria.gradients.functional import solved
 from equilibria.gradients.higher import AdjointMap, RowsMethod, TangentMap, deliver, through
 from equilibria.gradients.linearise import (
@@ -67,11 +68,11 @@ class Implicit(GradientRule):
         return dataclasses.replace(self, stop=stop)
 
 
-def _attached(rule: Implicit, f: Map, solution: Solution, method: ForwardSolve) -> Solution:
+def _attached(rule: Implicit, f: Map, solution: Solution, method: ForwardSolve, *, checked: bool = True) -> Solution:
     """The solution of z = f(z), given without graph, with a z that is differentiable at every order."""
     # Nothing of the solution but its list of adjoint solutions is kept until the backward pass.
     systems = _Systems(rule, method.on_failure, solution.adjoint)
-    return attached(f, solution, systems.adjoint, method, systems)
+    return attached(f, solution, systems.adjoint, method, systems, checked=checked)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ class _Systems(Orders):
             found = self._solve_adjoint(point, g)
         there = through(point.f, z, point.tangent, point.layout, point.linearised)
         u = self._differentiable(AdjointMap(there, point.layout, g), found, point.layout)
-        return deliver(there, point.layout, u, below)
+        return deliver(there, point.layout, u, below, alike=point.alike)
 
     def tangent(self, point: Point, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         """w = Jw + h, differentiable backwards."""
@@ -116,12 +117,16 @@ class _Systems(Orders):
         return found
 
     def _differentiable(self, system: Map, found: Solution, layout: Layout) -> Float[Tensor, "B N"]:
-        """The solution of a linear system of rows, differentiated as any fixed point is."""
+        """The solution of a linear system of rows, differentiated as any fixed point is.
+
+        Its J is that of f at f(z*) and no longer at z*, so that its value differs by as much as the forward solve was
+        inexact; that was told.
+        """
         rule = self.rule
         method = RowsMethod(solver=rule.solver, stop=rule.stop, on_failure=self.on_failure)
         if not needs_leaves(rule.stop):
-            return _attached(rule, system, found, method).z
+            return _attached(rule, system, found, method, checked=False).z
         wide = layout.widened()
         states = dataclasses.replace(found, z=wide.unpack(found.z), fz=wide.unpack(found.fz))
         method = dataclasses.replace(method, coupled=wide.coupled)
-        return wide.pack(_attached(rule, OnStates(system, wide), states, method).z)
+        return wide.pack(_attached(rule, OnStates(system, wide), states, method, checked=False).z)

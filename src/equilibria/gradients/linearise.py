@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from equilibria.core.failure import OnFailure, check_repeats, is_heard
-from equilibria.core.gradient import ForwardSolve, is_transformed
+from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import AffineMap, Linearised, Map
 from equilibria.core.progress import relative, row_norm
 from equilibria.core.solve import Solution, Solver, solve
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
+from equilibria.core.transforms import by_older_vmap, is_forward_mode, is_many, is_transformed
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 
 Edge = Any
@@ -40,6 +41,8 @@ class Point:
     f: Map
     copies: int | None = None
     """Of the batch, where many cotangents come at once (``is_grads_batched``); the rows are then those of all."""
+    alike: bool = True
+    """False if f was compiled for its graph, which then leads to all that it was given, used or not."""
     tangent: list[Tensor] = dataclasses.field(default_factory=list)
     """That of z*, as rows, if f reads tangents of forward mode."""
 
@@ -78,7 +81,13 @@ class Orders(ABC):
 
 
 def attached(
-    f: Map, solution: Solution, adjoint: Adjoint, method: ForwardSolve, orders: Orders | None = None
+    f: Map,
+    solution: Solution,
+    adjoint: Adjoint,
+    method: ForwardSolve,
+    orders: Orders | None = None,
+    *,
+    checked: bool = True,
 ) -> Solution:
     """The solution with a differentiable z = f(z*): g goes through ``adjoint``, then through that f.
 
@@ -88,16 +97,18 @@ def attached(
         adjoint: the backward pass of the first order.
         method: of the solve.
         orders: derivatives of higher order and forward mode; None to refuse them.
+        checked: say that f(z*), evaluated once more here, is not what it was in the solve.
     """
-    dual = orders is not None and forward_ad._current_level >= 0
+    dual = orders is not None and is_forward_mode()
     if not torch.is_grad_enabled() and not dual:
         return dataclasses.replace(solution, z=solution.fz)
     layout = Layout.of(solution.z, coupled=method.coupled)
     f = f.eager() if dual else f
-    point = Point(f.linearise(solution.z), layout, f)
+    pinned = f if orders is None else f.eager().pinned()
+    point = Point(f.linearise(solution.z), layout, pinned, alike=f.eager() is f)
     fz, constant = point.linearised.value, point.linearised.constant
     known = map_tensors(Tensor.detach, fz)
-    if is_heard(method.stop, method.on_failure):
+    if checked and is_heard(method.stop, method.on_failure):
         with torch.no_grad():
             check_again(method, change(layout.pack(known), recorded(solution, layout), method.stop, layout), known)
     # The same bits as the f(z*) without graph, whose memory is released.
@@ -154,13 +165,15 @@ def check_arrival(
     """Say at the end of the backward pass, where Jᵀu arrives, that Jᵀu + g is not what it was in the solve."""
     if not is_heard(stop, on_failure) or point.copies is not None:
         return
-    layout, value, wide = point.layout, point.linearised.value, point.layout.widened()
+    layout, wide = point.layout, point.layout.widened()
+    # Without graph: a backward pass that never arrives would keep its graph alive in a circle.
+    value, g = map_tensors(Tensor.detach, point.linearised.value), g.detach()
 
     def check(products: tuple[Tensor | None, ...]) -> None:
         values = tensors_in(value)
         with torch.no_grad():
             given = [torch.zeros_like(v) if p is None else p.detach() for v, p in zip(values, products, strict=True)]
-            changed = change(layout.pack(with_tensors(value, given)) + g.detach(), solved, stop, wide)
+            changed = change(layout.pack(with_tensors(value, given)) + g, solved, stop, wide)
         check_repeats(changed, stop, on_failure, eps=rounding(values), coupled=layout.coupled, of=of)
 
     point.linearised.arrival.awaited = check
@@ -203,14 +216,14 @@ class _Replace(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         point, orders, (g,), (z,) = ctx.point, ctx.orders, cotangents, ctx.saved_tensors
         if g is None:
             return None, None, None, None
-        batched = is_transformed() or torch._C._functorch.is_legacy_batchedtensor(g)  # pyright: ignore
-        if batched and (torch.is_grad_enabled() or (orders is not None and forward_ad._current_level >= 0)):
+        batched = is_many(g)
+        if batched and (torch.is_grad_enabled() or (orders is not None and is_forward_mode())):
             raise RuntimeError(_BATCHED)
-        if orders is not None and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+        if orders is not None and (torch.is_grad_enabled() or is_forward_mode()):
             with point.linearised.autocast.off():
                 return orders.again(point, z, g, ctx.next_functions[0]), None, None, None
         with torch.no_grad(), point.linearised.autocast.off():
@@ -229,10 +242,7 @@ def _solve_many(g: Tensor, point: Point, adjoint: Adjoint) -> Tensor:
     """``adjoint(point, g)`` for many cotangents at once, in one solve."""
     if is_transformed():
         return _Solve.apply(g, point, adjoint)  # pyright: ignore[reportReturnType]
-    level = torch._C._vmapmode_increment_nesting() - 1  # the older vmap of torch.autograd
-    torch._C._vmapmode_decrement_nesting()
-    u = _together(torch._remove_batch_dim(g, level, 1, 0), point, adjoint)
-    return torch._add_batch_dim(u, 0, level)
+    return by_older_vmap(lambda every: _together(every, point, adjoint), g)
 
 
 def _together(g: Float[Tensor, "V B N"], point: Point, adjoint: Adjoint) -> Float[Tensor, "V B N"]:
@@ -252,7 +262,7 @@ class _Solve(torch.autograd.Function):
         """Nothing is kept: there is no gradient."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], g: Tensor, point: Point, adjoint: Adjoint) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, g: Tensor, point: Point, adjoint: Adjoint) -> Any:  # pyright: ignore
         return _together(g.movedim(in_dims[0], 0), point, adjoint), 0
 
 

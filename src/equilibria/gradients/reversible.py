@@ -21,6 +21,7 @@ from equilibria.core.progress import row_norm
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Status, Stop
+from equilibria.core.transforms import is_many
 from equilibria.gradients.linearise import differentiated_once
 from equilibria.solvers.reversible import Reversible
 
@@ -57,7 +58,7 @@ class ReversibleGradient(GradientRule):
         if not torch.is_grad_enabled():
             return solution
         path = _Path(
-            f=f,
+            f=f.pinned(),
             layout=layout,
             relaxation=solver.relaxation,
             y=solution.history,
@@ -110,6 +111,11 @@ class _Undo(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         path, (z, z0, *constants) = ctx.path, ctx.saved_tensors
+        if is_many(cotangents[0]):
+            raise RuntimeError(
+                "ReversibleGradient() does not take many cotangents at once (is_grads_batched=True, vectorize=True): "
+                "take them one by one, or use gradient=Implicit()."
+            )
         broken = path.status == Status.NONFINITE
         with torch.no_grad():
             found, z_bar, sums = _walk_back(path, z, torch.where(broken, torch.nan, cotangents[0]), constants)

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from equilibria.core.failure import is_batched, is_heard, tell
+from equilibria.core.failure import is_heard, tell
 from equilibria.core.gradient import ForwardSolve, GradientRule
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
+from equilibria.core.transforms import is_batched
 from equilibria.core.trees import map_tensors
 
 

@@ -175,6 +175,10 @@ class CellMap(Map):
         """The map of a cell with other weights, on inputs that were prepared otherwise; without compilation."""
         return _EagerCellMap(self.cell, self.prepared).given(tensors)
 
+    def pinned(self) -> Map:
+        """The map with the weights of now: ``torch.func.functional_call`` takes its own away when it returns."""
+        return self.given(self.reads())
+
     def rows(self, index: Int[Tensor, " R"]) -> CellMap | None:
         """f for these samples, if the cell prepares them one by one."""
         if self.prepared.rows is None or not self.prepared.droppable:
@@ -206,6 +210,9 @@ class _EagerCellMap(Map):
         prepared = with_tensors(self._needed, tensors[:count])
         weights = dict(zip(names, tensors[count:], strict=True))
         return FunctionMap(lambda z: torch.func.functional_call(_Forward(self.cell), weights, (z, prepared)))
+
+    def pinned(self) -> Map:
+        return self.given(self.reads())
 
     @property
     def _needed(self) -> Prepared:

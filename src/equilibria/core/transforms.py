@@ -1,0 +1,67 @@
+"""What is running around us: the transforms of ``torch.func`` and the older vmap of ``torch.autograd``.
+
+PyTorch has no public names for these questions. Tried with 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_transformed() -> bool:
+    """True inside torch.func.grad, vjp, jvp, vmap and what is made of them."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def is_batched() -> bool:
+    """True inside torch.func.vmap, where no decision can depend on a value."""
+    return _count(_functorch.TransformType.Vmap) > 0
+
+
+def forward_modes() -> int:
+    """How many torch.func.jvp are nested here."""
+    return _count(_functorch.TransformType.Jvp)
+
+
+def _count(kind: Any) -> int:
+    return sum(level.key() == kind for level in _functorch.get_interpreter_stack() or [])
+
+
+def is_of_transform(tensor: Tensor) -> bool:
+    """True for a tensor that a transform of torch.func follows."""
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_forward_mode() -> bool:
+    """True inside ``torch.autograd.forward_ad.dual_level`` and torch.func.jvp."""
+    return forward_ad._current_level >= 0
+
+
+def is_many(cotangent: Tensor) -> bool:
+    """True if a backward pass runs for many cotangents at once, by either vmap."""
+    return is_transformed() or _functorch.is_legacy_batchedtensor(cotangent)
+
+
+def by_older_vmap(of_all: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """``of_all`` of the copies that ``is_grads_batched=True`` makes one tensor of, with the copies as first axis."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    copies = torch._remove_batch_dim(tensor, level, 1, 0)  # pyright: ignore[reportPrivateImportUsage]
+    return torch._add_batch_dim(of_all(copies), 0, level)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def task() -> int:
+    """The number of the backward pass that is running; -1 outside any."""
+    return torch._C._current_graph_task_id()
+
+
+def at_the_end(call: Callable[[], None]) -> None:
+    """Call at the end of the backward pass that is running; forgotten if that fails."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)  # pyright: ignore[reportAttributeAccessIssue]
