@@ -14,7 +14,7 @@ from equilibria.core.state import Layout, State
 from equilibria.core.stop import Status, Stop
 from equilibria.core.trees import take_rows
 from equilibria.errors import EquilibriaError
-from equilibria.fixed_point import Method, fixed_point
+from equilibria.fixed_point import Method, fixed_point, implicit
 from equilibria.gradients import Implicit, Neumann, Phantom, ReversibleGradient, Shine, Unroll
 from equilibria.layers.cell import Cell, Prepared
 from equilibria.layers.equilibrium import Equilibrium
@@ -62,6 +62,7 @@ __all__ = [
     "Unrolled",
     "cells",
     "fixed_point",
+    "implicit",
     "solve",
     "stability",
     "take_rows",

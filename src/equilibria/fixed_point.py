@@ -1,10 +1,14 @@
-"""fixed_point: the equilibrium of any function, with its gradient, in one call; Method: how a fixed point is found."""
+"""fixed_point and implicit: the equilibrium of a function with its gradient; Method: how a fixed point is found."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch.autograd import forward_ad
 
 from equilibria.core.checks import check_choices, check_kind
 from equilibria.core.failure import WAYS, OnFailure, report
@@ -14,7 +18,10 @@ from equilibria.core.solve import Solution, Solver, check_keep
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
 from equilibria.gradients.implicit import Implicit
+from equilibria.gradients.neumann import Neumann
+from equilibria.gradients.phantom import Phantom
 from equilibria.solvers.anderson import Anderson
+from equilibria.solvers.picard import Picard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +107,49 @@ def fixed_point(
         solver=solver, stop=stop, gradient=gradient, coupled=coupled, on_failure=on_failure, keep=tuple(keep)
     )
     return method.run(_with_operands(as_map(f), operands), z0)
+
+
+def implicit(
+    f: Callable[..., State],
+    *,
+    gradient: GradientRule = Method.gradient,
+    stop: Stop = Method.stop,
+    coupled: bool = Method.coupled,
+    on_failure: OnFailure = Method.on_failure,
+) -> Callable[[Callable[..., State]], Callable[..., State]]:
+    """A decorator that gives any procedure which finds z = f(z, *operands) the gradient of a fixed point.
+
+    The procedure is called with the operands, and nothing that it does is recorded. What it returns is taken as the
+    start of ``fixed_point``, which evaluates f there once, so that the result is f(z).
+
+    Args:
+        f: the map whose fixed point the procedure finds, a function of the state and the operands.
+        gradient: how the gradient gets through; a rule around one f(z*), such as ``Implicit`` or ``Neumann``.
+        stop: the residual that the procedure has to reach; its budget is not used.
+        coupled: f mixes the samples.
+        on_failure: "warn", "raise" or "ignore" when the procedure has not reached it, or the adjoint solve fails.
+
+    Raises:
+        ValueError: the rule differentiates the steps of a solver, of which there are none.
+    """
+    if not isinstance(gradient, Implicit | Neumann | Phantom):
+        raise ValueError(
+            f"implicit(f, gradient={gradient}): there are no steps of a solver to differentiate; use Implicit(), "
+            "Neumann(terms) or Phantom(steps)."
+        )
+    found = dataclasses.replace(stop, max_evals=1)
+
+    def decorate(procedure: Callable[..., State]) -> Callable[..., State]:
+        @functools.wraps(procedure)
+        def differentiable(*operands: Any, **options: Any) -> State:
+            with torch.no_grad(), forward_ad._set_fwd_grad_enabled(mode=False):
+                z = procedure(*operands, **options)
+            method = Method(Picard(), found, gradient, coupled=coupled, on_failure=on_failure)
+            return method.run(_with_operands(as_map(f), operands), z).z
+
+        return differentiable
+
+    return decorate
 
 
 def _with_operands(f: Map, operands: tuple[Any, ...]) -> Map:
