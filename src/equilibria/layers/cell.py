@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from equilibria.core.maps import FunctionMap, Linearised, Map, linearised, linearised_for_products
+from equilibria.core.maps import Linearised, Map, linearised, linearised_for_products
 from equilibria.core.state import State
 from equilibria.core.trees import map_tensors, take_rows, tensors_in, with_tensors
 
@@ -169,15 +169,21 @@ class CellMap(Map):
 
     def reads(self) -> tuple[Tensor, ...]:
         """What was prepared, and the cell's parameters and buffers."""
-        return _EagerCellMap(self.cell, self.prepared).reads()
+        return self._weighted.reads()
 
     def given(self, tensors: Sequence[Tensor]) -> Map:
         """The map of a cell with other weights, on inputs that were prepared otherwise; without compilation."""
-        return _EagerCellMap(self.cell, self.prepared).given(tensors)
+        return self._weighted.given(tensors)
 
     def pinned(self) -> Map:
         """The map with the weights of now: ``torch.func.functional_call`` takes its own away when it returns."""
-        return self.given(self.reads())
+        return self._weighted
+
+    @property
+    def _weighted(self) -> _WeightedCellMap:
+        named = (*self.cell.named_parameters(), *self.cell.named_buffers())
+        weights = {f"cell.{name}": tensor for name, tensor in named}
+        return _WeightedCellMap(self.cell, dataclasses.replace(self.prepared, kept=None), weights)
 
     def rows(self, index: Int[Tensor, " R"]) -> CellMap | None:
         """f for these samples, if the cell prepares them one by one."""
@@ -202,21 +208,33 @@ class _EagerCellMap(Map):
         return self.cell.forward(z, self.prepared)
 
     def reads(self) -> tuple[Tensor, ...]:
-        return *tensors_in(self._needed), *_tensors_of(self.cell).values()
+        return CellMap(self.cell, self.prepared).reads()
 
     def given(self, tensors: Sequence[Tensor]) -> Map:
-        count = len(tensors_in(self._needed))
-        names = [f"cell.{name}" for name in _tensors_of(self.cell)]
-        prepared = with_tensors(self._needed, tensors[:count])
-        weights = dict(zip(names, tensors[count:], strict=True))
-        return FunctionMap(lambda z: torch.func.functional_call(_Forward(self.cell), weights, (z, prepared)))
+        return CellMap(self.cell, self.prepared).given(tensors)
 
     def pinned(self) -> Map:
-        return self.given(self.reads())
+        return CellMap(self.cell, self.prepared).pinned()
 
-    @property
-    def _needed(self) -> Prepared:
-        return dataclasses.replace(self.prepared, kept=None)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _WeightedCellMap(Map):
+    """f of a cell with these tensors for its parameters and buffers, past its compiled call."""
+
+    cell: Cell
+    prepared: Prepared
+    weights: dict[str, Tensor]
+
+    def __call__(self, z: State) -> State:
+        return torch.func.functional_call(_Forward(self.cell), self.weights, (z, self.prepared))
+
+    def reads(self) -> tuple[Tensor, ...]:
+        return *tensors_in(self.prepared), *self.weights.values()
+
+    def given(self, tensors: Sequence[Tensor]) -> Map:
+        prepared = with_tensors(self.prepared, tensors)
+        weights = dict(zip(self.weights, tensors[len(tensors_in(self.prepared)) :], strict=True))
+        return _WeightedCellMap(self.cell, prepared, weights)
 
 
 class _Forward(nn.Module):
@@ -228,10 +246,6 @@ class _Forward(nn.Module):
 
     def forward(self, z: State, prepared: Prepared) -> State:
         return self.cell.forward(z, prepared)
-
-
-def _tensors_of(cell: Cell) -> dict[str, Tensor]:
-    return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
