@@ -41,9 +41,10 @@ from equilibria.solvers.anderson import Anderson
 class Implicit(GradientRule):
     """dL/dθ = uᵀ ∂f/∂θ with u = Jᵀu + g at z*: Bai, Kolter, Koltun (2019), theorem 1.
 
-    The forward solve keeps no graph; one evaluation f(z*) with graph is all the memory. The adjoint system is solved
-    for g/‖g‖ from u = g/‖g‖, so that tolerances are relative to ‖g‖ and neither cost nor accuracy depends on the scale
-    of the loss. The error of the gradient is of the order of the two residuals, whether or not the solves converged.
+    The forward solve keeps no graph; one evaluation f(z*) with graph, and what f reads, is all the memory. The adjoint
+    system is solved for g/‖g‖ from u = g/‖g‖, so that tolerances are relative to ‖g‖ and neither cost nor accuracy
+    depends on the scale of the loss. The error of the gradient is of the order of the two residuals, whether or not
+    the solves converged.
     Each backward pass appends its solution to ``Solution.adjoint``.
 
     Derivatives of every order exist. Under ``create_graph=True`` u is the fixed point of u ↦ Jᵀu + g, differentiated by
