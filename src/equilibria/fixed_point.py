@@ -41,7 +41,7 @@ class Method:
     """What happens when a solve, forward or backward, does not converge: "warn", "raise" or "ignore". A stop without
     tolerance never fails."""
     keep: tuple[int, ...] = ()
-    """After each of these numbers of steps the solve keeps its state, in ``Solution.iterates``."""
+    """The solve keeps its state after each of these numbers of steps, in ``Solution.iterates``."""
 
     def __post_init__(self) -> None:
         check_kind("solver", self.solver, Solver, "Anderson()")
@@ -94,7 +94,7 @@ def fixed_point(
         gradient: how the gradient gets through the solve.
         coupled: f mixes the samples, so that the whole state is one problem; its leaves may have any shape.
         on_failure: "warn", "raise" or "ignore" when a solve, forward or backward, does not converge.
-        keep: after each of these numbers of steps the solve keeps its state, in ``Solution.iterates``.
+        keep: the solve keeps its state after each of these numbers of steps, in ``Solution.iterates``.
 
     Warns:
         ConvergenceWarning: a solve did not converge, or samples are coupled without ``coupled=True``.

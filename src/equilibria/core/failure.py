@@ -30,7 +30,7 @@ WAYS = ("warn", "raise", "ignore")
 
 
 class ConvergenceWarning(UserWarning):
-    """A solve, forward or backward, failed, so that its result is not to be trusted; the message says what to try."""
+    """A forward or backward solve failed, and its result cannot be trusted; the message says what to try."""
 
 
 class ConvergenceError(EquilibriaError, RuntimeError):

@@ -44,7 +44,7 @@ class ForwardSolve(Protocol):
 
     @property
     def keep(self) -> tuple[int, ...]:
-        """After each of these numbers of steps the solve keeps its state, in ``Solution.iterates``."""
+        """The solve keeps its state after each of these numbers of steps, in ``Solution.iterates``."""
         ...
 
 

@@ -16,7 +16,7 @@ _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIs
 
 
 def is_transformed() -> bool:
-    """True inside torch.func.grad, vjp, jvp, vmap and what is made of them."""
+    """True while a transform of torch.func (grad, vjp, jvp, vmap or one made of them) is running."""
     return _functorch.peek_interpreter_stack() is not None
 
 

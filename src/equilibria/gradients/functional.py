@@ -242,7 +242,7 @@ def _check_levels() -> None:
 
 
 def _check_given(f: Map, z0: State, reads: Sequence[Tensor]) -> None:
-    """Raise a RuntimeError if f reads a tensor that is transformed, or requires a gradient, and was not given to it."""
+    """Raise a RuntimeError if f closes over a tensor that a transform follows or that requires a gradient."""
     unknown = Unknown(z0, reads)
     with unknown:
         f.given(reads)(z0)

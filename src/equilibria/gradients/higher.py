@@ -22,7 +22,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from equilibria.core.failure import OnFailure
 from equilibria.core.maps import Linearised, Map, linearised_through
+from equilibria.core.solve import Solver
 from equilibria.core.state import Layout
+from equilibria.core.stop import Stop
 from equilibria.core.transforms import at_the_end, task
 from equilibria.gradients.linearise import Edge
 
@@ -82,8 +84,8 @@ def through(f: Map, z: Float[Tensor, "B N"], tangent: Sequence[Tensor], layout: 
 class RowsMethod:
     """How a linear system of rows is solved, as a rule reads it."""
 
-    solver: Any
-    stop: Any
+    solver: Solver
+    stop: Stop
     on_failure: OnFailure
     coupled: bool = False
     keep: tuple[int, ...] = ()
@@ -140,23 +142,25 @@ def _partial(there: Linearised, value: Tensor, leaving: Sequence[_Crossing], u: 
     if not leaving:
         return {}
     there.arrival.passed_on = False
-    with _Taker(value, leaving) as taker:
-        torch.autograd.grad(
-            value,
-            [GradientEdge(*edge) for edge in {edge for _, _, edge in leaving}],
-            u,
-            retain_graph=True,
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-    there.arrival.passed_on = True
+    try:
+        with _Taker(value, leaving) as taker:
+            torch.autograd.grad(
+                value,
+                [GradientEdge(*edge) for edge in {edge for _, _, edge in leaving}],
+                u,
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+    finally:  # closed for good it would drop a term of every later derivative
+        there.arrival.passed_on = True
     return taker.found
 
 
 class _Crossed(ABC):
     """Changes what nodes hand on along some of their edges, in one backward pass.
 
-    Where a fixed point is inside another one, both may change what the same node hands on: the inner one first.
+    If one fixed point is nested in another, both may change the gradients of the same node. The inner one acts first.
     """
 
     _active: ClassVar[list[weakref.ref[_Crossed]]] = []
@@ -212,7 +216,7 @@ class _Taker(_Crossed):
         self._root = get_gradient_edge(value).node
 
     def changed(self, handed: list[Tensor | None], edges: dict[int, Edge]) -> None:
-        """Nothing goes on."""
+        """Take the gradients along these edges, so that none reaches the nodes below."""
         for i, edge in edges.items():
             gradient, handed[i] = handed[i], None
             if gradient is not None:

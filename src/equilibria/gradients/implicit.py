@@ -1,4 +1,4 @@
-"""The exact gradient by the implicit function theorem, at every order.
+"""Implicit differentiation: exact derivatives of every order by the implicit function theorem.
 
 Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u``; tangents ``w`` of z*, ``h`` of f(z*).
 """
@@ -44,8 +44,7 @@ class Implicit(GradientRule):
     The forward solve keeps no graph; one evaluation f(z*) with graph, and what f reads, is all the memory. The adjoint
     system is solved for g/‖g‖ from u = g/‖g‖, so that tolerances are relative to ‖g‖ and neither cost nor accuracy
     depends on the scale of the loss. The error of the gradient is of the order of the two residuals, whether or not
-    the solves converged.
-    Each backward pass appends its solution to ``Solution.adjoint``.
+    the solves converged. Each backward pass appends its solution to ``Solution.adjoint``.
 
     Derivatives of every order exist. Under ``create_graph=True`` u is the fixed point of u ↦ Jᵀu + g, differentiated by
     this same rule; in forward mode the tangent of z* is the fixed point of w ↦ Jw + h. Each order costs one more solve
@@ -118,7 +117,7 @@ class _Systems(Orders):
         return found
 
     def _differentiable(self, system: Map, found: Solution, layout: Layout) -> Float[Tensor, "B N"]:
-        """The solution of a linear system of rows, differentiated as any fixed point is.
+        """The solution of a linear system of rows, with the derivatives that this rule gives to a fixed point.
 
         Its J is that of f at f(z*) and no longer at z*, so that its value differs by as much as the forward solve was
         inexact; that was told.

@@ -176,7 +176,7 @@ class CellMap(Map):
         return self._weighted.given(tensors)
 
     def pinned(self) -> Map:
-        """The map with the weights of now: ``torch.func.functional_call`` takes its own away when it returns."""
+        """The map with the weights that the cell has now; ``functional_call`` restores the old ones when it returns."""
         return self._weighted
 
     @property

@@ -30,7 +30,7 @@ class Equilibrium(Layer):
         eval_stop: tolerances and budget in ``eval()`` mode; ``stop`` if None.
         coupled: the cell mixes the samples of the batch, so that the whole state is one problem.
         on_failure: "warn", "raise" or "ignore" when a solve, forward or backward, does not converge.
-        keep: after each of these numbers of steps the solve keeps its state, in ``Solution.iterates``.
+        keep: the solve keeps its state after each of these numbers of steps, in ``Solution.iterates``.
     """
 
     def __init__(
