@@ -3,14 +3,21 @@
 The task has a known answer. Ten nodes in random order form a chain, and each carries +1 or −1; one end of the chain is
 marked, and every node is to tell the number that stands there. An explicit network of three layers sees two edges far:
 it can be right at three nodes of ten and has to guess at seven, which makes 65 %. The equilibrium of the same module
-has no such horizon (Gu et al., *Implicit Graph Neural Networks*, 2020). Each graph is one sample of the batch.
+has no such horizon (Gu et al., *Implicit Graph Neural Networks*, 2020).
 
-python examples/graph.py                      half a minute on one core; needs pip install matplotlib
+Each graph can be one sample of the batch, with an axis for its nodes. Or the nodes of all graphs are the batch axis, as
+in most libraries for graphs, with one sparse adjacency matrix. Then f mixes the samples of the batch, and the layer has to
+be told: ``coupled=True``. Without it each node is solved as a problem of its own, the gradient is wrong, and a
+``ConvergenceWarning`` says so; ``--untold`` shows it.
+
+python examples/graph.py                      a minute on one core; needs pip install matplotlib
+python examples/graph.py --untold             the nodes as batch axis, once more without coupled=True
 python examples/graph.py --steps 60 --seed 1 --picture distance.png
 """
 
 import argparse
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,7 +25,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.parametrizations import orthogonal
 
-from equilibria import Equilibrium, Implicit, Layer, Stop, Unrolled
+from equilibria import ConvergenceWarning, Equilibrium, Implicit, Layer, LayerOutput, Stop, Unrolled
 
 NODES, WIDTH = 10, 32
 STOP = Stop(rtol=1e-3, max_evals=100)
@@ -36,6 +43,7 @@ class Listen(nn.Module):
         self.own = nn.Sequential(nn.Linear(2, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH, bias=False))
 
     def forward(self, z: torch.Tensor, x: torch.Tensor, adjacency: torch.Tensor) -> torch.Tensor:
+        """f(z) [… N, W] of z [… N, W], x [… N, 2] and A [… N, N], which may be sparse."""
         return torch.tanh(0.9 * self.neighbours(adjacency @ z) + self.own(x))
 
 
@@ -52,15 +60,30 @@ def chains(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.
     return x, edges / (root[:, :, None] * root[:, None, :]), sign[marked][:, None].expand(batch, NODES), distance
 
 
-def train(layer: Layer, steps: int) -> list[float]:
+def joined(adjacency: torch.Tensor) -> torch.Tensor:
+    """The adjacency matrix [B·N, B·N] of all graphs as one graph: sparse, a block per graph."""
+    graph, target, source = adjacency.nonzero(as_tuple=True)
+    first, total = NODES * graph, NODES * len(adjacency)
+    place = torch.stack([first + target, first + source])
+    return torch.sparse_coo_tensor(place, adjacency[graph, target, source], (total, total), check_invariants=False)
+
+
+def applied(layer: Layer, x: torch.Tensor, adjacency: torch.Tensor, *, by_node: bool) -> LayerOutput:
+    """The layer on graphs, with the graphs or with all of their nodes as batch axis."""
+    if by_node:
+        x, adjacency = x.flatten(0, 1), joined(adjacency)
+    return layer(x, adjacency, start=torch.zeros(*x.shape[:-1], WIDTH))
+
+
+def train(name: str, layer: Layer, steps: int, *, by_node: bool = False) -> list[float]:
     """Trains the layer with a head; returns the accuracy at each distance, on new graphs."""
     head, began = nn.Linear(WIDTH, 1), time.perf_counter()
     optimiser = torch.optim.Adam([*layer.parameters(), *head.parameters()])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-2, total_steps=steps)
     for step in range(1, steps + 1):
         x, adjacency, label, _ = chains(64)
-        out = layer(x, adjacency, start=torch.zeros(64, NODES, WIDTH))
-        loss = binary_cross_entropy_with_logits(head(out.z)[..., 0], label)
+        out = applied(layer, x, adjacency, by_node=by_node)
+        loss = binary_cross_entropy_with_logits(head(out.z).view_as(label), label)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -69,9 +92,9 @@ def train(layer: Layer, steps: int) -> list[float]:
             print(f"step {step}: forward {out.solution} | backward {out.solution.adjoint[0]}")
     x, adjacency, label, distance = chains(1000)
     with torch.no_grad():
-        out = layer(x, adjacency, start=torch.zeros(1000, NODES, WIDTH))
-        right = (head(out.z)[..., 0] > 0) == (label > 0.5)
-    name, solved = ("three layers", "") if out.solution is None else ("equilibrium", f" | {out.solution}")
+        out = applied(layer, x, adjacency, by_node=by_node)
+        right = (head(out.z).view_as(label) > 0) == (label > 0.5)
+    solved = "" if out.solution is None else f" | {out.solution}"
     print(f"{name}: test accuracy {right.float().mean():.1%}, {time.perf_counter() - began:.0f} s{solved}")
     return [right[distance == d].float().mean().item() for d in range(NODES)]
 
@@ -89,14 +112,23 @@ def draw(accuracies: dict[str, list[float]], path: Path) -> None:
     axes.figure.savefig(path, dpi=150)
 
 
-def main(steps: int = 200, seed: int = 0, picture: Path = Path("graph.png")) -> dict[str, float]:
-    """Trains both networks, draws their accuracies, and returns the means."""
+def main(steps: int = 200, seed: int = 0, picture: Path = Path("graph.png"), untold: bool = False) -> dict[str, float]:
+    """Trains the networks, draws their accuracies, and returns the means."""
+    gradient = Implicit(stop=STOP)
+    accuracies = {}
     torch.manual_seed(seed)
-    networks = {
-        "equilibrium": Equilibrium(Listen(), stop=STOP, gradient=Implicit(stop=STOP)),
-        "three layers": Unrolled(Listen(), 3),
-    }
-    accuracies = {name: train(network, steps) for name, network in networks.items()}
+    accuracies["equilibrium"] = train("equilibrium", Equilibrium(Listen(), stop=STOP, gradient=gradient), steps)
+    torch.manual_seed(seed)
+    nodes = Equilibrium(Listen(), stop=STOP, gradient=gradient, coupled=True)
+    accuracies["nodes as batch axis"] = train("nodes as batch axis", nodes, steps, by_node=True)
+    if untold:
+        torch.manual_seed(seed)
+        nodes = Equilibrium(Listen(), stop=STOP, gradient=gradient)
+        with warnings.catch_warnings(record=True, action="always", category=ConvergenceWarning) as heard:
+            accuracies["without coupled=True"] = train("without coupled=True", nodes, steps, by_node=True)
+        print(f"without coupled=True: {len(heard)} warnings, of which the first is: {heard[0].message}")
+    torch.manual_seed(seed)
+    accuracies["three layers"] = train("three layers", Unrolled(Listen(), 3), steps)
     draw(accuracies, picture)
     return {name: sum(accuracy) / NODES for name, accuracy in accuracies.items()}
 
@@ -106,4 +138,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, default=Path("graph.png"))
+    parser.add_argument("--untold", action="store_true", help="the nodes as batch axis without coupled=True, too")
     main(**vars(parser.parse_args()))
