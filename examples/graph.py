@@ -6,8 +6,8 @@ it can be right at three nodes of ten and has to guess at seven, which makes 65 
 has no such horizon (Gu et al., *Implicit Graph Neural Networks*, 2020).
 
 Each graph can be one sample of the batch, with an axis for its nodes. Or the nodes of all graphs are the batch axis, as
-in most libraries for graphs, with one sparse adjacency matrix. Then f mixes the samples of the batch, and the layer has to
-be told: ``coupled=True``. Without it each node is solved as a problem of its own, the gradient is wrong, and a
+in most libraries for graphs, with one sparse adjacency matrix. Then f mixes the samples of the batch, and the layer has
+to be told: ``coupled=True``. Without it each node is solved as a problem of its own, the gradient is wrong, and a
 ``ConvergenceWarning`` says so; ``--untold`` shows it.
 
 python examples/graph.py                      a minute on one core; needs pip install matplotlib
