@@ -12,7 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-WORDS = {"multiscale": ["--epochs", "1"], "graph": ["--steps", "100"], "forces": ["--steps", "10"]}
+WORDS = {
+    "multiscale": ["--epochs", "1"],
+    "graph": ["--steps", "100"],
+    "forces": ["--steps", "10"],
+    "correction": ["--steps", "100"],
+}
 """What is said to an example beside its name, to have it done sooner."""
 
 
@@ -38,7 +43,7 @@ def test_runs(path, tmp_path):
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     printed = run.stdout
-    assert path.stem == "matrix_square_root" or "converged" in printed
+    assert path.stem in ("matrix_square_root", "hyper_gradients") or "converged" in printed
     if path.stem == "generation":
         assert "\na map is where the map leaves it.\n" in printed
     if path.stem == "cell":
@@ -47,6 +52,16 @@ def test_runs(path, tmp_path):
         errors = [float(error) for error in re.findall(r"(?:by|:|=) ([\d.]+e[-+]\d+)$", printed, re.MULTILINE)]
         assert len(errors) == 4
         assert max(errors) < 1e-9
+    if path.stem == "hyper_gradients":
+        errors = [float(error) for error in re.findall(r"by (\S+e-\d+)$", printed, re.MULTILINE)]
+        assert len(errors) == 3
+        assert max(errors) < 1e-8
+        assert [float(error) for error in re.findall(r"validation error (\S+),", printed)][-1] < 1.3
+    if path.stem == "correction":
+        without, corrected = (
+            [float(share) for share in re.findall(r"([\d.]+)%", line)] for line in printed.splitlines()[-2:]
+        )
+        assert min(corrected) > max(without) + 10
     if path.stem == "forces":
         assert float(re.search(r"unrolled steps by (\S+)$", printed, re.MULTILINE)[1]) < 1e-7
     if path.stem == "multiscale":

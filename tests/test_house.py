@@ -112,7 +112,7 @@ SOLVER = '''"""Half a step of plain iteration."""
 
 import dataclasses
 
-from equilibria.core.solve import Solver
+from equilibria.core.solver import Solver
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ from equilibria.core.evaluator import Evaluator
 from equilibria.core.failure import ConvergenceError, ConvergenceWarning
 from equilibria.core.gradient import ForwardSolve, GradientRule
 from equilibria.core.maps import AffineMap, Linearised, Map
-from equilibria.core.solve import Iterate, Solution, Solver, solve
+from equilibria.core.solve import Solution, solve
+from equilibria.core.solver import Iterate, Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Status, Stop
 from equilibria.core.trees import take_rows

@@ -14,7 +14,8 @@ from equilibria.core.checks import check_choices, check_kind
 from equilibria.core.failure import WAYS, OnFailure, report
 from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import FunctionMap, Map, as_map
-from equilibria.core.solve import Solution, Solver, check_keep
+from equilibria.core.solve import Solution, check_keep
+from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
 from equilibria.gradients.implicit import Implicit

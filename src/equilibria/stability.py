@@ -16,7 +16,8 @@ from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import AffineMap, Map, as_map
 from equilibria.core.progress import relative, row_norm
-from equilibria.core.solve import Solver, solve
+from equilibria.core.solve import solve
+from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Status, Stop
 from equilibria.core.trees import map_pairs, map_tensors, tensors_in

@@ -96,7 +96,7 @@ def test_flags_that_are_read_late_change_nothing(solver, selecting, broken, monk
         monkeypatch.setattr(progress, "_Flags", lambda late: flags(late=True))
         late = solve(given, z0, solver, stop)
     assert now.evals < late.evals <= now.evals + max(2, getattr(solver, "inner", 0) + 1)
-    same_solution(dataclasses.replace(late, trace=late.trace[: len(now.trace)]), now)
+    same_solution(dataclasses.replace(late, residuals=late.residuals[: len(now.residuals)]), now)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 from equilibria.core.failure import OnFailure
 from equilibria.core.maps import Map
-from equilibria.core.solve import Solution, Solver, solve
+from equilibria.core.solve import Solution, solve
+from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
 from equilibria.core.transforms import is_forward_mode, is_transformed

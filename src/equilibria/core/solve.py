@@ -8,24 +8,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from equilibria.core.batch import Blocks, Whole, rows_per_block
 from equilibria.core.checks import check_kind
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.maps import Map, as_map
-from equilibria.core.progress import Progress
+from equilibria.core.solver import History, Solver
 from equilibria.core.state import Layout, State, check_finite
 from equilibria.core.stop import Status, Stop
-from equilibria.core.trees import take_rows
-
-History = Any
-"""What a solver remembers from one step to the next: its own choice of value."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -44,8 +39,8 @@ class Solution:
     """Steps that each sample took before it was done."""
     evals: int
     """Evaluations of f, Jacobian–vector products included; a gradient rule adds those that carry its graph."""
-    trace: Float[Tensor, "K B"]
-    """Relative residual after each step, as long as the solve was; a sample that is done repeats its last value."""
+    residuals: tuple[tuple[Tensor, ...], ...]
+    """The rows of ``trace``, each in one or more parts: put together only where it is asked for."""
     history: History = None
     """The solver's last history (Shine reads Broyden's inverse from it). If samples were dropped during the solve, it
     covers only those still active at the end."""
@@ -59,6 +54,11 @@ class Solution:
         """True for the samples that met the tolerance."""
         return self.status == Status.CONVERGED
 
+    @property
+    def trace(self) -> Float[Tensor, "K B"]:
+        """Relative residual after each evaluation; a sample that is done repeats its last value."""
+        return torch.stack([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in self.residuals])
+
     def __str__(self) -> str:
         """Counts, cost, worst residual, and the advice of the worst status."""
         total, done = self.status.numel(), int(self.converged.sum())
@@ -71,38 +71,6 @@ class Solution:
         return line if worst is Status.CONVERGED else f"{line}. {worst.name}: {worst.advice}"
 
     __repr__ = __str__
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Iterate:
-    """The point from which a solver takes its next step."""
-
-    z: Float[Tensor, "B N"]
-    fz: Float[Tensor, "B N"]
-    """f(z)."""
-    r: Float[Tensor, "B N"]
-    """The residual f(z) − z."""
-    active: Bool[Tensor, " B"]
-    """False for the samples that are done: a step does not move them."""
-
-
-class Solver(ABC):
-    """Proposes the next iterate, and nothing else. Subclasses are frozen dataclasses of hyper-parameters."""
-
-    cost: ClassVar[int] = 1
-    """Fewest evaluations that one step and the test of its result take."""
-
-    @abstractmethod
-    def init(self, z: Float[Tensor, "B N"]) -> History:
-        """The history before the first step."""
-
-    @abstractmethod
-    def step(self, f: Evaluator, at: Iterate, history: History) -> tuple[Float[Tensor, "B N"], History]:
-        """The next iterate and the new history. Every further evaluation of f is counted."""
-
-    def select(self, history: History, rows: Int[Tensor, " R"]) -> History:
-        """The history of these samples alone, in ascending order; here of tensors with the batch as first axis."""
-        return take_rows(history, rows)
 
 
 def solve(
@@ -151,27 +119,23 @@ def solve(
     z = layout.pack(z0)
     del z0  # a state that would be kept for nothing
     with evaluate.autocast.off():
-        history, progress, kept, step = solver.init(z), Progress(z, stop, layout), [], 0
+        block = rows_per_block(z, solver, evaluate) if drop_converged else len(z)
+        batch = (Blocks if block < len(z) else Whole)(z, solver, stop, layout, evaluate, block)
+        may_drop, kept, step = drop_converged and not keep, [], 0
         while True:
             fz = evaluate(z)
-            r = fz - z
-            active = progress.update(z, fz, r)
-            if not progress.moving or evaluate.remaining < solver.cost:
+            last = evaluate.remaining < solver.cost
+            batch.update(z, fz, last=last)
+            if last or not batch.moving:
                 break
-            if drop_converged and not keep and progress.worth_compacting and evaluate.divisible:
-                index = progress.still_active()
-                if len(index):
-                    evaluate.take(index)
-                    active = progress.take(index)
-                    z, fz, r, history = z[index], fz[index], r[index], solver.select(history, index)
-            at = Iterate(z=z, fz=fz, r=r, active=active)
-            proposal, history = solver.step(evaluate, at, history)
-            z = progress.freeze(evaluate.rounded(proposal))
-            del proposal, at, fz, r  # states that nobody needs while f is evaluated
+            del z, fz  # states that nobody needs while f is evaluated
+            if may_drop:
+                batch.drop_converged()
+            z = batch.step()
             step += 1
             if step in keep:
                 kept.append(layout.unpack(z))
-    found = progress.outcome()
+    found = batch.outcome()
     return Solution(
         z=layout.unpack(found.z),
         fz=layout.unpack(found.fz),
@@ -179,8 +143,8 @@ def solve(
         status=found.status,
         steps=found.steps,
         evals=evaluate.evals,
-        trace=progress.trace(found.residual),
-        history=history,
+        residuals=batch.residuals(found.residual),
+        history=batch.history,
         iterates=(*kept, *[layout.unpack(found.z)] * (len(keep) - len(kept))),
     )
 

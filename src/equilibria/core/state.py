@@ -225,15 +225,15 @@ def _aligned(skeleton: Any, value: Any) -> Any:
 
 def check_finite(z0: State, *, coupled: bool = False) -> None:
     """Raise a ValueError that names the samples of a start that are NaN or infinite."""
-    tensors = pytree.tree_leaves(z0)
-    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+    tensors = [tensor.detach() for tensor in pytree.tree_leaves(z0)]
+    if all(math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all()) for tensor in tensors):
         return
     if coupled:
         bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
         total = sum(tensor.numel() for tensor in tensors)
         raise ValueError(f"z0 is NaN or infinite in {bad} of its {total} numbers; start from finite values.")
     batch = len(tensors[0])
-    finite = torch.stack([torch.isfinite(t.detach().reshape(batch, -1)).all(dim=1) for t in tensors]).all(dim=0)
+    finite = torch.stack([torch.isfinite(t.reshape(batch, -1)).all(dim=1) for t in tensors]).all(dim=0)
     bad = (~finite).nonzero().flatten().tolist()
     raise ValueError(f"z0 is NaN or infinite in {len(bad)} of {batch} samples ({bad[:8]}); start from finite values.")
 

@@ -100,7 +100,8 @@ _ADVICE = {
     Status.BUDGET_SPENT: (
         "The budget was spent before the tolerance was met, and the iterate that the stop asks for was returned: raise "
         "max_evals, loosen rtol (bfloat16 reaches about 1e-2), or make f more contractive (weight norm, Jacobian "
-        "penalty; see stability.spectral_radius); and see that f gives the same bits twice, with no dropout inside."
+        "penalty; see stability.spectral_radius); see that f gives the same bits twice, with no dropout inside; and if "
+        "f mixes the samples of the batch, say coupled=True."
     ),
     Status.NONFINITE: (
         "f or the solver's step became NaN or infinite, and the best iterate with a finite f was returned, or the "

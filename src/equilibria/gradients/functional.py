@@ -22,7 +22,8 @@ from equilibria.core.capture import Unknown
 from equilibria.core.failure import OnFailure, report
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import FunctionMap, Map
-from equilibria.core.solve import Solution, Solver
+from equilibria.core.solve import Solution
+from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
 from equilibria.core.transforms import forward_modes, is_batched
@@ -73,7 +74,7 @@ def solved(f: Map, z0: State, method: ForwardSolve, *, solver: Solver, stop: Sto
         status=status,
         steps=steps,
         evals=system.evals[0],
-        trace=trace,
+        residuals=tuple((row,) for row in trace),
         iterates=tuple(layout.unpack(x) for x in iterates),
     )
 

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from equilibria.core.failure import OnFailure
 from equilibria.core.maps import Linearised, Map, linearised_through
-from equilibria.core.solve import Solver
+from equilibria.core.solver import Solver
 from equilibria.core.state import Layout
 from equilibria.core.stop import Stop
 from equilibria.core.transforms import at_the_end, task

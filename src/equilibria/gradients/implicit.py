@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 from equilibria.core.failure import OnFailure, report
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
 from equilibria.core.maps import Map
-from equilibria.core.solve import Solution, Solver
+from equilibria.core.solve import Solution
+from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
 from equilibria.core.transforms import is_transformed

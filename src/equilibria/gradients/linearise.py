@@ -19,7 +19,8 @@ from equilibria.core.failure import OnFailure, check_repeats, is_heard
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import AffineMap, Linearised, Map
 from equilibria.core.progress import relative, row_norm
-from equilibria.core.solve import Solution, Solver, solve
+from equilibria.core.solve import Solution, solve
+from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
 from equilibria.core.transforms import by_older_vmap, is_forward_mode, is_many, is_transformed

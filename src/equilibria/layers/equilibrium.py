@@ -10,7 +10,7 @@ from torch import nn
 from equilibria.core.checks import check_kind
 from equilibria.core.failure import OnFailure
 from equilibria.core.gradient import GradientRule
-from equilibria.core.solve import Solver
+from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,14 +15,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from equilibria.core.evaluator import Evaluator
-from equilibria.core.solve import Iterate, Solver
+from equilibria.core.solver import Iterate, Solver
 from equilibria.solvers.history import (
+    TINY,
     bordered,
     check_history_dtype,
     combine,
     dot,
     empty_window,
     inner,
+    quotient,
     ridge_solve,
     selected,
     small_dtype,
@@ -55,11 +58,12 @@ class Anderson(Solver):
     Type II, D. G. Anderson (1965), in the difference form of H. F. Walker and P. Ni (SIAM J. Numer. Anal. 49, 2011,
     eq. 2.2). Deviations: (1) the ridge λ is relative to the length of each difference, so that it neither stops
     convergence near the solution nor depends on the scale of the state, and as it grows the step becomes plain
-    iteration; (2) the Gram matrix is kept in float64 and gains one row per step.
+    iteration; (2) the Gram matrix is kept in float64 and gains one row per step; (3) a state of N numbers has at most N
+    differences, since more of them are dependent.
     """
 
     window: int = 6
-    """Number of pairs (z, f(z)) that are combined; memory is 2·window states."""
+    """Number of pairs (z, f(z)) that are combined, at most N + 1; memory is 2·window states."""
     mixing: float = 1.0
     """β: how far the step goes along the combined residual."""
     ridge: float = 1e-7
@@ -67,6 +71,8 @@ class Anderson(Solver):
     history_dtype: torch.dtype | None = None
     """Dtype of the window: ``torch.bfloat16`` halves its memory, and the algebra stays as it is. None for that of the
     algebra."""
+
+    by_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.window < 2:
@@ -79,7 +85,7 @@ class Anderson(Solver):
 
     def init(self, z: Float[Tensor, "B N"]) -> AndersonHistory:
         """Empty differences."""
-        size = self.window - 1
+        size = min(self.window - 1, z.shape[1])
         gram = torch.zeros(len(z), size, size, dtype=small_dtype(z), device=z.device)
         return AndersonHistory(
             step=0,
@@ -95,18 +101,21 @@ class Anderson(Solver):
         """The mixture of the window; plain iteration from the first pair."""
         h, r = history, at.r
         plain = at.z.lerp(at.fz, self.mixing) if self.mixing != 1.0 else at.fz
+        if r.shape[1] == 1:
+            return self._secant(h, plain, r)
         if h.step == 0:
             return plain, dataclasses.replace(h, step=1, plain=plain, r=r)
-        slot, used = (h.step - 1) % (self.window - 1), min(h.step, self.window - 1)
+        size = h.gram.shape[1]
+        slot, used = (h.step - 1) % size, min(h.step, size)
         dr = stored_difference(h.dr, slot, r, h.r)
         moves = stored_difference(h.moves, slot, plain, h.plain)
         along = inner(dr[:, :used], r).to(h.gram.dtype)
         # Δr_iᵀΔr = Δr_iᵀr − Δr_iᵀr₋, both known, but for the new one with itself: one pass over the window is saved.
         row = along - h.along[:, :used]
         newest = vector_at(dr, slot, r.dtype)
-        size = dot(newest, newest).to(row.dtype)[:, None]
-        gram = bordered(h.gram, slot, torch.cat([row[:, :slot], size, row[:, slot + 1 :]], dim=1))
-        gamma = ridge_solve(gram[:, :used, :used], along, ridge=self.ridge).to(r.dtype)
+        square = dot(newest, newest).to(row.dtype)[:, None]
+        gram = bordered(h.gram, slot, torch.cat([row[:, :slot], square, row[:, slot + 1 :]], dim=1))
+        gamma = ridge_solve(gram[:, :used, :used], along, ridge=self.ridge, tiny=r.shape[1] <= TINY).to(r.dtype)
         following = AndersonHistory(
             step=h.step + 1,
             plain=plain,
@@ -117,6 +126,14 @@ class Anderson(Solver):
             along=functional.pad(along, (0, h.along.shape[1] - used)),
         )
         return combine(-gamma, moves[:, :used], onto=plain), following
+
+    def _secant(self, h: AndersonHistory, plain: Tensor, r: Tensor) -> tuple[Tensor, AndersonHistory]:
+        """The step of samples of one number: the only difference determines γ, and no window is needed."""
+        following = dataclasses.replace(h, step=h.step + 1, plain=plain, r=r)
+        if h.step == 0:
+            return plain, following
+        gamma = quotient(r, r - h.r)
+        return torch.addcmul(plain, gamma, plain - h.plain, value=-1 / (1 + self.ridge)), following
 
     def select(self, history: AndersonHistory, rows: Int[Tensor, " R"]) -> AndersonHistory:
         """The history of these samples; their differences stay in the same storage."""

@@ -6,20 +6,25 @@ Letters: B batch, N flattened state, W steps that are kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from equilibria.core.evaluator import Evaluator
-from equilibria.core.solve import Iterate, Solver
+from equilibria.core.solver import History, Iterate, Solver
+from equilibria.core.trees import take_rows
 from equilibria.solvers.history import (
+    TINY,
     bordered,
     check_history_dtype,
     combine,
     dot,
     empty_window,
     inner,
+    quotient,
     selected,
     small_dtype,
     stored,
@@ -67,6 +72,23 @@ class BroydenHistory:
         return self.weights[:, :k, None] * -self.gram[:, :k, 1 : k + 1]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class DenseHistory:
+    """−H itself, of samples of a few numbers, and the last point."""
+
+    inverse: Float[Tensor, "B N N"]
+    z: Float[Tensor, "B N"]
+    r: Float[Tensor, "B N"]
+
+    def apply(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """−H x."""
+        return _times(self.inverse, x)
+
+    def apply_transposed(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """−Hᵀx, the estimate of (I − J)⁻ᵀ x."""
+        return _times(self.inverse.mT, x)
+
+
 @dataclasses.dataclass(frozen=True)
 class Broyden(Solver):
     """z ← z − H·r,  H ← H + (Δz − HΔr)(HᵀΔz)ᵀ / (Δzᵀ HΔr),  r = f(z) − z,  H₀ = −I.
@@ -86,19 +108,26 @@ class Broyden(Solver):
     """Dtype of the steps: ``torch.bfloat16`` halves their memory, and the iterate moves by the rounded step. None for
     that of the algebra."""
 
+    by_row: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"Broyden(rank={self.rank}): at least 1 update is kept; try 20, or use Picard().")
         check_history_dtype("Broyden", self.history_dtype)
 
-    def init(self, z: Float[Tensor, "B N"]) -> BroydenHistory:
+    def init(self, z: Float[Tensor, "B N"]) -> BroydenHistory | DenseHistory:
         """H = −I."""
+        if z.shape[1] <= min(TINY, self.rank) and self.history_dtype is None:
+            identity = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+            return DenseHistory(inverse=identity.expand(len(z), -1, -1), z=z, r=z)
         steps = empty_window(z, self.rank + 1, dtype=self.history_dtype)
         gram = torch.zeros(len(z), self.rank + 1, self.rank + 1, dtype=small_dtype(z), device=z.device)
         return BroydenHistory(count=0, steps=steps, gram=gram, weights=gram[:, 0].clone())
 
-    def step(self, f: Evaluator, at: Iterate, history: BroydenHistory) -> tuple[Tensor, BroydenHistory]:
+    def step(self, f: Evaluator, at: Iterate, history: History) -> tuple[Tensor, History]:
         """z − H·r after the update of H; plain iteration from the first point."""
+        if isinstance(history, DenseHistory):
+            return _dense_step(at, history)
         h, z = history, at.z
         rounded = h.steps.dtype != z.dtype
         if h.count == 0 or h.count > self.rank:
@@ -118,10 +147,33 @@ class Broyden(Solver):
         following = _lengthened(h, s, weights)
         return z + (vector_at(following.steps, h.count, z.dtype) if rounded else s), following
 
-    def select(self, history: BroydenHistory, rows: Int[Tensor, " R"]) -> BroydenHistory:
+    def select(self, history: History, rows: Int[Tensor, " R"]) -> History:
         """The history of these samples; their steps stay in the same storage."""
+        if isinstance(history, DenseHistory):
+            return take_rows(history, rows)
         parts = {"gram": history.gram[rows], "weights": history.weights[rows]}
         return dataclasses.replace(history, steps=selected(history.steps, rows), **parts)
+
+
+def _dense_step(at: Iterate, h: DenseHistory) -> tuple[Tensor, DenseHistory]:
+    """z − H·r after the update −H ← −H + (s + −H·y)(−Hᵀs)ᵀ / −sᵀ(−H·y) with s = Δz and y = Δr."""
+    inverse = h.inverse
+    if h.r is not h.z:  # not before the first step
+        s, moved = at.z - h.z, h.apply(at.r - h.r)
+        terms = s * moved
+        along = -terms.sum(dim=1, keepdim=True)
+        if s.shape[1] > 1:  # of one number the terms cannot cancel
+            sound = along.abs() > 1e-12 * terms.abs().sum(dim=1, keepdim=True)
+            along = along * sound  # 0 skips the update
+        update = quotient((s + moved)[:, :, None] * h.apply_transposed(s)[:, None, :], along[:, :, None])
+        inverse = inverse + update
+    return at.z + _times(inverse, at.r), DenseHistory(inverse=inverse, z=at.z, r=at.r)
+
+
+def _times(matrices: Float[Tensor, "B N N"], x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    """The product of each sample, column by column: faster for small matrices than one product per sample."""
+    columns = zip(matrices.unbind(2), x.split(1, dim=1), strict=True)
+    return functools.reduce(torch.add, (column * number for column, number in columns))
 
 
 def _lengthened(h: BroydenHistory, s: Float[Tensor, "B N"], weights: Tensor) -> BroydenHistory:

@@ -95,16 +95,52 @@ def bordered(gram: Float[Tensor, "B W W"], slot: int, row: Float[Tensor, "B used
     return gram
 
 
-def ridge_solve(gram: Float[Tensor, "B W W"], target: Float[Tensor, "B W"], *, ridge: float) -> Float[Tensor, "B W"]:
+def ridge_solve(
+    gram: Float[Tensor, "B W W"], target: Float[Tensor, "B W"], *, ridge: float, tiny: bool = False
+) -> Float[Tensor, "B W"]:
     """argmin over c of cᵀGc − 2cᵀt + λ Σ_i G_ii c_i², for each sample; zero where the column is empty.
 
     The system is scaled to a unit diagonal first, so that the ridge λ acts on every column alike, whatever its length.
+    If the samples are ``tiny``, the systems are eliminated by a few operations over the whole batch.
     """
     diagonal = gram.diagonal(dim1=1, dim2=2)
     filled = diagonal > 0
     scale = torch.where(filled, diagonal, 1.0).rsqrt()  # of an empty column too it is a plain number, with a gradient
     regular = gram * scale[:, :, None] * scale[:, None, :]
     regular = regular + torch.diag_embed(torch.where(filled, ridge, 1.0).to(gram.dtype))
-    solution, info = torch.linalg.solve_ex(regular, target * scale)
-    usable = (info == 0) & torch.isfinite(solution).all(dim=1)
+    if tiny:
+        solution = eliminated(regular, target * scale)
+        usable = torch.isfinite(solution).all(dim=1)
+    else:
+        solution, info = torch.linalg.solve_ex(regular, target * scale)
+        usable = (info == 0) & torch.isfinite(solution).all(dim=1)
     return torch.where(usable[:, None], solution * scale, 0.0)
+
+
+TINY = 4
+"""A sample of at most so many numbers is tiny: one linear system per sample would take most of the time."""
+
+
+def eliminated(system: Float[Tensor, "B W W"], target: Float[Tensor, "B W"]) -> Float[Tensor, "B W"]:
+    """The solution of each sample's system by elimination without pivots; not finite where a pivot is 0."""
+    size = system.shape[1]
+    rows = [[*row.unbind(1), last] for row, last in zip(system.unbind(1), target.unbind(1), strict=True)]
+    for i, pivot in enumerate(rows):
+        for row in rows[i + 1 :]:
+            factor = row[i] / pivot[i]
+            row[i + 1 :] = [x - factor * y for x, y in zip(row[i + 1 :], pivot[i + 1 :], strict=True)]
+    solution: list[Tensor] = []
+    for i in reversed(range(size)):
+        rest = rows[i][-1]
+        for x, known in zip(rows[i][i + 1 : size], solution, strict=True):
+            rest = rest - x * known
+        solution.insert(0, rest / rows[i][i])
+    return torch.stack(solution, dim=1)
+
+
+def quotient(x: Tensor, y: Tensor) -> Tensor:
+    """x / y, and 0 where y is 0."""
+    if x.requires_grad or y.requires_grad:
+        zero = y == 0
+        return torch.where(zero, 0.0, x / torch.where(zero, 1.0, y))  # its gradient is finite, too
+    return torch.nan_to_num_(x / y, nan=0.0, posinf=0.0, neginf=0.0)

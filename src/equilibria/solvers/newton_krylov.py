@@ -16,7 +16,7 @@ from equilibria.core.checks import check_choices
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.products import JVP, WAYS
 from equilibria.core.progress import row_norm
-from equilibria.core.solve import Iterate, Solver
+from equilibria.core.solver import Iterate, Solver
 from equilibria.solvers.history import combine, inner, ridge_solve, small_dtype
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from equilibria.core.evaluator import Evaluator
-from equilibria.core.solve import Iterate, Solver
+from equilibria.core.solver import Iterate, Solver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Picard(Solver):
 
     damping: float = 1.0
     """λ in (0, 1]; 1 is plain iteration, that is a weight-tied network."""
+
+    by_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equilibria.core.evaluator import Evaluator
-from equilibria.core.solve import Iterate, Solver
+from equilibria.core.solver import Iterate, Solver
 
 
 @dataclasses.dataclass(frozen=True)

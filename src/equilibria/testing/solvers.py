@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from equilibria.core.solve import Solver, solve
+from equilibria.core.solve import solve
+from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import Status, Stop
 from equilibria.core.trees import tensors_in

@@ -1,0 +1,134 @@
+"""The samples of a batch on their way through a solve: stepped together, or block by block.
+
+Letters: B batch, R samples that are still evaluated, N flattened state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from equilibria.core.evaluator import Evaluator
+from equilibria.core.progress import Outcome, Progress
+from equilibria.core.solver import Iterate, Solver
+from equilibria.core.state import Layout
+from equilibria.core.stop import Stop
+
+BLOCK = 1 << 18
+"""Numbers per thread in a block of samples that are stepped together, so that what a step takes stays in the cache."""
+
+
+def rows_per_block(z: Float[Tensor, "B N"], solver: Solver, evaluate: Evaluator) -> int:
+    """How many samples are stepped together: all, unless they are many small ones of a map that cannot be narrowed."""
+    if not solver.by_row or z.shape[1] > SMALL or z.device.type != "cpu" or torch.is_grad_enabled():
+        return len(z)
+    block = BLOCK * torch.get_num_threads() // z.shape[1]
+    return len(z) if len(z) < 2 * block or evaluate.divisible else block
+
+
+SMALL = 16
+"""A sample of at most so many numbers is small: there a step takes more time in memory than in f."""
+
+
+class Whole:
+    """The samples of a batch, stepped together."""
+
+    def __init__(
+        self, z: Float[Tensor, "B N"], solver: Solver, stop: Stop, layout: Layout, evaluate: Evaluator, block: int
+    ) -> None:
+        self._solver, self._evaluate, self._progress = solver, evaluate, Progress(z, stop, layout)
+        self.history = solver.init(z)
+        self._at: Iterate | None = None
+        self.outcome = self._progress.outcome
+
+    @property
+    def moving(self) -> bool:
+        """True if a sample is still active."""
+        return self._progress.moving
+
+    @property
+    def converged(self) -> bool:
+        """True if every sample has converged."""
+        return self._progress.converged
+
+    def update(self, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], *, last: bool) -> None:
+        """Record the pair (z, f(z)); ``last``: no step follows."""
+        r = fz - z
+        self._at = Iterate(z=z, fz=fz, r=r, active=self._progress.update(z, fz, r))
+
+    def drop_converged(self) -> None:
+        """Continue without the samples that are done, if that is worth it and f allows it."""
+        if self._progress.worth_compacting and self._evaluate.divisible:
+            index, at = self._progress.still_active(), self._at
+            if len(index) and at is not None:
+                self._evaluate.take(index)
+                active = self._progress.take(index)
+                self._at = Iterate(z=at.z[index], fz=at.fz[index], r=at.r[index], active=active)
+                self.history = self._solver.select(self.history, index)
+
+    def step(self) -> Float[Tensor, "R N"]:
+        """The next iterate."""
+        at, self._at = self._at, None
+        assert at is not None  # ``update`` came before
+        proposal, self.history = self._solver.step(self._evaluate, at, self.history)
+        return self._progress.freeze(self._evaluate.rounded(proposal))
+
+    def residuals(self, final: Float[Tensor, " B"]) -> tuple[tuple[Tensor, ...], ...]:
+        """The relative residuals after each evaluation; a sample that was left out repeats its ``final`` one."""
+        return tuple((row,) for row in self._progress.trace(final))
+
+
+class Blocks:
+    """The samples of a large batch of small states, stepped block by block."""
+
+    def __init__(
+        self, z: Float[Tensor, "B N"], solver: Solver, stop: Stop, layout: Layout, evaluate: Evaluator, block: int
+    ) -> None:
+        self._rows = [slice(start, start + block) for start in range(0, len(z), block)]
+        self._blocks = [Whole(z[rows], solver, stop, layout, evaluate, block) for rows in self._rows]
+        self.history = None
+        self._next: Tensor | None = None
+        self._final: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def moving(self) -> bool:
+        """True if a sample is still active."""
+        return any(block.moving for block in self._blocks)
+
+    def update(self, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], *, last: bool) -> None:
+        """Record the pair (z, f(z)) and, unless it is the ``last``, take the next step of each block at once."""
+        self._next = None if last else torch.empty_like(z)
+        for rows, block in zip(self._rows, self._blocks, strict=True):
+            if block.moving:
+                block.update(z[rows], fz[rows], last=last)
+            if self._next is not None:
+                self._next[rows] = block.step() if block.moving else z[rows]
+        # Samples that have converged are where they were, so that nothing has to be put together.
+        self._final = (z, fz) if all(block.converged for block in self._blocks) else None
+
+    def drop_converged(self) -> None:
+        """Nothing: f does not allow it."""
+
+    def step(self) -> Float[Tensor, "B N"]:
+        """The next iterate."""
+        following, self._next = self._next, None
+        assert following is not None  # ``update`` came before
+        return following
+
+    def outcome(self) -> Outcome:
+        """The outcome of all samples, in their order."""
+        parts = [block.outcome() for block in self._blocks]
+        whole = {} if self._final is None else dict(zip(("z", "fz"), self._final, strict=True))
+        names = [field.name for field in dataclasses.fields(Outcome) if field.name not in whole]
+        return Outcome(**whole, **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def residuals(self, final: Float[Tensor, " B"]) -> tuple[tuple[Tensor, ...], ...]:
+        """The relative residuals after each evaluation, block by block; a block that is done repeats its last ones."""
+        ends = [final[rows] for rows in self._rows]
+        parts = [block.residuals(end) for block, end in zip(self._blocks, ends, strict=True)]
+        length = max(map(len, parts))
+        padded = [part + ((end,),) * (length - len(part)) for part, end in zip(parts, ends, strict=True)]
+        return tuple(tuple(row for (row,) in rows) for rows in zip(*padded, strict=True))
