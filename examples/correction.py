@@ -24,7 +24,7 @@ BUDGETS = (2, 3, 4, 6, 8, 12, 60)
 
 
 class Cell(nn.Module):
-    """f(z, x) = tanh(z W + u(x)). W is free, so that a few samples may not converge: a contraction needs no correction."""
+    """f(z, x) = tanh(z W + u(x)); W is free, so some samples may not converge. A contraction needs no correction."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -133,20 +133,62 @@ def as_cell(module: nn.Module) -> Cell:
     return ModuleCell(module)
 
 
+class Buffers:
+    """What a cell keeps beside its parameters, such as the running statistics of batch norm, during a forward pass.
+
+    Every evaluation of f begins with the buffers that the forward pass began with, so that f gives the same bits twice;
+    what the last one made of them is kept by the cell: one update per forward pass, at the equilibrium.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        self._own = dict(cell.named_buffers())
+        self._first = {name: buffer.clone() for name, buffer in self._own.items()}
+        self._last: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, cell: Cell) -> Buffers | None:
+        """Those of a cell in training; None if it has none, or must leave them as they are."""
+        return cls(cell) if cell.training and any(True for _ in cell.buffers()) else None
+
+    def fresh(self) -> dict[str, Tensor]:
+        """Copies for one evaluation."""
+        self._last = {name: buffer.clone() for name, buffer in self._first.items()}
+        return self._last
+
+    def keep(self) -> None:
+        """Give the cell what the last evaluation made of them."""
+        with torch.no_grad():
+            for name, buffer in self._last.items():
+                # Batch norm does not say that it has written, and a GPU is not asked.
+                if buffer.device.type != "cpu" or not torch.equal(buffer, self._first[name]):
+                    self._own[name].copy_(buffer)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellMap(Map):
     """f(·; inputs) of a cell."""
 
     cell: Cell
     prepared: Prepared
+    buffers: Buffers | None = None
+    weights: dict[str, Tensor] | None = None
+    """In the place of the cell's parameters and buffers; None for its own."""
+    past_compilation: bool = False
+    """f as it is written, though the cell is compiled."""
 
     def __call__(self, z: State) -> State:
         """f(z), compiled if the cell is."""
-        return self.cell(z, self.prepared)
+        held = (self.weights or {}) | (self.buffers.fresh() if self.buffers is not None else {})
+        if not held:
+            return (self.cell.forward if self.past_compilation else self.cell)(z, self.prepared)
+        if not self.past_compilation:
+            return torch.func.functional_call(self.cell, held, (z, self.prepared))
+        within = {f"cell.{name}": tensor for name, tensor in held.items()}
+        return torch.func.functional_call(_Forward(self.cell), within, (z, self.prepared))
 
-    def eager(self) -> Map:
+    def eager(self) -> CellMap:
         """f without compilation."""
-        return _EagerCellMap(self.cell, self.prepared) if self._compiled else self
+        return dataclasses.replace(self, past_compilation=True) if self._compiled else self
 
     def jvp(self, z: State, v: State) -> State:
         """J(z)·v; compiled code has no forward-mode derivative."""
@@ -163,78 +205,44 @@ class CellMap(Map):
         if create_graph or any(parameter.is_cuda for parameter in self.cell.parameters()):
             return linearised(self.eager(), z, create_graph=create_graph)
         parameters = {name: parameter.detach() for name, parameter in self.cell.named_parameters()}
-        alone = _FrozenCellMap(self.cell, map_tensors(Tensor.detach, self.prepared), parameters)
+        prepared = map_tensors(Tensor.detach, self.prepared)
+        alone = dataclasses.replace(self, prepared=prepared, weights=parameters)
         point, z = linearised(self, z), map_tensors(Tensor.detach, z)
         return dataclasses.replace(point, again=partial(linearised_for_products, alone, z, point.autocast))
 
     def reads(self) -> tuple[Tensor, ...]:
         """What was prepared, and the cell's parameters and buffers."""
-        return self._weighted.reads()
+        own = self.pinned()
+        return *tensors_in(own.prepared), *own._weights.values()
 
-    def given(self, tensors: Sequence[Tensor]) -> Map:
+    def given(self, tensors: Sequence[Tensor]) -> CellMap:
         """The map of a cell with other weights, on inputs that were prepared otherwise; without compilation."""
-        return self._weighted.given(tensors)
+        own = self.pinned()
+        prepared = with_tensors(own.prepared, tensors)
+        weights = dict(zip(own._weights, tensors[len(tensors_in(own.prepared)) :], strict=True))
+        return dataclasses.replace(own, prepared=prepared, weights=weights)
 
-    def pinned(self) -> Map:
+    def pinned(self) -> CellMap:
         """The map with the weights that the cell has now; ``functional_call`` restores the old ones when it returns."""
-        return self._weighted
+        prepared = dataclasses.replace(self.prepared, kept=None)
+        return dataclasses.replace(self, prepared=prepared, weights=self._weights, past_compilation=True)
 
     @property
-    def _weighted(self) -> _WeightedCellMap:
-        named = (*self.cell.named_parameters(), *self.cell.named_buffers())
-        weights = {f"cell.{name}": tensor for name, tensor in named}
-        return _WeightedCellMap(self.cell, dataclasses.replace(self.prepared, kept=None), weights)
+    def _weights(self) -> dict[str, Tensor]:
+        if self.weights is not None:
+            return self.weights
+        return dict((*self.cell.named_parameters(), *self.cell.named_buffers()))
 
     def rows(self, index: Int[Tensor, " R"]) -> CellMap | None:
         """f for these samples, if the cell prepares them one by one."""
         if self.prepared.rows is None or not self.prepared.droppable:
             return None
         prepared = dataclasses.replace(self.prepared, rows=take_rows(self.prepared.rows, index), kept=None)
-        return CellMap(self.cell, prepared)
+        return dataclasses.replace(self, prepared=prepared)
 
     @property
     def _compiled(self) -> bool:
-        return self.cell._compiled_call_impl is not None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _EagerCellMap(Map):
-    """f of a compiled cell, past its compiled call."""
-
-    cell: Cell
-    prepared: Prepared
-
-    def __call__(self, z: State) -> State:
-        return self.cell.forward(z, self.prepared)
-
-    def reads(self) -> tuple[Tensor, ...]:
-        return CellMap(self.cell, self.prepared).reads()
-
-    def given(self, tensors: Sequence[Tensor]) -> Map:
-        return CellMap(self.cell, self.prepared).given(tensors)
-
-    def pinned(self) -> Map:
-        return CellMap(self.cell, self.prepared).pinned()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _WeightedCellMap(Map):
-    """f of a cell with these tensors for its parameters and buffers, past its compiled call."""
-
-    cell: Cell
-    prepared: Prepared
-    weights: dict[str, Tensor]
-
-    def __call__(self, z: State) -> State:
-        return torch.func.functional_call(_Forward(self.cell), self.weights, (z, self.prepared))
-
-    def reads(self) -> tuple[Tensor, ...]:
-        return *tensors_in(self.prepared), *self.weights.values()
-
-    def given(self, tensors: Sequence[Tensor]) -> Map:
-        prepared = with_tensors(self.prepared, tensors)
-        weights = dict(zip(self.weights, tensors[len(tensors_in(self.prepared)) :], strict=True))
-        return _WeightedCellMap(self.cell, prepared, weights)
+        return self.cell._compiled_call_impl is not None and not self.past_compilation
 
 
 class _Forward(nn.Module):
@@ -246,15 +254,3 @@ class _Forward(nn.Module):
 
     def forward(self, z: State, prepared: Prepared) -> State:
         return self.cell.forward(z, prepared)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _FrozenCellMap(Map):
-    """f of a compiled cell with constants for its parameters and for all that it prepared."""
-
-    cell: Cell
-    prepared: Prepared
-    parameters: dict[str, Tensor]
-
-    def __call__(self, z: State) -> State:
-        return torch.func.functional_call(self.cell, self.parameters, (z, self.prepared))

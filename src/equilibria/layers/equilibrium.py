@@ -14,7 +14,7 @@ from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
-from equilibria.layers.cell import CellMap, as_cell, check_rows
+from equilibria.layers.cell import Buffers, CellMap, as_cell, check_rows
 from equilibria.layers.layer import Layer, LayerOutput
 from equilibria.layers.sequence import sequence_cell
 
@@ -71,12 +71,15 @@ class Equilibrium(Layer):
             TypeError: the cell cannot tell its first iterate, and ``start`` is None.
         """
         prepared = self.cell.prepare(*inputs, **options)
-        f = CellMap(self.cell, prepared)
+        buffers = Buffers.of(self.cell)
+        f = CellMap(self.cell, prepared, buffers)
         chosen = method or (self.method if self.training else self.evaluation_method)
         z0 = self.cell.begin(prepared, start)
         if not chosen.coupled:
             check_rows(prepared, z0)
         solution = chosen.run(f, z0)
+        if buffers is not None:
+            buffers.keep()
         return LayerOutput(
             output=self.cell.output(solution.z),
             z=solution.z,
