@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -102,6 +103,35 @@ def test_nothing_is_kept_in_a_circle(parts):
 def second_derivatives(z, tensors):
     first = torch.autograd.grad(z.sin().sum(), tensors, create_graph=True)
     return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+
+def test_what_f_reads_is_released_before_the_adjoint_solve(parts):
+    """A backward pass that releases the graph needs no other evaluation of f; one that keeps the graph may."""
+    x, w = parts
+
+    class Reads:
+        """What only another evaluation of f would need."""
+
+    alive, seen = Reads(), []
+    watched = weakref.ref(alive)
+
+    def solved(alive):
+        return fixed_point(lambda z: (alive, tanh(z, x, w))[1], torch.zeros_like(x), **EXACT).z
+
+    z = solved(alive)
+    del alive
+    # The gradient of w is computed after the solve, in the same pass.
+    handle = w.register_hook(lambda _: seen.append(watched() is None))
+    z.square().sum().backward(retain_graph=True)
+    (gradient,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
+    gradient.sum().backward(retain_graph=True)
+    assert not any(seen)
+    seen.clear()
+    z.sum().backward()
+    assert seen == [True]
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"retain_graph|second time"):
+        torch.autograd.grad(z.sum(), x, create_graph=True)
 
 
 def test_second_derivatives_of_a_transformer_cell():

@@ -62,6 +62,11 @@ def task() -> int:
     return torch._C._current_graph_task_id()
 
 
+def is_last() -> bool:
+    """True if the backward pass that is running releases the graph, so that no other can follow."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def at_the_end(call: Callable[[], None]) -> None:
     """Call at the end of the backward pass that is running; forgotten if that fails."""
     torch.autograd.Variable._execution_engine.queue_callback(call)  # pyright: ignore[reportAttributeAccessIssue]

@@ -23,7 +23,7 @@ from equilibria.core.solve import Solution, solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
-from equilibria.core.transforms import by_older_vmap, is_forward_mode, is_many, is_transformed
+from equilibria.core.transforms import by_older_vmap, is_forward_mode, is_last, is_many, is_transformed
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 
 Edge = Any
@@ -227,10 +227,19 @@ class _Replace(torch.autograd.Function):
         if orders is not None and (torch.is_grad_enabled() or is_forward_mode()):
             with point.linearised.autocast.off():
                 return orders.again(point, z, g, ctx.next_functions[0]), None, None, None
+        if is_last():  # what f reads would be kept for nothing while the adjoint is solved
+            ctx.point = point = dataclasses.replace(point, f=_Released())
         with torch.no_grad(), point.linearised.autocast.off():
             there = dataclasses.replace(point, linearised=point.linearised.for_products())
             u = _solve_many(g, there, ctx.adjoint) if batched else ctx.adjoint(there, g)
         return *differentiated_once([u], behind=[z, g]), None, None, None
+
+
+class _Released(Map):
+    """In the place of a map that no derivative will ask for."""
+
+    def __call__(self, z: State) -> State:
+        raise RuntimeError("The graph of this fixed point was released by a backward pass; give it retain_graph=True.")
 
 
 _BATCHED = (
