@@ -15,6 +15,7 @@ import torch
 from equilibria.__main__ import main
 from equilibria.commands.errors import LOST
 from equilibria.training import Run, Trainer, checkpoint
+from equilibria.training.folder import locked
 from equilibria.training.checkpoint import CheckpointError
 from equilibria.training.trainer import TrainingInterrupted
 from small_experiment import corpus, experiment, finished, same_bits, trained_weights
@@ -67,12 +68,12 @@ def test_a_second_process_on_one_folder_is_refused_and_the_lock_ends_with_its_pr
     assert (out / "experiment.json").read_bytes() == before
     process.kill()
     process.communicate()
-    with Run.locked(out):
+    with locked(out):
         pass
 
 
 def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
-    with pytest.raises(KeyError), Run.locked(tmp_path / "a" / "run"):
+    with pytest.raises(KeyError), locked(tmp_path / "a" / "run"):
         raise KeyError
     assert not (tmp_path / "a" / "run").exists()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,109 @@ def test_a_run_saved_by_four_goes_on_with_two_and_with_one(small, tmp_path):
     run_program(out, "none", processes=1)
     assert (losses(out) - losses(expected)).abs().max() < 1e-9
     assert [event["step"] for event in events(out, "step")] == list(range(1, 19))
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def side_by_side(commands, *, port=None, limit=120):
+    """Processes that are the ranks of one training, started by hand; their exit codes and what they said."""
+    world = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or free_port()}
+    started = []
+    for rank, command in enumerate(commands):
+        own = {**os.environ, **world, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(subprocess.Popen([sys.executable, *command], env=own, stderr=subprocess.PIPE, text=True))
+    ended = [process.communicate(timeout=limit)[1] for process in started]
+    return [process.returncode for process in started], ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "values", "said"),
+    [
+        ("--training.learning-rate", ("1e-3", "2e-3"), "training.learning_rate = 0.002 and rank 0 has 0.001"),
+        ("--training.seed", ("1", "2"), "training.seed = 2 and rank 0 has 1"),
+        ("--training.batch-size", ("8", "16"), "training.batch_size = 16 and rank 0 has 8"),
+        ("--model.cell.width", ("96", "64"), "model.cell.width = 64 and rank 0 has 96"),
+    ],
+)
+def test_ranks_that_disagree_say_so(tmp_path, flag, values, said):
+    """They trained together unnoticed, or ended in SIGABRT."""
+    words = ["-m", "equilibria", "train", "tiny", "--out", str(tmp_path / "run"), "--training.parallel", "ddp"]
+    codes, sentences = side_by_side([[*words, flag, value] for value in values])
+    assert codes == [1, 1]
+    for rank, sentence in enumerate(sentences):
+        assert said in sentence, (rank, sentence)
+        assert "Traceback" not in sentence
+
+
+@pytest.mark.slow
+def test_ranks_with_different_texts_say_so(tmp_path):
+    for rank in range(2):
+        folder = tmp_path / f"text{rank}"
+        folder.mkdir()
+        for split in ("train", "valid", "test"):
+            (folder / f"{split}.txt").write_text("abc d\nba cad\n" * (300 + (rank if split == "valid" else 0)))
+    words = ["-m", "equilibria", "train", "ptb", "--out", str(tmp_path / "run"), "--training.parallel", "ddp"]
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "import dataclasses\nfrom equilibria.recipes import RECIPES\nfrom equilibria.training import TextFolder\n\n\n"
+        "def mine():\n    return dataclasses.replace(RECIPES['tiny'](), corpus=TextFolder(unit='character'))\n"
+    )
+    words[3] = f"{recipe}:mine"
+    codes, sentences = side_by_side([[*words, "--data", str(tmp_path / f"text{rank}")] for rank in range(2)])
+    assert codes == [1, 1]
+    assert all("Rank 1 has text of valid = " in sentence for sentence in sentences), sentences
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_called_that(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        words = ["-m", "equilibria", "train", "tiny", "--out", str(tmp_path / "run"), "--training.parallel", "ddp"]
+        codes, sentences = side_by_side([words], port=str(taken.getsockname()[1]))
+    assert codes == [1]
+    assert "is in use by another program; give torchrun another one with --master-port" in sentences[0]
+
+
+INSIDE = """
+import os, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from equilibria import Equilibrium, Stop
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(z) + x)
+
+
+torch.manual_seed(0)
+cell = Cell()
+fully_shard(cell.linear)
+layer = Equilibrium(cell, stop=Stop(rtol=1e-6 if rank else 1e-1, max_evals=50))
+try:
+    layer(torch.randn(4, 8))
+except ValueError as error:
+    os.write(2, str(error).encode())
+    raise SystemExit(7)
+"""
+
+
+@pytest.mark.slow
+def test_a_module_that_is_sharded_inside_f_is_refused_and_not_waited_for(tmp_path):
+    program = tmp_path / "inside.py"
+    program.write_text(INSIDE)
+    codes, sentences = side_by_side([[str(program)]] * 2, limit=60)
+    assert codes == [7, 7]
+    assert all("inside f is sharded over 2 processes" in sentence for sentence in sentences)

@@ -10,7 +10,7 @@ from pathlib import Path
 from equilibria.commands.arguments import Run as Folder
 from equilibria.commands.arguments import parse
 from equilibria.commands.loading import Which
-from equilibria.training import checkpoint
+from equilibria.training.files import check_own, discard
 from equilibria.training.run import Run
 
 
@@ -39,14 +39,17 @@ def main(arguments: Sequence[str]) -> int:
     if found is None:
         raise ValueError(f"{run.path} has no good checkpoint yet: continue the training with --resume.")
     target = options.out or run.path / "model.safetensors"
+    if options.out is None:
+        check_own(target)
     metadata = {"format": "pt", "step": str(found.step), "experiment": json.dumps(run.stored())}
     beside = target.with_name(f".{target.name}.new")
     target.parent.mkdir(parents=True, exist_ok=True)
+    discard(beside)
     try:
         save_file({name: tensor.contiguous() for name, tensor in found.model.items()}, beside, metadata=metadata)
         beside.replace(target)
     finally:
-        checkpoint.discard(beside)
+        discard(beside)
     count = sum(tensor.numel() for tensor in found.model.values())
     print(f"{target}: {count:,} weights of step {found.step:,}")
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,8 @@ import torch
 from equilibria.commands.errors import UsageError
 from equilibria.commands.recipe import experiment_of
 from equilibria.commands.record import require
-from equilibria.corpora import Corpus
+from equilibria.corpora import Corpus, Stream
+from equilibria.corpora.text_folder import lines_of
 from equilibria.language import LanguageModel
 from equilibria.training.checkpoint import CheckpointError
 from equilibria.training.device import choose_device
@@ -20,6 +23,9 @@ from equilibria.training.experiment import Experiment, Stage
 from equilibria.training.run import Run
 from equilibria.training.serialise import kinds_in
 from equilibria.training.snapshot import load_weights, weights
+from equilibria.training.text import Language
+
+_log = logging.getLogger(__name__)
 
 Which = Literal["best", "last"]
 """The checkpoint with the best validation (see ``Run.best``), or the newest one."""
@@ -31,14 +37,48 @@ class Trained:
 
     experiment: Experiment
     """What was trained."""
-    corpus: Corpus
-    """What it was trained on."""
+    language: Language
+    """What its tokens mean."""
     model: LanguageModel
     """In evaluation mode; it solves as in ``stage``."""
     stage: Stage
     """The stage that the checkpoint was written in: where two meet, the later one."""
     step: int
     """The training step of the weights."""
+    data: Path | None = None
+    """The text that was asked for in the place of the run's own: a folder like the corpus, or a file; None for that."""
+
+    @functools.cached_property
+    def corpus(self) -> Corpus:
+        """What it was trained on, read anew; or the folder ``data``, as ids of the run's vocabulary.
+
+        Raises:
+            ValueError: it is another text than that of the training, and nobody asked for another one.
+        """
+        corpus = self.experiment.corpus.load()
+        changed = self.language.changed(corpus)
+        if changed and self.data is None:
+            raise ValueError(
+                f"The text of {', '.join(changed)} is not the one that this run was trained, validated and tested on "
+                "(their SHA-256 differ): bring the old one back, or say with --data FOLDER or --data FILE which text "
+                "is meant."
+            )
+        if changed:
+            _log.warning("The text of %s in %s is not that of the training.", ", ".join(changed), self.data)
+        same = corpus.vocabulary.tokens == self.language.vocabulary.tokens
+        return corpus if same else self.language.encoded(corpus)
+
+    def stream(self, split: str) -> Stream:
+        """A split of the corpus, or the file ``data``, which is read as one text."""
+        if self.data is None or not self.data.is_file():
+            return getattr(self.corpus, split)
+        if self.language.unit == "symbol":
+            raise UsageError(f"--data {self.data}: this run was trained on a made-up task, and no text can be scored.")
+        lines = lines_of(self.data, lowercase=getattr(self.experiment.corpus, "lowercase", False))
+        try:
+            return Stream.of_text(self.language.vocabulary.encode_lines(lines))
+        except ValueError as error:
+            raise ValueError(f"{self.data}: {error}") from None
 
 
 def trained(
@@ -56,7 +96,7 @@ def trained(
     Args:
         path: the run directory.
         checkpoint: whose weights.
-        data: where the corpus lies now, if it has moved.
+        data: where the corpus lies now, if it has moved; or a file with another text.
         recipe: what the run was trained from, if it uses dataclasses from outside the library.
         memory_length: positions of the past that the cell is to remember; None for those of the training.
         segment: positions that are to be solved at once beside them; None for those of the training.
@@ -66,15 +106,15 @@ def trained(
         extra = {*extra, *kinds_in(experiment_of(recipe))}
     run = Run.open(require(path))
     experiment = run.experiment(extra=extra)
-    if data is not None:
+    if data is not None and not data.is_file():
         experiment = with_data(experiment, data)
     stored = run.best() if checkpoint == "best" else run.newest()
     if stored is None:
         raise CheckpointError(f"{path} has no good checkpoint yet: continue the training with --resume.")
-    corpus = experiment.corpus.load()
+    language = run.language or Language.without_sums(experiment.corpus.load())
     stage = experiment.stage_named(stored.state["stage"])
     built = experiment if memory_length is None else with_memory(experiment, memory_length, segment=segment)
-    model = built.build(corpus, stage)
+    model = built.build(language, stage)
     try:
         load_weights(model, stored.model)
     except CheckpointError:
@@ -84,11 +124,11 @@ def trained(
                 "version of the library; use the version that wrote them, or train anew."
             ) from None
         raise CheckpointError(
-            f"The weights of {path} do not fit a corpus with {len(corpus.vocabulary):,} tokens in its vocabulary: is "
-            f"{corpus.name} still the text it was trained on? Name the right folder with --data."
+            f"The weights of {path} do not fit a corpus with {len(language.vocabulary):,} tokens in its vocabulary: "
+            f"is {language.name} still the text it was trained on? Name the right folder with --data."
         ) from None
     model.eval().to(device(experiment))
-    return Trained(experiment=experiment, corpus=corpus, model=model, stage=stage, step=stored.step)
+    return Trained(experiment, language, model, stage, stored.step, data)
 
 
 def with_data(experiment: Experiment, data: Path) -> Experiment:

@@ -34,6 +34,7 @@ from equilibria.training import checkpoint
 from equilibria.training.device import choose_device
 from equilibria.training.experiment import Experiment
 from equilibria.training.explicit import explicit
+from equilibria.training.folder import NEW, locked
 from equilibria.training.ranks import Ranks
 from equilibria.training.run import Run
 from equilibria.training.serialise import kinds_in
@@ -72,7 +73,7 @@ class Options:
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on where the run stopped; starts it if there is none."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Start anew in a folder that holds a run, which is removed."""
+    """Start anew in a folder that holds a run, which the new run replaces once it has its first checkpoint."""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show nothing but errors."""
 
@@ -97,7 +98,7 @@ twin.
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train; returns 0, or 130 if interrupted."""
+    """Train; returns 0, or 130 or 143 if Ctrl-C or SIGTERM asked it to leave."""
     if not arguments or arguments[0] in ("-h", "--help"):
         recipes = f"RECIPE is one of {', '.join(RECIPES)}, or FILE.py:FUNCTION for a function returning an Experiment."
         print(HELP.format(recipes=textwrap.fill(recipes, width=119, break_on_hyphens=False)))
@@ -119,43 +120,70 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
     path = ranks.of_first(path)  # the others may have seen it taken
     with contextlib.ExitStack() as stack:
         if ranks.first:
-            stack.enter_context(Run.locked(path))
-            Run.start(path, experiment, resume=options.resume, overwrite=options.overwrite)
-        ranks.wait()
-        run = Run.open(path)
+            stack.enter_context(locked(path))
+            options = dataclasses.replace(options, **_restarted(options, path))
+            run = Run.start(path, experiment, resume=options.resume, overwrite=options.overwrite)
+            stack.callback(run.give_up)
+        options = ranks.of_first(options)
+        run = Run.open(path, replacing=options.overwrite)
         if not quiet:
             console.print(f"{experiment.name} on {corpus.name}, in {run.path}", markup=False, soft_wrap=True)
+        asked = _Asked()
         try:
             with display.running():
                 trainer = Trainer(experiment, run, corpus, on_event=display.show, ranks=ranks)
-                stack.enter_context(_leaving_on_sigterm(trainer))
+                stack.enter_context(asked.heard(trainer))
                 if options.resume:
                     display.resumed(trainer.resume())
                 trainer.fit()
-        except (KeyboardInterrupt, TrainingInterrupted) as reason:
+        except (KeyboardInterrupt, TrainingInterrupted):
             if ranks.first:
                 print(f"\n{_interrupted(run, recipe, display.step)}", file=sys.stderr)
-            return 130 if isinstance(reason, KeyboardInterrupt) else 143
+            return 128 + asked.number
         if ranks.first:
             _finish(run, experiment, corpus, console, quiet=quiet)
     return 0
 
 
-@contextlib.contextmanager
-def _leaving_on_sigterm(trainer: Trainer) -> Iterator[None]:
-    """On SIGTERM, as before a machine is taken away, the training writes a checkpoint and ends."""
+def _restarted(options: Options, path: Path) -> dict[str, bool]:
+    """How a process goes on that torchrun has started anew, whatever it was told at first."""
+    if not RESTARTS:
+        return {}
+    again = options.overwrite and (path / NEW).is_dir()  # the old run is still there, and the new one had not begun
+    return {"overwrite": again, "resume": not again}
 
-    def leave(number: int, frame: object) -> None:
-        trainer.leaving = True
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class _Asked:
+    """Hears Ctrl-C, and SIGTERM as before a machine is taken away: the training writes a checkpoint and ends.
+
+    Who asks a second time does not want to wait for that.
+    """
+
+    def __init__(self) -> None:
+        self.number = int(signal.SIGINT)
+        """The signal that asked."""
+
+    @contextlib.contextmanager
+    def heard(self, trainer: Trainer) -> Iterator[None]:
+        """Within it the signals ask the trainer to leave."""
+
+        def leave(number: int, frame: object) -> None:
+            self.number = number
+            if trainer.leaving:
+                raise KeyboardInterrupt
+            trainer.leaving = True
+            if number == signal.SIGINT:
+                os.write(2, b"\nStopping after this step, with a checkpoint; Ctrl-C again stops at once.\n")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _interrupted(run: Run, recipe: Sequence[str], step: int) -> str:
@@ -191,20 +219,19 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
     """
     default = Options(experiment=_twin(experiment_of(recipe), words))
     options = parse(Options, words, verb=f"train {recipe}", default=default)
-    if RESTARTS:  # what torchrun has started anew goes on, whatever it was told at first
-        options = dataclasses.replace(options, resume=True, overwrite=False)
     said = [name for name in TWIN if getattr(options, name[2:].replace("-", "_"))]
     if said and options.explicit is None:
         raise UsageError(f"{said[0]} says more about --explicit LAYERS, which is not there; try --explicit 12.")
     if options.resume and options.overwrite:
         raise UsageError("--resume goes on with a run and --overwrite removes it; give one of the two.")
     path = options.out or folder(options.experiment.name, taken=options.resume or options.overwrite)
-    if options.resume and (path / "experiment.json").is_file():
+    goes_on = options.resume or (RESTARTS > 0 and not (path / NEW).is_dir())
+    if goes_on and (path / "experiment.json").is_file():
         stored = Run.open(path).experiment(extra=kinds_in(default.experiment))
         if stored.name != options.experiment.name:
             raise UsageError(f"{path} is a run of {stored.name!r}, not of {options.experiment.name!r}; check --out.")
         default = dataclasses.replace(default, experiment=stored)
-        options = dataclasses.replace(parse(Options, words, verb=f"train {recipe}", default=default), resume=True)
+        options = parse(Options, words, verb=f"train {recipe}", default=default)
     if options.data is not None:
         options = dataclasses.replace(options, experiment=with_data(options.experiment, options.data))
     return options, path

@@ -29,12 +29,12 @@ def text_folder(root: Path, *, unit: TextUnit = "word", lowercase: bool = False)
     check_unit(unit)
     train, valid, test = (_find(root.expanduser(), split) for split in ("train", "valid", "test"))
     with _naming(train):
-        vocabulary, ids = Vocabulary.of_lines(_lines(train, lowercase=lowercase), unit)
+        vocabulary, ids = Vocabulary.of_lines(lines_of(train, lowercase=lowercase), unit)
         learnt = Stream.of_text(ids)
 
     def encoded(path: Path) -> Stream:
         with _naming(path):
-            return Stream.of_text(vocabulary.encode_lines(_lines(path, lowercase=lowercase)))
+            return Stream.of_text(vocabulary.encode_lines(lines_of(path, lowercase=lowercase)))
 
     return Corpus(
         name=root.expanduser().resolve().name,
@@ -92,7 +92,7 @@ def _find(root: Path, split: str) -> Path:
     )
 
 
-def _lines(path: Path, *, lowercase: bool) -> Iterator[str]:
+def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
     """The lines of a file: UTF-8, any line ends, not all blank. It is never in memory as a whole."""
     offset, blank = 0, True
     with path.open("rb") as file:

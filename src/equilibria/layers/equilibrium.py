@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from equilibria.core.checks import check_kind
@@ -17,6 +18,19 @@ from equilibria.fixed_point import Method
 from equilibria.layers.cell import Buffers, CellMap, as_cell, check_rows
 from equilibria.layers.layer import Layer, LayerOutput
 from equilibria.layers.sequence import sequence_cell
+
+
+def check_gathered(cell: nn.Module) -> None:
+    """Raise a ValueError if parameters inside f are sharded over processes that may evaluate it differently often."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for name, parameter in cell.named_parameters():
+        if hasattr(parameter, "full_tensor"):  # a DTensor
+            raise ValueError(
+                f"The parameter {name} inside f is sharded over {dist.get_world_size()} processes: each evaluation of "
+                "f would gather it, and processes that need different numbers of evaluations would wait for each other "
+                "for ever. Shard the whole layer, fully_shard(layer, reshard_after_forward=False), not a module in it."
+            )
 
 
 class Equilibrium(Layer):
@@ -70,6 +84,7 @@ class Equilibrium(Layer):
             ValueError: ``start`` has another shape than the state, or is not finite.
             TypeError: the cell cannot tell its first iterate, and ``start`` is None.
         """
+        check_gathered(self.cell)
         prepared = self.cell.prepare(*inputs, **options)
         buffers = Buffers.of(self.cell)
         f = CellMap(self.cell, prepared, buffers)

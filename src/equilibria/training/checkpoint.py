@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from equilibria.errors import EquilibriaError
+from equilibria.training.files import discard, force
 
 FORMAT = "equilibria checkpoint 1"
 _MODEL, _MEMORY, _OPTIMISER, _STATE = "model.safetensors", "memory.safetensors", "optimiser.pt", "state.json"
@@ -85,7 +86,8 @@ def being_written(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
         yield unfinished
         state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
         state["files"] = {name: _sha256(unfinished / name) for name in _files_in(unfinished)}
-        write_text(unfinished / _STATE, json.dumps({"state": state, "sha256": _digest(state)}, indent=1))
+        text = json.dumps({"state": state, "sha256": _digest(state)}, indent=1)
+        (unfinished / _STATE).write_text(text, encoding="utf-8", newline="\n")
         for entry in [*unfinished.rglob("*"), unfinished]:
             force(entry)
         discard(target)  # a damaged one, left of a run that had to go back further
@@ -123,28 +125,48 @@ def load(folder: Path) -> Checkpoint:
 
 
 def _load(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint, whose sums may be right and its content absurd: whoever wrote it could compute them."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    reading = _OPTIMISER
     try:
         optimiser = torch.load(folder / _OPTIMISER, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
-        raise CheckpointError(
-            f"{folder} is no checkpoint of this library: {_OPTIMISER} holds something else than tensors and plain "
-            "values"
-        ) from None
-    if _MODEL in state["files"]:
-        model = load_file(folder / _MODEL)
-    else:
-        from equilibria.training.shards import load_sharded
+        _check_kind(optimiser, dict, "names")
+        if _MODEL in state["files"]:
+            reading = _MODEL
+            model = load_file(folder / _MODEL)
+        else:
+            from equilibria.training.shards import load_sharded
 
-        model, optimiser = load_sharded(folder / SHARDS, optimiser)
-    return Checkpoint(
-        step=state["step"],
-        model=model,
-        memory=load_file(folder / _MEMORY),
-        optimiser=optimiser,
-        state={name: value for name, value in state.items() if name not in ("format", "step", "files")},
-    )
+            reading = SHARDS
+            model, optimiser = load_sharded(folder / SHARDS, optimiser)
+        reading = _MEMORY
+        memory = load_file(folder / _MEMORY)
+        reading = _STATE
+        return Checkpoint(
+            step=_check_kind(state["step"], int, "a number of steps"),
+            model=model,
+            memory=memory,
+            optimiser=optimiser,
+            state={name: value for name, value in state.items() if name not in ("format", "step", "files")},
+        )
+    except pickle.UnpicklingError:
+        raise CheckpointError(_ABSURD.format(folder, reading, "something else than tensors and plain values")) from None
+    except (SafetensorError, *_RAISED) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(_ABSURD.format(folder, reading, f"what does not belong there ({reason})")) from None
+
+
+_ABSURD = "{} is no checkpoint of this library: {} holds {}"
+_RAISED = (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
+"""What reading a file can raise whose content is not what it should be."""
+
+
+def _check_kind(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{value!r:.40} where {what} should be")
+    return value
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -163,6 +185,8 @@ def verify(folder: Path) -> dict[str, Any]:
     files = state.get("files")
     if not isinstance(files, dict) or not {_MEMORY, _OPTIMISER} < files.keys() or not all(map(_is_inside, files)):
         raise CheckpointError(f"{folder} is no checkpoint of this library: {_STATE} does not name its files")
+    if unlisted := sorted(set(_files_in(folder)) - files.keys() - {_STATE}):
+        raise CheckpointError(f"{folder} is no checkpoint of this library: {_STATE} does not know {unlisted[0]}")
     for name, expected in files.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"The checkpoint {folder} is damaged: {name} is missing")
@@ -208,30 +232,6 @@ def discard_after(folder: Path, step: int) -> None:
     for entry in all_in(folder):
         if int(entry.name.removeprefix("step-")) > step:
             _remove(entry)
-
-
-def discard(path: Path) -> None:
-    """Remove the file or folder ``path``, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``path`` as UTF-8 with Unix line ends, on every system."""
-    path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def force(path: Path) -> None:
-    """Wait until the file or folder ``path`` is on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders, and needs not
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(entry: Path) -> None:

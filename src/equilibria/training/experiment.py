@@ -16,8 +16,9 @@ from equilibria.language import LanguageConfig, LanguageModel, LanguageOutput, R
 from equilibria.layers.dropout import BatchSlice, batch_draw
 from equilibria.stability import jacobian_penalty
 from equilibria.training.names import nearest_or_all
-from equilibria.training.settings import Training, at_least
+from equilibria.training.settings import Training, at_least, finite
 from equilibria.training.sources import Source
+from equilibria.training.text import Language
 
 SOLVES = ("method", "eval_stop")
 """Fields of a stage that decide how an ``Equilibrium`` solves, and which stages' validations can be compared."""
@@ -45,6 +46,7 @@ class Stage:
     """Evaluations by which the budget of a training step may fall short: each draws one of 0 … budget_jitter."""
 
     def __post_init__(self) -> None:
+        finite(self)
         at_least(self, 1, "steps")
         if self.penalty < 0:
             raise ValueError(
@@ -125,6 +127,7 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("Experiment(stages=()): an experiment has at least one stage; give one Stage(…).")
+        finite(self)
         self._check_methods()
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
@@ -179,7 +182,7 @@ class Experiment:
         names = (stage.name for stage in self.stages)
         raise ValueError(f"There is no stage {name!r} in {self.name!r}; {nearest_or_all(name, names)}")
 
-    def build(self, corpus: Corpus, stage: Stage | None = None) -> LanguageModel:
+    def build(self, corpus: Corpus | Language, stage: Stage | None = None) -> LanguageModel:
         """The model with fresh weights, drawn from PyTorch's generator.
 
         Its own way to solve is that of ``stage``, by default the last one; a training passes that of each step.

@@ -54,10 +54,19 @@ def check_own(path: Path) -> None:
             "inside its own folder only; put a copy in its place, or choose another folder with --out."
         )
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ForeignFileError(
-            f"{path} is neither a file nor a folder but a pipe, socket or device, and reading it could wait for ever; "
-            "remove it, or choose another folder with --out."
-        )
+        raise ForeignFileError(_WAITS.format(path=path))
+
+
+_WAITS = (
+    "{path} is neither a file nor a folder but a pipe, socket or device, and reading it could wait for ever; remove "
+    "it, or choose another folder."
+)
+
+
+def check_readable(path: Path) -> None:
+    """Raise a ForeignFileError if reading ``path``, or what it is a link to, could wait for ever."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ForeignFileError(_WAITS.format(path=path))
 
 
 def discard(path: Path) -> None:

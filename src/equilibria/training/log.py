@@ -50,7 +50,7 @@ class Log:
     def open_board(self, *, step: int) -> None:
         """Write for TensorBoard too, from ``step`` on."""
         if self._run is not None:
-            self._board = Board(self._run.path / "tensorboard", step=step)
+            self._board = Board(self._run.folder / "tensorboard", step=step)
 
     def write(self, event: str, *, step: int, **fields: Any) -> None:
         """One event, everywhere."""

@@ -69,7 +69,15 @@ class Ranks:
         on_gpu = device != "cpu" and torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout))
+        try:
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout))
+        except dist.DistNetworkError as error:
+            if "in use" not in str(error).lower():
+                raise
+            raise ValueError(
+                f"The port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is in use by another program; "
+                "give torchrun another one with --master-port, or --standalone to have it find a free one."
+            ) from None
         try:
             yield cls(rank=dist.get_rank(), size=dist.get_world_size(), parallel=parallel)
         finally:
@@ -175,6 +183,18 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raise a ValueError, on all ranks, unless all of them have these values."""
+        every = self.of_all(dict(facts))
+        for rank, theirs in enumerate(every):
+            names = [name for name in every[0].keys() | theirs.keys() if every[0].get(name) != theirs.get(name)]
+            if names:
+                name = min(names)
+                raise ValueError(
+                    f"Rank {rank} has {name} = {theirs.get(name)!r} and rank 0 has {every[0].get(name)!r}: all "
+                    "processes of one training are started with the same command on the same corpus."
+                )
 
     def wait(self) -> None:
         """Until all ranks are here."""

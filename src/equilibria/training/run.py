@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from equilibria.training import checkpoint, metrics
 from equilibria.training.checkpoint import Checkpoint, CheckpointError
 from equilibria.training.experiment import Experiment
+from equilibria.training.files import check_own, check_readable, discard, replace
+from equilibria.training.folder import FILES, FOLDERS, GONE, LOCK, NEW, OLD, foreign_files
 from equilibria.training.metrics import Event
 from equilibria.training.serialise import from_json, kinds_in, to_json
+from equilibria.training.text import Language
 
 WITHOUT_INFLUENCE = frozenset(
     {
@@ -36,17 +36,16 @@ WITHOUT_INFLUENCE = frozenset(
 """Fields of an experiment that do not change what is trained; device and threads may change the last bits."""
 FORMAT = 2
 """Of experiment.json; 0.1 wrote no number."""
-_LOCK = ".lock"
-_BESIDE = (".experiment.json.new", ".metrics.jsonl.new")
-"""Files that are on their way to replace others."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory: experiment.json, metrics.jsonl, checkpoints/ and report/."""
+    """A run directory: experiment.json, corpus.json, metrics.jsonl, checkpoints/ and report/."""
 
     path: Path
     """The directory."""
+    replacing: bool = False
+    """The run is written beside the one that is there, until ``settle`` puts it into its place."""
 
     @classmethod
     def start(cls, path: Path, experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> Run:
@@ -54,14 +53,17 @@ class Run:
 
         With ``resume`` a folder without a run starts a new one, so that the same command can be given again whenever
         it was stopped; what has no influence on the weights may differ then, and experiment.json is rewritten. With
-        ``overwrite`` the run that is there is removed first.
+        ``overwrite`` the run that is there stays until ``settle`` puts the new one into its place.
 
         Raises:
-            ValueError: the folder already holds a run, or files of another kind, or the run of another experiment.
+            ValueError: the folder already holds a run, or files of another kind, or the run of another experiment; or
+                something in it leads out of it.
         """
         if resume and overwrite:
             raise ValueError("--resume goes on with a run and --overwrite removes it; give one of the two.")
         run = cls(path)
+        run.check_own()
+        run._recover()
         if run.description.is_file() and resume:
             run._go_on(experiment)
             return run
@@ -71,73 +73,106 @@ class Run:
                     f"{path} already holds a run; continue it with --resume, choose another folder with --out, or "
                     "replace it with --overwrite."
                 )
-            run._remove()
-        if path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
+            run._check_replaceable()
+            run = cls(path, replacing=True)
+            run.give_up()
+            (path / NEW).mkdir()
+        elif path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
             raise ValueError(f"{path} exists and is no run; choose a folder that is new or empty with --out.")
         path.mkdir(parents=True, exist_ok=True)
         run._describe(experiment)
         return run
 
     @classmethod
-    def open(cls, path: Path) -> Run:
-        """The run in the folder ``path``.
+    def open(cls, path: Path, *, replacing: bool = False) -> Run:
+        """The run in the folder ``path``, or the one that is ``replacing`` it.
 
         Raises:
             FileNotFoundError: there is none.
         """
-        run = cls(path)
+        run = cls(path, replacing)
+        for name in (*FILES, *FOLDERS):
+            check_readable(path / name)
         if not run.description.is_file():
             raise FileNotFoundError(f"{path} holds no run: it has no experiment.json; name one that `train` wrote.")
         return run
 
-    @classmethod
-    @contextlib.contextmanager
-    def locked(cls, path: Path) -> Iterator[None]:
-        """Within it no other process can lock the run directory ``path``, which is made if there is none.
+    @property
+    def folder(self) -> Path:
+        """Where its files are now."""
+        beside = self.path / NEW
+        return beside if self.replacing and beside.is_dir() else self.path
 
-        The lock ends with the process, however that ends.
+    def check_own(self) -> None:
+        """Raise a ValueError if something that would be written leads out of the folder, or would be waited for."""
+        for name in (*FILES, *FOLDERS, LOCK, NEW, OLD, GONE):
+            check_own(self.path / name)
 
-        Raises:
-            ValueError: another process has it.
-        """
-        made = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
-        with (path / _LOCK).open("a+", encoding="utf-8") as file:
-            if not _lock(file):
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise ValueError(
-                    f"{path} is in use by {holder}; wait until it ends, or choose another folder with --out."
-                )
-            file.truncate(0)
-            file.write(f"process {os.getpid()}")
-            file.flush()
-            try:
-                yield
-            finally:
-                if made and [entry.name for entry in path.iterdir()] == [_LOCK]:  # nothing was started in it
-                    (path / _LOCK).unlink()
-                    path.rmdir()
+    def settle(self) -> None:
+        """Put the run into the place of the one that it replaces, which goes; a crash on the way is recovered from."""
+        if not (self.replacing and (self.path / NEW).is_dir()):
+            return
+        self._check_replaceable()
+        (self.path / OLD).mkdir(exist_ok=True)
+        self._recover()
+
+    def give_up(self) -> None:
+        """Forget a run that was to replace another one and has not done so."""
+        if not (self.path / OLD).exists() and not (self.path / GONE).exists():
+            discard(self.path / NEW)
+
+    def _recover(self) -> None:
+        """Take every step of ``settle`` that was not taken yet; which is next can be read from the names."""
+        new, old, gone = (self.path / name for name in (NEW, OLD, GONE))
+        if old.is_dir():
+            for name in (*FOLDERS, *reversed(FILES)):
+                if (self.path / name).exists():
+                    (self.path / name).rename(old / name)
+            old.rename(gone)
+        if gone.is_dir():
+            for entry in sorted(new.iterdir() if new.is_dir() else (), key=lambda entry: entry.name in FILES[:1]):
+                entry.rename(self.path / entry.name)
+            discard(new)
+            discard(gone)
 
     @property
     def description(self) -> Path:
         """experiment.json."""
-        return self.path / "experiment.json"
+        return self.folder / "experiment.json"
 
     @property
     def metrics(self) -> Path:
         """metrics.jsonl."""
-        return self.path / "metrics.jsonl"
+        return self.folder / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.folder / "checkpoints"
 
     @property
     def report(self) -> Path:
         """The folder of the report."""
-        return self.path / "report"
+        return self.folder / "report"
+
+    @property
+    def language(self) -> Language | None:
+        """What is kept of the corpus in corpus.json; None in a run of a version that kept nothing.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        file = self.folder / "corpus.json"
+        if not file.is_file():
+            return None
+        try:
+            return Language.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}); take it from a copy, or train again.") from None
+
+    def keep(self, language: Language) -> None:
+        """Write corpus.json."""
+        replace(self.folder / "corpus.json", json.dumps(language.to_json(), ensure_ascii=False) + "\n", forced=True)
 
     def experiment(self, *, extra: Iterable[type] = ()) -> Experiment:
         """What is trained; ``extra`` holds the dataclasses from outside the library that it uses."""
@@ -191,24 +226,25 @@ class Run:
         return checkpoint.load(self.checkpoints / checkpoint.name_of(best["step"]))
 
     def _describe(self, experiment: Experiment) -> None:
-        beside = self.path / _BESIDE[0]
-        checkpoint.write_text(beside, json.dumps({"format": FORMAT, **to_json(experiment)}, indent=2) + "\n")
-        checkpoint.force(beside)
-        beside.replace(self.description)
-        checkpoint.force(self.path)
+        replace(self.description, json.dumps({"format": FORMAT, **to_json(experiment)}, indent=2) + "\n", forced=True)
 
-    def _remove(self) -> None:
-        """Remove everything that a run has written, experiment.json last; nothing if anything else is there."""
-        exported = self.path / "model.safetensors"
-        written = (self.checkpoints, self.report, self.path / "tensorboard", exported, self.metrics, self.description)
-        there = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
-        if foreign := sorted(there - {path.name for path in written}):
+    def _check_replaceable(self) -> None:
+        """Raise a ValueError unless all that is here was written by this library, as a run."""
+        try:
+            written = json.loads((self.path / "experiment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            written = None
+        if not isinstance(written, dict) or written.get("kind") != "Experiment":
             raise ValueError(
-                f"{self.path} holds {', '.join(foreign)} beside a run, and --overwrite removes runs only; move that "
-                "away, or choose another folder with --out."
+                f"{self.path}/experiment.json was not written by equilibria, and --overwrite replaces its runs only; "
+                "choose another folder with --out."
             )
-        for path in (*(self.path / name for name in _BESIDE), *written):
-            checkpoint.discard(path)
+        if foreign := foreign_files(self.path):
+            more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+            raise ValueError(
+                f"{self.path} holds {', '.join(foreign[:5])}{more} beside a run, and --overwrite replaces runs only; "
+                "move that away, or choose another folder with --out."
+            )
 
     def _go_on(self, experiment: Experiment) -> None:
         """Take over what may change in a run that goes on, and refuse the rest."""
@@ -226,23 +262,13 @@ class Run:
             self._describe(experiment)
 
 
-def _lock(file: IO[str]) -> bool:
-    """Whether this process now has the file to itself."""
-    if sys.platform == "win32":
-        import msvcrt
+OF_A_RANK = frozenset({"corpus.root", "training.device", "training.threads", "training.tensorboard"})
+"""Fields in which the processes of one training may differ."""
 
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
 
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def plain_values(experiment: Experiment) -> dict[str, Any]:
+    """Every plain value of an experiment by its name, but those in which the processes of one training may differ."""
+    return {name: value for name, value in _leaves(to_json(experiment)) if name not in OF_A_RANK}
 
 
 def _leaves(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:

@@ -27,15 +27,17 @@ from equilibria.training.decay import Validated
 from equilibria.training.device import choose_device, compile_cells, to
 from equilibria.training.evaluation import Evaluation, evaluate, jacobian_radius
 from equilibria.training.experiment import Experiment
+from equilibria.training.files import force
 from equilibria.training.log import Log
 from equilibria.training.metrics import Event
 from equilibria.training.optimiser import averaged, build_optimiser, leave_behind, note_validation, set_learning_rate
 from equilibria.training.passes import Passes
 from equilibria.training.policy import ConvergencePolicy
 from equilibria.training.ranks import ALONE, Ranks, let_go, whole
-from equilibria.training.run import Run
+from equilibria.training.run import Run, plain_values
 from equilibria.training.snapshot import capture, restore, save_together
 from equilibria.training.step import Step
+from equilibria.training.text import Language
 from equilibria.training.yardstick import yardstick
 
 _log = logging.getLogger(__name__)
@@ -79,6 +81,8 @@ class Trainer:
         ranks: Ranks = ALONE,
     ) -> None:
         training = experiment.training
+        self.language = Language.of(corpus)
+        ranks.agree({**plain_values(experiment), **{f"text of {k}": v for k, v in self.language.sums.items()}})
         self.ranks, self.rows = ranks, ranks.share_of(training.batch_size, name="batch_size")
         if self.rows % training.accumulate:
             raise ValueError(
@@ -119,6 +123,7 @@ class Trainer:
         """
         if self.run is None:
             raise ValueError("Trainer(run=None).resume(): there is no run to go on with; give Run.open(folder).")
+        self._check_text(self.run)
         found = self._newest(self.run)
         if found is not None:
             self._go_back_to(found)
@@ -232,7 +237,21 @@ class Trainer:
         memory, method = None if segment.fresh else self.memory, self.policy.method(self.stage)
         return memory_comparison(self.model, segment, memory, depths, method=method, warm=self.stage.warm)
 
+    def _check_text(self, run: Run) -> None:
+        """Raise a ValueError if the corpus is not the text with which the run began."""
+        known = run.language
+        if known is None or not known.sums:  # a run of a version that kept none
+            return
+        if changed := known.changed(self.corpus):
+            raise ValueError(
+                f"The text of {', '.join(changed)} is not the one with which {run.path} began (their SHA-256 differ), "
+                "and the run would go on with another text without a word: bring the old one back, or start a new run "
+                "with another --out."
+            )
+
     def _begin(self) -> None:
+        if self.run is not None and self.ranks.first:
+            self.run.keep(self.language)
         self.log.start_of(self.model, self.corpus)
         if self.experiment.training.yardstick and self.corpus.unit == "character" and self.ranks.first:
             self.log.write("yardstick", step=0, rows=yardstick(self.corpus))
@@ -282,11 +301,13 @@ class Trainer:
         state["budget_factor"] = self.policy.factor
         kept = capture(self.model, self.optimiser, self.memory, step=self.steps_done, state=state, ranks=self.ranks)
         if self.ranks.first:
-            checkpoint.force(self.run.metrics)
+            force(self.run.metrics)
         save_together(self.run.checkpoints, kept, self.ranks)
         if self.ranks.first:
             best = None if self.best is None else self.best["step"]
             checkpoint.prune(self.run.checkpoints, newest=self.experiment.training.keep, best=best)
+            self.run.settle()
+        self.ranks.wait()  # the run may have taken its place
 
     def _newest(self, run: Run) -> Checkpoint | None:
         """The newest good checkpoint, the same on all ranks."""

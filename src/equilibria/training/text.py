@@ -1,0 +1,115 @@
+"""What a run keeps of its corpus: the vocabulary, and a sum of each split by which the same text is known again.
+
+So a run generates without its corpus, and no other text is taken for the one that it was trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equilibria.corpora import Corpus, Stream, Vocabulary
+from equilibria.corpora.corpus import Unit
+
+SPLITS = ("train", "valid", "test")
+FORMAT = 1
+"""Of corpus.json."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Language:
+    """What the tokens of a run mean, and the sums of the text that it was trained, validated and tested on."""
+
+    name: str
+    """Of the corpus."""
+    unit: Unit
+    """What one token is."""
+    vocabulary: Vocabulary
+    """What the ids mean."""
+    sums: dict[str, str]
+    """The SHA-256 of each split as ids of that vocabulary; empty in a run of a version that kept none."""
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> Language:
+        """That of a corpus; it reads all of it."""
+        sums = {split: _sum(getattr(corpus, split)) for split in SPLITS}
+        return cls(name=corpus.name, unit=corpus.unit, vocabulary=corpus.vocabulary, sums=sums)
+
+    @classmethod
+    def without_sums(cls, corpus: Corpus) -> Language:
+        """That of a corpus which nothing can be compared with."""
+        return cls(name=corpus.name, unit=corpus.unit, vocabulary=corpus.vocabulary, sums={})
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "unit": self.unit,
+            "sha256": self.sums,
+            "vocabulary": self.vocabulary.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Language:
+        """Back from plain values.
+
+        Raises:
+            ValueError: they are not what ``to_json`` gave.
+        """
+        known = isinstance(value, dict) and value.get("format") == FORMAT
+        if not known or value.get("unit") not in ("word", "character", "symbol"):
+            raise ValueError("it is not what this version writes")
+        name, sums, vocabulary = value.get("name"), value.get("sha256"), value.get("vocabulary")
+        if not isinstance(name, str) or not isinstance(sums, dict) or not isinstance(vocabulary, dict):
+            raise ValueError("a name, the sums or the vocabulary is missing")
+        return cls(name=name, unit=value["unit"], vocabulary=Vocabulary.from_json(vocabulary), sums=sums)
+
+    def changed(self, corpus: Corpus) -> list[str]:
+        """The splits in which a corpus is another text than that of the run."""
+        if not self.sums:
+            return []
+        if corpus.vocabulary.tokens != self.vocabulary.tokens:
+            corpus = self.encoded(corpus, strictly=False)
+        return [split for split in SPLITS if _sum(getattr(corpus, split)) != self.sums.get(split)]
+
+    def encoded(self, corpus: Corpus, *, strictly: bool = True) -> Corpus:
+        """The corpus as ids of the run's own vocabulary.
+
+        Args:
+            corpus: over any vocabulary of the same unit.
+            strictly: a token that the run does not know, and has no unknown token for, is an error; otherwise it
+                becomes the last one.
+        """
+        own, unknown = self.vocabulary, self.vocabulary.unknown
+        if corpus.unit != self.unit:
+            raise ValueError(f"{corpus.name} consists of {corpus.unit}s, and the run was trained on {self.unit}s.")
+        places = {token: place for place, token in enumerate(own.tokens)}
+        absent = len(own) - 1 if unknown is None else places[unknown]
+        table = torch.tensor([places.get(token, absent) for token in corpus.vocabulary.tokens])
+        missing = [place for place, token in enumerate(corpus.vocabulary.tokens) if token not in places]
+        if strictly and unknown is None and missing:
+            first = [corpus.vocabulary.tokens[place] for place in missing[:5]]
+            raise ValueError(
+                f"{corpus.name} holds {', '.join(map(repr, first))}, of which the run knows nothing, and its "
+                "vocabulary has no token for the unknown: take these out, or train on a text that has them."
+            )
+        streams = {split: _replaced(getattr(corpus, split), table) for split in SPLITS}
+        return dataclasses.replace(corpus, vocabulary=own, **streams)
+
+
+def _replaced(stream: Stream, table: Tensor) -> Stream:
+    return dataclasses.replace(stream, tokens=table[stream.tokens], targets=table[stream.targets])
+
+
+def _sum(stream: Stream) -> str:
+    """The SHA-256 of a stream: its tokens, its targets where they are not the next tokens, and its episodes."""
+    digest = hashlib.sha256(f"{stream.episode} {len(stream)}\n".encode())
+    continuous = torch.equal(stream.tokens[1:], stream.targets[:-1])
+    for ids in (stream.tokens, stream.targets[-1:] if continuous else stream.targets):
+        digest.update(ids.to(torch.int64).contiguous().numpy().astype("<i8", copy=False).data)
+    return digest.hexdigest()

@@ -1,0 +1,19 @@
+"""The command `equilibria`. A module of its own, so that Ctrl-C is heard while PyTorch is still being loaded."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+
+def main() -> int:
+    """Run one verb; returns the exit code, 130 if Ctrl-C ended it. Ctrl-C has no effect on the way out."""
+    try:
+        from equilibria.__main__ import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,367 @@
+"""The folder of a run: nothing in it is lost, nothing outside it is touched, and no other text is taken for its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from equilibria.__main__ import main
+from equilibria.commands import figures
+from equilibria.training import CheckpointError, Run, Trainer, checkpoint
+from equilibria.training.files import replace
+from equilibria.training.folder import FIGURES, foreign_files, locked
+from equilibria.training.text import Language
+from small_experiment import corpus, experiment, finished
+from small_run import fails, furnish
+
+COMMAND = [sys.executable, "-c", "import sys, equilibria_command; sys.exit(equilibria_command.main())"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder but its lock."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    furnish(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    """A folder with a corpus and a run on it."""
+    folder, before = tmp_path_factory.mktemp("once"), Path.cwd()
+    furnish(folder)
+    os.chdir(folder)
+    try:
+        assert main(["train", "recipe.py:small", "--data", "text", "--quiet"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def run(trained_once, place):
+    """A copy of that run beside a corpus of its own."""
+    path = place / "runs" / "small"
+    shutil.copytree(trained_once / "runs" / "small", path)
+    description = path / "experiment.json"
+    description.write_text(description.read_text().replace(str(trained_once), str(place)))
+    return path
+
+
+# Replacing a run
+
+
+@pytest.mark.parametrize("wrong", [["--training.batch-size", "3000"], ["--training.accumulate", "3"]])
+def test_a_run_that_cannot_start_does_not_cost_the_old_one(run, capsys, wrong):
+    before = contents(run)
+    assert main(["train", "recipe.py:small", "--data", "text", "--overwrite", "--quiet", *wrong]) != 0
+    assert "Unexpected" not in capsys.readouterr().err
+    assert contents(run) == before
+    assert not (run / ".new").exists()
+
+
+def test_the_old_run_goes_with_the_first_checkpoint_of_the_new_one(tmp_path):
+    path = tmp_path / "run"
+    finished(path)
+    before, value = contents(path), experiment(seed=7)
+    run, seen = Run.start(path, value, overwrite=True), []
+
+    def look(event):
+        if event["event"] == "step" and event["step"] < 4:
+            seen.append({name: data for name, data in contents(path).items() if not name.startswith(".new/")})
+
+    Trainer(value, run, corpus(), on_event=look).fit()
+    assert len(seen) == 3
+    assert all(there == before for there in seen)
+    assert Run.open(path).experiment() == value
+    assert Run.open(path).newest().step == 18
+    assert [event["step"] for event in run.events() if event["event"] == "step"] == list(range(1, 19))
+    assert not [entry for entry in path.iterdir() if entry.name in (".new", ".old", ".replaced")]
+
+
+def test_a_crash_while_one_run_replaces_another_leaves_one_of_them(tmp_path, monkeypatch):
+    """Interrupted at each of its renames, the replacement is completed by whoever starts the run next."""
+    old, new, crashes = experiment(), experiment(seed=7), 0
+    rename = Path.rename
+    finished(tmp_path / "old", old)
+    for number in range(30):
+        path = tmp_path / f"run{number}"
+        shutil.copytree(tmp_path / "old", path)
+        run = Run.start(path, new, overwrite=True)
+        (run.checkpoints / "step-00000001").mkdir(parents=True)
+        left = [number]
+
+        def failing(self, target, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", failing)
+        try:
+            run.settle()
+        except KeyboardInterrupt:
+            crashes += 1
+        monkeypatch.setattr(Path, "rename", rename)
+        Run.start(path, new, resume=True)
+        assert Run.open(path).experiment() == new
+        assert (path / "checkpoints" / "step-00000001").is_dir()
+        assert {entry.name for entry in path.iterdir()} == {"experiment.json", "checkpoints"}
+        if left[0] >= 0:
+            break
+    assert crashes > 4
+
+
+def test_only_what_this_library_wrote_is_replaced(run, capsys):
+    again = ["train", "recipe.py:small", "--data", "text", "--overwrite", "--quiet"]
+    for name in ("checkpoints/step-00000008/notes.txt", "checkpoints/mine.pt", "report/thesis.pdf", "tensorboard/x"):
+        mine = run / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        before = contents(run)
+        assert f"holds {name} beside a run" in fails(capsys, *again, code=1)
+        assert contents(run) == before
+        mine.unlink()
+    assert foreign_files(run) == []
+    assert main(again) == 0
+
+
+def test_a_folder_of_another_tool_is_no_run(place, capsys):
+    folder = place / "runs" / "small"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "experiment.json").write_text('{"name": "somebody\'s"}')
+    (folder / "checkpoints" / "epoch1.ckpt").write_text("weights")
+    before = contents(folder)
+    words = ["train", "recipe.py:small", "--data", "text", "--overwrite", "--quiet"]
+    assert "was not written by equilibria" in fails(capsys, *words, code=1)
+    assert contents(folder) == before
+    assert not (folder / ".lock").exists()
+
+
+def test_the_pictures_of_a_report_are_known():
+    assert {name for name, *_ in figures.FIGURES} == set(FIGURES)
+
+
+# Links and pipes
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "experiment.json", "checkpoints", "report", ".new"])
+def test_nothing_is_written_through_a_link(run, capsys, name):
+    outside = run.parent.parent / "outside"
+    if (run / name).is_dir() or (run / name).exists():
+        (run / name).rename(outside)
+    elif name == ".new":
+        outside.mkdir()
+    else:
+        outside.write_text("mine")
+    (run / name).symlink_to(outside)
+    before = contents(run.parent.parent)
+    for more in (["--resume"], ["--overwrite"]):
+        words = ["train", "recipe.py:small", "--data", "text", "--quiet", *more]
+        assert "is a symbolic link" in fails(capsys, *words, code=1)
+        assert contents(run.parent.parent) == before
+
+
+def test_what_stands_in_the_way_of_a_file_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for name in ("a.json", ".a.json.new"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    replace(tmp_path / "a.json", "theirs\n", forced=True)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "a.json").read_text() == "theirs\n"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json", "mine"]
+
+
+def test_a_pipe_in_a_run_is_refused_and_not_waited_for(run, capsys):
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    for words in (["evaluate", "runs/small"], ["train", "recipe.py:small", "--data", "text", "--resume", "--quiet"]):
+        assert "could wait for ever" in fails(capsys, *words, code=1)
+
+
+def test_a_lock_that_nobody_needs_is_not_left(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="no run"), locked(mine):
+        Run.start(mine, experiment())
+    assert [entry.name for entry in mine.iterdir()] == ["thesis.tex"]
+
+
+# The text of a run
+
+
+def test_a_run_generates_without_its_corpus(run, place, capsys):
+    def text() -> str:
+        assert main(["generate", "runs/small", "--prompt", "abc", "--length", "20"]) == 0
+        return capsys.readouterr().out
+
+    before = text()
+    (place / "text").rename(place / "gone")
+    assert text() == before
+    assert "text does not exist" in fails(capsys, "evaluate", "runs/small", code=1)
+    (place / "other.txt").write_text("bad cab\n" * 20)
+    assert main(["evaluate", "runs/small", "--data", "other.txt"]) == 0
+    assert "160" in capsys.readouterr().out.replace("159", "160")
+    assert main(["evaluate", "runs/small", "--data", "gone"]) == 0
+
+
+def test_another_text_is_not_taken_for_that_of_the_training(run, place, capsys, caplog):
+    with (place / "text" / "valid.txt").open("a") as file:
+        file.write("dab\n")
+    assert "The text of valid is not the one" in fails(capsys, "evaluate", "runs/small", code=1)
+    words = ["train", "recipe.py:small", "--data", "text", "--resume", "--quiet"]
+    assert "The text of valid is not the one with which" in fails(capsys, *words, code=1)
+    assert main(["evaluate", "runs/small", "--data", "text"]) == 0
+    assert "is not that of the training" in caplog.text
+
+
+def test_a_text_with_other_letters_keeps_the_vocabulary_of_the_run(run, place, capsys):
+    """One letter replaced, and every id after it meant another letter."""
+    for split in ("train", "valid", "test"):
+        file = place / "text" / f"{split}.txt"
+        file.write_text(file.read_text().replace("a", "b"))
+    assert "The text of train, valid, test is not the one" in fails(capsys, "evaluate", "runs/small", code=1)
+    assert main(["evaluate", "runs/small", "--data", "text"]) == 0
+    capsys.readouterr()
+    for split in ("train", "valid", "test"):
+        file = place / "text" / f"{split}.txt"
+        file.write_text(file.read_text().replace("b", "z"))
+    assert "'z', of which the run knows nothing" in fails(capsys, "evaluate", "runs/small", "--data", "text", code=1)
+
+
+def test_the_language_of_a_run_comes_back(tmp_path):
+    known = Language.of(corpus())
+    again = Language.from_json(json.loads(json.dumps(known.to_json())))
+    assert again.changed(corpus()) == []
+    assert again.vocabulary == known.vocabulary
+    for damaged in ([], {}, {**known.to_json(), "unit": "byte"}, {**known.to_json(), "sha256": 3}):
+        with pytest.raises(ValueError, match=r"."):
+            Language.from_json(damaged)
+
+
+# Checkpoints with true sums
+
+
+def rewritten(folder: Path, change) -> None:
+    """Changes a checkpoint and computes its sums anew, as whoever wrote it could."""
+    state = json.loads((folder / "state.json").read_text())["state"]
+    change(folder, state)
+    state["files"] = {name: checkpoint._sha256(folder / name) for name in state["files"]}
+    (folder / "state.json").write_text(json.dumps({"state": state, "sha256": checkpoint._digest(state)}))
+
+
+ABSURD = {
+    "no safetensors": lambda folder, state: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
+    "empty weights": lambda folder, state: (folder / "model.safetensors").write_bytes(b""),
+    "no dict": lambda folder, state: torch.save([1], folder / "optimiser.pt"),
+    "no step": lambda folder, state: state.pop("step"),
+    "a step in words": lambda folder, state: state.update(step="ten"),
+    "memory of another kind": lambda folder, state: (folder / "memory.safetensors").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("absurd", ABSURD)
+def test_absurd_content_with_true_sums_is_a_sentence_and_the_one_before_is_used(tmp_path, absurd, caplog):
+    finished(tmp_path / "run")
+    folders = checkpoint.all_in(tmp_path / "run" / "checkpoints")
+    rewritten(folders[-1], ABSURD[absurd])
+    with pytest.raises(CheckpointError, match=rf"{folders[-1].name} is no checkpoint of this library: .* holds "):
+        checkpoint.load(folders[-1])
+    found = Run.open(tmp_path / "run").newest()
+    assert found is not None
+    assert found.step < 18
+    assert folders[-1].name in caplog.text
+
+
+def test_a_file_that_the_state_does_not_list_is_refused(tmp_path):
+    finished(tmp_path / "run")
+    folder = checkpoint.all_in(tmp_path / "run" / "checkpoints")[-1]
+    (folder / "shards").mkdir()
+    (folder / "shards" / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"state\.json does not know shards/shard-00001"):
+        checkpoint.load(folder)
+
+
+# The doctor
+
+
+def test_the_doctor_finds_nothing_in_a_whole_run_and_changes_nothing(run, capsys):
+    before = contents(run)
+    assert main(["doctor", "runs/small"]) == 0
+    said = capsys.readouterr().out
+    for words in ("experiment.json: small", "the vocabulary of text: 6 characters", "good: step-"):
+        assert words in said
+    assert "bad " not in said
+    assert contents(run) == before
+
+
+def test_the_doctor_says_what_is_wrong(run, place, capsys):
+    folders = checkpoint.all_in(run / "checkpoints")
+    (folders[-1] / "model.safetensors").write_bytes(b"")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([*lines[:3], "oops\n", *lines[3:]]))
+    (place / "text" / "valid.txt").write_text("dab\n" * 20)
+    (run / "notes.txt").write_text("mine")
+    assert main(["doctor", "runs/small"]) == 1
+    said = capsys.readouterr().out
+    for words in (
+        "line 4 is no JSON object",
+        f"{folders[-1].name} is damaged",
+        "another text than that of the training: valid",
+        "files of somebody else: notes.txt",
+    ):
+        assert words in said
+
+
+# Signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint(place, number, code):
+    words = ["train", "recipe.py:small", "--data", "text", "--quiet", "--stages.1.steps", "100000"]
+    words += ["--training.checkpoint-every", "100000", "--training.valid-every", "100000"]
+    process = subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, text=True, cwd=place)
+    metrics = place / "runs" / "small" / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_text().count('"step"') < 40:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in said
+    step = int(checkpoint.all_in(place / "runs" / "small" / "checkpoints")[-1].name.removeprefix("step-"))
+    assert step > 10
+    assert f"from the checkpoint step-{step:08d}" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.15, 0.5, 1.0, 1.5, 2.5])
+def test_ctrl_c_in_the_first_seconds_is_no_traceback(place, delay):
+    words = ["train", "recipe.py:small", "--data", "text", "--quiet", "--stages.1.steps", "100000"]
+    process = subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, text=True, cwd=place)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in said
