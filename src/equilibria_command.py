@@ -13,7 +13,7 @@ def main() -> int:
 
         return run()
     except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
+        sys.stderr.write("\nStopped.\n")
         return 130
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

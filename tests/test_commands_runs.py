@@ -161,7 +161,7 @@ def test_evaluate_prints_the_score_and_what_it_depends_on(run, capsys):
         assert words in text
     assert "Tokens scored  │ 129 of 129" in text
     assert "exact: the text is read in one piece" in text
-    sentence = fails(capsys, "evaluate", "runs/small", "--max-evals", "0", code=1)
+    sentence = fails(capsys, "evaluate", "runs/small", "--max-evals", "0")
     assert "at least 1" in sentence
 
 
@@ -283,7 +283,7 @@ def test_evaluate_finds_a_corpus_that_has_moved(run, place, capsys):
     assert main(["evaluate", "runs/small", "--data", "moved", "--checkpoint", "last"]) == 0
     capsys.readouterr()
     (place / "moved" / "train.txt").write_text("abcdefghijk \n" * 30)
-    assert "do not fit a corpus" in fails(capsys, "evaluate", "runs/small", "--data", "moved", code=1)
+    assert "of which the run knows nothing" in fails(capsys, "evaluate", "runs/small", "--data", "moved", code=1)
 
 
 def test_weights_that_the_library_would_now_call_otherwise_are_not_blamed_on_the_corpus(run, capsys):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -312,6 +313,47 @@ def test_a_source_knows_the_unit_of_its_corpus(source):
 def test_wrong_numbers_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         experiment(**wrong)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e39])
+@pytest.mark.parametrize(
+    "name",
+    ["learning_rate", "final_learning_rate", "weight_decay", "clip", "momentum", "epsilon", "rank_timeout"],
+)
+def test_a_training_has_finite_numbers(name, bad):
+    with pytest.raises(ValueError, match=rf"Training\({name}={re.escape(str(bad))}\): it must be a finite number"):
+        Training(**{name: bad})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("part", "name", "path"),
+    [
+        ("model", "std", "model.std"),
+        ("cell", "std", "model.cell.std"),
+        ("solver", "ridge", "stages.1.method.solver.ridge"),
+        ("training", "betas", "training.betas.1"),
+    ],
+)
+def test_every_number_of_an_experiment_is_finite(part, name, path, bad):
+    """Also in a file: Python reads NaN and Infinity from JSON."""
+
+    def change(data: dict) -> None:
+        data["stages"][1]["method"]["solver"] = {"kind": "Anderson"}
+        parts = {"model": data["model"], "cell": data["model"]["cell"], "training": data["training"]}
+        parts["solver"] = data["stages"][1]["method"]["solver"]
+        parts[part][name] = [0.9, bad] if name == "betas" else bad
+
+    last = path.rpartition(f"{name}")[2]
+    with pytest.raises(ValueError, match=rf"{name}{re.escape(last)}={bad}\): it must be a finite number|{name}={bad}"):
+        from_json(json.loads(json.dumps(edited(change))))
+
+
+@pytest.mark.parametrize(("name", "most"), [("threads", 1024), ("seed", 2**63 - 1), ("rank_timeout", 1e7)])
+def test_numbers_that_no_machine_takes_are_refused(name, most):
+    assert getattr(Training(**{name: most}), name) == most
+    with pytest.raises(ValueError, match=rf"Training\({name}=.*\): it must be at most [\d,⁶³2 −]+; "):
+        Training(**{name: 2 * most})
 
 
 def test_an_overlap_is_measured_by_the_segments_of_its_own_reading():

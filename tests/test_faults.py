@@ -15,8 +15,8 @@ import torch
 from equilibria.__main__ import main
 from equilibria.commands.errors import LOST
 from equilibria.training import Run, Trainer, checkpoint
-from equilibria.training.folder import locked
 from equilibria.training.checkpoint import CheckpointError
+from equilibria.training.folder import locked
 from equilibria.training.trainer import TrainingInterrupted
 from small_experiment import corpus, experiment, finished, same_bits, trained_weights
 from small_run import fails, furnish

@@ -59,7 +59,9 @@ def test_one_candidate_is_greedy():
     greedy = generate(model, start, length=5, temperature=0)
     assert torch.equal(generate(model, start, length=5, top_k=1), greedy)
     assert torch.equal(generate(model, start, length=5, top_p=1e-9), greedy)
-    assert torch.equal(generate(model, start, length=5, temperature=1e-6), greedy)
+    for temperature in (1e-6, 1e-45, 5e-324):
+        assert torch.equal(generate(model, start, length=5, temperature=temperature), greedy)
+        assert torch.equal(generate(model.float(), start, length=5, temperature=temperature), greedy)
 
 
 def test_memory_continues_what_came_before():
@@ -105,6 +107,21 @@ class TestCandidates:
         frequencies = tokens.flatten().bincount(minlength=4) / 4000
         torch.testing.assert_close(frequencies, expected / expected.sum(), rtol=0, atol=0.03)
 
+    @pytest.mark.parametrize("temperature", [1e-45, 0.5, 1.0, 1e38, 1e308])
+    @pytest.mark.parametrize("scale", [1.0, 1e37])
+    def test_no_temperature_overflows(self, temperature, scale):
+        class Fixed(torch.nn.Module):
+            vocabulary_size = 4
+
+            def logits(self, tokens, memory=None, *, last=False):
+                return scale * TestCandidates.logits[:1].expand(len(tokens), 1, 4), None
+
+        tokens = generate(Fixed(), torch.zeros(4000, 1, dtype=torch.long), length=1, temperature=temperature)
+        frequencies = tokens.flatten().bincount(minlength=4) / 4000
+        expected = (scale / temperature * self.logits[0].double()).clamp(-1e300, 0)
+        expected = (expected - expected.max()).softmax(0).float()
+        torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.03)
+
 
 class TestModes:
     def test_training_mode_is_restored(self):
@@ -143,6 +160,10 @@ class TestModes:
         ({"top_k": 0}, "top_k=0.*at least 1"),
         ({"top_p": 0.0}, "top_p=0.0.*0 < top_p ≤ 1"),
         ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_p": math.nan}, "top_p=nan"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"seed": -1}, "seed=-1.*whole number from 0"),
+        ({"seed": 2**63}, "seed=9223372036854775808.*whole number from 0"),
         ({"segment": 0}, "segment=0"),
     ],
 )

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import base64
+import errno
+import itertools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from equilibria.commands import figures, formats, page, report, summary
 from equilibria.commands.errors import UsageError
 from equilibria.commands.record import read
+from equilibria.training import metrics
+from equilibria.training.files import ForeignFileError
 
 NAMES = ["loss", "evaluations", "residual", "converged", "spectral_radius", "memory"]
 
@@ -318,3 +327,300 @@ def test_shares_are_100_only_if_it_is_all():
     assert formats.percent(1.0) == "100 %"
     assert formats.percent(0.99999) == "99.9 %"
     assert formats.percent(0.5) == "50.0 %"
+
+
+def long_events(number: int) -> list[dict[str, Any]]:
+    """Steps with numbers that differ, in two stages, the second of which starts in the middle."""
+    lines = []
+    for count in range(1, number + 1):
+        line = step(count) | {
+            "stage": "implicit" if 2 * count > number else "shallow",
+            "tokens_per_second": 1.0 + count,
+        }
+        line["forward"] = solve(5 + count % 7, converged=(count % 11) / 10) | {"residual": 1e-3 * (1 + count % 13)}
+        lines.append(line)
+    return lines
+
+
+def test_means_are_those_of_all_steps_and_not_of_a_thinned_curve(tmp_path):
+    lines = long_events(3 * metrics.BINS)
+    lines[-5]["forward"]["residual"] = None
+    record = read(write(tmp_path / "run", lines))
+    last = [line for line in lines if line["stage"] == "implicit"]
+    assert record.count("forward evals") == len(last)
+    for part in ("evals", "residual", "converged"):
+        expected = formats.mean(line["forward"][part] for line in last)
+        assert record.mean(f"forward {part}") == pytest.approx(expected, rel=1e-12)
+    assert record.mean("tokens_per_second") == formats.mean(line["tokens_per_second"] for line in last)
+    assert record.step == len(lines)
+    assert record.log.seconds == lines[-1]["seconds"]
+
+
+def test_a_long_log_is_not_kept_in_memory(tmp_path):
+    run = write(tmp_path / "run", long_events(20_000))  # 8 MiB in the file, and more than 40 as dicts
+    tracemalloc.start()
+    try:
+        read(run)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def test_a_log_is_cut_line_by_line(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in long_events(20_000)))
+    tracemalloc.start()
+    try:
+        metrics.cut(file, 15_000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+    assert [line["step"] for line in metrics.read(file)] == list(range(1, 15_001))
+
+
+def curve_of(values: list[float], *, borders: tuple[int, ...] = ()) -> metrics.Curve:
+    """A curve over the steps 0, 1, …, that grew by three points at a time, with a new stage at each border."""
+    curve = metrics.Curve()
+    for start, end in itertools.pairwise([0, *borders, len(values)]):
+        for place in range(start, end, 3):
+            x = np.arange(place, min(place + 3, end), dtype=float)
+            curve.extend(x, np.array(values[place : min(place + 3, end)]), start)
+    return curve
+
+
+def test_a_short_curve_is_exact():
+    values = [math.sin(place) for place in range(50)]
+    values[7] = values[30] = math.nan
+    curve = curve_of(values, borders=(20,))
+    x, y = curve.line()
+    assert x.tolist() == list(range(50))
+    assert np.array_equal(y, values, equal_nan=True)
+    expected = [
+        formats.mean(values[max(start, place - 3) : place + 1])
+        for place, start in zip(range(50), [0] * 20 + [20] * 30, strict=True)
+    ]
+    found = np.concatenate([means for _, means in curve.means(4)])
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("number", [64, 65, 200, 1000, 1001])
+def test_a_long_curve_keeps_its_ends_its_peaks_and_its_means(number, monkeypatch):
+    monkeypatch.setattr(metrics, "BINS", 64)
+    monkeypatch.setattr(metrics, "DRAWN", 40)
+    values = [math.sin(0.37 * place) + place / number for place in range(number)]
+    values[5], values[17], values[number - 9] = 9.0, math.nan, -9.0
+    curve = curve_of(values, borders=(number // 2,))
+    (x, y), (sample, weights) = curve.line(), curve.sample()
+    assert curve.count == weights.sum() == number
+    assert len(x) <= 4 * 40
+    assert (x[0], y[0], x[-1], y[-1]) == (0, values[0], number - 1, values[-1])
+    assert x.tolist() == sorted(x)
+    assert x[np.nanargmax(y)] == 5
+    assert x[np.nanargmin(y)] == number - 9
+    for place, value in zip(x, y, strict=True):
+        assert value == values[int(place)] or math.isnan(value)
+    assert set(sample) <= {*values}
+    parts = [means for _, means in curve.means(number)]  # of all values before, in each of two stages
+    assert len(parts) == 2
+    assert parts[0][-1] == pytest.approx(formats.mean(values[: number // 2]), abs=0.25)
+
+
+def test_drawing_takes_as_many_points_however_long_the_log_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "BINS", 64)
+    lines = [*long_events(1000), *(valid(count, 1.0) for count in range(1, 90))]
+    record = read(write(tmp_path / "run", lines))
+    axes = figures.Figure().add_subplot()
+    assert {name: paint for name, _, paint in figures.FIGURES}["loss"](axes, record)
+    lengths = [np.size(line.get_xdata()) for line in axes.get_lines()]
+    assert max(lengths) <= 4 * 64
+    assert 50 in lengths  # validations are all there: of the stage "shallow"
+    assert 39 in lengths
+
+
+def test_the_start_says_the_unit_wherever_it_stands(tmp_path):
+    start = {"event": "start", "step": 0, "parameters": 3, "corpus": {"name": "x", "unit": "word", "vocabulary": 9}}
+    for number, lines in enumerate(([start, *events()], [*events(), start])):
+        record = read(write(tmp_path / str(number), lines))
+        assert record.unit == "word"
+        assert record.log.dots["valid"]["shallow"][1] == pytest.approx(math.exp(1.2))
+        assert record.log.curves["loss"].line()[1][0] == pytest.approx(math.exp(3.0))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "step", "step": 4, "stage": "a", "loss": [1]}',
+        '{"event": "step", "step": null}',
+        '{"event": "step", "step": 1e999, "loss": 1}',
+        '{"event": "step", "step": 4, "loss": 1, "forward": [3]}',
+        '{"event": "step", "step": 4}',
+        '{"event": "valid", "step": 4}',
+        '{"event": {}, "step": 4}',
+        '{"event": "stage", "step": 4}',
+        '{"event": "start", "step": 0}',
+        '{"event": "memory", "step": 4, "rows": [3]}',
+    ],
+)
+def test_a_line_that_no_training_writes_is_named(tmp_path, line, unhooked):
+    run = write(tmp_path / "run", events()[:2], tail=f"{line}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3 .*; remove that line"):
+        read(run)
+
+
+def test_brackets_inside_brackets_are_a_damaged_line(tmp_path):
+    run = write(tmp_path / "run", [], tail="[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=r"line 1 is no JSON object: b'\[\[\[.*'; remove that line"):
+        read(run)
+
+
+def test_a_report_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    run = write(tmp_path / "run", events())
+    before = page_of(run)
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps(valid(100, 0.5)) + "\n")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            report.write(read(run))
+    assert (run / "report" / "index.html").read_text(encoding="utf-8") == before
+    assert not list((run / "report").glob(".*"))
+    assert page_of(run) != before
+
+
+needs_links = pytest.mark.skipif(os.name == "nt", reason="Windows asks for a right to make links")
+
+
+@needs_links
+def test_a_link_in_the_place_of_a_file_of_the_report_is_replaced_and_its_target_left_alone(tmp_path):
+    run, outside = write(tmp_path / "run", events()), tmp_path / "outside"
+    outside.write_text("mine")
+    (run / "report").mkdir()
+    names = ["index.html", "sample.json", *(f"{name}.png" for name in NAMES)]
+    for name in names:
+        (run / "report" / name).symlink_to(outside)
+        (run / "report" / f".{name}.new").symlink_to(outside)
+    report.write_sample(run, prompt="a", text="b")
+    report.write(read(run))
+    assert outside.read_text() == "mine"
+    assert sorted(path.name for path in (run / "report").iterdir()) == sorted(names)
+    assert not any((run / "report" / name).is_symlink() for name in names)
+
+
+@needs_links
+def test_a_report_folder_elsewhere_is_refused(tmp_path):
+    run, outside = write(tmp_path / "run", events()), tmp_path / "outside"
+    outside.mkdir()
+    (run / "report").symlink_to(outside)
+    for act in (lambda: report.write(read(run)), lambda: report.write_sample(run, prompt="a", text="b")):
+        with pytest.raises(ForeignFileError, match="is a symbolic link"):
+            act()
+    assert not list(outside.iterdir())
+    (outside / "sample.json").write_text('{"prompt": "a", "text": "b"}')
+    assert report.read_sample(run) is None
+
+
+@needs_links
+def test_a_log_that_is_a_link_or_a_pipe_is_refused(tmp_path):
+    run = write(tmp_path / "run", events())
+    log = (run / "metrics.jsonl").rename(tmp_path / "log")
+    (run / "metrics.jsonl").symlink_to(log)
+    with pytest.raises(ForeignFileError, match="is a symbolic link"):
+        read(run)
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    with pytest.raises(ForeignFileError, match="wait for ever"):
+        read(run)
+    with pytest.raises(ForeignFileError, match="wait for ever"):
+        metrics.cut(run / "metrics.jsonl", 3)
+
+
+@needs_links
+def test_nothing_is_written_through_a_link_beside_the_log(tmp_path):
+    run, outside = write(tmp_path / "run", events()), tmp_path / "outside"
+    outside.write_text("mine")
+    (run / ".metrics.jsonl.new").symlink_to(outside)
+    metrics.cut(run / "metrics.jsonl", 3)
+    assert outside.read_text() == "mine"
+    assert read(run).step == 3
+
+
+@needs_links
+def test_weights_that_are_a_pipe_are_not_waited_for(tmp_path):
+    run = write(tmp_path / "run", events())
+    (run / "checkpoints" / "step-00000100").mkdir(parents=True)
+    os.mkfifo(run / "checkpoints" / "step-00000100" / "model.safetensors")
+    with pytest.raises(ForeignFileError, match="wait for ever"):
+        summary.rows(read(run))
+
+
+@pytest.mark.parametrize("name", ["$x^$", r"$\frac{$", "_^", "$" * 200, "\ud800\x1b[31m"])
+def test_names_are_no_formulas(tmp_path, name):
+    lines = [{**event, "stage": name} if "stage" in event else event for event in events()]
+    for line in lines:
+        if line["event"] in ("yardstick", "memory"):
+            line["rows"] = [{**row, "label": f"{name} {number}"} for number, row in enumerate(line["rows"])]
+    corpus = {"name": name, "unit": name, "vocabulary": 9}
+    lines.insert(0, {"event": "start", "step": 0, "parameters": 3, "corpus": corpus})
+    run = write(tmp_path / "run", lines, name=name, stages=[stage(name, rtol=1e-2)])
+    assert re.findall(r'<figure id="(\w+)">', page_of(run)) == NAMES
+
+
+def test_a_name_is_drawn_as_it_is(tmp_path):
+    lines = [{**event, "stage": "$x$"} if "stage" in event else event for event in events()]
+    record = read(write(tmp_path / "run", lines, stages=[stage("$x$", rtol=1e-2)]))
+    axes = figures.Figure().add_subplot()
+    assert {name: paint for name, _, paint in figures.FIGURES}["loss"](axes, record)
+    figures._spell(axes)
+    (text, *_) = (text for text in axes.texts if "$x$" in text.get_text())
+    assert not text.get_parse_math()
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_backend_that_is_not_there_is_not_asked_for(tmp_path, backend):
+    """Jupyter sets MPLBACKEND for what is started in it."""
+    run = write(tmp_path / "run", events())
+    code = (
+        f"import os; from equilibria.commands.main import run; code = run(['report', {str(run)!r}]); "
+        "print(code, os.environ['MPLBACKEND'])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env={**os.environ, "MPLBACKEND": backend}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"0 {backend}"
+    assert (run / "report" / "loss.png").is_file()
+    assert not done.stderr
+
+
+def test_the_report_for_programs_is_one_strict_object(tmp_path, capsys):
+    lines = [*events(), {**valid(100, 1.0), "nats": math.nan, "bits": math.nan, "perplexity": math.nan}]
+    for line in lines[60:80]:
+        line["forward"] = solve(14) | {"residual": math.nan}
+    run = write(tmp_path / "run", lines)
+    assert report.main([str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["report"] == str(run / "report" / "index.html")
+    assert Path(found["report"]).is_file()
+    assert (found["finished"], found["step"], found["total_steps"], found["name"]) == (True, 100, 100, "small")
+    assert found["state"] == "Finished after 100 steps."
+    numbers = found["summary"]
+    assert numbers["validation"]["nats"] == 1.4
+    assert numbers["backward"] == {"evals": 12.0, "residual": pytest.approx(8e-3), "converged": pytest.approx(0.9)}
+    assert numbers["forward"]["evals"] == 14.0
+    assert next(row["peak_bytes"] for row in numbers["memory"]) == 5 << 20
+    assert numbers["tokens_per_second"] == 5000.0
+    assert (numbers["seconds"], numbers["stage"], numbers["parameters"]) == (10.0, "implicit", None)
+
+
+def test_the_report_of_an_empty_run_for_programs(tmp_path, capsys):
+    assert report.main([str(write(tmp_path / "run", [])), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["summary"]["forward"] is None
+    assert found["summary"]["validation"] is None
+    assert not found["finished"]

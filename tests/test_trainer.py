@@ -607,9 +607,12 @@ def test_only_a_run_is_overwritten(tmp_path):
         Run.start(path, experiment(), overwrite=True)
     assert run.newest().step == 18
     (path / "notes.txt").unlink()
-    Run.start(path, experiment(seed=7), overwrite=True)
+    new = Run.start(path, experiment(seed=7), overwrite=True)
+    assert run.experiment().training.seed == 0  # until the new one has a checkpoint
+    assert run.newest().step == 18
+    new.settle()
     assert [entry.name for entry in path.iterdir()] == ["experiment.json"]
-    assert run.experiment().training.seed == 7
+    assert run.experiment().training.seed == new.experiment().training.seed == 7
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="exists and is no run"):

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import math
+import os
 import re
 import typing
 from collections.abc import Callable, Sequence
@@ -52,9 +54,42 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
         if exit_.code in (0, None):
             raise
         raise UsageError(_sentence(errors.getvalue(), verb)) from None
+    except ValueError as error:  # of the outermost dataclass; tyro catches those of the inner ones
+        raise UsageError(str(error)) from None
     if rest:
         raise _unknown(rest[0], known, verb)
+    _check_numbers(flags(value))
+    if flags(value).get(THREADS) != known.get(THREADS):
+        _check_threads(flags(value)[THREADS])
     return value
+
+
+THREADS = "--training.threads"
+"""The one number that depends on the machine; it is checked where it is changed, as a run may come from another one."""
+
+
+def _check_threads(threads: int | None) -> None:
+    most = 8 * (os.cpu_count() or 1)
+    if threads is not None and threads > most:
+        raise UsageError(
+            f"{THREADS} {threads}: this machine takes from 1 to {most}, 8 for each core; try {os.cpu_count() or 1}."
+        )
+
+
+LARGEST = 2**63 - 1
+"""The largest whole number that a tensor can hold."""
+
+
+def _check_numbers(given: dict[str, Any]) -> None:
+    """Refuse what is no setting anywhere: NaN, infinity, and whole numbers that no tensor can hold."""
+    for flag, value in given.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UsageError(f"{flag} {number}: it takes a finite number; leave it out for the default.")
+            if isinstance(number, int) and abs(number) > LARGEST:
+                raise UsageError(
+                    f"{flag} {str(number)[:40]}…: whole numbers reach from −2⁶³ + 1 to 2⁶³ − 1; give a smaller one."
+                )
 
 
 _READERS = tyro.constructors.ConstructorRegistry()

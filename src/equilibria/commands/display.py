@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from equilibria.commands import formats
 from equilibria.commands.record import Event
 from equilibria.commands.summary import Row
+from equilibria.commands.terminal import visible
 from equilibria.training.experiment import Experiment
 
 
@@ -67,7 +69,7 @@ class Display:
             return
         for line in (self._setting(event), self._line(event)):
             if line is not None:
-                self._console.print(Text(line, style="dim"), soft_wrap=self._live is None)
+                self._console.print(literal(line, "dim"), soft_wrap=self._live is None)
         if self._live is not None:
             self._live.update(self._panel())
 
@@ -121,7 +123,7 @@ class Display:
         done = step.get("step", 0)
         bar = ProgressBar(total=self._total, completed=done, width=max(20, min(self._console.width - 44, 50)))
         head = Table.grid(padding=(0, 1))
-        head.add_row(Text(self._stage(step), style="bold"), bar, f"{done:,}/{self._total:,}", self._times(step))
+        head.add_row(literal(self._stage(step), "bold"), bar, f"{done:,}/{self._total:,}", self._times(step))
         return Group(head, self._figures(step))
 
     def _stage(self, step: Event) -> str:
@@ -139,10 +141,12 @@ class Display:
     def _figures(self, step: Event) -> Table:
         table = Table.grid(padding=(0, 3))
         if step:
-            table.add_row("training", formats.score(step, self._unit), f"{step['loss']:.3f} nats", _speed(step))
+            score = literal(formats.score(step, self._unit))
+            table.add_row("training", score, f"{step['loss']:.3f} nats", _speed(step))
         valid = self._latest.get("valid")
         if valid:
-            table.add_row("validation", formats.score(valid, self._unit), f"{valid['nats']:.3f} nats", _at(valid))
+            score = literal(formats.score(valid, self._unit))
+            table.add_row("validation", score, f"{valid['nats']:.3f} nats", _at(valid))
         for name in ("forward", "backward"):
             if step.get(name):
                 table.add_row(name, *self._solve(step["stage"], step[name]))
@@ -158,12 +162,22 @@ def _speed(event: Event) -> str:
     return f"{formats.count(speed)} tokens/s" if speed else ""
 
 
+def literal(text: str, style: str = "") -> Text:
+    """``text`` as it is, for rich: [red] is no markup in it, and control characters are visible."""
+    return Text(visible(text), style=style)
+
+
+def waiting(what: str) -> Status:
+    """While it is entered, stderr shows what is going on, if it is a terminal; stdout is left to the results."""
+    return Console(stderr=True, highlight=False).status(literal(what))
+
+
 def summary_table(rows: list[Row], title: str) -> Table:
     """The summary as a table for the terminal."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, padding=(0, 1))
+    table = Table(title=literal(title), title_justify="left", title_style="bold", show_header=False, padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for row in rows:
-        table.add_row(Text(row.label), Text(row.value), Text(row.beside))
+        table.add_row(literal(row.label), literal(row.value), literal(row.beside))
     return table

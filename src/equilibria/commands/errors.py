@@ -42,7 +42,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return _line(error), 2
     if isinstance(error, ModuleNotFoundError) and _root(error) in EXTRAS:
         return missing_extra(error), 1
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _too_large(error):
         return "Out of memory: try a smaller --training.batch-size or --training.segment-length.", 1
     if _lost_a_rank(error):
         return LOST, 1
@@ -52,6 +52,17 @@ def explain(error: BaseException) -> tuple[str, int]:
         return _line(error), 1
     hint = "set EQUILIBRIA_DEBUG=1 or add --debug to see where"
     return f"Unexpected {type(error).__name__}: {_line(error) or 'no message'} ({hint}).", 1
+
+
+_TOO_LARGE = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "integer multiplic")
+"""What PyTorch says on a CPU, where it raises a plain RuntimeError."""
+
+
+def _too_large(error: BaseException) -> bool:
+    """Whether memory was short, or a tensor was to have more numbers than any memory has."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _TOO_LARGE)
 
 
 LOST = (
@@ -88,6 +99,7 @@ _ADVICE = {
     errno.ENOENT: "there is no such file or folder.",
     errno.EISDIR: "this is a folder, where a file is needed.",
     errno.ENOTDIR: "this is a file, where a folder is needed.",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one.",
     errno.EEXIST: "this exists already; choose another name.",
 }
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
 from rich.console import Console
 
 from equilibria.commands import formats
 from equilibria.commands.arguments import Run, parse
-from equilibria.commands.display import summary_table
+from equilibria.commands.display import summary_table, waiting
 from equilibria.commands.errors import UsageError
 from equilibria.commands.loading import Trained, Which, trained
 from equilibria.commands.summary import Row
@@ -49,6 +50,8 @@ class Options:
     """Budget of a solve in evaluations of f; None for that of the run."""
     rtol: float | None = None
     """Relative tolerance of a solve; None for that of the run."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object in the place of the table."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,27 +66,55 @@ def main(arguments: Sequence[str]) -> int:
         segment=options.segment_length,
     )
     method = _method(loaded, options)
-    stream = {"valid": loaded.corpus.valid, "test": loaded.corpus.test}[options.split]
-    console = Console(highlight=False)
-    with console.status(f"reading {len(stream):,} tokens of {loaded.corpus.name} ({options.split})"):
-        result = score(
-            loaded.model,
-            stream,
-            batch_size=options.batch_size,
-            **_segments(loaded, options, episodes=bool(stream.episode)),
-            max_segments=options.max_segments,
-            method=method,
-            warm=loaded.stage.warm,
-        )
+    stream = loaded.stream(options.split)
+    cut = _segments(loaded, options, episodes=bool(stream.episode))
+    with waiting(f"reading {len(stream):,} tokens of {loaded.language.name} ({options.split})"):
+        try:
+            result = score(
+                loaded.model,
+                stream,
+                batch_size=options.batch_size,
+                **cut,
+                max_segments=options.max_segments,
+                method=method,
+                warm=loaded.stage.warm,
+            )
+        except ValueError as error:  # the text or the cell is too short for the options
+            raise UsageError(str(error)) from None
+    if options.json:
+        print(formats.strict_json(_object(result, loaded, options)))
+        return 0
     title = f"{options.run}, {options.checkpoint} checkpoint (step {loaded.step:,}), {options.split}"
-    rows = [*_scores(result, loaded.corpus.unit), *_conditions(loaded, result.setting, episodes=bool(stream.episode))]
-    console.print(summary_table([*rows, *_cost(result)], title))
+    rows = [*_scores(result, loaded.language.unit), *_conditions(loaded, result.setting, episodes=bool(stream.episode))]
+    Console(highlight=False).print(summary_table([*rows, *_cost(result)], title))
     return 0
+
+
+def _object(result: Evaluation, loaded: Trained, options: Options) -> dict[str, Any]:
+    """The score for programs; its numbers have the names that they have in metrics.jsonl."""
+    return {
+        "run": str(options.run),
+        "checkpoint": options.checkpoint,
+        "step": loaded.step,
+        "corpus": loaded.language.name,
+        "unit": loaded.language.unit,
+        "split": options.split,
+        "data": None if options.data is None else str(options.data),
+        "nats": result.nats_per_token,
+        "bits": result.bits,
+        "perplexity": result.perplexity,
+        "accuracy": result.accuracy,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "forward": result.forward,
+        "setting": dataclasses.asdict(result.setting),
+    }
 
 
 def _checked(options: Options) -> Options:
     """The options, refused where a number is too small."""
-    from_one, from_zero = ("batch_size", "segment_length", "max_segments"), ("memory_length", "overlap")
+    from_one = ("batch_size", "segment_length", "max_segments", "max_evals")
+    from_zero = ("memory_length", "overlap", "rtol")
     for name, least in [*((name, 1) for name in from_one), *((name, 0) for name in from_zero)]:
         value = getattr(options, name)
         if value is not None and value < least:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from equilibria.commands.arguments import Run as Folder
 from equilibria.commands.arguments import parse
+from equilibria.commands.errors import UsageError
 from equilibria.commands.loading import Which
+from equilibria.commands.record import require
+from equilibria.commands.terminal import visible
 from equilibria.training.files import check_own, discard
 from equilibria.training.run import Run
 
@@ -34,13 +37,11 @@ def main(arguments: Sequence[str]) -> int:
     from safetensors.torch import save_file
 
     options = parse(Options, arguments, verb="export")
-    run = Run.open(options.run)
+    run = Run.open(require(options.run))
     found = run.best() if options.checkpoint == "best" else run.newest()
     if found is None:
         raise ValueError(f"{run.path} has no good checkpoint yet: continue the training with --resume.")
-    target = options.out or run.path / "model.safetensors"
-    if options.out is None:
-        check_own(target)
+    target = _target(options, run)
     metadata = {"format": "pt", "step": str(found.step), "experiment": json.dumps(run.stored())}
     beside = target.with_name(f".{target.name}.new")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,5 +52,20 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         discard(beside)
     count = sum(tensor.numel() for tensor in found.model.values())
-    print(f"{target}: {count:,} weights of step {found.step:,}")
+    print(visible(f"{target}: {count:,} weights of step {found.step:,}"))
     return 0
+
+
+def _target(options: Options, run: Run) -> Path:
+    """The file to write.
+
+    Raises:
+        UsageError: something else than a file has its name, such as a folder or a device.
+    """
+    if options.out is None:
+        check_own(run.path / "model.safetensors")
+        return run.path / "model.safetensors"
+    target = options.out
+    if target.name in ("", "..") or (target.exists() and not target.is_file()):
+        raise UsageError(f"--out {str(target)!r} is no file that can be written; name one, such as model.safetensors.")
+    return target

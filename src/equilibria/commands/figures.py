@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import gc
 import io
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+import numpy as np
 
 from equilibria.commands import formats
-from equilibria.commands.record import Event, Record
+from equilibria.commands.page import Drawing
+from equilibria.commands.record import DIRECTIONS, Dots, Record
+from equilibria.commands.terminal import visible
+from equilibria.training.files import replace
+from equilibria.training.metrics import Curve
 
+
+@contextlib.contextmanager
+def _without_backend() -> Iterator[None]:
+    """Within it a first import of matplotlib does not ask for the backend that MPLBACKEND names.
+
+    A notebook names its own, which is a module that may be missing here, and then the import would fail. Afterwards it
+    is the backend of others again, if it is there.
+    """
+    first, name = "matplotlib" not in sys.modules, os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if name is not None:
+            os.environ["MPLBACKEND"] = name
+    if first and name:
+        with contextlib.suppress(ValueError):
+            mpl.rcParams["backend"] = name
+
+
+with _without_backend():
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+LONGEST = 40
+"""Characters of a text in a figure at most."""
 BLUE, ORANGE, GREEN, GREY = "#0b62a4", "#d1580b", "#12805c", "#8a8f98"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -36,52 +67,58 @@ STYLE: dict[Any, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-    """A finished figure."""
-
-    name: str
-    """The file's name without .png."""
-    caption: str
-    """What it shows, in a sentence or two."""
-    png: bytes
-    """The picture."""
-
-
 def draw(record: Record) -> list[Drawing]:
     """Every figure for which the run has data, in the order of the page."""
-    return [drawing for drawing in (_draw(record, *entry) for entry in FIGURES) if drawing is not None]
+    drawings = []
+    for entry in FIGURES:
+        drawings.append(_draw(record, *entry))
+        gc.collect()  # a figure holds itself, and with it its pixels
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def save(drawings: Sequence[Drawing], folder: Path) -> None:
     """Each figure as a PNG in ``folder``."""
     for drawing in drawings:
-        (folder / f"{drawing.name}.png").write_bytes(drawing.png)
+        replace(folder / f"{drawing.name}.png", drawing.png)
 
 
 def _draw(record: Record, name: str, caption: str, paint: Callable[[Axes, Record], bool]) -> Drawing | None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.4), dpi=200, layout="constrained")
         FigureCanvasAgg(figure)
-        if not paint(figure.add_subplot(), record):
+        axes = figure.add_subplot()
+        if not paint(axes, record):
             return None
+        _spell(axes)
         file = io.BytesIO()
         figure.savefig(file, format="png")
     return Drawing(name=name, caption=caption, png=file.getvalue())
 
 
+def _spell(axes: Axes) -> None:
+    """Show every text but the numbers on the axes as it is: the names in a run may hold a $, and be long."""
+    legend = axes.get_legend()
+    for text in [*axes.texts, axes.xaxis.label, axes.yaxis.label, *(legend.get_texts() if legend else [])]:
+        text.set_parse_math(False)
+        words = visible(text.get_text())
+        text.set_text(words if len(words) <= LONGEST else f"{words[:LONGEST]}…")
+
+
+def _label(name: str) -> str:
+    """``name`` for the legend, which leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def _loss(axes: Axes, record: Record) -> bool:
-    steps, valid = record.of("step"), record.of("valid")
-    if not steps and not valid:
+    steps, valid = record.log.curves["loss"], record.log.dots["valid"]
+    if not steps.count and not valid:
         return False
-    values = [formats.quantity(event, record.unit) for event in steps]
-    _curve(axes, steps, values, BLUE, "training")
-    scores = [formats.quantity(event, record.unit) for event in valid]
-    _dots(axes, valid, scores, ORANGE, "validation")
+    _curve(axes, steps, BLUE, "training")
+    _dots(axes, valid, ORANGE, "validation")
     _yardsticks(axes, record)
     if formats.measure(record.unit)[0] != "bits":
         axes.set_yscale("log")
-    _zoom(axes, [*values, *scores])
+    _zoom(axes, steps, [score for points in valid.values() for score in points[1::2]])
     axes.set_ylabel(formats.measure(record.unit)[1])
     axes.legend(loc="upper right")
     return _per_step(axes, record)
@@ -95,7 +132,7 @@ def _yardsticks(axes: Axes, record: Record) -> None:
     name, shorts = formats.common(row["label"] for row in rows)
     heights = [formats.quantity(row, record.unit) for row in rows]
     for row, short, height in zip(rows, shorts, heights, strict=True):
-        label = name if row is rows[0] else None
+        label = _label(name) if row is rows[0] else None
         axes.axhline(height, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), label=label)
         text = f" {short or name} {formats.number(row, record.unit)}"
         side = "top" if height == min(heights) else "bottom"
@@ -107,12 +144,10 @@ def _solver_figure(key: str, label: str, *, log: bool = False) -> Callable[[Axes
 
     def paint(axes: Axes, record: Record) -> bool:
         drawn = False
-        for name, colour in (("forward", BLUE), ("backward", ORANGE)):
-            events = [event for event in record.of("step") if event.get(name)]
-            if key == "converged":
-                events = [event for event in events if record.has_tolerance(event["stage"])]
-            if events:
-                _curve(axes, events, [formats.plain(event[name][key]) for event in events], colour, name)
+        for name, colour in zip(DIRECTIONS, (BLUE, ORANGE), strict=True):
+            curve = record.log.curves[f"{name} {key}"]
+            if curve.count:
+                _curve(axes, curve, colour, name)
                 drawn = True
         if not drawn:
             return False
@@ -131,11 +166,11 @@ def _solver_figure(key: str, label: str, *, log: bool = False) -> Callable[[Axes
 
 
 def _radius(axes: Axes, record: Record) -> bool:
-    events = record.of("spectral_radius")
-    if not events:
+    dots = record.log.dots
+    if not dots["mean"]:
         return False
-    _dots(axes, events, [formats.plain(event["mean"]) for event in events], BLUE, "mean of the samples")
-    _dots(axes, events, [formats.plain(event["max"]) for event in events], ORANGE, "largest")
+    _dots(axes, dots["mean"], BLUE, "mean of the samples")
+    _dots(axes, dots["max"], ORANGE, "largest")
     axes.axhline(1.0, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_ylabel("spectral radius of ∂f/∂z")
     axes.set_ylim(bottom=0)
@@ -154,9 +189,9 @@ def _memory(axes: Axes, record: Record) -> bool:
     bars = axes.bar(places, [size / scale for _, size in layers], width=0.62, color="#b9c4d0", label="unrolled")
     axes.bar_label(bars, [formats.size(size) for _, size in layers], fontsize=8.5, padding=2, color="#555b64")
     for row in ours:
-        label = f"{row['label']}  {formats.size(row['peak_bytes'])}"
+        label = _label(f"{row['label']}  {formats.size(row['peak_bytes'])}")
         axes.axhline(row["peak_bytes"] / scale, color=BLUE, linewidth=2.2, label=label)
-    axes.set_xticks(list(places), [str(depth) for depth, _ in layers])
+    axes.set_xticks(list(places), [str(depth) for depth, _ in layers], parse_math=False)
     axes.set_xlabel("layers of the unrolled network")
     axes.set_ylabel(f"peak memory of a training step ({unit})")
     axes.grid(visible=False, axis="x")
@@ -165,41 +200,34 @@ def _memory(axes: Axes, record: Record) -> bool:
     return True
 
 
-def _curve(axes: Axes, events: Sequence[Event], values: Sequence[float], colour: str, label: str) -> None:
-    """A line over the steps of ``events``; of many points the running mean, with the points themselves behind it."""
-    steps = [event["step"] for event in events]
-    width = len(values) // 40
+def _curve(axes: Axes, curve: Curve, colour: str, label: str) -> None:
+    """A line over the steps; of many points the running mean, with the points themselves behind it."""
+    points, width = curve.line(), curve.count // 40
     if width < 2:
-        axes.plot(steps, values, "o-" if len(values) < 15 else "-", color=colour, markersize=3, label=label)
+        axes.plot(*points, "o-" if curve.count < 15 else "-", color=colour, markersize=3, label=label)
         return
-    axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
-    borders = [i for i in range(len(events)) if i == 0 or events[i]["stage"] != events[i - 1]["stage"]]
-    for start, end in zip(borders, [*borders[1:], len(events)], strict=True):
-        means = list(_running_mean(values[start:end], width))
-        axes.plot(steps[start:end], means, color=colour, label=label if start == 0 else None)
+    axes.plot(*points, color=colour, alpha=0.22, linewidth=0.9)
+    for number, means in enumerate(curve.means(width)):
+        axes.plot(*means, color=colour, label=None if number else label)
 
 
-def _dots(axes: Axes, events: Sequence[Event], values: Sequence[float], colour: str, label: str) -> None:
+def _dots(axes: Axes, dots: Dots, colour: str, label: str) -> None:
     """Points, joined within each stage: where one begins there are two at the same step."""
-    stages = [event.get("stage") for event in events]
-    for stage in dict.fromkeys(stages):
-        points = [
-            (event["step"], value) for event, value in zip(events, values, strict=True) if event.get("stage") == stage
-        ]
-        name = label if stage == stages[0] else None
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3.5, label=name)
+    for number, points in enumerate(dots.values()):
+        curve = Curve()  # which is thinned only where there are thousands
+        curve.extend(np.array(points[::2]), np.array(points[1::2]), None)
+        axes.plot(*curve.line(), "o-", color=colour, markersize=3.5, label=None if number else label)
 
 
-def _running_mean(values: Sequence[float], width: int) -> Iterator[float]:
-    for index in range(len(values)):
-        yield formats.mean(values[max(0, index - width + 1) : index + 1])
-
-
-def _zoom(axes: Axes, values: Sequence[float]) -> None:
-    """Show the values after the first steep fall as well as possible: the top is the 99th percentile."""
-    ordered = sorted(filter(math.isfinite, values))
-    if len(ordered) >= 20:
-        axes.set_ylim(top=max(ordered[int(0.97 * len(ordered))] * 1.05, ordered[len(ordered) // 2] * 1.3))
+def _zoom(axes: Axes, curve: Curve, scores: Sequence[float]) -> None:
+    """Show the values after the first steep fall as well as possible: the top is the 97th percentile."""
+    values, weights = curve.sample()
+    values, weights = np.append(values, scores), np.append(weights, np.ones(len(scores)))
+    order = np.argsort(np.where(np.isfinite(values), values, math.inf))[: np.isfinite(values).sum()]
+    if len(order) >= 20:
+        reached = weights[order].cumsum()
+        high, middle = (values[order][reached > share * reached[-1]][0] for share in (0.97, 0.5))
+        axes.set_ylim(top=max(high * 1.05, middle * 1.3))
 
 
 def _per_step(axes: Axes, record: Record) -> bool:
@@ -207,7 +235,7 @@ def _per_step(axes: Axes, record: Record) -> bool:
     axes.set_xlabel("training step")
     axes.set_xlim(-0.02 * max(record.step, 1), 1.02 * max(record.step, 1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.count(value)))
-    for event in record.of("stage"):
+    for event in record.log.stages:
         if event.get("from"):
             axes.axvline(event["step"], color="#555b64", linewidth=0.9, linestyle=":")
         place = (event["step"], 1.0)

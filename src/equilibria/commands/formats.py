@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
+
+
+def strict_json(value: dict[str, Any]) -> str:
+    """What a verb prints with --json: one object of JSON in ASCII; a number that is not finite is null."""
+    return json.dumps(_finite(value), allow_nan=False, indent=2)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def count(value: float) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from equilibria.commands.arguments import Run, parse
 from equilibria.commands.errors import UsageError
 from equilibria.commands.loading import Trained, Which, trained
+from equilibria.commands.terminal import complain, visible
 from equilibria.corpora import Vocabulary
 from equilibria.language.generate import stream
 from equilibria.layers.layer import LayerOutput
@@ -55,6 +56,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Options, arguments, verb="generate")
     if options.length < 1:
         raise UsageError(f"--length {options.length}: it counts the tokens to generate and is at least 1; try 400.")
+    if options.memory_length is not None and options.memory_length < 0:
+        raise UsageError(
+            f"--memory-length {options.memory_length}: it counts positions and is at least 0; leave it out "
+            "for those of the training."
+        )
     loaded = trained(
         options.run,
         checkpoint=options.checkpoint,
@@ -66,17 +72,19 @@ def main(arguments: Sequence[str]) -> int:
     # The first token comes before anything is printed: an impossible prompt gives its sentence and nothing else.
     pieces = continuation(loaded, options)
     first = next(pieces)
+    # What a terminal gets is for eyes, and must not steer it; a pipe or a file gets the text as it is.
+    shown = visible if sys.stdout.isatty() else str
     if len(options.prompt) > 1:
         rows = zip(options.prompt, zip(first, *pieces, strict=True), strict=True)
-        sys.stdout.write("\n\n".join(prompt + "".join(row) for prompt, row in rows))
+        sys.stdout.write(shown("\n\n".join(prompt + "".join(row) for prompt, row in rows)))
     else:
-        sys.stdout.write("".join(options.prompt))
+        sys.stdout.write(shown("".join(options.prompt)))
         for (piece,) in itertools.chain([first], pieces):
-            sys.stdout.write(piece)
+            sys.stdout.write(shown(piece))
             sys.stdout.flush()
     sys.stdout.write("\n")
-    for note in (*_unknown_words(loaded.corpus.vocabulary, options.prompt), *failed.notes()):
-        print(f"note: {note}", file=sys.stderr)
+    for note in (*_unknown_words(loaded.language.vocabulary, options.prompt), *failed.notes()):
+        complain(f"note: {note}")
     return 0
 
 
@@ -117,10 +125,11 @@ def _unknown_words(vocabulary: Vocabulary, prompts: Sequence[str]) -> list[str]:
 
 def continuation(loaded: Trained, options: Options) -> Iterator[tuple[str, ...]]:
     """The pieces of text that follow: at each step one for each prompt, empty where that has ended."""
-    vocabulary = loaded.corpus.vocabulary
-    if loaded.corpus.unit == "symbol":
+    vocabulary = loaded.language.vocabulary
+    if loaded.language.unit == "symbol":
         raise UsageError(
-            f"The corpus {loaded.corpus.name} is a made-up task, no text; generate needs a run on characters or words."
+            f"The corpus {loaded.language.name} is a made-up task, no text; generate needs a run on characters or "
+            "words."
         )
     if not options.prompt:
         raise UsageError("--prompt is empty, and the model needs something to continue; try --prompt 'The '.")

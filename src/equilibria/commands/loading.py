@@ -112,7 +112,7 @@ def trained(
     if stored is None:
         raise CheckpointError(f"{path} has no good checkpoint yet: continue the training with --resume.")
     language = run.language or Language.without_sums(experiment.corpus.load())
-    stage = experiment.stage_named(stored.state["stage"])
+    stage = experiment.stage_named(stored.state.get("stage", ""))
     built = experiment if memory_length is None else with_memory(experiment, memory_length, segment=segment)
     model = built.build(language, stage)
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import io
 import os
 import shutil
 import sys
@@ -12,7 +11,8 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 
-from equilibria.commands.errors import debugging, explain, unknown
+from equilibria.commands import terminal
+from equilibria.commands.errors import UsageError, debugging, explain, unknown
 
 VERBS = {
     "train": ("RECIPE", "train a model and watch it; writes a run folder"),
@@ -20,38 +20,52 @@ VERBS = {
     "generate": ("RUN", "let the model of a run write text"),
     "report": ("RUN", "one HTML page with figures about a run"),
     "export": ("RUN", "the weights of a run as one safetensors file"),
+    "doctor": ("RUN", "whether a run is whole, and what to do if not"),
     "prepare": ("CORPUS", "look at a corpus before training on it"),
 }
 """Each verb, what it is given, and what it does. The module of the same name has ``main(arguments)``."""
 
+CODES = "0 done, 1 failed, 2 wrong command line, 130 or 143 asked to leave (Ctrl-C, SIGTERM), 141 nobody reads on"
+"""Exit codes and what they say; the last is what a shell calls a process that wrote to a closed pipe."""
+
 
 def run(arguments: Sequence[str]) -> int:
-    """Do what the command line says; returns the exit code. Nothing but help leaves as an exception."""
+    """Do what the command line says; returns the exit code, one of ``CODES``. Nothing leaves as an exception."""
+    terminal.open_streams()
     debug = debugging() or "--debug" in arguments
-    words = [word for word in arguments if word != "--debug"]
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows a question mark, and no error
-            stream.reconfigure(errors="replace")
     try:
-        code = _dispatch(words)
-        sys.stdout.flush()
-        return code
-    except SystemExit as exit_:  # tyro has printed help
-        return exit_.code if isinstance(exit_.code, int) else 0
+        with terminal.readable_warnings():
+            code = _left([word for word in arguments if word != "--debug"])
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
+        terminal.complain("\nStopped.")
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if debug:
             traceback.print_exc()
-        sentence, code = explain(error)
+        said, code = explain(error)
         rank = os.environ.get("RANK", "0")  # of the processes of a torchrun
         if rank == "0" or code != 2:  # a wrong command line is wrong everywhere
-            print(f"equilibria{'' if rank == '0' else f', rank {rank}'}: {sentence}", file=sys.stderr)
+            terminal.complain(f"equilibria{'' if rank == '0' else f', rank {rank}'}: {said}")
         return code
+    finally:
+        terminal.let_go()
+
+
+def _left(words: Sequence[str]) -> int:
+    """The exit code of the verb, also where it ends by SystemExit: tyro has printed help, or a recipe gives up."""
+    try:
+        return _dispatch(words)
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, BrokenPipeError):  # rich says it so
+            raise exit_.__context__ from None
+        if isinstance(exit_.code, str):
+            terminal.complain(f"equilibria: {exit_.code}")
+            return 1
+        return exit_.code if isinstance(exit_.code, int) else 0
 
 
 def _dispatch(words: Sequence[str]) -> int:
@@ -63,9 +77,17 @@ def _dispatch(words: Sequence[str]) -> int:
 
         print(f"equilibria {version('equilibria')}")
         return 0
+    _check_text(words)
     if words[0] not in VERBS:
         raise unknown("verb", words[0], VERBS)
     return importlib.import_module(f"equilibria.commands.{words[0]}").main(words[1:])
+
+
+def _check_text(words: Sequence[str]) -> None:
+    """Refuse what a run cannot write down: its files are UTF-8, and so are the paths that safetensors takes."""
+    for word in words:
+        if "\0" in word or any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise UsageError(f"{word[:80]!r} is no text in UTF-8; rename the file or folder, or say it in UTF-8.")
 
 
 def help_text() -> str:
@@ -89,7 +111,8 @@ Example
   equilibria train tiny --training.learning-rate 1e-3
   equilibria train tiny --resume                      go on where a run was stopped
 
-`equilibria VERB --help` explains a verb; `equilibria train tiny --help` lists every number of a recipe."""
+`equilibria VERB --help` explains a verb; `equilibria train tiny --help` lists every number of a recipe.
+Exit codes: {CODES}."""
 
 
 def _columns(rows: dict[str, str]) -> str:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
 from equilibria.commands import formats
-from equilibria.commands.figures import Drawing
 from equilibria.commands.record import Record
 from equilibria.commands.summary import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A finished figure."""
+
+    name: str
+    """The file's name without .png."""
+    caption: str
+    """What it shows, in a sentence or two."""
+    png: bytes
+    """The picture."""
+
 
 CSS = """
 :root { color-scheme: light; --ink: #1d2127; --soft: #5b626d; --line: #e3e6ea; --blue: #0b62a4; }

@@ -6,10 +6,9 @@ Nothing else is copied or written.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -17,10 +16,11 @@ from rich.console import Console
 
 from equilibria.commands import formats
 from equilibria.commands.arguments import parse
-from equilibria.commands.display import summary_table
+from equilibria.commands.display import summary_table, waiting
 from equilibria.commands.errors import UsageError, unknown
 from equilibria.commands.summary import NBSP, Row
-from equilibria.corpora import Corpus, memoryless_optimum
+from equilibria.commands.terminal import complain
+from equilibria.corpora import Corpus, Stream, memoryless_optimum
 from equilibria.corpora.fetch import DATASET, WikiText, fetch_wikitext, is_vacant
 from equilibria.training.sources import (
     Copying,
@@ -53,7 +53,12 @@ class Options:
     """Whether text-folder lowers capital letters."""
     blank: int = 400
     """Steps between the symbols and their recall, for copying."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object in the place of the table."""
 
+
+SPLITS = {"train": "Training", "valid": "Validation", "test": "Test"}
+"""The parts of a corpus, and what the table calls them."""
 
 SOURCES: dict[str, Callable[[Options], Source]] = {
     "python-docs": lambda options: PythonDocs(),
@@ -73,12 +78,17 @@ def main(arguments: Sequence[str]) -> int:
         raise unknown("corpus", options.corpus, SOURCES)
     if options.data is not None and options.corpus in ("python-docs", "copying"):
         raise UsageError(f"--data {options.data}: {options.corpus} is not read from a folder; leave --data out.")
+    if options.blank < 1:
+        raise UsageError(f"--blank {options.blank}: it counts steps and is at least 1; try 400.")
     source = SOURCES[options.corpus](options)
-    console = Console(highlight=False)
-    with console.status(f"reading {options.corpus}"):
+    with waiting(f"reading {options.corpus}"):
         corpus = source.load()
-        rows = [*_splits(corpus), *_tokens(corpus), *_yardstick(corpus, options)]
-    console.print(summary_table(rows, f"{corpus.name}, by {corpus.unit}s"))
+        found = _object(corpus, options)
+    if options.json:
+        print(formats.strict_json(found))
+        return 0
+    rows = [*_splits(found), *_tokens(found), *_yardstick(found)]
+    Console(highlight=False).print(summary_table(rows, f"{corpus.name}, by {corpus.unit}s"))
     return 0
 
 
@@ -94,53 +104,72 @@ def _fetched(options: Options, name: WikiText) -> Path:
     """The folder of WikiText, with the files in it."""
     root = (options.data or Path("data", name.removesuffix("-v1"))).expanduser()
     if is_vacant(root):
-        print(f"Fetching {name} of {DATASET} into {root}, which is absent or empty.", file=sys.stderr)
+        complain(f"Fetching {name} of {DATASET} into {root}, which is absent or empty.")
         fetch_wikitext(name, root)
     elif options.data is None:
-        print(f"Reading {root}; --data names another folder.", file=sys.stderr)
+        complain(f"Reading {root}; --data names another folder.")
     return root
 
 
-def _splits(corpus: Corpus) -> list[Row]:
-    rows = []
-    for name, stream in (("Training", corpus.train), ("Validation", corpus.valid), ("Test", corpus.test)):
-        if stream.episode is None:
-            rows.append(Row(name, f"{1 + len(stream):,} tokens"))
-        else:
-            number = len(stream) // stream.episode
-            rows.append(Row(name, f"{len(stream):,} tokens", f"{number:,} sequences of {stream.episode:,}"))
-    return rows
-
-
-def _tokens(corpus: Corpus) -> list[Row]:
-    vocabulary = corpus.vocabulary
-    counts = torch.bincount(corpus.train.tokens, minlength=len(vocabulary))
+def _object(corpus: Corpus, options: Options) -> dict[str, Any]:
+    """What is in the corpus, as --json prints it: numbers of tokens, shares between 0 and 1, bits and nats."""
+    counts = torch.bincount(corpus.train.tokens, minlength=len(corpus.vocabulary))
     frequent = counts.argsort(descending=True, stable=True)[:10].tolist()
-    total = counts.sum()
-    words = "  ".join(f"{_shown(vocabulary.tokens[place])}{NBSP}{counts[place] / total:.1%}" for place in frequent)
-    rows = [Row("Vocabulary", f"{len(vocabulary):,} {corpus.unit}s"), Row("Most frequent", "in training", words)]
-    if vocabulary.unknown is not None:
-        place = vocabulary.tokens.index(vocabulary.unknown)
-        shares = [
-            f"{name} {(stream.tokens == place).sum() / len(stream):.2%}"
-            for name, stream in (("training", corpus.train), ("validation", corpus.valid), ("test", corpus.test))
-        ]
-        rows.append(Row("Unknown", vocabulary.unknown, ", ".join(shares)))
+    shares = (counts / counts.sum()).tolist()
+    return {
+        "corpus": corpus.name,
+        "unit": corpus.unit,
+        "vocabulary": len(corpus.vocabulary),
+        "unknown": corpus.vocabulary.unknown,
+        "splits": {name: _split(corpus, getattr(corpus, name)) for name in SPLITS},
+        "most_frequent": [{"token": corpus.vocabulary.tokens[place], "share": shares[place]} for place in frequent],
+        "yardstick": yardstick(corpus) if corpus.unit == "character" else [],
+        "memoryless_nats": memoryless_optimum(options.blank) if corpus.unit == "symbol" else None,
+    }
+
+
+def _split(corpus: Corpus, stream: Stream) -> dict[str, Any]:
+    """The size of one part of the corpus; of sequences that stand alone the number too."""
+    unknown = corpus.vocabulary.unknown
+    place = None if unknown is None else corpus.vocabulary.tokens.index(unknown)
+    return {
+        "tokens": len(stream) + (stream.episode is None),  # the first token of a text is read, but not predicted
+        "sequences": None if stream.episode is None else len(stream) // stream.episode,
+        "sequence_length": stream.episode,
+        "unknown_share": None if place is None else float((stream.tokens == place).sum() / len(stream)),
+    }
+
+
+def _splits(found: dict[str, Any]) -> list[Row]:
+    rows = []
+    for name, label in SPLITS.items():
+        split = found["splits"][name]
+        number, length = split["sequences"], split["sequence_length"]
+        beside = "" if number is None else f"{number:,} sequences of {length:,}"
+        rows.append(Row(label, f"{split['tokens']:,} tokens", beside))
     return rows
 
 
-def _yardstick(corpus: Corpus, options: Options) -> list[Row]:
-    if corpus.unit == "character":
-        rows = yardstick(corpus)
+def _tokens(found: dict[str, Any]) -> list[Row]:
+    words = "  ".join(f"{_shown(one['token'])}{NBSP}{one['share']:.1%}" for one in found["most_frequent"])
+    size = f"{found['vocabulary']:,} {found['unit']}s"
+    rows = [Row("Vocabulary", size), Row("Most frequent", "in training", words)]
+    if found["unknown"] is not None:
+        shares = [f"{label.lower()} {found['splits'][name]['unknown_share']:.2%}" for name, label in SPLITS.items()]
+        rows.append(Row("Unknown", found["unknown"], ", ".join(shares)))
+    return rows
+
+
+def _yardstick(found: dict[str, Any]) -> list[Row]:
+    rows, nats = found["yardstick"], found["memoryless_nats"]
+    if rows:
         name, shorts = formats.common(row["label"] for row in rows)
         beside = "  ".join(
             f"{short} {row['bits']:.2f}".replace(" ", NBSP) for short, row in zip(shorts, rows, strict=True)
         )
         return [Row("Yardstick", name, f"bits per character on validation: {beside}")]
-    if corpus.unit == "symbol":
-        return [
-            Row("Yardstick", f"{formats.residual(memoryless_optimum(options.blank))} nats", "the best without memory")
-        ]
+    if nats is not None:
+        return [Row("Yardstick", f"{formats.residual(nats)} nats", "the best without memory")]
     return []
 
 

@@ -6,35 +6,69 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from equilibria.commands import page, summary
+import tyro
+
+from equilibria.commands import formats, page, summary
 from equilibria.commands.arguments import Run, parse
 from equilibria.commands.record import Record, read
+from equilibria.commands.terminal import visible
+from equilibria.training.files import check_own, replace
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """One page about a run: report/index.html, with the pictures inside it and beside it as PNG files."""
+    """One page about a run: report/index.html, with the pictures inside it and beside it as PNG files.
+
+    With --json, stdout gets one object: "run", "name", "state" (a sentence), "finished", "step", "total_steps",
+    "summary" and "report" (the path of the page). The summary has "parameters", "corpus", "unit", "validation",
+    "yardstick", "stage" (the newest one), "forward" and "backward" (means over its steps), "memory", "seconds" and
+    "tokens_per_second", named and in the units as in metrics.jsonl; what was not measured is null or empty.
+    """
 
     run: Run
     """The folder that `equilibria train` has written, finished or not."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object in the place of the sentences."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write the report and say where it is."""
     options = parse(Options, arguments, verb="report")
     record = read(options.run)
-    print(f"{summary.state(record)}")
-    print(f"report: {write(record)}")
+    page_file = write(record)
+    if options.json:
+        print(formats.strict_json(_object(record, page_file)))
+        return 0
+    print(summary.state(record))
+    print(visible(f"report: {page_file}"))
     return 0
 
 
+def _object(record: Record, page_file: Path) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "run": str(record.path),
+        "name": record.name,
+        "state": summary.state(record),
+        "finished": record.finished,
+        "step": record.step,
+        "total_steps": record.total_steps,
+        "summary": summary.data(record),
+        "report": str(page_file),
+    }
+
+
 def write(record: Record) -> Path:
-    """Write the page and the pictures of ``record``; returns the path of the page."""
+    """Write the page and the pictures of ``record``, each beside its place and renamed; returns the path of the page.
+
+    Raises:
+        ForeignFileError: the folder of the report is a symbolic link; nothing was written.
+    """
     from equilibria.commands import figures  # matplotlib takes a second to load
 
-    folder = record.path / "report"
-    folder.mkdir(exist_ok=True)
+    folder = _folder(record.path)
     drawings = figures.draw(record)
     figures.save(drawings, folder)
     text = page.render(
@@ -45,22 +79,31 @@ def write(record: Record) -> Path:
         sample=read_sample(record.path),
     )
     target = folder / "index.html"
-    target.write_text(text, encoding="utf-8")
+    replace(target, text.encode(errors="replace"))  # half a surrogate pair, which JSON may hold, becomes a "?"
     return target
+
+
+def _folder(run: Path) -> Path:
+    """The folder of the report, made if it is not there."""
+    folder = run / "report"
+    check_own(folder)
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def read_sample(run: Path) -> tuple[str, str] | None:
     """The prompt and the continuation that `train` kept for the report; None if there is none."""
     file = run / "report" / "sample.json"
     try:
+        check_own(file.parent)
+        check_own(file)
         sample = json.loads(file.read_text(encoding="utf-8"))
         return str(sample["prompt"]), str(sample["text"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def write_sample(run: Path, *, prompt: str, text: str) -> None:
     """Keep a sample for the report."""
-    file = run / "report" / "sample.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False, indent=1), encoding="utf-8")
+    sample = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False, indent=1)
+    replace(_folder(run) / "sample.json", sample.encode(errors="replace"))

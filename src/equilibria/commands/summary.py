@@ -8,12 +8,18 @@ import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from equilibria.commands import formats
-from equilibria.commands.record import Event, Record
+from equilibria.commands.record import DIRECTIONS, PARTS, Event, Record
+from equilibria.training.files import check_own
 
 NBSP = "\N{NO-BREAK SPACE}"
 """Holds a number and what it counts on one line."""
+LONGEST_HEADER = 100_000_000
+"""Bytes of the header of a safetensors file at most."""
+FIXED = "no tolerance, fixed depth"
+"""What is said of solves that always spend their budget."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,20 +39,51 @@ def rows(record: Record) -> list[Row]:
     return [*_model(record), *_validation(record), *_solves(record), *_memory(record), *_time(record)]
 
 
+def data(record: Record) -> dict[str, Any]:
+    """What ``rows`` says, as numbers by the names that they have in metrics.jsonl; None where nothing was measured."""
+    start, best = record.last("start") or {}, record.best
+    scores = ("step", "stage", "nats", "bits", "perplexity", "accuracy", "setting")
+    return {
+        "parameters": _parameters(record),
+        "corpus": start.get("corpus"),
+        "unit": record.unit,
+        "validation": None if best is None else {name: best.get(name) for name in scores},
+        "yardstick": (record.last("yardstick") or {}).get("rows", []),
+        "stage": record.log.trained,
+        **{name: _solve(record, name) for name in DIRECTIONS},
+        "memory": (record.last("memory") or {}).get("rows", []),
+        "seconds": record.log.seconds,
+        "tokens_per_second": record.mean("tokens_per_second") if record.count("tokens_per_second") else None,
+    }
+
+
+def _solve(record: Record, name: str) -> dict[str, float] | None:
+    """The means over the newest stage of one of DIRECTIONS; None if nothing was solved there."""
+    return {part: record.mean(f"{name} {part}") for part in PARTS} if record.count(f"{name} evals") else None
+
+
+def _parameters(record: Record) -> int | None:
+    return (record.last("start") or {}).get("parameters") or parameters(record.path)
+
+
 def parameters(run: Path) -> int | None:
     """The number of trained parameters in the newest checkpoint, None before the first one."""
-    files = sorted((run / "checkpoints").glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
+    files = sorted((run / "checkpoints").glob("*/model.safetensors"), key=lambda file: file.lstat().st_mtime)
     if not files:
         return None
-    with files[-1].open("rb") as file:  # a safetensors file begins with the length of its JSON header
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    check_own(files[-1])
+    try:
+        with files[-1].open("rb") as file:  # a safetensors file begins with the length of its JSON header
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, LONGEST_HEADER)))
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (AttributeError, KeyError, TypeError, ValueError, struct.error):
+        return None  # damaged: what needs the weights says so
 
 
 def _model(record: Record) -> Iterator[Row]:
     start = record.last("start") or {}
-    number = start.get("parameters") or parameters(record.path)
+    number = _parameters(record)
     if number is not None:
         corpus = start.get("corpus") or {}
         known = f"{corpus['name']}, {formats.count(corpus['vocabulary'])} different {corpus['unit']}s" if corpus else ""
@@ -72,17 +109,13 @@ def _validation(record: Record) -> Iterator[Row]:
 
 
 def _solves(record: Record) -> Iterator[Row]:
-    steps = record.last_stage
-    for name in ("forward", "backward"):
-        solves = [event[name] for event in steps if event.get(name)]
-        if not solves:
+    for name in DIRECTIONS:
+        if not record.count(f"{name} evals"):
             continue
-        evals = formats.mean(solve["evals"] for solve in solves)
-        residual = formats.residual(formats.mean(solve["residual"] for solve in solves))
-        share = f"{formats.percent(formats.mean(solve['converged'] for solve in solves))} of samples converged"
-        stage = steps[-1]["stage"]
-        goal = share if record.has_tolerance(stage) else "no tolerance, fixed depth"
-        beside = f"residual {residual}, {goal} (means of stage {stage})"
+        evals, residual, share = (record.mean(f"{name} {part}") for part in PARTS)
+        stage = record.log.trained
+        goal = f"{formats.percent(share)} of samples converged" if record.has_tolerance(stage) else FIXED
+        beside = f"residual {formats.residual(residual)}, {goal} (means of stage {stage})"
         yield Row(f"{name.capitalize()} solve", f"{evals:.1f} evaluations", beside)
 
 
@@ -104,15 +137,12 @@ def _memory(record: Record) -> Iterator[Row]:
 
 
 def _time(record: Record) -> Iterator[Row]:
-    seconds = max((float(event.get("seconds") or 0) for event in record.events), default=0.0)
-    steps = record.of("step")
-    if not steps:
+    if record.last("step") is None:
         return
-    speeds = [event["tokens_per_second"] for event in record.last_stage if event.get("tokens_per_second")]
     beside = f"{formats.count(record.step)} steps"
-    if speeds:
-        beside += f", {formats.count(formats.mean(speeds))} tokens/s in stage {steps[-1]['stage']}"
-    yield Row("Time", formats.duration(seconds), beside)
+    if record.count("tokens_per_second"):
+        beside += f", {formats.count(record.mean('tokens_per_second'))} tokens/s in stage {record.log.trained}"
+    yield Row("Time", formats.duration(record.log.seconds), beside)
 
 
 def state(record: Record) -> str:
@@ -121,6 +151,6 @@ def state(record: Record) -> str:
     stopped: Event | None = record.last("stopped")
     if record.finished:
         return f"Finished after {formats.count(record.step)} steps."
-    if stopped is not None and stopped is record.events[-1]:
+    if stopped is not None and stopped is record.log.final:
         return f"Stopped at step {formats.count(stopped.get('step', record.step))} by a non-finite loss or gradient."
     return f"Unfinished: {steps} so far. This page shows what was written down until now."

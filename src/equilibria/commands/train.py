@@ -8,7 +8,6 @@ import itertools
 import os
 import shlex
 import signal
-import sys
 import textwrap
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,13 +20,14 @@ from rich.text import Text
 
 from equilibria.commands import report, summary
 from equilibria.commands.arguments import parse
-from equilibria.commands.display import Display, summary_table
+from equilibria.commands.display import Display, literal, summary_table, waiting
 from equilibria.commands.errors import UsageError
 from equilibria.commands.generate import Options as Generation
 from equilibria.commands.generate import continuation
 from equilibria.commands.loading import trained, with_data
 from equilibria.commands.recipe import experiment_of
 from equilibria.commands.record import read
+from equilibria.commands.terminal import complain
 from equilibria.corpora import Corpus
 from equilibria.recipes import RECIPES
 from equilibria.training import checkpoint
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
     recipe, words = _split(arguments)
     options, path = _options(recipe, words)
     console = Console(highlight=False)
-    with console.status("reading the corpus"):
+    with waiting("reading the corpus"):
         corpus = options.experiment.corpus.load()
     training = options.experiment.training
     device = choose_device(training.device)  # one that is missing must not cost an old run
@@ -127,7 +127,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
         options = ranks.of_first(options)
         run = Run.open(path, replacing=options.overwrite)
         if not quiet:
-            console.print(f"{experiment.name} on {corpus.name}, in {run.path}", markup=False, soft_wrap=True)
+            console.print(literal(f"{experiment.name} on {corpus.name}, in {run.path}"), soft_wrap=True)
         asked = _Asked()
         try:
             with display.running():
@@ -138,7 +138,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
                 trainer.fit()
         except (KeyboardInterrupt, TrainingInterrupted):
             if ranks.first:
-                print(f"\n{_interrupted(run, recipe, display.step)}", file=sys.stderr)
+                complain(f"\n{_interrupted(run, recipe, display.step)}")
             return 128 + asked.number
         if ranks.first:
             _finish(run, experiment, corpus, console, quiet=quiet)
@@ -242,8 +242,8 @@ def _twin(experiment: Experiment, words: Sequence[str]) -> Experiment:
     known = _twin_words(words)
     if not known:
         return experiment
-    if not known[-1].lstrip("-").isdecimal():
-        raise UsageError(f"--explicit takes a number of layers, and {known[-1]!r} is none; try --explicit 12.")
+    if not known[-1].isdecimal() or int(known[-1]) < 1:
+        raise UsageError(f"--explicit takes a number of layers from 1 on, and not {known[-1]!r}; try --explicit 12.")
     tied, layers, checkpoint = ("--untied" not in known, "--layer-memory" in known, "--recompute" in known)
     return explicit(experiment, int(known[-1]), tied, memory="layers" if layers else "last", checkpoint=checkpoint)
 
@@ -267,7 +267,7 @@ def folder(name: str, *, taken: bool) -> Path:
 
 def _finish(run: Run, experiment: Experiment, corpus: Corpus, console: Console, *, quiet: bool) -> None:
     """The sample, the report and the table."""
-    with console.status("writing a sample and the report"):
+    with waiting("writing a sample and the report"):
         if corpus.unit != "symbol":
             _sample(run, experiment, corpus)
         record = read(run.path)
@@ -279,8 +279,8 @@ def _finish(run: Run, experiment: Experiment, corpus: Corpus, console: Console, 
     sample = report.read_sample(run.path)
     if sample is not None:
         console.print("\nA sample, after the words in bold from the validation text:", style="dim")
-        console.print(Text.assemble((sample[0], "bold"), sample[1]))
-    console.print(f"\nreport: {page}", markup=False, soft_wrap=True)
+        console.print(Text.assemble(literal(sample[0], "bold"), literal(sample[1])))
+    console.print(literal(f"\nreport: {page}"), soft_wrap=True)
 
 
 def _sample(run: Run, experiment: Experiment, corpus: Corpus) -> None:

@@ -160,15 +160,15 @@ class Vocabulary:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Vocabulary:
         """The vocabulary that ``to_json`` described."""
-        tokens = value.get("tokens")
-        if set(value) != {"unit", "tokens"} or not (
-            isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
-        ):
+        tokens, unit = value.get("tokens"), value.get("unit")
+        strings = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
+        if set(value) != {"unit", "tokens"} or not strings or not isinstance(unit, str):
             raise ValueError(
                 f"Vocabulary.from_json: the fields are {', '.join(sorted(map(str, value))) or 'none'}, and must be "
                 "'unit' (a string) and 'tokens' (a list of strings); pass what to_json returned."
             )
-        return cls(tokens=tuple(tokens), unit=value["unit"])
+        check_unit(unit)
+        return cls(tokens=tuple(typing.cast(list[str], tokens)), unit=typing.cast(TextUnit, unit))
 
     @functools.cached_property
     def _ids(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from equilibria.cells.chain import ChainConfig
@@ -16,6 +17,7 @@ from equilibria.language.heads import SoftmaxHead
 from equilibria.language.losses import ExtraLosses
 from equilibria.language.mixture import MixtureConfig
 from equilibria.language.model import LanguageModel
+from equilibria.layers.dropout import check_rate
 from equilibria.layers.equilibrium import Equilibrium
 from equilibria.layers.explicit import Stack, Unrolled
 from equilibria.layers.layer import Layer
@@ -112,6 +114,12 @@ class LanguageConfig:
     """What training adds to the mean of the nats."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.std < math.inf:
+            raise ValueError(f"LanguageConfig(std={self.std}): a standard deviation is a number from 0 on; try 0.01.")
+        for name in ("dropout", "input_dropout", "word_dropout"):
+            rate = getattr(self, name)
+            if rate is not None:
+                check_rate("LanguageConfig", name, rate)
         if self.mixture is not None and self.adaptive is not None:
             raise ValueError(
                 "LanguageConfig(adaptive=AdaptiveConfig(…), mixture=MixtureConfig(…)): a head is either cut into "

@@ -61,10 +61,10 @@ def generate(
         model: in evaluation mode meanwhile, and without gradients.
         prompt: at least one token a row; rows of different lengths as a list.
         length: L, tokens to generate.
-        temperature: logits are divided by it; 0 takes the likeliest token.
+        temperature: logits are divided by it; 0 takes the likeliest token, and so does a very small one.
         top_k: choose among the k likeliest tokens only.
         top_p: choose among the fewest likeliest tokens that have this probability together (Holtzman et al. 2020).
-        seed: of the choices; the global generators are not touched.
+        seed: of the choices, from 0 to 2⁶³ − 1; the global generators are not touched.
         stop: a token that ends its row, which then repeats it; when all rows have ended, L is shorter than ``length``.
         memory: of what comes before the prompt.
         memory_length: positions that are remembered; None for those of the model.
@@ -104,7 +104,8 @@ def stream(
 
     Without ``stop`` it has no end. The weights may not change meanwhile.
     """
-    _check_choices(temperature=temperature, top_k=top_k, top_p=top_p, segment=segment, memory_length=memory_length)
+    _check_choices(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    _check_lengths(segment=segment, memory_length=memory_length)
     tokens, padding = _rows(prompt)
     _check_tokens(model, tokens, stop)
     generator = torch.Generator(tokens.device).manual_seed(seed)
@@ -155,10 +156,19 @@ def _choose(
         raise ValueError("the model's logits are NaN or infinite, so no token can be chosen; look at its weights.")
     if temperature == 0:
         return logits.argmax(dim=1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = _tempered(logits.to(torch.promote_types(logits.dtype, torch.float32)), temperature)
     if top_k is not None or top_p is not None:
         logits = logits.masked_fill(~likeliest(logits, top_k=top_k, top_p=top_p), -math.inf)
     return torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
+
+
+def _tempered(logits: Float[Tensor, "B V"], temperature: float) -> Float[Tensor, "B V"]:
+    """(logits − their largest) / temperature: 0 for the likeliest token and at most 0, −∞ included, for the others.
+
+    No temperature makes it overflow upwards, and where the likeliest tokens are 0/0 or 0·∞ they are 0 by definition.
+    """
+    below = logits - logits.amax(dim=1, keepdim=True)
+    return torch.where(below == 0, 0.0, below / temperature)
 
 
 def _read(model: Speaker, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -205,14 +215,7 @@ def _rows(prompt: Prompt) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"] | None]
     return rows, None if bool((lengths == longest).all()) else longest - lengths
 
 
-def _check_choices(
-    *,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    segment: int | None,
-    memory_length: int | None,
-) -> None:
+def _check_choices(*, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
     if not 0 <= temperature < math.inf:
         raise ValueError(
             f"generate(temperature={temperature}): a temperature is finite and ≥ 0; try 0.8, or 0 for greedy."
@@ -221,6 +224,11 @@ def _check_choices(
         raise ValueError(f"generate(top_k={top_k}): top_k counts the tokens to choose among, at least 1, or is None.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate(top_p={top_p}): top_p is a probability, 0 < top_p ≤ 1, or None; try 0.9.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"generate(seed={seed}): a seed is a whole number from 0 to 2⁶³ − 1; try 0.")
+
+
+def _check_lengths(*, segment: int | None, memory_length: int | None) -> None:
     if segment is not None and segment < 1:
         raise ValueError(f"generate(segment={segment}): segment counts the tokens of a piece, at least 1, or is None.")
     if memory_length is not None and memory_length < 0:

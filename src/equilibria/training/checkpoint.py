@@ -144,6 +144,7 @@ def _load(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
         reading = _MEMORY
         memory = load_file(folder / _MEMORY)
         reading = _STATE
+        _check_state(state)
         return Checkpoint(
             step=_check_kind(state["step"], int, "a number of steps"),
             model=model,
@@ -161,6 +162,30 @@ def _load(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
 _ABSURD = "{} is no checkpoint of this library: {} holds {}"
 _RAISED = (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
 """What reading a file can raise whose content is not what it should be."""
+
+
+_STATE_OF = {
+    "stage": (str,),
+    "position": (int,),
+    "seconds": (int, float),
+    "rollbacks": (int,),
+    "budget_factor": (int, float),
+    "best": (dict, type(None)),
+    "validated": (dict, type(None)),
+}
+"""What a training notes in the state."""
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a note of a training is of another kind than it writes."""
+    for name, kinds in _STATE_OF.items():
+        if name in state and (not isinstance(state[name], kinds) or isinstance(state[name], bool)):
+            raise ValueError(f"{name} is {state[name]!r:.40}")
+    best = state.get("best")
+    if best is not None:
+        step, nats = best.get("step"), best.get("nats")
+        if type(step) is not int or not 0 <= step <= state["step"] or not isinstance(nats, int | float):
+            raise ValueError(f"best is {best!r:.80}")
 
 
 def _check_kind(value: Any, kind: type, what: str) -> Any:

@@ -74,7 +74,8 @@ def locked(path: Path) -> Iterator[None]:
 
 def holder(path: Path) -> str | None:
     """Who has locked the run directory ``path``, None if nobody has."""
-    check_own(path / LOCK)
+    if (path / LOCK).is_symlink() or not (path / LOCK).is_file():
+        return None
     try:
         with (path / LOCK).open("r+", encoding="utf-8", errors="replace") as file:
             return None if _lock(file) else file.read(200).strip() or "another process"

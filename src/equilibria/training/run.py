@@ -220,7 +220,7 @@ class Run:
         newest = self.newest()
         if newest is None:
             raise CheckpointError(f"{self.path} has no good checkpoint yet: continue the training with --resume.")
-        best = newest.state["best"]
+        best = newest.state.get("best")
         if best is None or best["step"] == newest.step:
             return newest
         return checkpoint.load(self.checkpoints / checkpoint.name_of(best["step"]))

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterator
 from typing import Any, Literal
+
+import torch
 
 from equilibria.training.decay import CATALOGUE, Cosine, Decay, NonMonotone
 from equilibria.training.ranks import KINDS, Parallel
+
+MOST_THREADS = 1024
+"""No machine gains from more; OpenMP ends the process where the system refuses it a thread."""
+LONGEST_WAIT = 1e7
+"""Seconds: 115 days; a clock overflows somewhere beyond."""
+LARGEST = torch.finfo(torch.float32).max
+"""Weights are float32, and PyTorch refuses to multiply them by what that cannot hold."""
+LARGEST_SEED = 2**63 - 1
+"""What PyTorch's generators take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +103,15 @@ class Training:
     """Whether the log is written for TensorBoard as well."""
 
     def __post_init__(self) -> None:
+        finite(self)
         at_least(self, 1, "batch_size", "segment_length", "log_every", "valid_every", "checkpoint_every", "keep")
         at_least(self, 1, "eval_batch_size", "eval_segment_length", "valid_segments", "threads", "accumulate")
         at_least(self, 0, "warmup", "seed", "spectral_radius", "weight_decay", "final_learning_rate")
         at_least(self, 0, "overlap", "eval_overlap", "rollbacks")
         _above_zero(self, "learning_rate", "clip", "epsilon", "rank_timeout")
+        _at_most(self, MOST_THREADS, "threads", advice=f"this machine has {os.cpu_count()} cores, and None takes them")
+        _at_most(self, LONGEST_WAIT, "rank_timeout", advice="try 600")
+        _at_most(self, LARGEST_SEED, "seed", advice="try 0")
         if 0 < self.spectral_radius < 3:
             raise ValueError(f"Training(spectral_radius={self.spectral_radius}): 3 iterations at least; try 40, or 0.")
         self._check_parts()
@@ -172,6 +189,40 @@ def at_least(value: object, least: int, *names: str) -> None:
         number = getattr(value, name)
         if number is not None and number < least:
             raise ValueError(f"{type(value).__name__}({name}={number}): it must be at least {least}.")
+
+
+def finite(value: object) -> None:
+    """Refuse floats anywhere in a tree of dataclasses that are no numbers of float32: NaN, infinity, 1e39.
+
+    Raises:
+        ValueError: names the field by its path from ``value``.
+    """
+    for path, number in _floats(value):
+        if not abs(number) <= LARGEST:
+            raise ValueError(
+                f"{type(value).__name__}({path}={number}): it must be a finite number, at most {LARGEST:.1e} in "
+                "magnitude; leave it out for its default."
+            )
+
+
+def _floats(value: object) -> Iterator[tuple[str, float]]:
+    """Every float in the tree, each with its path: "stages.0.penalty"."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    else:
+        parts = [(str(place), part) for place, part in enumerate(value)] if isinstance(value, tuple) else []
+    for name, part in parts:
+        if isinstance(part, float):
+            yield name, part
+        else:
+            yield from ((f"{name}.{path}", number) for path, number in _floats(part))
+
+
+def _at_most(value: object, most: float, name: str, *, advice: str) -> None:
+    number = getattr(value, name)
+    if number is not None and number > most:
+        largest = "2⁶³ − 1" if most == LARGEST_SEED else f"{most:,.0f}"
+        raise ValueError(f"{type(value).__name__}({name}={number}): it must be at most {largest}; {advice}.")
 
 
 def _above_zero(value: object, *names: str) -> None:

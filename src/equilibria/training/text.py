@@ -50,7 +50,7 @@ class Language:
             "format": FORMAT,
             "name": self.name,
             "unit": self.unit,
-            "sha256": self.sums,
+            "sha256": {**self.sums, "vocabulary": _digest(self.vocabulary)},
             "vocabulary": self.vocabulary.to_json(),
         }
 
@@ -67,7 +67,12 @@ class Language:
         name, sums, vocabulary = value.get("name"), value.get("sha256"), value.get("vocabulary")
         if not isinstance(name, str) or not isinstance(sums, dict) or not isinstance(vocabulary, dict):
             raise ValueError("a name, the sums or the vocabulary is missing")
-        return cls(name=name, unit=value["unit"], vocabulary=Vocabulary.from_json(vocabulary), sums=sums)
+        known = Vocabulary.from_json(vocabulary)
+        if set(sums) != {*SPLITS, "vocabulary"} or sums.pop("vocabulary") != _digest(known):
+            raise ValueError("its vocabulary was changed after it was written")
+        if not all(isinstance(part, str) for part in sums.values()):
+            raise ValueError("a sum is no text")
+        return cls(name=name, unit=value["unit"], vocabulary=known, sums=sums)
 
     def changed(self, corpus: Corpus) -> list[str]:
         """The splits in which a corpus is another text than that of the run."""
@@ -104,6 +109,11 @@ class Language:
 
 def _replaced(stream: Stream, table: Tensor) -> Stream:
     return dataclasses.replace(stream, tokens=table[stream.tokens], targets=table[stream.targets])
+
+
+def _digest(vocabulary: Vocabulary) -> str:
+    """The SHA-256 of the tokens in their order."""
+    return hashlib.sha256("\0".join(vocabulary.tokens).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _sum(stream: Stream) -> str:
