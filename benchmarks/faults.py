@@ -141,11 +141,13 @@ def equal(folder: Path, expected: dict[str, torch.Tensor]) -> bool:
     return same and steps == list(range(1, STEPS + 1))
 
 
-def kills(place: Path, expected: dict[str, torch.Tensor], count: int, draw: random.Random) -> dict[str, Any]:
-    """SIGKILL at random moments, until so many processes have died."""
+def kills(
+    place: Path, expected: dict[str, torch.Tensor], count: int, draw: random.Random, *, by: signal.Signals
+) -> dict[str, Any]:
+    """A signal at random moments, until so many processes have heard it."""
     done, runs, same = 0, 0, 0
     while done < count:
-        folder = place / f"killed-{runs}"
+        folder = place / f"{by.name}-{runs}"
         runs += 1
         longest, reached = 1.5, 0
         while True:
@@ -154,7 +156,7 @@ def kills(place: Path, expected: dict[str, torch.Tensor], count: int, draw: rand
                 ended, _ = os.waitpid(number, os.WNOHANG)
                 if ended:
                     break
-                os.kill(number, signal.SIGKILL)
+                os.kill(number, by)
                 done += 1
             kept = checkpoint.all_in(folder / "checkpoints")
             step = int(kept[-1].name.removeprefix("step-")) if kept else 0
@@ -162,7 +164,27 @@ def kills(place: Path, expected: dict[str, torch.Tensor], count: int, draw: rand
         code, _ = finish(folder)
         same += code == 0 and equal(folder, expected)
         shutil.rmtree(folder)
-    return {"fault": "SIGKILL at a random moment", "faults": done, "runs": runs, "equal": same}
+    return {"fault": f"{by.name} at a random moment", "faults": done, "runs": runs, "equal": same}
+
+
+def changed_texts(place: Path, expected: dict[str, torch.Tensor], count: int, draw: random.Random) -> dict[str, Any]:
+    """A text that is another one when the run goes on, and is put back after that was refused."""
+    source, same, named = place / "texts", 0, 0
+    halfway(source)
+    for index in range(count):
+        folder = place / f"text-{index}"
+        shutil.copytree(source, folder)
+        file = Path(os.environ[CORPUS]) / f"{draw.choice(['train', 'valid', 'test'])}.txt"
+        before = file.read_text()
+        place_of = draw.randrange(len(before))
+        file.write_text(before[:place_of] + draw.choice("abet") + before[place_of:])
+        code, said = finish(folder)
+        named += code == 1 and "SHA-256" in said and "Traceback" not in said
+        file.write_text(before)
+        code, _ = finish(folder)
+        same += code == 0 and equal(folder, expected)
+        shutil.rmtree(folder)
+    return {"fault": "a letter added to the text", "faults": count, "runs": count, "equal": same, "named": named}
 
 
 def truncations(place: Path, expected: dict[str, torch.Tensor], count: int, draw: random.Random) -> dict[str, Any]:
@@ -324,7 +346,9 @@ def campaign(place: Path, given: argparse.Namespace) -> Iterator[dict[str, Any]]
         pass
     expected = weights(undisturbed)
     kinds: list[Callable[[], dict[str, Any] | None]] = [
-        lambda: kills(place, expected, given.kills, draw),
+        lambda: kills(place, expected, given.kills, draw, by=signal.SIGKILL),
+        lambda: kills(place, expected, given.kills // 4, draw, by=signal.SIGINT),
+        lambda: changed_texts(place, expected, 10, draw),
         lambda: truncations(place, expected, given.cuts, draw),
         lambda: cut_logs(place, expected, 10, draw),
         lambda: full_disk(place, expected, 10),

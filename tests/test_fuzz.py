@@ -30,6 +30,10 @@ campaign = settings(
 )
 
 
+fewer = settings(campaign, max_examples=CASES if "EQUILIBRIA_FUZZ" in os.environ else 8)
+"""For kinds whose cases take a second each."""
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a recipe, a corpus and a run of eight steps."""
@@ -197,7 +201,7 @@ def test_checkpoints(place, seed, kind):
 STATE, LANGUAGE = "checkpoints/step-00000008/state.json", "corpus.json"
 
 
-@campaign
+@fewer
 @given(data=st.data())
 def test_true_sums_and_absurd_content(place, data):
     """What a run says of its text and of its checkpoints, changed by somebody who has computed the sums anew."""
@@ -234,7 +238,7 @@ INSIDE = ["report/index.html", "report/loss.png", "report/.index.html.new", "che
 PLACES = [*BESIDE, *FILES, *INSIDE, "checkpoints/step-00000008", "checkpoints/step-00000099"]
 
 
-@campaign
+@fewer
 @given(data=st.data())
 def test_folders_of_strangers(place, data):
     """Links, pipes, foreign files and another text, wherever they stand: nothing outside the run is changed."""

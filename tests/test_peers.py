@@ -222,7 +222,7 @@ def test_the_fixed_point_is_found(problem, solver):
     with torch.no_grad():
         found = problem.solve(solver).z
         again = problem.f(found, *problem.operands)
-    assert_close(again, found, rtol=1e-6, atol=1e-7)
+    assert_close(again, found, rtol=1e-6, atol=max(1e-7, 1.1e-13 * problem.scale))
     if problem.exact is not None:
         assert_close(found, problem.exact, rtol=1e-8, atol=1e-10 * problem.scale)
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from equilibria.commands import curve as curve_module
 from equilibria.commands import figures, formats, page, report, summary
 from equilibria.commands.errors import UsageError
 from equilibria.commands.record import read
@@ -343,7 +344,7 @@ def long_events(number: int) -> list[dict[str, Any]]:
 
 
 def test_means_are_those_of_all_steps_and_not_of_a_thinned_curve(tmp_path):
-    lines = long_events(3 * metrics.BINS)
+    lines = long_events(3 * curve_module.BINS)
     lines[-5]["forward"]["residual"] = None
     record = read(write(tmp_path / "run", lines))
     last = [line for line in lines if line["stage"] == "implicit"]
@@ -357,7 +358,7 @@ def test_means_are_those_of_all_steps_and_not_of_a_thinned_curve(tmp_path):
 
 
 def test_a_long_log_is_not_kept_in_memory(tmp_path):
-    run = write(tmp_path / "run", long_events(20_000))  # 8 MiB in the file, and more than 40 as dicts
+    run = write(tmp_path / "run", long_events(8_000))  # 3 MiB in the file, and 14 as dicts
     tracemalloc.start()
     try:
         read(run)
@@ -369,20 +370,20 @@ def test_a_long_log_is_not_kept_in_memory(tmp_path):
 
 def test_a_log_is_cut_line_by_line(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in long_events(20_000)))
+    file.write_text("".join(json.dumps(line) + "\n" for line in long_events(5_000)))
     tracemalloc.start()
     try:
-        metrics.cut(file, 15_000)
+        metrics.cut(file, 4_000)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 1 << 20
-    assert [line["step"] for line in metrics.read(file)] == list(range(1, 15_001))
+    assert [line["step"] for line in metrics.read(file)] == list(range(1, 4_001))
 
 
-def curve_of(values: list[float], *, borders: tuple[int, ...] = ()) -> metrics.Curve:
+def curve_of(values: list[float], *, borders: tuple[int, ...] = ()) -> curve_module.Curve:
     """A curve over the steps 0, 1, …, that grew by three points at a time, with a new stage at each border."""
-    curve = metrics.Curve()
+    curve = curve_module.Curve()
     for start, end in itertools.pairwise([0, *borders, len(values)]):
         for place in range(start, end, 3):
             x = np.arange(place, min(place + 3, end), dtype=float)
@@ -407,8 +408,8 @@ def test_a_short_curve_is_exact():
 
 @pytest.mark.parametrize("number", [64, 65, 200, 1000, 1001])
 def test_a_long_curve_keeps_its_ends_its_peaks_and_its_means(number, monkeypatch):
-    monkeypatch.setattr(metrics, "BINS", 64)
-    monkeypatch.setattr(metrics, "DRAWN", 40)
+    monkeypatch.setattr(curve_module, "BINS", 64)
+    monkeypatch.setattr(curve_module, "DRAWN", 40)
     values = [math.sin(0.37 * place) + place / number for place in range(number)]
     values[5], values[17], values[number - 9] = 9.0, math.nan, -9.0
     curve = curve_of(values, borders=(number // 2,))
@@ -428,7 +429,7 @@ def test_a_long_curve_keeps_its_ends_its_peaks_and_its_means(number, monkeypatch
 
 
 def test_drawing_takes_as_many_points_however_long_the_log_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "BINS", 64)
+    monkeypatch.setattr(curve_module, "BINS", 64)
     lines = [*long_events(1000), *(valid(count, 1.0) for count in range(1, 90))]
     record = read(write(tmp_path / "run", lines))
     axes = figures.Figure().add_subplot()

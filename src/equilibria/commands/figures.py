@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from equilibria.commands import formats
+from equilibria.commands.curve import Curve
 from equilibria.commands.page import Drawing
 from equilibria.commands.record import DIRECTIONS, Dots, Record
 from equilibria.commands.terminal import visible
 from equilibria.training.files import replace
-from equilibria.training.metrics import Curve
 
 
 @contextlib.contextmanager

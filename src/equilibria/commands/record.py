@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from equilibria.commands import formats
+from equilibria.commands.curve import Curve
 from equilibria.commands.errors import UsageError
 from equilibria.training import metrics
 from equilibria.training.experiment import SOLVES
 from equilibria.training.files import check_own
-from equilibria.training.metrics import Curve, Event
+from equilibria.training.metrics import Event
 from equilibria.training.names import nearest
 from equilibria.training.run import Run
 from equilibria.training.sources import CATALOGUE
