@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     method = _method(loaded, options)
     stream = loaded.stream(options.split)
     cut = _segments(loaded, options, episodes=bool(stream.episode))
-    with waiting(f"reading {len(stream):,} tokens of {loaded.language.name} ({options.split})"):
+    with waiting(f"reading {len(stream):,} tokens of {loaded.language.name} ({_scored(loaded, options)})"):
         try:
             result = score(
                 loaded.model,
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         print(formats.strict_json(_object(result, loaded, options)))
         return 0
-    title = f"{options.run}, {options.checkpoint} checkpoint (step {loaded.step:,}), {options.split}"
+    title = f"{options.run}, {options.checkpoint} checkpoint (step {loaded.step:,}), {_scored(loaded, options)}"
     rows = [*_scores(result, loaded.language.unit), *_conditions(loaded, result.setting, episodes=bool(stream.episode))]
     Console(highlight=False).print(summary_table([*rows, *_cost(result)], title))
     return 0
@@ -98,7 +98,7 @@ def _object(result: Evaluation, loaded: Trained, options: Options) -> dict[str, 
         "step": loaded.step,
         "corpus": loaded.language.name,
         "unit": loaded.language.unit,
-        "split": options.split,
+        "split": None if loaded.is_file else options.split,
         "data": None if options.data is None else str(options.data),
         "nats": result.nats_per_token,
         "bits": result.bits,
@@ -142,6 +142,11 @@ def _segments(loaded: Trained, options: Options, *, episodes: bool) -> dict[str,
             f"most {length - 1:,}, or 0, or a longer --segment-length."
         )
     return {"segment_length": length, "overlap": overlap}
+
+
+def _scored(loaded: Trained, options: Options) -> str:
+    """What is scored: a split of the corpus, or a file."""
+    return str(loaded.data) if loaded.is_file else options.split
 
 
 def _method(loaded: Trained, options: Options) -> Method | None:

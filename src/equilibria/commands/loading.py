@@ -68,9 +68,14 @@ class Trained:
         same = corpus.vocabulary.tokens == self.language.vocabulary.tokens
         return corpus if same else self.language.encoded(corpus)
 
+    @property
+    def is_file(self) -> bool:
+        """True if a file was asked for in the place of the corpus."""
+        return self.data is not None and self.data.is_file()
+
     def stream(self, split: str) -> Stream:
         """A split of the corpus, or the file ``data``, which is read as one text."""
-        if self.data is None or not self.data.is_file():
+        if self.data is None or not self.is_file:
             return getattr(self.corpus, split)
         if self.language.unit == "symbol":
             raise UsageError(f"--data {self.data}: this run was trained on a made-up task, and no text can be scored.")
