@@ -168,12 +168,10 @@ def kills(
 
 
 def changed_texts(place: Path, expected: dict[str, torch.Tensor], count: int, draw: random.Random) -> dict[str, Any]:
-    """A text that is another one when the run goes on, and is put back after that was refused."""
+    """A text that has changed when the run continues, and is put back after that was refused."""
     source, same, named = place / "texts", 0, 0
     halfway(source)
-    for index in range(count):
-        folder = place / f"text-{index}"
-        shutil.copytree(source, folder)
+    for folder in copies(source, count):
         file = Path(os.environ[CORPUS]) / f"{draw.choice(['train', 'valid', 'test'])}.txt"
         before = file.read_text()
         place_of = draw.randrange(len(before))
@@ -183,7 +181,6 @@ def changed_texts(place: Path, expected: dict[str, torch.Tensor], count: int, dr
         file.write_text(before)
         code, _ = finish(folder)
         same += code == 0 and equal(folder, expected)
-        shutil.rmtree(folder)
     return {"fault": "a letter added to the text", "faults": count, "runs": count, "equal": same, "named": named}
 
 
@@ -191,16 +188,13 @@ def truncations(place: Path, expected: dict[str, torch.Tensor], count: int, draw
     """The newest checkpoint of a run, of which one file is cut at a random byte."""
     source, same, named = place / "source", 0, 0
     halfway(source)
-    for index in range(count):
-        folder = place / f"cut-{index}"
-        shutil.copytree(source, folder)
+    for folder in copies(source, count):
         newest = sorted((folder / "checkpoints").iterdir())[-1]
         file = draw.choice(sorted(path for path in newest.iterdir() if path.is_file()))
         os.truncate(file, draw.randrange(file.stat().st_size))
         _, said = finish(folder)
         named += newest.name in said and "Traceback" not in said
         same += equal(folder, expected)
-        shutil.rmtree(folder)
     return {
         "fault": "a checkpoint's file cut at a random byte",
         "faults": count,
@@ -208,6 +202,15 @@ def truncations(place: Path, expected: dict[str, torch.Tensor], count: int, draw
         "equal": same,
         "named": named,
     }
+
+
+def copies(source: Path, count: int) -> Iterator[Path]:
+    """Copies of a run, one at a time; each is removed before the next one."""
+    for index in range(count):
+        folder = source.with_name(f"{source.name}-{index}")
+        shutil.copytree(source, folder)
+        yield folder
+        shutil.rmtree(folder)
 
 
 def halfway(folder: Path) -> None:
@@ -222,15 +225,12 @@ def cut_logs(place: Path, expected: dict[str, torch.Tensor], count: int, draw: r
     """A log whose last line is cut, as by a machine that lost power."""
     source, same = place / "logs", 0
     halfway(source)
-    for index in range(count):
-        folder = place / f"log-{index}"
-        shutil.copytree(source, folder)
+    for folder in copies(source, count):
         log = folder / "metrics.jsonl"
         last = log.read_bytes().rstrip(b"\n").rfind(b"\n") + 1
         os.truncate(log, draw.randrange(last, log.stat().st_size))
         code, _ = finish(folder)
         same += code == 0 and weights_equal(folder, expected)
-        shutil.rmtree(folder)
     return {"fault": "the last line of metrics.jsonl cut", "faults": count, "runs": count, "equal": same}
 
 

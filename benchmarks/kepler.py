@@ -3,9 +3,9 @@
 python benchmarks/kepler.py     a minute; prints the table, writes results/kepler.json and its part of docs/choosing.md
 
 Kepler's equation E = M + e·sin E, with M from [0, 2π] and e from [0, 0.5], at Stop()'s tolerance. The bare loop
-evaluates f, takes the norm of f(z) − z over all samples, and goes on with f(z); it knows neither which samples are done
-nor how they ended. Both take turns in one process with one thread, and the fastest of each counts: an allocation that
-the system has to fill with zeros first can double a time.
+evaluates f, takes the norm of f(z) − z over all samples, and continues with f(z); it knows neither which samples are
+done nor how they ended. Both take turns in one process with one thread, and the fastest of each counts: an allocation
+that the system has to fill with zeros first can double a time.
 """
 
 from __future__ import annotations

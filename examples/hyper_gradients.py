@@ -44,7 +44,7 @@ def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def main(steps: int = 60, seed: int = 0) -> None:
-    """Learns the penalties; compares derivatives of first and second order with those of the closed form."""
+    """Compares first and second derivatives with those of the closed form, and then learns the penalties."""
     torch.manual_seed(seed)
     truth = torch.cat([torch.randn(USEFUL), torch.zeros(FEATURES - USEFUL)]).double()
     x = torch.randn(3, SAMPLES, FEATURES, dtype=torch.float64)

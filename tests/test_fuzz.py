@@ -204,7 +204,7 @@ STATE, LANGUAGE = "checkpoints/step-00000008/state.json", "corpus.json"
 @fewer
 @given(data=st.data())
 def test_true_sums_and_absurd_content(place, data):
-    """What a run says of its text and of its checkpoints, changed by somebody who has computed the sums anew."""
+    """What a run says of its text and of its checkpoints, changed by somebody who has computed the sums again."""
     folder = place / "absurd"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(place / "run", folder)

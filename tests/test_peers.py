@@ -1,4 +1,4 @@
-"""The problems of two other libraries' test suites, written anew from their mathematics: jaxopt's and optimistix's.
+"""The problems of two other libraries' test suites, written again from their mathematics: jaxopt's and optimistix's.
 
 jaxopt: fixed-point iteration, Anderson acceleration, its wrapper around optimisers, implicit differentiation.
 optimistix: fixed points of trees, most of them single steps of implicit methods for differential equations. Their

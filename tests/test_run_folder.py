@@ -96,6 +96,16 @@ def test_the_old_run_goes_with_the_first_checkpoint_of_the_new_one(tmp_path):
     assert not [entry for entry in path.iterdir() if entry.name in (".new", ".old", ".replaced")]
 
 
+def test_what_a_killed_process_has_begun_is_removed_by_the_next_start(tmp_path):
+    path = tmp_path / "run"
+    finished(path)
+    Run.start(path, experiment(seed=7), overwrite=True)
+    before = {name: data for name, data in contents(path).items() if not name.startswith(".new/")}
+    Run.start(path, experiment(), resume=True)
+    assert contents(path) == before
+    assert not (path / ".new").exists()
+
+
 def test_a_crash_while_one_run_replaces_another_leaves_one_of_them(tmp_path, monkeypatch):
     """Interrupted at each of its renames, the replacement is completed by whoever starts the run next."""
     old, new, crashes = experiment(), experiment(seed=7), 0
@@ -264,7 +274,7 @@ def test_the_language_of_a_run_comes_back(tmp_path):
 
 
 def rewritten(folder: Path, change) -> None:
-    """Changes a checkpoint and computes its sums anew, as whoever wrote it could."""
+    """Changes a checkpoint and computes its sums again, as whoever wrote it could."""
     state = json.loads((folder / "state.json").read_text())["state"]
     change(folder, state)
     state["files"] = {name: checkpoint._sha256(folder / name) for name in state["files"]}

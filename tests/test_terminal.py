@@ -167,7 +167,7 @@ def test_prepare_speaks_json(place, capsys):
         "unknown_share": None,
     }
     assert {one["token"] for one in found["most_frequent"]} >= {"a", "\x1b"}
-    assert len(found["yardstick"]) == 4
+    assert len(found["baseline"]) == 4
     assert main(["prepare", "copying", "--blank", "5", "--json"]) == 0
     found = strict(capsys.readouterr().out)
     assert found["splits"]["train"]["sequences"] == 20000

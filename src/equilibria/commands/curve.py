@@ -22,8 +22,8 @@ DRAWN = 512
 class Curve:
     """A number over the steps, thinned for drawing: neighbours are one bin, and all bins have one size.
 
-    A bin keeps the count and the sum of its finite values, and its first, lowest, highest and last point. Up to BINS
-    points each is a bin of its own, and nothing is lost.
+    A bin keeps four of its points: the first, the lowest, the highest and the last. It also keeps the number and the
+    sum of its finite values. While there are at most BINS points, each has a bin of its own, and nothing is lost.
     """
 
     def __init__(self) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -17,7 +16,7 @@ from equilibria.commands.arguments import Run as Folder
 from equilibria.commands.arguments import parse
 from equilibria.commands.record import require
 from equilibria.commands.terminal import visible
-from equilibria.training import checkpoint
+from equilibria.training import checkpoint, metrics
 from equilibria.training.checkpoint import CheckpointError
 from equilibria.training.files import ForeignFileError, check_own, check_readable
 from equilibria.training.folder import FILES, FOLDERS, GONE, LOCK, NEW, OLD, foreign_files, holder
@@ -108,25 +107,27 @@ def _log(run: Run) -> Iterator[Finding]:
     if not run.metrics.is_file():
         yield Finding("log", "there is no metrics.jsonl", "the report will be empty; weights are not affected.")
         return
-    lines, damaged, last, versions = 0, [], b"\n", ""
-    with run.metrics.open("rb") as file:
-        for lines, last in enumerate(file, 1):
-            with contextlib.suppress(ValueError):
-                event = json.loads(last)
-                if isinstance(event, dict):
-                    if event.get("event") == "start":
-                        versions = str(event.get("torch", ""))
-                    continue
-            damaged.append(lines)
-    if damaged and damaged != [lines]:
-        yield Finding("log", f"line {damaged[0]:,} is no JSON object", "remove that line from metrics.jsonl.")
-    elif damaged or not last.endswith(b"\n"):
-        yield Finding("log", f"{lines:,} lines, the last one cut", "nothing: --resume writes it anew.", remark=True)
+    lines, version = 0, ""
+    for event in metrics.stream(run.metrics):
+        lines += 1
+        if event.get("event") == "start":
+            version = str(event.get("torch", ""))
+    if _is_cut(run.metrics):
+        advice = "nothing: --resume writes it again."
+        yield Finding("log", f"{lines:,} lines, and one that was cut", advice, remark=True)
     else:
         yield Finding("log", f"{lines:,} lines")
-    if versions and versions != torch.__version__:
-        said = f"trained with torch {versions}, here are torch {torch.__version__}, Python {platform.python_version()}"
+    if version and version != torch.__version__:
+        said = f"trained with torch {version}, here are torch {torch.__version__}, Python {platform.python_version()}"
         yield Finding("versions", said, "the last bits may differ.", remark=True)
+
+
+def _is_cut(file: Path) -> bool:
+    """True if the last line has no end."""
+    with file.open("rb") as log:
+        size = log.seek(0, os.SEEK_END)
+        log.seek(max(0, size - 1))
+        return log.read() not in (b"", b"\n")
 
 
 def _text(run: Run) -> Iterator[Finding]:
@@ -161,7 +162,7 @@ def _checkpoints(run: Run) -> Iterator[Finding]:
     if good:
         yield Finding("checkpoints", f"{len(good)} good: {', '.join(good[-3:])}")
     else:
-        advice = "continue the training with --resume, which begins anew, or take a checkpoint from a copy."
+        advice = "continue the training with --resume, which begins again, or take a checkpoint from a copy."
         yield Finding("checkpoints", "there is no good one", advice)
     if any(run.checkpoints.glob(".unfinished-*")):
         advice = "the next checkpoint removes it."

@@ -201,7 +201,7 @@ def _memory(axes: Axes, record: Record) -> bool:
 
 
 def _curve(axes: Axes, curve: Curve, colour: str, label: str) -> None:
-    """A line over the steps; of many points the running mean, with the points themselves behind it."""
+    """Draw a curve over the steps. Many points are drawn pale, and their running mean as a line over them."""
     points, width = curve.line(), curve.count // 40
     if width < 2:
         axes.plot(*points, "o-" if curve.count < 15 else "-", color=colour, markersize=3, label=label)

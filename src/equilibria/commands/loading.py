@@ -50,7 +50,7 @@ class Trained:
 
     @functools.cached_property
     def corpus(self) -> Corpus:
-        """What it was trained on, read anew; or the folder ``data``, as ids of the run's vocabulary.
+        """What it was trained on, read again; or the folder ``data``, as ids of the run's vocabulary.
 
         Raises:
             ValueError: it is another text than that of the training, and nobody asked for another one.

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         print(formats.strict_json(found))
         return 0
-    rows = [*_splits(found), *_tokens(found), *_yardstick(found)]
+    rows = [*_splits(found), *_tokens(found), *_baseline(found)]
     Console(highlight=False).print(summary_table(rows, f"{corpus.name}, by {corpus.unit}s"))
     return 0
 
@@ -123,7 +123,7 @@ def _object(corpus: Corpus, options: Options) -> dict[str, Any]:
         "unknown": corpus.vocabulary.unknown,
         "splits": {name: _split(corpus, getattr(corpus, name)) for name in SPLITS},
         "most_frequent": [{"token": corpus.vocabulary.tokens[place], "share": shares[place]} for place in frequent],
-        "yardstick": yardstick(corpus) if corpus.unit == "character" else [],
+        "baseline": yardstick(corpus) if corpus.unit == "character" else [],
         "memoryless_nats": memoryless_optimum(options.blank) if corpus.unit == "symbol" else None,
     }
 
@@ -160,8 +160,8 @@ def _tokens(found: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _yardstick(found: dict[str, Any]) -> list[Row]:
-    rows, nats = found["yardstick"], found["memoryless_nats"]
+def _baseline(found: dict[str, Any]) -> list[Row]:
+    rows, nats = found["baseline"], found["memoryless_nats"]
     if rows:
         name, shorts = formats.common(row["label"] for row in rows)
         beside = "  ".join(

@@ -48,7 +48,7 @@ def data(record: Record) -> dict[str, Any]:
         "corpus": start.get("corpus"),
         "unit": record.unit,
         "validation": None if best is None else {name: best.get(name) for name in scores},
-        "yardstick": (record.last("yardstick") or {}).get("rows", []),
+        "baseline": (record.last("yardstick") or {}).get("rows", []),
         "stage": record.log.trained,
         **{name: _solve(record, name) for name in DIRECTIONS},
         "memory": (record.last("memory") or {}).get("rows", []),

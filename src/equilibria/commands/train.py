@@ -73,7 +73,7 @@ class Options:
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on where the run stopped; starts it if there is none."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Start anew in a folder that holds a run, which the new run replaces once it has its first checkpoint."""
+    """Start again in a folder that holds a run, which the new run replaces once it has its first checkpoint."""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show nothing but errors."""
 
@@ -124,8 +124,8 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
             options = dataclasses.replace(options, **_restarted(options, path))
             run = Run.start(path, experiment, resume=options.resume, overwrite=options.overwrite)
             stack.callback(run.give_up)
-        options = ranks.of_first(options)
-        run = Run.open(path, replacing=options.overwrite)
+        resume, overwrite = ranks.of_first((options.resume, options.overwrite))
+        run = Run.open(path, replacing=overwrite)
         if not quiet:
             console.print(literal(f"{experiment.name} on {corpus.name}, in {run.path}"), soft_wrap=True)
         asked = _Asked()
@@ -133,7 +133,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
             with display.running():
                 trainer = Trainer(experiment, run, corpus, on_event=display.show, ranks=ranks)
                 stack.enter_context(asked.heard(trainer))
-                if options.resume:
+                if resume:
                     display.resumed(trainer.resume())
                 trainer.fit()
         except (KeyboardInterrupt, TrainingInterrupted):
@@ -146,7 +146,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
 
 
 def _restarted(options: Options, path: Path) -> dict[str, bool]:
-    """How a process goes on that torchrun has started anew, whatever it was told at first."""
+    """How a process continues that torchrun has started again, whatever it was told at first."""
     if not RESTARTS:
         return {}
     again = options.overwrite and (path / NEW).is_dir()  # the old run is still there, and the new one had not begun

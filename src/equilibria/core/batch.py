@@ -37,7 +37,7 @@ class Whole:
     """The samples of a batch, stepped together."""
 
     def __init__(
-        self, z: Float[Tensor, "B N"], solver: Solver, stop: Stop, layout: Layout, evaluate: Evaluator, block: int
+        self, z: Float[Tensor, "B N"], solver: Solver, stop: Stop, layout: Layout, evaluate: Evaluator
     ) -> None:
         self._solver, self._evaluate, self._progress = solver, evaluate, Progress(z, stop, layout)
         self.history = solver.init(z)
@@ -60,7 +60,7 @@ class Whole:
         self._at = Iterate(z=z, fz=fz, r=r, active=self._progress.update(z, fz, r))
 
     def drop_converged(self) -> None:
-        """Continue without the samples that are done, if that is worth it and f allows it."""
+        """Take the samples that are done out of the batch, once enough are done and if f can be narrowed."""
         if self._progress.worth_compacting and self._evaluate.divisible:
             index, at = self._progress.still_active(), self._at
             if len(index) and at is not None:
@@ -88,7 +88,7 @@ class Blocks:
         self, z: Float[Tensor, "B N"], solver: Solver, stop: Stop, layout: Layout, evaluate: Evaluator, block: int
     ) -> None:
         self._rows = [slice(start, start + block) for start in range(0, len(z), block)]
-        self._blocks = [Whole(z[rows], solver, stop, layout, evaluate, block) for rows in self._rows]
+        self._blocks = [Whole(z[rows], solver, stop, layout, evaluate) for rows in self._rows]
         self.history = None
         self._next: Tensor | None = None
         self._final: tuple[Tensor, Tensor] | None = None

@@ -119,8 +119,9 @@ def solve(
     z = layout.pack(z0)
     del z0  # a state that would be kept for nothing
     with evaluate.autocast.off():
+        parts = z, solver, stop, layout, evaluate
         block = rows_per_block(z, solver, evaluate) if drop_converged else len(z)
-        batch = (Blocks if block < len(z) else Whole)(z, solver, stop, layout, evaluate, block)
+        batch = Blocks(*parts, block) if block < len(z) else Whole(*parts)
         may_drop, kept, step = drop_converged and not keep, [], 0
         while True:
             fz = evaluate(z)

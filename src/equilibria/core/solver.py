@@ -16,7 +16,7 @@ from equilibria.core.evaluator import Evaluator
 from equilibria.core.trees import take_rows
 
 History = Any
-"""What a solver remembers from one step to the next: its own choice of value."""
+"""What a solver remembers from one step to the next; each solver has a type of its own for it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -85,7 +85,7 @@ class Anderson(Solver):
 
     def init(self, z: Float[Tensor, "B N"]) -> AndersonHistory:
         """Empty differences."""
-        size = min(self.window - 1, z.shape[1])
+        size = min(self.window - 1, z.shape[1]) if z.shape[1] > 1 else 0  # see ``_secant``
         gram = torch.zeros(len(z), size, size, dtype=small_dtype(z), device=z.device)
         return AndersonHistory(
             step=0,
@@ -94,7 +94,7 @@ class Anderson(Solver):
             moves=empty_window(z, size, dtype=self.history_dtype),
             dr=empty_window(z, size, dtype=self.history_dtype),
             gram=gram,
-            along=gram[:, 0].clone(),
+            along=gram.new_zeros(len(z), size),
         )
 
     def step(self, f: Evaluator, at: Iterate, history: AndersonHistory) -> tuple[Tensor, AndersonHistory]:

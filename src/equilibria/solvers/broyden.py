@@ -157,16 +157,13 @@ class Broyden(Solver):
 
 def _dense_step(at: Iterate, h: DenseHistory) -> tuple[Tensor, DenseHistory]:
     """z − H·r after the update −H ← −H + (s + −H·y)(−Hᵀs)ᵀ / −sᵀ(−H·y) with s = Δz and y = Δr."""
-    inverse = h.inverse
-    if h.r is not h.z:  # not before the first step
-        s, moved = at.z - h.z, h.apply(at.r - h.r)
-        terms = s * moved
-        along = -terms.sum(dim=1, keepdim=True)
-        if s.shape[1] > 1:  # of one number the terms cannot cancel
-            sound = along.abs() > 1e-12 * terms.abs().sum(dim=1, keepdim=True)
-            along = along * sound  # 0 skips the update
-        update = quotient((s + moved)[:, :, None] * h.apply_transposed(s)[:, None, :], along[:, :, None])
-        inverse = inverse + update
+    s, moved = at.z - h.z, h.apply(at.r - h.r)  # before the first step s is 0, and H stays −I
+    terms = s * moved
+    along = -terms.sum(dim=1, keepdim=True)
+    if s.shape[1] > 1:  # of one number the terms cannot cancel
+        sound = along.abs() > 1e-12 * terms.abs().sum(dim=1, keepdim=True)
+        along = along * sound  # 0 skips the update
+    inverse = h.inverse + quotient((s + moved)[:, :, None] * h.apply_transposed(s)[:, None, :], along[:, :, None])
     return at.z + _times(inverse, at.r), DenseHistory(inverse=inverse, z=at.z, r=at.r)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from equilibria.errors import EquilibriaError
 from equilibria.training.files import discard, force
+from equilibria.training.state import check_kind, check_state
 
 FORMAT = "equilibria checkpoint 1"
 _MODEL, _MEMORY, _OPTIMISER, _STATE = "model.safetensors", "memory.safetensors", "optimiser.pt", "state.json"
@@ -132,7 +133,7 @@ def _load(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
     reading = _OPTIMISER
     try:
         optimiser = torch.load(folder / _OPTIMISER, weights_only=True, map_location="cpu")
-        _check_kind(optimiser, dict, "names")
+        check_kind(optimiser, dict, "names")
         if _MODEL in state["files"]:
             reading = _MODEL
             model = load_file(folder / _MODEL)
@@ -144,9 +145,9 @@ def _load(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
         reading = _MEMORY
         memory = load_file(folder / _MEMORY)
         reading = _STATE
-        _check_state(state)
+        check_state(state)
         return Checkpoint(
-            step=_check_kind(state["step"], int, "a number of steps"),
+            step=check_kind(state["step"], int, "a number of steps"),
             model=model,
             memory=memory,
             optimiser=optimiser,
@@ -162,36 +163,6 @@ def _load(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
 _ABSURD = "{} is no checkpoint of this library: {} holds {}"
 _RAISED = (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
 """What reading a file can raise whose content is not what it should be."""
-
-
-_STATE_OF = {
-    "stage": (str,),
-    "position": (int,),
-    "seconds": (int, float),
-    "rollbacks": (int,),
-    "budget_factor": (int, float),
-    "best": (dict, type(None)),
-    "validated": (dict, type(None)),
-}
-"""What a training notes in the state."""
-
-
-def _check_state(state: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a note of a training is of another kind than it writes."""
-    for name, kinds in _STATE_OF.items():
-        if name in state and (not isinstance(state[name], kinds) or isinstance(state[name], bool)):
-            raise ValueError(f"{name} is {state[name]!r:.40}")
-    best = state.get("best")
-    if best is not None:
-        step, nats = best.get("step"), best.get("nats")
-        if type(step) is not int or not 0 <= step <= state["step"] or not isinstance(nats, int | float):
-            raise ValueError(f"best is {best!r:.80}")
-
-
-def _check_kind(value: Any, kind: type, what: str) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{value!r:.40} where {what} should be")
-    return value
 
 
 def verify(folder: Path) -> dict[str, Any]:

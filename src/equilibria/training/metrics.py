@@ -45,7 +45,7 @@ def stream(file: Path) -> Iterator[Event]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
-                return  # a run that goes on may write the rest of it at this moment
+                return  # a run that continues may write the rest of it at this moment
             yield _event(line, f"{file}, line {number}")
 
 

@@ -64,6 +64,7 @@ class Run:
         run = cls(path)
         run.check_own()
         run._recover()
+        run.give_up()  # left by a process that was killed before its first checkpoint
         if run.description.is_file() and resume:
             run._go_on(experiment)
             return run
@@ -75,7 +76,6 @@ class Run:
                 )
             run._check_replaceable()
             run = cls(path, replacing=True)
-            run.give_up()
             (path / NEW).mkdir()
         elif path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
             raise ValueError(f"{path} exists and is no run; choose a folder that is new or empty with --out.")
@@ -229,7 +229,7 @@ class Run:
         replace(self.description, json.dumps({"format": FORMAT, **to_json(experiment)}, indent=2) + "\n", forced=True)
 
     def _check_replaceable(self) -> None:
-        """Raise a ValueError unless all that is here was written by this library, as a run."""
+        """Raise a ValueError unless the folder is a run of this library and holds no file of somebody else."""
         try:
             written = json.loads((self.path / "experiment.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -263,7 +263,7 @@ class Run:
 
 
 OF_A_RANK = frozenset({"corpus.root", "training.device", "training.threads", "training.tensorboard"})
-"""Fields in which the processes of one training may differ."""
+"""Fields that may have different values in the processes of one training."""
 
 
 def plain_values(experiment: Experiment) -> dict[str, Any]:

@@ -17,7 +17,7 @@ MOST_THREADS = 1024
 LONGEST_WAIT = 1e7
 """Seconds: 115 days; a clock overflows somewhere beyond."""
 LARGEST = torch.finfo(torch.float32).max
-"""Weights are float32, and PyTorch refuses to multiply them by what that cannot hold."""
+"""Settings are multiplied with float32 weights, and PyTorch refuses a factor that float32 cannot hold."""
 LARGEST_SEED = 2**63 - 1
 """What PyTorch's generators take."""
 

@@ -74,13 +74,19 @@ class Language:
             raise ValueError("a sum is no text")
         return cls(name=name, unit=value["unit"], vocabulary=known, sums=sums)
 
-    def changed(self, corpus: Corpus) -> list[str]:
-        """The splits in which a corpus is another text than that of the run."""
+    def changed(self, corpus: Corpus, sums: dict[str, str] | None = None) -> list[str]:
+        """The splits in which a corpus is another text than that of the run.
+
+        Args:
+            corpus: over any vocabulary.
+            sums: those of ``Language.of(corpus)``, if they are known already.
+        """
         if not self.sums:
             return []
         if corpus.vocabulary.tokens != self.vocabulary.tokens:
-            corpus = self.encoded(corpus, strictly=False)
-        return [split for split in SPLITS if _sum(getattr(corpus, split)) != self.sums.get(split)]
+            corpus, sums = self.encoded(corpus, strictly=False), None
+        found = sums or {split: _sum(getattr(corpus, split)) for split in SPLITS}
+        return [split for split in SPLITS if found[split] != self.sums.get(split)]
 
     def encoded(self, corpus: Corpus, *, strictly: bool = True) -> Corpus:
         """The corpus as ids of the run's own vocabulary.

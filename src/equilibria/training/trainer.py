@@ -240,9 +240,9 @@ class Trainer:
     def _check_text(self, run: Run) -> None:
         """Raise a ValueError if the corpus is not the text with which the run began."""
         known = run.language
-        if known is None or not known.sums:  # a run of a version that kept none
+        if known is None:  # a run of a version that kept none
             return
-        if changed := known.changed(self.corpus):
+        if changed := known.changed(self.corpus, self.language.sums):
             raise ValueError(
                 f"The text of {', '.join(changed)} is not the one with which {run.path} began (their SHA-256 differ), "
                 "and the run would go on with another text without a word: bring the old one back, or start a new run "
