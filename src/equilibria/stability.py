@@ -15,7 +15,8 @@ from torch import Tensor
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import AffineMap, Map, as_map
-from equilibria.core.progress import relative, row_norm
+from equilibria.core.norms import row_norm
+from equilibria.core.progress import relative
 from equilibria.core.solve import solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State

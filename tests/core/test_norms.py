@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 
-from equilibria import Anderson, Implicit, NewtonKrylov, Picard, Status, Stop, fixed_point, solve
+from equilibria import Anderson, Broyden, Implicit, NewtonKrylov, Picard, Status, Stop, fixed_point, solve
+from equilibria.core.norms import row_norm
+from equilibria.solvers.history import TINY
 
 
 def halving(z):
@@ -134,3 +136,48 @@ def test_a_stop_with_a_norm_is_a_frozen_value():
     stop = Stop(norm="max", per_leaf=True)
     assert dataclasses.replace(stop) == stop
     assert hash(stop) == hash(Stop(norm="max", per_leaf=True))
+
+
+SCALES = [(torch.float32, 1e-30), (torch.float32, 1e30), (torch.float64, 1e-200), (torch.float64, 1e200)]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), NewtonKrylov()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("width", [1, 3, 30])
+def test_states_whose_squares_no_dtype_holds_are_solved_like_others(dtype, scale, solver, width):
+    """They were called converged with an error of 100 %, or not finite."""
+    generator = torch.Generator().manual_seed(0)
+    matrix, x = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((width, width), (4, width)))
+    matrix = 0.5 * matrix / torch.linalg.matrix_norm(matrix, 2)
+    x = scale * x
+    found = solve(lambda z: z @ matrix + x, torch.zeros_like(x), solver, Stop(rtol=1e-5, max_evals=200))
+    if isinstance(solver, Broyden) and width > TINY and scale > 1:  # its inner products overflow, and that is told
+        assert (found.status == Status.NONFINITE).all()
+        return
+    assert found.converged.all()
+    exact = torch.linalg.solve(torch.eye(width).double() - matrix.double().mT, (x.double() / scale).mT).mT
+    torch.testing.assert_close(found.z.double() / scale, exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_a_gradient_does_not_depend_on_the_scale_of_the_loss(scale):
+    generator = torch.Generator().manual_seed(0)
+    weight = (0.2 * torch.randn(6, 6, generator=generator)).requires_grad_()
+    x = torch.randn(4, 6, generator=generator)
+
+    def gradient(factor):
+        z = fixed_point(lambda z: torch.tanh(z @ weight + x), torch.zeros_like(x), stop=Stop(rtol=1e-6)).z
+        return torch.autograd.grad(factor * z.sum(), weight)[0]
+
+    torch.testing.assert_close(gradient(scale) / scale, gradient(1.0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_norms_of_other_rows_keep_their_bits():
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    plain = torch.linalg.vector_norm(x, dim=1)
+    for value in (0.0, 1e-30, 1e30, math.nan, math.inf):
+        mixed = torch.cat([x, torch.full((1, 7), value)])
+        found = row_norm(mixed)
+        assert torch.equal(found[:5], plain)
+        expected = torch.linalg.vector_norm(mixed[5:].double(), dim=1).float()
+        torch.testing.assert_close(found[5:], expected, equal_nan=True)

@@ -26,11 +26,6 @@ ROUNDING = 10
 """A sample has converged, too, when its residual is at most this many eps times its first residual."""
 
 
-def row_norm(x: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
-    """Euclidean norm of each sample."""
-    return torch.linalg.vector_norm(x, dim=1)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
     """Final iterate, residual, status and step count of a set of samples."""

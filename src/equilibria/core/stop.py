@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.core.norms import row_norm
 from equilibria.core.state import Layout
 
 NORMS = ("l2", "max")
@@ -70,11 +71,13 @@ class Stop:
             if not isinstance(found, Tensor) or found.numel() != len(x) or found.ndim > 1:
                 raise ValueError(f"Stop(norm=…) returned {shape}; it must return one number per sample, [{len(x)}].")
             return found.reshape(len(x)).to(x.dtype)
-        order = 2 if self.norm == "l2" else math.inf
         if self.per_leaf and len(layout.sizes) > 1:
             pieces = x.split(layout.sizes, dim=1)
-            return torch.stack([torch.linalg.vector_norm(piece, order, dim=1) for piece in pieces], dim=1)
-        return torch.linalg.vector_norm(x, order, dim=1)
+            return torch.stack([self._norm(piece) for piece in pieces], dim=1)
+        return self._norm(x)
+
+    def _norm(self, x: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
+        return row_norm(x) if self.norm == "l2" else torch.linalg.vector_norm(x, math.inf, dim=1)
 
     @property
     def has_tolerance(self) -> bool:

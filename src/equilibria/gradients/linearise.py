@@ -18,7 +18,8 @@ from torch.autograd import forward_ad
 from equilibria.core.failure import OnFailure, check_repeats, is_heard
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import AffineMap, Linearised, Map
-from equilibria.core.progress import relative, row_norm
+from equilibria.core.norms import row_norm
+from equilibria.core.progress import relative
 from equilibria.core.solve import Solution, solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State

@@ -17,7 +17,7 @@ from equilibria.core.autocast import Autocast
 from equilibria.core.capture import Constants, Substitution, leaves_below
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
 from equilibria.core.maps import FunctionMap, Map
-from equilibria.core.progress import row_norm
+from equilibria.core.norms import row_norm
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Status, Stop

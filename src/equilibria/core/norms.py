@@ -1,0 +1,35 @@
+"""Norms of rows whose squares may be too small or too large for their dtype.
+
+Letters: B batch, N flattened state.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def row_norm(x: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
+    """Euclidean norm of each row; of a state of 1e-30 in float32 as well, whose squares would be 0."""
+    if x.is_cuda and x.dtype == torch.float32:  # without asking the device how large the numbers are
+        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=1)
+    if x.shape[1] == 1 or x.device.type != "cpu" or not len(x):
+        return norm
+    small = _SMALL[x.dtype]
+    least, most = (float(bound) for bound in norm.detach().aminmax())
+    if least > small and most < math.inf:  # not so if one is NaN
+        return norm
+    largest = x.detach().abs().amax(dim=1, keepdim=True)
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    precise = scale[:, 0] * torch.linalg.vector_norm(x / scale, dim=1)
+    return torch.where((norm > small) & torch.isfinite(norm), norm, precise)
+
+
+_SMALL = {
+    dtype: math.sqrt(torch.finfo(dtype).tiny / torch.finfo(dtype).eps) for dtype in (torch.float32, torch.float64)
+}
+"""Below this the squares lose digits."""
