@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,6 +44,45 @@ class Collectives(TorchDispatchMode):
                 raise AssertionError(f"{func} inside a solve")
             SOLVES["collectives outside"] += 1
         return func(*args, **(kwargs or {}))
+
+
+class Counted:
+    """A safetensors file whose slices that are read are counted, in bytes."""
+
+    total = 0
+    open_file = safetensors.safe_open
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        self.file = Counted.open_file(*given, **named)
+
+    def __enter__(self) -> Counted:
+        self.inner = self.file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def get_slice(self, name: str) -> Any:
+        """A slice of a tensor that counts what is taken of it."""
+        return CountedSlice(self.inner.get_slice(name))
+
+
+class CountedSlice:
+    """One tensor of such a file."""
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self.part[index]
+        Counted.total += tensor.nbytes
+        return tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
 
 
 def watched(solve: Any) -> Any:
@@ -76,6 +116,7 @@ def main(folder: Path, parallel: Any, leave_after: int, recipe: str | None = Non
     """Train."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    safetensors.safe_open = Counted
     for module in (equilibria.core.gradient, equilibria.gradients.linearise, equilibria.gradients.unroll):
         module.solve = watched(module.solve)
     with Ranks.joined(parallel, "cpu", timeout=60) as ranks:
@@ -108,7 +149,7 @@ def train(folder: Path, parallel: Any, leave_after: int, recipe: str | None, ran
         tensor.to_local().nbytes if hasattr(tensor, "to_local") else tensor.nbytes
         for tensor in [*trainer.model.parameters(), *states]
     )
-    return {**SOLVES, "bytes of weights and optimiser": held}
+    return {**SOLVES, "bytes of weights and optimiser": held, "bytes read in slices": Counted.total}
 
 
 if __name__ == "__main__":

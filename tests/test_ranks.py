@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from equilibria.layers.dropout import BatchSlice, batch_draw
 from equilibria.training import Trainer
 from equilibria.training.checkpoint import verify
 from equilibria.training.decay import NonMonotone
+from equilibria.training.pieces import pieces_in
 from equilibria.training.ranks import Ranks
 from small_experiment import corpus, experiment, trained_weights
 
@@ -164,11 +166,23 @@ def test_a_run_saved_by_four_goes_on_with_two_and_with_one(small, tmp_path):
     run_program(out, "fsdp", processes=4, leave_after=8)
     assert (out / "checkpoints" / "step-00000009" / "shards").is_dir()
     verify(out / "checkpoints" / "step-00000009")
-    run_program(out, "fsdp", processes=2, leave_after=12)
+    for rank in run_program(out, "fsdp", processes=2, leave_after=12):
+        assert (
+            0.9 < rank["bytes read in slices"] / rank["bytes of weights and optimiser"] < 1.1
+        )  # its own, and no other
     assert (out / "checkpoints" / "step-00000013" / "shards").is_dir()
     run_program(out, "none", processes=1)
     assert (losses(out) - losses(expected)).abs().max() < 1e-9
     assert [event["step"] for event in events(out, "step")] == list(range(1, 19))
+
+
+def test_shards_that_do_not_fill_their_tensor_are_refused(tmp_path):
+    info = json.dumps({"weight": {"saved_offsets": [3]}})
+    safetensors.torch.save_file({"weight": torch.ones(2)}, tmp_path / "a.safetensors", {"DCP_SHARDING_INFO": info})
+    with pytest.raises(ValueError, match=r"the shards of weight do not fill a tensor of shape \[5\]"):
+        pieces_in(tmp_path)
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, tmp_path / "b.safetensors")
+    assert pieces_in(tmp_path)["weight"].whole().tolist() == [0, 0, 0, 1, 1]
 
 
 def free_port() -> str:

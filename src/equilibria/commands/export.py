@@ -14,6 +14,7 @@ from equilibria.commands.loading import Which
 from equilibria.commands.record import require
 from equilibria.commands.terminal import visible
 from equilibria.training.files import check_own, discard
+from equilibria.training.pieces import whole
 from equilibria.training.run import Run
 
 
@@ -47,11 +48,12 @@ def main(arguments: Sequence[str]) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     discard(beside)
     try:
-        save_file({name: tensor.contiguous() for name, tensor in found.model.items()}, beside, metadata=metadata)
+        tensors = {name: whole(tensor).contiguous() for name, tensor in found.model.items()}
+        save_file(tensors, beside, metadata=metadata)
         beside.replace(target)
     finally:
         discard(beside)
-    count = sum(tensor.numel() for tensor in found.model.values())
+    count = sum(tensor.numel() for tensor in tensors.values())
     print(visible(f"{target}: {count:,} weights of step {found.step:,}"))
     return 0
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from equilibria.errors import EquilibriaError
 from equilibria.training.files import discard, force
+from equilibria.training.pieces import Piece, whole
 from equilibria.training.state import check_kind, check_state
 
 FORMAT = "equilibria checkpoint 1"
@@ -50,8 +51,8 @@ class Checkpoint:
 
     step: int
     """Training steps done."""
-    model: Mapping[str, Tensor]
-    """The weights by name, each tensor once."""
+    model: Mapping[str, Tensor | Piece]
+    """The weights by name, each tensor once; those of a sharded checkpoint are read when they are asked for."""
     memory: Mapping[str, Tensor]
     """The memory of the streams as named tensors; empty if there is none."""
     optimiser: Mapping[str, Any]
@@ -110,14 +111,18 @@ def write_rest(unfinished: Path, memory: Mapping[str, Tensor], optimiser: Mappin
     torch.save(dict(optimiser), unfinished / _OPTIMISER)
 
 
-def load(folder: Path) -> Checkpoint:
+def load(folder: Path, *, verified: bool = False) -> Checkpoint:
     """The checkpoint in ``folder``, its files checked against their SHA-256 before any of them is opened.
+
+    Args:
+        folder: one that ``save`` has written.
+        verified: another process has checked the sums of the files a moment ago, and this one needs not read them all.
 
     Raises:
         CheckpointError: a file is missing or changed, or the folder is no checkpoint; names the newest good one.
     """
     try:
-        return _load(folder, verify(folder))
+        return _load(folder, verify(folder, sums=not verified))
     except CheckpointError as error:
         others = (other for other in reversed(all_in(folder.parent)) if other != folder and _is_good(other))
         other = next(others, None)
@@ -165,8 +170,8 @@ _RAISED = (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeErr
 """What reading a file can raise whose content is not what it should be."""
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """What state.json says, once every file of the checkpoint was found unchanged."""
+def verify(folder: Path, *, sums: bool = True) -> dict[str, Any]:
+    """What state.json says, once every file of the checkpoint was found there and, with ``sums``, unchanged."""
     try:
         outer = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     except OSError:
@@ -186,7 +191,7 @@ def verify(folder: Path) -> dict[str, Any]:
     for name, expected in files.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"The checkpoint {folder} is damaged: {name} is missing")
-        if _sha256(folder / name) != expected:
+        if sums and _sha256(folder / name) != expected:
             raise CheckpointError(f"The checkpoint {folder} is damaged: {name} was changed after it was written")
     return state
 
@@ -260,8 +265,8 @@ def _is_good(folder: Path) -> bool:
         return False
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _plain(tensors: Mapping[str, Tensor | Piece]) -> dict[str, Tensor]:
+    return {name: whole(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _sha256(file: Path) -> str:

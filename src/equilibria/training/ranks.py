@@ -255,8 +255,8 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore
 
 
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """``value``, which is whole on every rank, sharded like ``target``."""
+def sharded_as(value: Tensor, target: Tensor) -> Tensor:
+    """``value``, which is whole on every rank, sharded as ``target`` is."""
     if not is_sharded(target):
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -5,21 +5,21 @@
                               optimiser.pt           the rest of the optimiser, and random generators
                               state.json             step, position, best value, and the SHA-256 of the other files
 
-Read back they are whole tensors, whatever wrote them, so that a run can go on with another number of ranks.
+Read back, a tensor is whole or sharded as the reading model is, whatever wrote it, so that a run can go on with another
+number of ranks. A rank reads its own shards only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from equilibria.training.checkpoint import SHARDS, Checkpoint, being_written, write_rest
+from equilibria.training.pieces import Piece, pieces_in, quiet, whole
 from equilibria.training.ranks import Ranks, is_sharded
 
 
@@ -32,33 +32,22 @@ def save_sharded(folder: Path, checkpoint: Checkpoint, ranks: Ranks) -> None:
         unfinished = stack.enter_context(being_written(folder, checkpoint)) if ranks.first else None
         place = Path(ranks.of_first(unfinished)) / SHARDS
         optimiser, pieces = _taken_out(checkpoint.optimiser["optimiser"])
-        pieces |= {f"model.{name}": tensor for name, tensor in checkpoint.model.items()}
-        with _quiet():
+        pieces |= {f"model.{name}": whole(tensor) for name, tensor in checkpoint.model.items()}
+        with quiet():
             save(pieces, storage_writer=HuggingFaceStorageWriter(str(place), save_distributed=True))
         if unfinished is not None:
             write_rest(unfinished, checkpoint.memory, {**checkpoint.optimiser, "optimiser": optimiser})
 
 
-def load_sharded(place: Path, optimiser: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights by name, and what stands beside them with the optimiser's tensors put back, all of them whole."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    with _quiet():
-        known = HuggingFaceStorageReader(str(place)).read_metadata().state_dict_metadata
-        pieces = {
-            name: torch.empty(found.size, dtype=found.properties.dtype)
-            for name, found in known.items()
-            if isinstance(found, TensorStorageMetadata)
-        }
-        load(pieces, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=True)
+def load_sharded(place: Path, optimiser: Mapping[str, Any]) -> tuple[dict[str, Piece], dict[str, Any]]:
+    """Weights by name, and what stands beside them with the optimiser's tensors put back; none of them is read yet."""
+    pieces = pieces_in(place)
     stored = optimiser["optimiser"]
     state = {
         index: {name: pieces[_piece(index, name)] if value is None else value for name, value in values.items()}
         for index, values in stored["state"].items()
     }
-    model = {name.removeprefix("model."): tensor for name, tensor in pieces.items() if name.startswith("model.")}
+    model = {name.removeprefix("model."): piece for name, piece in pieces.items() if name.startswith("model.")}
     return model, {**optimiser, "optimiser": {**stored, "state": state}}
 
 
@@ -74,11 +63,3 @@ def _taken_out(stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ten
 
 def _piece(index: int, name: str) -> str:
     return f"optimiser.{index}.{name}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without PyTorch's remarks on its own parts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

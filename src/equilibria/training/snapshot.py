@@ -18,7 +18,8 @@ from equilibria.training.checkpoint import Checkpoint, CheckpointError, save
 from equilibria.training.device import device_of, random_state, set_random_state
 from equilibria.training.nested import flatten, owned, rebuild
 from equilibria.training.optimiser import averaged
-from equilibria.training.ranks import ALONE, Ranks, is_sharded, let_go, like
+from equilibria.training.pieces import Piece, like, whole
+from equilibria.training.ranks import ALONE, Ranks, is_sharded, let_go
 from equilibria.training.shards import save_sharded
 
 _log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in state.items() if found.setdefault(id(t), name) == name}
 
 
-def load_weights(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+def load_weights(model: nn.Module, stored: Mapping[str, Tensor | Piece]) -> None:
     """Copy the weights that ``weights`` gave into the model.
 
     Raises:
@@ -128,7 +129,7 @@ def _sharded_as(optimiser: Optimizer, stored: Mapping[str, Any]) -> dict[str, An
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state = {
         index: {
-            name: like(value, parameters[index]) if _of_shape(value, parameters[index]) else value
+            name: like(value, parameters[index]) if _of_shape(value, parameters[index]) else _read(value)
             for name, value in values.items()
         }
         for index, values in stored["state"].items()
@@ -137,7 +138,11 @@ def _sharded_as(optimiser: Optimizer, stored: Mapping[str, Any]) -> dict[str, An
 
 
 def _of_shape(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+    return isinstance(value, Tensor | Piece) and value.shape == parameter.shape
+
+
+def _read(value: Any) -> Any:
+    return whole(value) if isinstance(value, Piece) else value
 
 
 def _memory(checkpoint: Checkpoint, model: LanguageModel, *, rows: int, ranks: Ranks) -> Memory:
@@ -154,5 +159,5 @@ def _memory(checkpoint: Checkpoint, model: LanguageModel, *, rows: int, ranks: R
         raise CheckpointError(f"The checkpoint is of another model: {error.args[0]}; start a new run.") from None
 
 
-def _shape(tensor: Tensor | None) -> str:
+def _shape(tensor: Tensor | Piece | None) -> str:
     return "missing" if tensor is None else str(list(tensor.shape))

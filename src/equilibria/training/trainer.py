@@ -322,7 +322,7 @@ class Trainer:
             raise fault
         if step is None or self.ranks.first:
             return found
-        return checkpoint.load(run.checkpoints / checkpoint.name_of(step))
+        return checkpoint.load(run.checkpoints / checkpoint.name_of(step), verified=True)
 
     def _go_back_to(self, found: Checkpoint) -> None:
         self.memory = restore(found, self.model, self.optimiser, rows=self.rows, ranks=self.ranks)
