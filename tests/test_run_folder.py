@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import torch
 
 from equilibria.__main__ import main
 from equilibria.commands import figures
+from equilibria.corpora import Vocabulary
 from equilibria.training import CheckpointError, Run, Trainer, checkpoint
 from equilibria.training.files import replace
 from equilibria.training.folder import FIGURES, foreign_files, locked
@@ -265,6 +267,8 @@ def test_the_language_of_a_run_comes_back(tmp_path):
     again = Language.from_json(json.loads(json.dumps(known.to_json())))
     assert again.changed(corpus()) == []
     assert again.vocabulary == known.vocabulary
+    foreign = Vocabulary((*known.vocabulary.tokens[:-1], "Z"), "character")  # a letter that the run does not know
+    assert again.changed(dataclasses.replace(corpus(), vocabulary=foreign)) != []
     for damaged in ([], {}, {**known.to_json(), "unit": "byte"}, {**known.to_json(), "sha256": 3}):
         with pytest.raises(ValueError, match=r"."):
             Language.from_json(damaged)

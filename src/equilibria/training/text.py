@@ -84,33 +84,36 @@ class Language:
         if not self.sums:
             return []
         if corpus.vocabulary.tokens != self.vocabulary.tokens:
-            corpus, sums = self.encoded(corpus, strictly=False), None
+            sums = {split: _sum(stream) for split, stream in self._translated(corpus).items()}
         found = sums or {split: _sum(getattr(corpus, split)) for split in SPLITS}
         return [split for split in SPLITS if found[split] != self.sums.get(split)]
 
-    def encoded(self, corpus: Corpus, *, strictly: bool = True) -> Corpus:
+    def encoded(self, corpus: Corpus) -> Corpus:
         """The corpus as ids of the run's own vocabulary.
 
-        Args:
-            corpus: over any vocabulary of the same unit.
-            strictly: a token that the run does not know, and has no unknown token for, is an error; otherwise it
-                becomes the last one.
+        Raises:
+            ValueError: its unit is another one, or it has a token that the run does not know, and the run has no token
+                for the unknown.
         """
-        own, unknown = self.vocabulary, self.vocabulary.unknown
-        if corpus.unit != self.unit:
-            raise ValueError(f"{corpus.name} consists of {corpus.unit}s, and the run was trained on {self.unit}s.")
-        places = {token: place for place, token in enumerate(own.tokens)}
-        absent = len(own) - 1 if unknown is None else places[unknown]
-        table = torch.tensor([places.get(token, absent) for token in corpus.vocabulary.tokens])
-        missing = [place for place, token in enumerate(corpus.vocabulary.tokens) if token not in places]
-        if strictly and unknown is None and missing:
-            first = [corpus.vocabulary.tokens[place] for place in missing[:5]]
+        streams = self._translated(corpus)
+        known = set(self.vocabulary.tokens)
+        missing = [token for token in corpus.vocabulary.tokens if token not in known]
+        if self.vocabulary.unknown is None and missing:
             raise ValueError(
-                f"{corpus.name} holds {', '.join(map(repr, first))}, of which the run knows nothing, and its "
+                f"{corpus.name} holds {', '.join(map(repr, missing[:5]))}, of which the run knows nothing, and its "
                 "vocabulary has no token for the unknown: take these out, or train on a text that has them."
             )
-        streams = {split: _replaced(getattr(corpus, split), table) for split in SPLITS}
-        return dataclasses.replace(corpus, vocabulary=own, **streams)
+        return dataclasses.replace(corpus, vocabulary=self.vocabulary, **streams)
+
+    def _translated(self, corpus: Corpus) -> dict[str, Stream]:
+        """Its streams as ids of the run's vocabulary; a token without one has the id after the last."""
+        if corpus.unit != self.unit:
+            raise ValueError(f"{corpus.name} consists of {corpus.unit}s, and the run was trained on {self.unit}s.")
+        own = self.vocabulary
+        places = {token: place for place, token in enumerate(own.tokens)}
+        absent = len(own) if own.unknown is None else places[own.unknown]
+        table = torch.tensor([places.get(token, absent) for token in corpus.vocabulary.tokens])
+        return {split: _replaced(getattr(corpus, split), table) for split in SPLITS}
 
 
 def _replaced(stream: Stream, table: Tensor) -> Stream:
