@@ -25,7 +25,7 @@ from torchdeq.solver.anderson import anderson_solver
 from torchdeq.solver.broyden import broyden_solver
 
 from equilibria import Anderson, Broyden, Implicit, Picard, Solver, Stop, fixed_point, solve
-from equilibria.training import PeakMemory
+from equilibria.peak_memory import PeakMemory
 
 RTOL, LIMIT = 1e-3, 60
 Layer = Callable[[Any, Tensor], Tensor]

@@ -16,9 +16,9 @@ import torch
 from machine import keep, write_into_docs
 
 from equilibria.__main__ import main as command
-from equilibria.commands.loading import trained
-from equilibria.corpora import memoryless_optimum
-from equilibria.training import evaluate
+from equilibria.lm.corpora import memoryless_optimum
+from equilibria.lm.evaluation import evaluate
+from equilibria.lm.runs.trained import load
 
 RUNS = Path("runs/copying-benchmark")
 NAMES = ("copying", "copying-lstm", "copying-gru")
@@ -29,7 +29,7 @@ def scored(name: str) -> dict[str, Any]:
     path = RUNS / name
     if not path.exists():
         command(["train", name, "--out", str(path), "--training.threads", "1"])
-    loaded = trained(path)
+    loaded = load(path)
     score = evaluate(loaded.model, loaded.corpus.test, batch_size=40, warm=loaded.stage.warm)
     events = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [event for event in events if event["event"] == "step" and event["stage"] == "implicit"]

@@ -11,8 +11,9 @@ import itertools
 
 from machine import keep
 
-from equilibria.recipes import RECIPES
-from equilibria.training import Trainer, evaluate
+from equilibria.lm.evaluation import evaluate
+from equilibria.lm.recipes import RECIPES
+from equilibria.lm.training import Trainer
 
 VARIANTS = (("decay", 0.01), ("decay", 0.05), ("decay", 0.1), ("decay", 0.2), ("relative", 0.1))
 

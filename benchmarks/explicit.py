@@ -21,11 +21,11 @@ from machine import publish
 from steps import compare, table
 
 from equilibria import Anderson, Broyden, Equilibrium, Implicit, Method, Phantom, Stop
-from equilibria.commands.loading import trained
-from equilibria.corpora import Segment, Segments
-from equilibria.language import Explicit, LanguageModel
-from equilibria.language.modes import evaluating
-from equilibria.training.device import compile_cells
+from equilibria.lm.corpora import Segment, Segments
+from equilibria.lm.model import Explicit, LanguageModel
+from equilibria.lm.model.modes import evaluating
+from equilibria.lm.runs.trained import load
+from equilibria.lm.training.compilation import compile_cells
 
 BASES = ("12 layers, tied", "16 layers, untied", "18 layers, untied")
 COMPILED = ", compiled"
@@ -137,9 +137,11 @@ if __name__ == "__main__":
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
-    source = trained(given.run, data=given.data)
+    source = load(given.run, data=given.data)
     training = source.experiment.training
-    reader = iter(Segments(source.corpus.train, batch_size=training.batch_size, length=training.segment_length))
+    reader = iter(
+        Segments(source.corpus.train, batch_size=training.batches.batch_size, length=training.batches.segment_length)
+    )
     several = [next(reader) for _ in range(9)]
     by_name = networks(source)
     other = starts(by_name["equilibrium, Anderson, 0.01"], several)

@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from machine import RESULTS, keep, write_into_docs
 
-from equilibria.commands.loading import trained, with_data
-from equilibria.corpora import Segments
-from equilibria.recipes import ptb
-from equilibria.training import Experiment, Run, Trainer, evaluate, explicit, memory_comparison, network_of
+from equilibria.lm.corpora import Segments
+from equilibria.lm.evaluation import evaluate
+from equilibria.lm.experiments import Experiment, explicit, network_of
+from equilibria.lm.recipes import ptb
+from equilibria.lm.runs import Run
+from equilibria.lm.runs.trained import load, with_data
+from equilibria.lm.training import Trainer, memory_comparison
 
 RATES = (1e-3, 2e-3, 4e-3)
 TUNING = {"equilibrium": (200, 100), "explicit": (200,), "curriculum": (200, 100)}
@@ -37,8 +40,8 @@ SHALLOW = 0.4
 def experiments(data: Path, depth: int) -> dict[str, Experiment]:
     """All of them, without what costs time and is not compared."""
     whole = with_data(ptb(), data)
-    quiet = {"threads": 1, "measure_memory": False, "spectral_radius": 0, "yardstick": False, "valid_segments": 10}
-    whole = dataclasses.replace(whole, training=dataclasses.replace(whole.training, **quiet))
+    quiet = {"threads": 1, "measure_memory": False, "spectral_radius": 0, "baseline": False, "valid_segments": 10}
+    whole = dataclasses.replace(whole, training=whole.training.changed(**quiet))
     layers = network_of(depth, name="layers")
     curriculum = dataclasses.replace(whole, name=f"ptb-3-to-{depth}-layers", stages=(whole.stages[0], layers))
     return {"equilibrium": whole, "explicit": explicit(whole, depth), "curriculum": curriculum}
@@ -48,8 +51,8 @@ def planned(experiment: Experiment, steps: tuple[int, ...], rate: float) -> Expe
     """The experiment with other numbers of steps and another learning rate."""
     stages = tuple(dataclasses.replace(s, steps=n) for s, n in zip(experiment.stages, steps, strict=True))
     every = max(1, sum(steps) // 8)
-    training = dataclasses.replace(
-        experiment.training, learning_rate=rate, warmup=sum(steps) // 15, valid_every=every, checkpoint_every=every
+    training = experiment.training.changed(
+        learning_rate=rate, warmup=sum(steps) // 15, valid_every=every, checkpoint_every=every
     )
     return dataclasses.replace(experiment, stages=stages, training=training)
 
@@ -62,7 +65,7 @@ def train(job: tuple[Experiment, Path]) -> dict[str, Any]:
     Trainer(experiment, Run.start(path, experiment, overwrite=True), corpus).fit()
     events = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [event for event in events if event["event"] == "step" and event["step"] > 1]
-    tokens = experiment.training.batch_size * experiment.training.segment_length
+    tokens = experiment.training.batches.batch_size * experiment.training.batches.segment_length
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -110,9 +113,11 @@ def fitted(name: str, seconds: dict[str, float], budget: float) -> tuple[int, ..
 
 def scored(path: Path) -> dict[str, Any]:
     """Parameters, memory of a training step, and the best checkpoint on whole streams with batch size 1."""
-    loaded = trained(path)
+    loaded = load(path)
     model, training = loaded.model, loaded.experiment.training
-    segment = Segments(loaded.corpus.train, batch_size=training.batch_size, length=training.segment_length).at(0)
+    segment = Segments(
+        loaded.corpus.train, batch_size=training.batches.batch_size, length=training.batches.segment_length
+    ).at(0)
     memory = model(segment.tokens, segment.targets).memory
     (peak,) = memory_comparison(model, segment, memory, depths=())
     result: dict[str, Any] = {
@@ -121,7 +126,7 @@ def scored(path: Path) -> dict[str, Any]:
     }
     for split in ("valid", "test"):
         began = time.perf_counter()
-        stream, choices = getattr(loaded.corpus, split), {"segment_length": training.segment_length}
+        stream, choices = getattr(loaded.corpus, split), {"segment_length": training.batches.segment_length}
         score = evaluate(model, stream, **choices, warm=loaded.stage.warm)
         result[split] = {
             "perplexity": score.perplexity,

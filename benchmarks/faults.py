@@ -34,10 +34,22 @@ from equilibria.commands.main import run as command
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.gradients import Implicit
-from equilibria.language import LanguageConfig
+from equilibria.lm.corpora import TextFolder
+from equilibria.lm.experiments import (
+    Batches,
+    Devices,
+    Experiment,
+    Faults,
+    Logging,
+    Optimisation,
+    Stage,
+    Training,
+    Validation,
+)
+from equilibria.lm.experiments.stage import network_of
+from equilibria.lm.model import LanguageConfig
+from equilibria.lm.runs import Run, checkpoint
 from equilibria.solvers import Anderson
-from equilibria.training import Experiment, Run, Stage, TextFolder, Training, checkpoint
-from equilibria.training.comparison import network_of
 
 TEXT = "the fixed point of a map is where the map leaves it; " * 60
 RECIPE = f"{Path(__file__).resolve()}:small"
@@ -45,7 +57,7 @@ CORPUS = "EQUILIBRIA_FAULTS_CORPUS"
 STEPS = 120
 LOADED = (
     "equilibria.commands.train",
-    "equilibria.commands.figures",
+    "equilibria.lm.report.figures",
     "matplotlib.backends.backend_agg",
     "safetensors.torch",
     "torch._dynamo",  # which every optimiser loads
@@ -74,18 +86,12 @@ def small() -> Experiment:
             ),
         ),
         training=Training(
-            batch_size=4,
-            segment_length=20,
-            learning_rate=1e-2,
-            log_every=1,
-            valid_every=20,
-            checkpoint_every=4,
-            valid_segments=2,
-            eval_batch_size=2,
-            spectral_radius=0,
-            measure_memory=False,
-            yardstick=False,
-            threads=1,
+            batches=Batches(batch_size=4, segment_length=20),
+            optimisation=Optimisation(learning_rate=1e-2),
+            log=Logging(log_every=1, spectral_radius=0, measure_memory=False, baseline=False),
+            validation=Validation(valid_every=20, valid_segments=2, eval_batch_size=2),
+            faults=Faults(checkpoint_every=4),
+            devices=Devices(threads=1),
         ),
     )
 

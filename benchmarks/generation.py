@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from machine import PICTURES, keep, write_into_docs
 
-from equilibria.commands.loading import trained
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
-from equilibria.language import LanguageModel
 from equilibria.layers.equilibrium import Equilibrium
 from equilibria.layers.sequence import Memory
+from equilibria.lm.model import LanguageModel
+from equilibria.lm.runs.trained import load
 
 WINDOW = 32
 """Tokens over which a median is taken."""
@@ -33,7 +33,7 @@ Texts = Callable[[int, int], torch.Tensor]
 
 def trained_run(path: Path) -> tuple[str, LanguageModel, Texts]:
     """A model by its name, with beginnings of equal parts of its validation text."""
-    loaded = trained(path)
+    loaded = load(path)
     tokens = loaded.corpus.valid.tokens
 
     def text(rows: int, length: int) -> torch.Tensor:

@@ -14,8 +14,8 @@ import torch
 from machine import PICTURES, keep
 
 from equilibria import Anderson, Implicit, Method, Picard, Stop, Unroll
-from equilibria.recipes import RECIPES
-from equilibria.training import PeakMemory
+from equilibria.lm.recipes import RECIPES
+from equilibria.peak_memory import PeakMemory
 
 DEPTHS = (2, 4, 8, 16, 32, 64)
 
@@ -25,7 +25,7 @@ def peak(method: Method) -> int:
     torch.manual_seed(0)
     experiment = RECIPES["tiny"]()
     model = experiment.model.build(100, method=method)
-    tokens = torch.randint(100, (experiment.training.batch_size, experiment.training.segment_length))
+    tokens = torch.randint(100, (experiment.training.batches.batch_size, experiment.training.batches.segment_length))
     with torch.no_grad():
         memory = model(tokens, tokens).memory
     model(tokens, tokens, memory).nats.mean().backward()  # the gradients themselves are there from now on

@@ -29,13 +29,13 @@ from torch import Tensor
 from torchdeq import get_deq
 
 from equilibria import Anderson, Broyden, Cell, Implicit, Layer, LayerOutput, Method, Solver, Stop
-from equilibria.commands.loading import trained
 from equilibria.core.maps import as_map
-from equilibria.corpora import Segment, Segments
-from equilibria.language import LanguageModel
-from equilibria.language.modes import evaluating
 from equilibria.layers.layer import check_no_method
-from equilibria.training import PeakMemory
+from equilibria.lm.corpora import Segment, Segments
+from equilibria.lm.model import LanguageModel
+from equilibria.lm.model.modes import evaluating
+from equilibria.lm.runs.trained import load
+from equilibria.peak_memory import PeakMemory
 
 RTOL, LIMIT = 1e-3, 60
 SOLVERS: dict[str, Solver] = {"anderson": Anderson(window=6), "broyden": Broyden(rank=20)}
@@ -76,9 +76,11 @@ def measure(runs: list[Path], data: Path, rounds: int) -> list[dict[str, Any]]:
     """One row per run and solver."""
     rows = []
     for run in runs:
-        loaded = trained(run, data=None if run.name == "tiny" else data)
+        loaded = load(run, data=None if run.name == "tiny" else data)
         training, words = loaded.experiment.training, loaded.model.vocabulary_size
-        stream = Segments(loaded.corpus.train, batch_size=training.batch_size, length=training.segment_length)
+        stream = Segments(
+            loaded.corpus.train, batch_size=training.batches.batch_size, length=training.batches.segment_length
+        )
         with evaluating(loaded.model):
             memory = loaded.model(stream.at(0).tokens, stream.at(0).targets).memory
         segment = stream.at(1)

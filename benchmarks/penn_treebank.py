@@ -16,8 +16,8 @@ import torch
 from machine import PICTURES, keep
 
 from equilibria.__main__ import main as command
-from equilibria.commands.loading import trained
-from equilibria.training import evaluate
+from equilibria.lm.evaluation import evaluate
+from equilibria.lm.runs.trained import load
 
 FLAGS = {
     "--training.threads": 1,
@@ -37,7 +37,7 @@ def curve(run: Path) -> list[dict[str, object]]:
 
 def scores(run: Path) -> dict[str, object]:
     """The best checkpoint on whole streams, batch size 1."""
-    loaded = trained(run)
+    loaded = load(run)
     found = {}
     for split in ("valid", "test"):
         stream = getattr(loaded.corpus, split)

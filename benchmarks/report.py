@@ -20,8 +20,8 @@ from typing import Any
 
 from benchmarks.machine import keep
 
-from equilibria.recipes import tiny
-from equilibria.training.run import Run
+from equilibria.lm.recipes import tiny
+from equilibria.lm.runs.run import Run
 
 IMPORTS = "import torch, matplotlib.figure, matplotlib.backends.backend_agg, equilibria.commands.report"
 
@@ -69,7 +69,7 @@ def events(lines: int, every: int) -> Iterator[dict[str, Any]]:
     noise, steps = random.Random(0), 20 * lines
     corpus = {"name": "python_docs", "unit": "character", "vocabulary": 103, "train": 418472, "valid": 23247}
     yield {"event": "start", "step": 0, "parameters": 265575, "ranks": 1, "corpus": corpus, "device": "cpu"}
-    yield {"event": "yardstick", "step": 0, "rows": [{"label": "Witten–Bell order 1", "bits": 3.43}]}
+    yield {"event": "baseline", "step": 0, "rows": [{"label": "Witten–Bell order 1", "bits": 3.43}]}
     yield {"event": "stage", "step": 0, "stage": "shallow", "from": None}
     for line in range(1, lines):
         number, stage = 20 * line, "shallow" if 2 * line < lines else "implicit"

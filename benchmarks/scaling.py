@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 from equilibria import Anderson, Equilibrium, Implicit, Stop
 from equilibria.cells import TransformerCell, TransformerConfig
 from equilibria.layers.explicit import Stack, Unrolled
-from equilibria.recipes import RECIPES
-from equilibria.training import PeakMemory
-from equilibria.training.ranks import Ranks
+from equilibria.lm.ranks import Ranks
+from equilibria.lm.recipes import RECIPES
+from equilibria.peak_memory import PeakMemory
 
 GIB = 2**30
 LAYERS = 18
@@ -137,7 +137,7 @@ def single_device() -> dict[str, float]:
     networks = {"equilibrium": layer, "two": Unrolled(cell, 2), "four": Unrolled(cell, 4)}
     found = {}
     for rows in (1, 2):
-        x = torch.randn(rows, experiment.training.segment_length, config.width)
+        x = torch.randn(rows, experiment.training.batches.segment_length, config.width)
         memory = layer(x).memory
         found |= {(name, rows): peak(network, x, memory) for name, network in networks.items()}
     row = found["equilibrium", 2] - found["equilibrium", 1]

@@ -25,7 +25,7 @@ from torchdeq.solver.anderson import anderson_solver
 from torchdeq.solver.broyden import broyden_solver
 
 from equilibria import Anderson, Broyden, Solver, Stop, solve
-from equilibria.training import PeakMemory
+from equilibria.peak_memory import PeakMemory
 
 Run = Callable[[Any, Tensor, float], Tensor]
 """From f, the start and a relative tolerance to the point that is returned."""

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equilibria.corpora import Segment
-from equilibria.language import LanguageModel, LanguageOutput
-from equilibria.language.modes import evaluating
 from equilibria.layers.layer import LayerOutput
-from equilibria.training import PeakMemory
+from equilibria.lm.corpora import Segment
+from equilibria.lm.model import LanguageModel, LanguageOutput
+from equilibria.lm.model.modes import evaluating
+from equilibria.peak_memory import PeakMemory
 
 MIB = 2**20
 

@@ -17,8 +17,8 @@ import torch
 from machine import keep
 
 from equilibria import Anderson, Broyden, Implicit, Method, Neumann, NewtonKrylov, Shine, Stop
-from equilibria.commands.loading import trained
-from equilibria.corpora import Segments
+from equilibria.lm.corpora import Segments
+from equilibria.lm.runs.trained import load
 
 SOLVERS = (Anderson(), Broyden(), NewtonKrylov())
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -41,9 +41,9 @@ def gradient(model, segments, method: Method):
 def rows(run: Path):
     """One row per rule, solver and tolerance."""
     torch.set_num_threads(1)
-    loaded = trained(run)
+    loaded = load(run)
     model = loaded.model.train()
-    stream = Segments(loaded.corpus.valid, batch_size=8, length=loaded.experiment.training.segment_length)
+    stream = Segments(loaded.corpus.valid, batch_size=8, length=loaded.experiment.training.batches.segment_length)
     segments = (stream.at(20), stream.at(21))
     tight = Stop(rtol=1e-10, atol=0, max_evals=600)
     accurate = Method(Broyden(rank=200), tight, Implicit(Broyden(rank=200), tight))

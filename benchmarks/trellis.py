@@ -21,12 +21,24 @@ from steps import compare, table
 from torch import Tensor
 
 from equilibria import Anderson, Broyden, Implicit, Method, Picard, Solver, Stop, solve
-from equilibria.commands.loading import trained, with_data
-from equilibria.corpora import Segments
-from equilibria.language import Explicit, LanguageModel
-from equilibria.language.modes import evaluating
-from equilibria.recipes import ptb_trellis
-from equilibria.training import Experiment, Run, Stage, Trainer, Training, network_of
+from equilibria.lm.corpora import Segments
+from equilibria.lm.experiments import (
+    Batches,
+    Experiment,
+    Faults,
+    Logging,
+    Optimisation,
+    Stage,
+    Training,
+    Validation,
+    network_of,
+)
+from equilibria.lm.model import Explicit, LanguageModel
+from equilibria.lm.model.modes import evaluating
+from equilibria.lm.recipes import ptb_trellis
+from equilibria.lm.runs import Run
+from equilibria.lm.runs.trained import load, with_data
+from equilibria.lm.training import Trainer
 
 DEPTH = 60
 
@@ -40,17 +52,11 @@ def short(data: Path, *, shallow: int, implicit: int) -> Experiment:
         Stage("implicit", steps=implicit, method=Method(solver, stop, Implicit(solver, stop))),
     )
     training = Training(
-        batch_size=16,
-        segment_length=35,
-        optimiser="sgd",
-        learning_rate=20.0,
-        clip=0.225,
-        valid_every=50,
-        checkpoint_every=50,
-        valid_segments=4,
-        eval_batch_size=12,
-        spectral_radius=0,
-        measure_memory=False,
+        batches=Batches(batch_size=16, segment_length=35),
+        optimisation=Optimisation(optimiser="sgd", learning_rate=20.0, clip=0.225),
+        validation=Validation(valid_every=50, valid_segments=4, eval_batch_size=12),
+        faults=Faults(checkpoint_every=50),
+        log=Logging(spectral_radius=0, measure_memory=False),
     )
     return dataclasses.replace(whole, name="ptb-trellis-short", stages=stages, training=training)
 
@@ -102,11 +108,13 @@ def built(network: Network, config: Any, weights: dict[str, Tensor], stop: Stop,
 
 def measure(data: Path, run: Path, *, repeats: int, rtol: float) -> list[dict[str, Any]]:
     """All rows, the times interleaved over the networks."""
-    loaded = trained(run, data=data)
+    loaded = load(run, data=data)
     experiment, weights = with_data(ptb_trellis(), data), loaded.model.state_dict()
     words, stop = loaded.model.vocabulary_size, Stop(rtol=rtol, max_evals=120)
     training = experiment.training
-    batches = iter(Segments(loaded.corpus.train, batch_size=training.batch_size, length=training.segment_length))
+    batches = iter(
+        Segments(loaded.corpus.train, batch_size=training.batches.batch_size, length=training.batches.segment_length)
+    )
     past, segment = next(batches), next(batches)
     models = {network.name: built(network, experiment.model, weights, stop, words) for network in NETWORKS}
     with evaluating(loaded.model):
@@ -118,9 +126,11 @@ def measure(data: Path, run: Path, *, repeats: int, rtol: float) -> list[dict[st
 
 def starts(data: Path, run: Path, *, rtol: float) -> list[dict[str, Any]]:
     """Evaluations to the tolerance from other starts than zero, in evaluation mode."""
-    loaded = trained(run, data=data)
+    loaded = load(run, data=data)
     training, stop = ptb_trellis().training, Stop(rtol=rtol, max_evals=120)
-    batches = iter(Segments(loaded.corpus.train, batch_size=training.batch_size, length=training.segment_length))
+    batches = iter(
+        Segments(loaded.corpus.train, batch_size=training.batches.batch_size, length=training.batches.segment_length)
+    )
     past, segment = next(batches), next(batches)
     rows = []
     for recurrence in ("scan", "delayed"):

@@ -22,9 +22,9 @@ from machine import PICTURES, publish
 from matplotlib.figure import Figure
 
 from equilibria import Anderson, Broyden, Equilibrium, Implicit, Method, Picard, Solver, Stop
-from equilibria.commands.loading import trained
-from equilibria.corpora import Segments
-from equilibria.language.modes import evaluating
+from equilibria.lm.corpora import Segments
+from equilibria.lm.model.modes import evaluating
+from equilibria.lm.runs.trained import load
 
 SOLVERS: dict[str, Solver] = {
     "Picard()": Picard(),
@@ -43,7 +43,9 @@ BUDGET = 200
 def segments_of(loaded: Any, count: int) -> list[tuple[Any, Any]]:
     """Inputs x of the layer and the memories before them."""
     model, training = loaded.model, loaded.experiment.training
-    stream = Segments(loaded.corpus.valid, batch_size=training.batch_size, length=training.segment_length)
+    stream = Segments(
+        loaded.corpus.valid, batch_size=training.batches.batch_size, length=training.batches.segment_length
+    )
     found, memory = [], None
     with evaluating(model):
         for index in range(count + 1):
@@ -67,7 +69,7 @@ def measure(runs: list[Path], data: Path | None, segments: int) -> list[dict[str
     """One row per run, solver and tolerance."""
     rows = []
     for run in runs:
-        loaded = trained(run, data=data if run.name == "ptb" else None)
+        loaded = load(run, data=data if run.name == "ptb" else None)
         layer = loaded.model.layer
         assert isinstance(layer, Equilibrium)
         inputs = segments_of(loaded, segments)

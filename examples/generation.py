@@ -7,8 +7,8 @@ import torch
 
 from equilibria import Implicit, Method, Stop
 from equilibria.cells import TransformerConfig
-from equilibria.corpora import Segments, Stream, Vocabulary
-from equilibria.language import LanguageConfig
+from equilibria.lm.corpora import Segments, Stream, Vocabulary
+from equilibria.lm.model import LanguageConfig
 
 torch.manual_seed(0)
 text = "the fixed point of a map is where the map leaves it.\n" * 60

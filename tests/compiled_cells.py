@@ -26,8 +26,8 @@ from equilibria import (
 )
 from equilibria.cells import TransformerConfig, TrellisConfig
 from equilibria.core.capture import leaves_below
+from equilibria.lm.training import Trainer
 from equilibria.stability import jacobian_penalty, spectral_radius
-from equilibria.training import Trainer
 from small_experiment import corpus, experiment, trained_weights
 
 TIGHT, SHORT = Stop(rtol=1e-10, max_evals=80), Stop(rtol=0, atol=0, max_evals=5)

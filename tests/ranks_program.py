@@ -23,11 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import equilibria.core.gradient
 import equilibria.gradients.linearise
 import equilibria.gradients.unroll
-from equilibria.corpora import Corpus
-from equilibria.recipes import RECIPES
-from equilibria.training import Experiment, Run, Trainer
-from equilibria.training.ranks import Ranks
-from equilibria.training.trainer import TrainingInterrupted
+from equilibria.lm.corpora import Corpus
+from equilibria.lm.experiments import Experiment
+from equilibria.lm.ranks import Ranks
+from equilibria.lm.recipes import RECIPES
+from equilibria.lm.runs import Run
+from equilibria.lm.training import Trainer
+from equilibria.lm.training.trainer import TrainingInterrupted
 from small_experiment import corpus, experiment
 
 SOLVES = {"count": 0, "collectives outside": 0}
@@ -105,8 +107,8 @@ def chosen(recipe: str | None, parallel: Any) -> tuple[Experiment, Corpus]:
     if recipe is None:
         return experiment(parallel=parallel), corpus()
     value = RECIPES[recipe]()
-    quick = {"log_every": 1, "valid_segments": 4, "yardstick": False, "measure_memory": False, "spectral_radius": 0}
-    training = dataclasses.replace(value.training, **quick, parallel=parallel, threads=1)
+    quick = {"log_every": 1, "valid_segments": 4, "baseline": False, "measure_memory": False, "spectral_radius": 0}
+    training = value.training.changed(**quick, parallel=parallel, threads=1)
     first, *others = value.stages
     value = dataclasses.replace(value, stages=(dataclasses.replace(first, steps=20), *others), training=training)
     return value, value.corpus.load()

@@ -8,12 +8,14 @@ import torch
 
 from equilibria.cells import TransformerConfig
 from equilibria.core.stop import Stop
-from equilibria.corpora import Corpus, Stream, Vocabulary
 from equilibria.fixed_point import Method
 from equilibria.gradients import Implicit, Unroll
-from equilibria.language import LanguageConfig
+from equilibria.lm.corpora import Corpus, PythonDocs, Stream, Vocabulary
+from equilibria.lm.experiments import Experiment, Stage, Training
+from equilibria.lm.model import LanguageConfig
+from equilibria.lm.runs import Run
+from equilibria.lm.training import Trainer
 from equilibria.solvers import Anderson, Picard
-from equilibria.training import Experiment, PythonDocs, Run, Stage, Trainer, Training
 
 TEXT = "the fixed point of a map is where the map leaves it; " * 30
 SOLVER, STOP = Anderson(window=3), Stop(rtol=1e-2, max_evals=8)
@@ -62,7 +64,7 @@ def experiment(**training) -> Experiment:
                 penalty_share=0.5,
             ),
         ),
-        training=Training(**(numbers | training)),
+        training=Training().changed(**(numbers | training)),
     )
 
 

@@ -9,9 +9,9 @@ from equilibria.__main__ import main
 RECIPE = '''
 from equilibria import Anderson, Implicit, Method, Picard, Stop, Unroll
 from equilibria.cells import TransformerConfig
-from equilibria.language import LanguageConfig
-from equilibria.training.experiment import Experiment, Stage, Training
-from equilibria.training.sources import TextFolder
+from equilibria.lm.corpora import TextFolder
+from equilibria.lm.experiments import Experiment, Stage, Training
+from equilibria.lm.model import LanguageConfig
 
 
 def small() -> Experiment:
@@ -26,8 +26,10 @@ def small() -> Experiment:
             Stage("shallow", 3, Method(Picard(), Stop(rtol=0, atol=0, max_evals=3, best=False), Unroll())),
             Stage("implicit", 5, Method(Anderson(), Stop(rtol=1e-2), Implicit(stop=Stop(rtol=1e-2)))),
         ),
-        training=Training(batch_size=2, segment_length=8, log_every=1, valid_every=4, checkpoint_every=2, threads=1,
-                          valid_segments=3, spectral_radius=3, memory_depths=(2, 4)),
+        training=Training().changed(
+            batch_size=2, segment_length=8, log_every=1, valid_every=4, checkpoint_every=2, threads=1,
+            valid_segments=3, spectral_radius=3, memory_depths=(2, 4),
+        ),
     )
 
 

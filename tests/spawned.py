@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from equilibria import Anderson, Cell, Equilibrium, Implicit, Prepared, Stop
 from equilibria.commands.errors import explain
-from equilibria.training.ranks import Ranks
+from equilibria.lm.ranks import Ranks
 
 TIGHT = Stop(rtol=1e-12, atol=1e-13, max_evals=200)
 

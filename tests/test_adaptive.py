@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from equilibria.language import (
+from equilibria.lm.model import (
     AdaptiveConfig,
     AdaptiveHead,
     Embedding,
@@ -17,7 +17,7 @@ from equilibria.language import (
     TiedAdaptiveHead,
     UntiedAdaptiveHead,
 )
-from equilibria.language.embeddings import dropped
+from equilibria.lm.model.embedding import dropped
 
 V, D, B, T = 23, 12, 3, 7
 CONFIGS = {

@@ -13,8 +13,8 @@ from equilibria import Anderson, Implicit, Method, NewtonKrylov, Stop, take_rows
 from equilibria.cells import ChainConfig, TransformerCell, TransformerConfig, TrellisCache, TrellisCell, TrellisConfig
 from equilibria.cells.transformer.positions import RelativePositions
 from equilibria.core.trees import tensors_in
-from equilibria.language import Explicit, LanguageConfig, generate, stream
 from equilibria.layers.cell import CellMap, Prepared
+from equilibria.lm.model import Explicit, LanguageConfig, generate, stream
 from equilibria.stability import spectral_radius
 
 V = 13

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from equilibria.training import checkpoint
-from equilibria.training.checkpoint import Checkpoint, CheckpointError
+from equilibria.lm.runs import checkpoint
+from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError
 
 
 def made(step: int = 5, **state) -> Checkpoint:

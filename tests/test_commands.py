@@ -15,9 +15,8 @@ import torch
 from equilibria.__main__ import main
 from equilibria.commands import arguments, errors, prepare, train
 from equilibria.commands.recipe import experiment_of
-from equilibria.corpora import PENN_TREEBANK_CHARACTER_COUNTS
-from equilibria.training import WikiText2, WikiText103, checkpoint
-from equilibria.training.sources import CATALOGUE
+from equilibria.lm.corpora import CATALOGUE, PENN_TREEBANK_CHARACTER_COUNTS, WikiText2, WikiText103
+from equilibria.lm.runs import checkpoint
 from small_run import fails, furnish
 
 
@@ -57,17 +56,17 @@ def test_every_verb_explains_itself(capsys, verb):
         ("train tniy --out tiny", "There is no recipe 'tniy'; did you mean tiny?"),
         ("train --out tiny tniy", "There is no recipe 'tniy'; did you mean tiny?"),
         ("train tiny --resume --overwrite", "give one of the two."),
-        ("train tiny --learning-rte 3", "There is no flag --learning-rte; did you mean --training.learning-rate?"),
-        ("train tiny --training.batch-sise=3", "did you mean --training.batch-size?"),
+        ("train tiny --learning-rte 3", "There is no flag --learning-rte; did you mean --learning-rate?"),
+        ("train tiny --training.batch-sise=3", "did you mean --batch-size?"),
         ("train tiny --steps 3", "--steps could be --stages.0.steps, --stages.1.steps; give the full name."),
-        ("train tiny --batch-size x", "--training.batch-size takes a whole number, and 'x' is none."),
-        ("train tiny --learning-rate x", "--training.learning-rate takes a number, and 'x' is none."),
-        ("train tiny --batch-size 0", "Training(batch_size=0): it must be at least 1."),
-        ("train tiny --batch-size", "--training.batch-size needs a value after it."),
+        ("train tiny --batch-size x", "--batch-size takes a whole number, and 'x' is none."),
+        ("train tiny --learning-rate x", "--learning-rate takes a number, and 'x' is none."),
+        ("train tiny --batch-size 0", "Batches(batch_size=0): it must be at least 1."),
+        ("train tiny --batch-size", "--batch-size needs a value after it."),
         ("train tiny --training.betas 1", "--training.betas needs 2 values after it."),
         (
             "train tiny --optimiser adamm",
-            "--training.optimiser is one of adam, adamw, sgd, asgd, and not 'adamm'; did you mean adam",
+            "--optimiser is one of adam, adamw, sgd, asgd, and not 'adamm'; did you mean adam",
         ),
         (
             "train tiny --stages.1.method.solver.history-dtype bfloat61",
@@ -242,6 +241,6 @@ def test_the_dtype_of_a_history_is_a_flag(dtype):
 def test_flags_are_those_of_the_tree_of_dataclasses(place):
     known = arguments.flags(train.Options(experiment=experiment_of("recipe.py:small")))
     assert known["--stages.1.method.stop.rtol"] == 1e-2
-    assert known["--training.memory-depths"] == (2, 4)
+    assert known["--training.log.memory-depths"] == (2, 4)
     assert "--out" in known
     assert not any(flag.startswith("--experiment") for flag in known)

@@ -15,16 +15,18 @@ import torch
 
 from equilibria.__main__ import main
 from equilibria.cells import ChainConfig
-from equilibria.commands import report, summary, train
+from equilibria.commands import report, train
 from equilibria.commands.errors import explain
-from equilibria.commands.loading import trained as trained_model
-from equilibria.commands.loading import with_data, with_memory
 from equilibria.commands.recipe import experiment_of
-from equilibria.commands.record import read
-from equilibria.recipes import RECIPES
-from equilibria.training import Run, checkpoint, evaluate
-from equilibria.training.checkpoint import CheckpointError
-from equilibria.training.trainer import NotFinite, Trainer, TrainingInterrupted, TrainingStopped
+from equilibria.lm.evaluation import evaluate
+from equilibria.lm.recipes import RECIPES
+from equilibria.lm.report import summary
+from equilibria.lm.report.record import read
+from equilibria.lm.runs import Run, checkpoint
+from equilibria.lm.runs.checkpoint import CheckpointError
+from equilibria.lm.runs.trained import load as trained_model
+from equilibria.lm.runs.trained import with_data, with_memory
+from equilibria.lm.training import NotFinite, Trainer, TrainingInterrupted, TrainingStopped
 from small_run import fails, furnish
 
 
@@ -134,9 +136,9 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_weights(run
 
 def test_resume_refuses_other_settings_and_other_experiments(run, capsys):
     words = ["train", "recipe.py:small", "--out", "runs/small", "--resume"]
-    assert "training.batch_size = 2" in fails(capsys, *words, "--batch-size", "3", code=1)
+    assert "training.batches.batch_size = 2" in fails(capsys, *words, "--batch-size", "3", code=1)
     assert main([*words, "--log-every", "4", "--quiet"]) == 0
-    assert Run(run).experiment().training.log_every == 4
+    assert Run(run).experiment().training.log.log_every == 4
     assert "is a run of 'small'" in fails(capsys, "train", "tiny", "--out", "runs/small", "--resume")
 
 
@@ -201,7 +203,7 @@ def test_where_two_stages_meet_the_checkpoint_is_of_the_second(place):
 
 
 def test_what_a_run_is_written_in_has_a_number(run):
-    assert json.loads((run / "experiment.json").read_text())["format"] == 2
+    assert json.loads((run / "experiment.json").read_text())["format"] == 3
     assert "format" not in Run(run).stored()
 
 
@@ -217,7 +219,7 @@ VERBS = {
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize(
     ("written", "author"),
-    [(None, "version 0.1"), (3, "another version (its format is 3)"), ("2", "another version (its format is '2')")],
+    [(None, "version 0.1"), (2, "another version (its format is 2)"), ("3", "another version (its format is '3')")],
 )
 def test_a_run_of_another_version_is_refused_in_one_sentence_and_loses_nothing(run, capsys, verb, written, author):
     described = json.loads((run / "experiment.json").read_text())
@@ -271,7 +273,7 @@ def test_a_run_from_another_machine_uses_the_device_that_is_there(run):
     stored = json.loads((run / "experiment.json").read_text())
     stored["training"]["device"] = "cuda:99"
     (run / "experiment.json").write_text(json.dumps(stored))
-    assert trained_model(run).experiment.training.device == "cuda:99"
+    assert trained_model(run).experiment.training.devices.device == "cuda:99"
 
 
 def test_evaluate_finds_a_corpus_that_has_moved(run, place, capsys):
@@ -454,14 +456,14 @@ def test_an_interrupted_twin_says_how_to_go_on(place, capsys, monkeypatch):
 
 RECURRENT = """
 import dataclasses
-from equilibria.language import RecurrentConfig
+from equilibria.lm.model import RecurrentConfig
 from recipe import small
 
 
 def gru():
     value = small()
     stages = tuple(dataclasses.replace(stage, method=None) for stage in value.stages)
-    training = dataclasses.replace(value.training, spectral_radius=0)
+    training = value.training.changed(spectral_radius=0)
     model = RecurrentConfig(network="gru", hidden=5)
     return dataclasses.replace(value, name="gru", model=model, stages=stages, training=training)
 """

@@ -15,8 +15,8 @@ TRELLIS = '''
 import dataclasses
 
 from equilibria.cells import TrellisConfig
-from equilibria.language import Explicit, ExtraLosses, LanguageConfig
-from equilibria.training import Milestones
+from equilibria.lm.model import Explicit, ExtraLosses, LanguageConfig
+from equilibria.lm.experiments import Milestones
 
 CELL = TrellisConfig(4, 3, 4, std=0.5)
 
@@ -30,7 +30,7 @@ def deep():
     """Its explicit network, in segments with an effective history."""
     explicit, losses = Explicit(4, auxiliary_every=2), ExtraLosses(auxiliary=0.1)
     model = LanguageConfig(cell=CELL, std=1.0, explicit=explicit, losses=losses)
-    training = dataclasses.replace(small().training, overlap=3, decay=Milestones(steps=(2, 3)))
+    training = small().training.changed(overlap=3, decay=Milestones(steps=(2, 3)))
     stages = (Stage("explicit", steps=4),)
     return dataclasses.replace(small(), name="deep", model=model, stages=stages, training=training)
 '''

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equilibria.corpora import (
+from equilibria.lm.corpora import (
     PENN_TREEBANK_CHARACTER_COUNTS,
     PENN_TREEBANK_COUNTS,
     SYMBOLS,

@@ -10,11 +10,13 @@ import torch
 
 from equilibria import Anderson, Implicit, Method, Stop
 from equilibria.cells import ChainConfig, TransformerConfig, TrellisConfig
-from equilibria.language import Explicit, LanguageConfig, RecurrentConfig
 from equilibria.layers.cell import Cell
 from equilibria.layers.equilibrium import Equilibrium
-from equilibria.training import Experiment, Stage, Trainer, evaluate, explicit, from_json, to_json
-from equilibria.training.comparison import network_of
+from equilibria.lm.evaluation import evaluate
+from equilibria.lm.experiments import Experiment, Stage, explicit, from_json, to_json
+from equilibria.lm.experiments.stage import network_of
+from equilibria.lm.model import Explicit, LanguageConfig, RecurrentConfig
+from equilibria.lm.training import Trainer
 from small_experiment import Killed, corpus, experiment, finished, kill_at, same_bits, without_times
 
 WAYS = pytest.mark.parametrize(
@@ -41,7 +43,10 @@ def test_the_twin_is_one_stage_of_as_many_steps_without_what_needs_a_fixed_point
     assert (stage.method, stage.eval_stop, stage.warm) == (None, None, False)
     assert twin.model.explicit == Explicit(depth=5)
     assert (twin.corpus, twin.model.cell) == (value.corpus, value.model.cell)
-    assert (twin.training.learning_rate, twin.training.spectral_radius) == (value.training.learning_rate, 0)
+    assert (twin.training.optimisation.learning_rate, twin.training.log.spectral_radius) == (
+        value.training.optimisation.learning_rate,
+        0,
+    )
     assert explicit(value, 5, tied=False).name == "small-5-layers-untied"
 
 

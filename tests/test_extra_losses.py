@@ -8,7 +8,7 @@ import torch
 from equilibria import Anderson, Implicit, Layer, LayerOutput, Method, Stop
 from equilibria.cells import TransformerConfig, TrellisConfig
 from equilibria.core.maps import as_map
-from equilibria.language import (
+from equilibria.lm.model import (
     AdaptiveConfig,
     Embedding,
     Explicit,

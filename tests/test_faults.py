@@ -14,15 +14,16 @@ import torch
 
 from equilibria.__main__ import main
 from equilibria.commands.errors import LOST
-from equilibria.training import Run, Trainer, checkpoint
-from equilibria.training.checkpoint import CheckpointError
-from equilibria.training.folder import locked
-from equilibria.training.trainer import TrainingInterrupted
+from equilibria.lm.runs import Run, checkpoint
+from equilibria.lm.runs.checkpoint import CheckpointError
+from equilibria.lm.runs.folder import locked
+from equilibria.lm.training import Trainer
+from equilibria.lm.training.trainer import TrainingInterrupted
 from small_experiment import corpus, experiment, finished, same_bits, trained_weights
 from small_run import fails, furnish
 from spawned import waiting
 
-WORDS = ["tiny", "--training.threads", "1", "--training.yardstick", "False", "--training.checkpoint-every", "1000"]
+WORDS = ["tiny", "--training.threads", "1", "--training.baseline", "False", "--training.checkpoint-every", "1000"]
 WORDS += ["--training.log-every", "1", "--quiet"]
 
 

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from equilibria.commands.main import run as command
-from equilibria.recipes import RECIPES
-from equilibria.training import checkpoint
+from equilibria.lm.recipes import RECIPES
+from equilibria.lm.runs import checkpoint
 from small_run import furnish
 
 CASES = int(os.environ.get("EQUILIBRIA_FUZZ", "25"))
@@ -260,7 +260,7 @@ def test_folders_of_strangers(place, data):
         if kind == "pipe":
             os.mkfifo(at)
         elif kind == "file":
-            at.write_text(data.draw(st.sampled_from(["mine", "{}", "[1]", '{"format": 2, "kind": "Experiment"}'])))
+            at.write_text(data.draw(st.sampled_from(["mine", "{}", "[1]", '{"format": 3, "kind": "Experiment"}'])))
         elif kind == "folder":
             at.mkdir()
         else:

@@ -7,8 +7,8 @@ import torch
 
 from equilibria import Anderson, Implicit, Method, Stop
 from equilibria.cells import TransformerConfig
-from equilibria.language import LanguageConfig, generate, stream
-from equilibria.language.generate import likeliest
+from equilibria.lm.model import LanguageConfig, generate, stream
+from equilibria.lm.model.generate import likeliest
 
 V, B = 13, 3
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from equilibria import Anderson, Equilibrium, Implicit, Method, Picard, Stack, Stop, Unroll
 from equilibria.cells import TransformerConfig, TrellisConfig
-from equilibria.language import (
+from equilibria.lm.model import (
     AdaptiveConfig,
     Embedding,
     Explicit,

@@ -9,9 +9,10 @@ from torch import nn
 from equilibria import Anderson, Implicit, Method, Stop
 from equilibria.cells import TransformerConfig
 from equilibria.gradients import Unroll
-from equilibria.language import LanguageConfig
-from equilibria.training import PeakMemory, Trainer, memory_comparison
-from equilibria.training.comparison import network_of
+from equilibria.lm.experiments.stage import network_of
+from equilibria.lm.model import LanguageConfig
+from equilibria.lm.training import Trainer, memory_comparison
+from equilibria.peak_memory import PeakMemory
 from small_experiment import corpus, experiment, with_stage
 
 # Small models with random weights are solved here, and whether their solves converge is not the subject.
@@ -144,7 +145,7 @@ def test_the_comparison_solves_as_a_step_of_the_stage_would(warm):
 
 
 def segment_of(tokens):
-    from equilibria.corpora import Segment
+    from equilibria.lm.corpora import Segment
 
     return Segment(tokens=tokens, targets=tokens, fresh=True, epoch=0, index=0, position=0)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from equilibria.cells import TrellisConfig
-from equilibria.language import Embedding, LanguageConfig, MixtureConfig, MixtureHead, SoftmaxHead
+from equilibria.lm.model import Embedding, LanguageConfig, MixtureConfig, MixtureHead, SoftmaxHead
 
 V, D, O, K, B, T = 23, 6, 4, 3, 2, 5
 

@@ -9,16 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from equilibria.training import Milestones, NonMonotone, Run, Trainer, evaluate
-from equilibria.training.decay import Validated
-from equilibria.training.optimiser import (
+from equilibria.lm.evaluation import evaluate
+from equilibria.lm.experiments import Milestones, NonMonotone
+from equilibria.lm.experiments.decay import Validated
+from equilibria.lm.runs import Run
+from equilibria.lm.runs.weights import load_weights
+from equilibria.lm.training import Trainer
+from equilibria.lm.training.optimiser import (
     averaged,
     build_optimiser,
-    leave_behind,
     note_validation,
+    restart_averages,
     set_learning_rate,
 )
-from equilibria.training.snapshot import load_weights
 from small_experiment import corpus, experiment, same_bits, trained_weights
 
 WINDOW = NonMonotone(window=1, divide=4.0, floor=0.0)
@@ -31,7 +34,7 @@ class Descent:
         torch.manual_seed(0)
         self.experiment = experiment(**({"warmup": 0, "learning_rate": 0.5} | training))
         self.model = nn.Linear(3, 2)
-        self.optimiser = build_optimiser(self.model, self.experiment.training)
+        self.optimiser = build_optimiser(self.model, self.experiment.training.optimisation)
         self.validated, self.done, self.iterates = Validated(), 0, []
 
     def step(self) -> float:
@@ -103,7 +106,7 @@ def test_a_rate_holds_in_the_step_that_it_is_set_for():
     descent = Descent(optimiser="asgd", decay=WINDOW)
     descent.step()
     for rate in (0.25, 0.0):
-        changed = dataclasses.replace(descent.experiment.training, learning_rate=rate or 1e-30)
+        changed = descent.experiment.training.changed(learning_rate=rate or 1e-30)
         descent.experiment = dataclasses.replace(descent.experiment, training=changed)
         before, twin = descent.weights(), copy.deepcopy(descent.model)
         descent.step()
@@ -143,7 +146,7 @@ def test_a_second_trigger_does_not_begin_anew_and_a_change_of_the_model_does():
     descent.validate(3.0)
     assert descent.validated.divisions == 2
     assert same(descent.averages(), before)
-    descent.validated = leave_behind(descent.optimiser, descent.validated)
+    descent.validated = restart_averages(descent.optimiser, descent.validated)
     assert descent.validated.losses == ()
     assert same(descent.averages(), descent.weights())
     descent.step()
@@ -187,7 +190,7 @@ def scored(monkeypatch, *losses):
         weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return dataclasses.replace(evaluate(model, *given, **chosen), nats_per_token=next(remaining))
 
-    monkeypatch.setattr("equilibria.training.trainer.evaluate", fake)
+    monkeypatch.setattr("equilibria.lm.training.validation.evaluate", fake)
     return weights
 
 
@@ -232,7 +235,7 @@ def test_averages_are_validated_kept_and_used_and_training_goes_on_with_the_weig
     scored(monkeypatch, *losses)
     plain, _ = fitted(experiment(optimiser="sgd", decay=Milestones(steps=(100,)), **sgd))
     assert same_bits(trained_weights(trainer), trained_weights(plain))
-    with trainer.averaged() as averaging:
+    with averaged(trainer.optimiser) as averaging:
         averages = trained_weights(trainer)
     assert averaging
     assert not same_bits(averages, trained_weights(trainer))

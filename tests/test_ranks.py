@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 
 from equilibria.layers.dropout import BatchSlice, batch_draw
-from equilibria.training import Trainer
-from equilibria.training.checkpoint import verify
-from equilibria.training.decay import NonMonotone
-from equilibria.training.pieces import pieces_in
-from equilibria.training.ranks import Ranks
+from equilibria.lm.experiments.decay import NonMonotone
+from equilibria.lm.ranks import Ranks
+from equilibria.lm.runs.checkpoint import verify
+from equilibria.lm.runs.pieces import pieces_in
+from equilibria.lm.training import Trainer
 from small_experiment import corpus, experiment, trained_weights
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -83,7 +83,7 @@ def test_the_curve_is_that_of_one_process(alone, tmp_path, parallel, processes):
 def test_in_float32_two_ranks_are_to_the_bit_one_process_with_two_parts(tmp_path):
     """An untrained cell makes 1e-3 of a last bit in 30 implicit steps, so that 50 steps at once prove nothing there."""
     flags = "--training.warmup 20 --stages.0.steps 20 --stages.1.steps 30 --training.log-every 1 --training.threads 1"
-    quick = "--training.valid-segments 4 --training.yardstick False --training.measure-memory False --quiet"
+    quick = "--training.valid-segments 4 --training.baseline False --training.measure-memory False --quiet"
     words = [*flags.split(), *quick.split(), "--training.spectral-radius", "0"]
     train(tmp_path / "ranks", *words, "--training.parallel", "ddp", processes=2)
     train(tmp_path / "parts", *words, "--training.accumulate", "2")
@@ -206,9 +206,13 @@ def side_by_side(commands, *, port=None, limit=120):
 @pytest.mark.parametrize(
     ("flag", "values", "said"),
     [
-        ("--training.learning-rate", ("1e-3", "2e-3"), "training.learning_rate = 0.002 and rank 0 has 0.001"),
+        (
+            "--training.learning-rate",
+            ("1e-3", "2e-3"),
+            "training.optimisation.learning_rate = 0.002 and rank 0 has 0.001",
+        ),
         ("--training.seed", ("1", "2"), "training.seed = 2 and rank 0 has 1"),
-        ("--training.batch-size", ("8", "16"), "training.batch_size = 16 and rank 0 has 8"),
+        ("--training.batch-size", ("8", "16"), "training.batches.batch_size = 16 and rank 0 has 8"),
         ("--model.cell.width", ("96", "64"), "model.cell.width = 64 and rank 0 has 96"),
     ],
 )
@@ -232,7 +236,8 @@ def test_ranks_with_different_texts_say_so(tmp_path):
     words = ["-m", "equilibria", "train", "ptb", "--out", str(tmp_path / "run"), "--training.parallel", "ddp"]
     recipe = tmp_path / "mine.py"
     recipe.write_text(
-        "import dataclasses\nfrom equilibria.recipes import RECIPES\nfrom equilibria.training import TextFolder\n\n\n"
+        "import dataclasses\nfrom equilibria.lm.recipes import RECIPES\n"
+        "from equilibria.lm.corpora import TextFolder\n\n\n"
         "def mine():\n    return dataclasses.replace(RECIPES['tiny'](), corpus=TextFolder(unit='character'))\n"
     )
     words[3] = f"{recipe}:mine"

@@ -7,8 +7,10 @@ import torch
 
 from equilibria.cells import ChainConfig
 from equilibria.gradients import Implicit
-from equilibria.recipes import RECIPES
-from equilibria.training import Trainer, WikiText103, from_json, to_json
+from equilibria.lm.corpora import WikiText103
+from equilibria.lm.experiments import from_json, to_json
+from equilibria.lm.recipes import RECIPES
+from equilibria.lm.training import Trainer
 from small_experiment import corpus, trained_weights
 
 WIKITEXT = [name for name in RECIPES if name.startswith("wikitext103") and "trellis" not in name]
@@ -150,15 +152,19 @@ def numbers(value):
         "weight norm": (cell.weight_norm, cell.init),
         "dropouts": (cell.dropout, cell.attention_dropout),
         "adaptive": (model.adaptive.cutoffs, model.adaptive.division),
-        "learning rate": (training.optimiser, training.learning_rate, training.final_learning_rate),
-        "warm-up, steps": (training.warmup, value.total_steps),
+        "learning rate": (
+            training.optimisation.optimiser,
+            training.optimisation.learning_rate,
+            training.optimisation.final_learning_rate,
+        ),
+        "warm-up, steps": (training.optimisation.warmup, value.total_steps),
         "pre-training": None if shallow is None else (shallow.steps, shallow.method.stop.max_evals - 1),
-        "segment, memory": (training.segment_length, cell.memory),
-        "batch, clip": (training.batch_size, training.clip),
+        "segment, memory": (training.batches.segment_length, cell.memory),
+        "batch, clip": (training.batches.batch_size, training.optimisation.clip),
         "forward": solve_of(last.method),
         "backward": solve_of(gradient) if isinstance(gradient, Implicit) else str(gradient),
         "penalty": (later.penalty, last.penalty_share, growth(value), last.budget_jitter),
-        "evaluation": (training.eval_segment_length, training.eval_batch_size),
+        "evaluation": (training.validation.eval_segment_length, training.validation.eval_batch_size),
     }
 
 
@@ -178,7 +184,11 @@ def test_the_numbers_are_the_published_ones(name):
     assert value.corpus == WikiText103()
     assert value.model.tied
     assert value.model.output_dropout == "token"
-    assert (value.model.std, value.training.betas, value.training.weight_decay) == (0.01, (0.9, 0.999), 0.0)
+    assert (value.model.std, value.training.optimisation.betas, value.training.optimisation.weight_decay) == (
+        0.01,
+        (0.9, 0.999),
+        0.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,8 +221,7 @@ def shrunk(name):
     adaptive = dataclasses.replace(
         value.model.adaptive, cutoffs=(5, 10, 15), division=min(value.model.adaptive.division, 2)
     )
-    training = dataclasses.replace(
-        value.training,
+    training = value.training.changed(
         batch_size=4,
         segment_length=10,
         warmup=1,

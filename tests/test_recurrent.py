@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from equilibria import Method, take_rows
-from equilibria.language import LanguageConfig, RecurrentConfig
-from equilibria.recipes.copying import copying
-from equilibria.recipes.copying_recurrent import copying_gru, copying_lstm
-from equilibria.training import Stage, Trainer, evaluate, from_json, to_json
-from equilibria.training.evaluation import jacobian_radius
+from equilibria.lm.evaluation import evaluate, jacobian_radius
+from equilibria.lm.experiments import Stage, from_json, to_json
+from equilibria.lm.model import LanguageConfig, RecurrentConfig
+from equilibria.lm.recipes.copying import copying
+from equilibria.lm.recipes.copying_recurrent import copying_gru, copying_lstm
+from equilibria.lm.training import Trainer
 from small_experiment import Killed, corpus, experiment, finished, kill_at, same_bits, without_times
 
 V, B, T = 10, 3, 6
@@ -157,8 +158,12 @@ def test_the_recipes_are_copying_with_another_model():
     whole = copying()
     for value in (copying_lstm(), copying_gru()):
         assert value.corpus == whole.corpus
-        assert (value.training.optimiser, value.training.learning_rate, value.training.clip) == ("adam", 1e-3, 1.0)
+        assert (
+            value.training.optimisation.optimiser,
+            value.training.optimisation.learning_rate,
+            value.training.optimisation.clip,
+        ) == ("adam", 1e-3, 1.0)
         assert not isinstance(value.model, LanguageConfig)
         names = ("learning_rate", "spectral_radius", "valid_every")
         same = {name: getattr(whole.training, name) for name in names}
-        assert dataclasses.replace(value.training, **same) == whole.training
+        assert value.training.changed(**same) == whole.training

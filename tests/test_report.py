@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from equilibria.commands import curve as curve_module
-from equilibria.commands import figures, formats, page, report, summary
-from equilibria.commands.errors import UsageError
-from equilibria.commands.record import read
-from equilibria.training import metrics
-from equilibria.training.files import ForeignFileError
+from equilibria.commands import report
+from equilibria.errors import UsageError
+from equilibria.lm.report import curve as curve_module
+from equilibria.lm.report import figures, formats, page, summary
+from equilibria.lm.report.record import read
+from equilibria.lm.runs import events as log
+from equilibria.lm.runs.files import ForeignFileError
 
 NAMES = ["loss", "evaluations", "residual", "converged", "spectral_radius", "memory"]
 
@@ -42,7 +43,11 @@ def experiment(**changes: Any) -> dict[str, Any]:
         "corpus": {"kind": "PythonDocs"},
         "model": {"kind": "LanguageConfig", "cell": {"kind": "TransformerConfig", "width": 32}, "tied": True},
         "stages": [stage("shallow", rtol=0.0), stage("implicit", rtol=1e-2)],
-        "training": {"kind": "Training", "batch_size": 8, "betas": [0.9, 0.99], "clip": None},
+        "training": {
+            "kind": "Training",
+            "batches": {"kind": "Batches", "batch_size": 8},
+            "optimisation": {"kind": "Optimisation", "betas": [0.9, 0.99], "clip": None},
+        },
         **changes,
     }
 
@@ -78,7 +83,7 @@ def events() -> list[dict[str, Any]]:
     unrolled = [{"label": "unrolled", "depth": depth, "peak_bytes": depth << 20} for depth in (8, 16, 32, 64)]
     equilibrium = {"label": "equilibrium", "depth": None, "peak_bytes": 5 << 20, "evals": 14}
     return [
-        {"event": "yardstick", "step": 0, "rows": orders},
+        {"event": "baseline", "step": 0, "rows": orders},
         {"event": "stage", "step": 0, "stage": "shallow", "from": None},
         *map(step, range(1, 51)),
         valid(50, 1.2),
@@ -95,7 +100,7 @@ def events() -> list[dict[str, Any]]:
 
 def write(path: Path, lines: list[dict[str, Any]], *, tail: str = "", **changes: Any) -> Path:
     path.mkdir(parents=True)
-    described = {"format": 2, **experiment(**changes)}
+    described = {"format": 3, **experiment(**changes)}
     (path / "experiment.json").write_text(json.dumps(described), encoding="utf-8")
     text = "".join(json.dumps(line) + "\n" for line in lines) + tail
     (path / "metrics.jsonl").write_text(text, encoding="utf-8")
@@ -125,7 +130,7 @@ def test_the_summary_says_what_was_measured(tmp_path):
     rows = {row.label: row for row in summary.rows(read(write(tmp_path / "run", events())))}
     assert rows["Validation"].value == "2.020 bits per character"  # the best of the last stage, not of the first
     assert (
-        rows["Yardstick"].beside.replace(summary.NBSP, " ") == "order 1 3.50, order 2 3.00, order 3 2.50, order 4 2.00"
+        rows["Baseline"].beside.replace(summary.NBSP, " ") == "order 1 3.50, order 2 3.00, order 3 2.50, order 4 2.00"
     )
     assert rows["Forward solve"].value == "14.0 evaluations"
     assert "90.0 % of samples converged" in rows["Backward solve"].beside
@@ -373,12 +378,12 @@ def test_a_log_is_cut_line_by_line(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in long_events(5_000)))
     tracemalloc.start()
     try:
-        metrics.cut(file, 4_000)
+        log.cut(file, 4_000)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 1 << 20
-    assert [line["step"] for line in metrics.read(file)] == list(range(1, 4_001))
+    assert [line["step"] for line in log.read(file)] == list(range(1, 4_001))
 
 
 def curve_of(values: list[float], *, borders: tuple[int, ...] = ()) -> curve_module.Curve:
@@ -529,8 +534,8 @@ def test_a_report_folder_elsewhere_is_refused(tmp_path):
 @needs_links
 def test_a_log_that_is_a_link_or_a_pipe_is_refused(tmp_path):
     run = write(tmp_path / "run", events())
-    log = (run / "metrics.jsonl").rename(tmp_path / "log")
-    (run / "metrics.jsonl").symlink_to(log)
+    moved = (run / "metrics.jsonl").rename(tmp_path / "log")
+    (run / "metrics.jsonl").symlink_to(moved)
     with pytest.raises(ForeignFileError, match="is a symbolic link"):
         read(run)
     (run / "metrics.jsonl").unlink()
@@ -538,7 +543,7 @@ def test_a_log_that_is_a_link_or_a_pipe_is_refused(tmp_path):
     with pytest.raises(ForeignFileError, match="wait for ever"):
         read(run)
     with pytest.raises(ForeignFileError, match="wait for ever"):
-        metrics.cut(run / "metrics.jsonl", 3)
+        log.cut(run / "metrics.jsonl", 3)
 
 
 @needs_links
@@ -546,7 +551,7 @@ def test_nothing_is_written_through_a_link_beside_the_log(tmp_path):
     run, outside = write(tmp_path / "run", events()), tmp_path / "outside"
     outside.write_text("mine")
     (run / ".metrics.jsonl.new").symlink_to(outside)
-    metrics.cut(run / "metrics.jsonl", 3)
+    log.cut(run / "metrics.jsonl", 3)
     assert outside.read_text() == "mine"
     assert read(run).step == 3
 
@@ -564,7 +569,7 @@ def test_weights_that_are_a_pipe_are_not_waited_for(tmp_path):
 def test_names_are_no_formulas(tmp_path, name):
     lines = [{**event, "stage": name} if "stage" in event else event for event in events()]
     for line in lines:
-        if line["event"] in ("yardstick", "memory"):
+        if line["event"] in ("baseline", "memory"):
             line["rows"] = [{**row, "label": f"{name} {number}"} for number, row in enumerate(line["rows"])]
     corpus = {"name": name, "unit": name, "vocabulary": 9}
     lines.insert(0, {"event": "start", "step": 0, "parameters": 3, "corpus": corpus})

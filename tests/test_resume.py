@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from equilibria.training import CheckpointError, NonMonotone, Plateau, Run, TextFolder, Trainer, checkpoint
-from equilibria.training.snapshot import weights
+from equilibria.lm.corpora import TextFolder
+from equilibria.lm.experiments import NonMonotone, Plateau
+from equilibria.lm.runs import CheckpointError, Run, checkpoint
+from equilibria.lm.runs.weights import weights
+from equilibria.lm.training import Trainer
 from small_experiment import Killed, corpus, experiment, finished, kill_at, same_bits, without_times
 
 
@@ -114,9 +117,9 @@ def test_checkpoints_and_runs_that_lack_newer_fields_go_on(tmp_path, uninterrupt
     newest, described = run.newest(), json.loads(run.description.read_text())
     state = {name: value for name, value in newest.state.items() if name != "validated"}
     checkpoint.save(run.checkpoints, dataclasses.replace(newest, state=state))
-    for name in ("decay", "momentum", "overlap", "eval_overlap"):
-        del described["training"][name]
-    assert described["format"] == 2
+    for group, name in (("optimisation", "decay"), ("optimisation", "momentum"), ("validation", "eval_overlap")):
+        del described["training"][group][name]
+    assert described["format"] == 3
     run.description.write_text(json.dumps(described))
     resumed, _ = finished(tmp_path / "run", resume=True)
     assert same_bits(resumed, uninterrupted[0])
@@ -185,10 +188,10 @@ def test_what_has_no_influence_may_change_on_the_way(tmp_path, uninterrupted, ca
     assert Run(tmp_path / "run").experiment() == changed
     assert "trained with threads = 1 and go on with 2" in caplog.text
     assert "--training.threads 1 avoids that" in caplog.text
-    with pytest.raises(ValueError, match=r"training\.clip = 0\.25 and is to be continued with 1\.0"):
+    with pytest.raises(ValueError, match=r"training\.optimisation\.clip = 0\.25 and is to be continued with 1\.0"):
         finished(
             tmp_path / "run",
-            dataclasses.replace(changed, training=dataclasses.replace(changed.training, clip=1.0)),
+            dataclasses.replace(changed, training=changed.training.changed(clip=1.0)),
             resume=True,
         )
 
@@ -264,7 +267,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from small_experiment import corpus, experiment, trained_weights
-from equilibria.training import Run, Trainer
+from equilibria.lm.runs import Run
+from equilibria.lm.training import Trainer
 
 path, value = Path(sys.argv[1]), experiment(checkpoint_every=1, keep=1)
 trainer = Trainer(value, Run.start(path, value, resume=True), corpus())

@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from equilibria.__main__ import main
-from equilibria.commands import figures
-from equilibria.corpora import Vocabulary
-from equilibria.training import CheckpointError, Run, Trainer, checkpoint
-from equilibria.training.files import replace
-from equilibria.training.folder import FIGURES, foreign_files, locked
-from equilibria.training.text import Language
+from equilibria.lm.corpora import Vocabulary
+from equilibria.lm.corpora.language import Language
+from equilibria.lm.report import figures
+from equilibria.lm.runs import CheckpointError, Run, checkpoint
+from equilibria.lm.runs.files import replace
+from equilibria.lm.runs.folder import FIGURES, foreign_files, locked
+from equilibria.lm.training import Trainer
 from small_experiment import corpus, experiment, finished
 from small_run import fails, furnish
 

@@ -7,9 +7,9 @@ import torch
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.gradients import Implicit
+from equilibria.lm.experiments import Milestones, NonMonotone, Plateau, Stage, growing_penalty, learning_rate
+from equilibria.lm.experiments.decay import Validated
 from equilibria.solvers import Anderson
-from equilibria.training import Milestones, NonMonotone, Plateau, Stage, growing_penalty, learning_rate
-from equilibria.training.decay import Validated
 
 METHOD = Method(Anderson(), Stop(), Implicit())
 
@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_is_worse_than_any_other():
 def test_where_the_model_changes_losses_are_forgotten_and_divisions_are_not():
     validated = Validated().after(1.0, Plateau(patience=0)).after(2.0, Plateau(patience=0))
     assert (validated.losses, validated.divisions) == ((1.0, 2.0), 1)
-    assert validated.anew() == Validated(losses=(), divisions=1)
+    assert validated.without_losses() == Validated(losses=(), divisions=1)
 
 
 @pytest.mark.parametrize(

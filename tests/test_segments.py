@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equilibria.corpora import Segments, Stream
+from equilibria.lm.corpora import Segments, Stream
 
 SHAPES = {
     "batch_size": st.integers(1, 4),

@@ -17,10 +17,11 @@ import pytest
 from rich.console import Console
 
 from equilibria.__main__ import main
-from equilibria.commands import formats, terminal, train
-from equilibria.commands.display import Display, summary_table
+from equilibria.commands import terminal, train
 from equilibria.commands.recipe import experiment_of
-from equilibria.commands.summary import Row
+from equilibria.lm.report import formats
+from equilibria.lm.report.display import Display, summary_table
+from equilibria.lm.report.summary import Row
 from small_run import fails, furnish
 
 OWNED = "\x1b]0;owned\x07"

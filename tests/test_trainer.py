@@ -9,30 +9,23 @@ import torch
 
 from equilibria.__main__ import main
 from equilibria.cells import TransformerConfig, TrellisConfig
-from equilibria.commands.errors import UsageError
-from equilibria.commands.loading import trained, with_data, with_memory
 from equilibria.commands.recipe import experiment_of
-from equilibria.commands.record import read
 from equilibria.core.solve import solve
 from equilibria.core.stop import Stop
-from equilibria.corpora import Segments, copying
+from equilibria.errors import UsageError
 from equilibria.gradients import Implicit
-from equilibria.language import ExtraLosses, LanguageConfig
-from equilibria.recipes import RECIPES
+from equilibria.lm.corpora import Segments, copying
+from equilibria.lm.evaluation import evaluate, jacobian_radius
+from equilibria.lm.experiments import NonMonotone, growing_penalty, learning_rate
+from equilibria.lm.model import ExtraLosses, LanguageConfig
+from equilibria.lm.recipes import RECIPES
+from equilibria.lm.report.record import read
+from equilibria.lm.runs import Run, events
+from equilibria.lm.runs.trained import load, with_data, with_memory
+from equilibria.lm.training import Trainer, TrainingStopped
+from equilibria.lm.training.measure import ngram_baseline
 from equilibria.solvers import Picard
 from equilibria.stability import jacobian_penalty
-from equilibria.training import (
-    NonMonotone,
-    Run,
-    Trainer,
-    TrainingStopped,
-    evaluate,
-    growing_penalty,
-    learning_rate,
-    metrics,
-)
-from equilibria.training.evaluation import jacobian_radius
-from equilibria.training.yardstick import yardstick
 from small_experiment import STOP, Killed, corpus, experiment, kill_at, same_bits, trained_weights, with_stage
 from small_run import fails, furnish
 
@@ -62,7 +55,7 @@ def test_training_learns():
 
 def test_the_log_says_what_happened_in_order():
     trainer, events = fitted(experiment())
-    assert [event["event"] for event in events[:3]] == ["start", "yardstick", "stage"]
+    assert [event["event"] for event in events[:3]] == ["start", "baseline", "stage"]
     assert [event["step"] for event in of(events, "step")] == list(range(1, 19))
     assert [event["learning_rate"] for event in of(events, "step")] == [
         learning_rate(s, peak=1e-2, warmup=3, total=18) for s in range(1, 19)
@@ -240,9 +233,9 @@ def test_the_command_reads_with_the_overlap_of_the_training_or_another(tmp_path,
     monkeypatch.setenv("COLUMNS", "200")
     value = with_data(experiment_of("recipe.py:small"), tmp_path / "text")
     numbers = {"overlap": 3, "measure_memory": False, "spectral_radius": 0}
-    value = dataclasses.replace(value, training=dataclasses.replace(value.training, **numbers))
+    value = dataclasses.replace(value, training=value.training.changed(**numbers))
     Trainer(value, Run.start(tmp_path / "run", value), value.corpus.load()).fit()
-    loaded = trained(tmp_path / "run")
+    loaded = load(tmp_path / "run")
     for chosen, overlap in (((), 3), (("--overlap", "5"), 5), (("--overlap", "0"), 0)):
         assert main(["evaluate", "run", "--max-segments", "4", *chosen]) == 0
         text = " ".join(capsys.readouterr().out.split())
@@ -334,17 +327,17 @@ def test_training_in_bfloat16_is_near_that_in_float32():
 
 def poisoned(trainer, step, *, times):
     """The loss of this step is not finite, so many times; returns the steps that are taken."""
-    whole, taken, left = trainer.passes.over, [], [None] * times
+    whole, taken, left = trainer.accumulation.step, [], [None] * times
 
-    def over(segment, memory, stage, method):
-        passed = whole(segment, memory, stage, method)
+    def over(*given, **named):
+        passed = whole(*given, **named)
         taken.append(trainer.steps_done + 1)
         if taken[-1] == step and left:
             left.pop()
             return dataclasses.replace(passed, loss=passed.loss * math.nan)
         return passed
 
-    object.__setattr__(trainer.passes, "over", over)
+    object.__setattr__(trainer.accumulation, "step", over)
     return taken
 
 
@@ -380,7 +373,7 @@ def test_a_rollback_halves_the_learning_rate_and_a_resumed_run_remembers(tmp_pat
     assert rates == {step: rate * (0.5 if step >= 9 else 1) for step, rate in expected.items()}
 
 
-@pytest.mark.parametrize("policy", ["continue", "raise budget", "skip step", "stop"])
+@pytest.mark.parametrize("policy", ["continue", "raise_budget", "skip_step", "stop"])
 def test_what_happens_when_solves_fail_is_a_choice(tmp_path, policy):
     value = with_stage(experiment(unconverged=policy, tolerated=0.2), 1, stop=Stop(rtol=1e-6, max_evals=3))
     run = Run.start(tmp_path / "run", value)
@@ -395,13 +388,13 @@ def test_what_happens_when_solves_fail_is_a_choice(tmp_path, policy):
     trainer.fit()
     found = of(run.events(), "unconverged")
     assert {event["policy"] for event in found} == (set() if policy == "continue" else {policy})
-    if policy == "raise budget":
+    if policy == "raise_budget":
         method = trainer.policy.method(trainer.stage)
         assert method.stop.max_evals == 24
         assert method.gradient.stop.max_evals == 64
         assert of(run.events(), "step")[-1]["forward"]["evals"] > 4  # the stage's own budget, and one for the graph
         assert of(run.events(), "valid")[-1]["setting"]["max_evals"] == 24
-    if policy == "skip step":
+    if policy == "skip_step":
         assert len(found) == 12
         assert all(torch.equal(before[7][name], before[18][name]) for name in before[7])
 
@@ -464,11 +457,11 @@ def test_the_log_is_json_whatever_the_numbers_are(tmp_path):
         return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
     file = tmp_path / "metrics.jsonl"
-    metrics.append(file, {"event": "step", "step": 1, "loss": math.nan, "forward": {"residual": -math.inf, "evals": 3}})
+    events.append(file, {"event": "step", "step": 1, "loss": math.nan, "forward": {"residual": -math.inf, "evals": 3}})
     expected = {"event": "step", "step": 1, "loss": None, "forward": {"residual": None, "evals": 3}}
     assert strict(file.read_text()) == expected
     file.write_text('{"event": "step", "step": 1, "loss": NaN}\n')  # of a version that wrote it so
-    metrics.cut(file, 1)
+    events.cut(file, 1)
     assert strict(file.read_text())["loss"] is None
 
 
@@ -495,11 +488,11 @@ def test_the_budgets_of_a_stage_are_drawn_in_training_only():
     assert trainer.model.layer.method == trainer.stage.training_method
 
 
-@pytest.mark.parametrize("policy", ["continue", "raise budget"])
+@pytest.mark.parametrize("policy", ["continue", "raise_budget"])
 def test_nobody_assigns_to_a_layer(monkeypatch, policy):
     value = with_stage(jittered(), 1, stop=Stop(rtol=1e-6, max_evals=8), eval_stop=Stop(rtol=1e-6, max_evals=5))
     numbers = {"unconverged": policy, "tolerated": 0.2, "measure_memory": True, "memory_depths": (2, 3)}
-    value = dataclasses.replace(value, training=dataclasses.replace(value.training, **numbers))
+    value = dataclasses.replace(value, training=value.training.changed(**numbers))
     trainer = Trainer(value, None, corpus())
     layer = trainer.model.layer
     before, events, assigned = dict(vars(layer)), [], set()
@@ -518,7 +511,7 @@ def test_nobody_assigns_to_a_layer(monkeypatch, policy):
     assert before["method"] == value.stages[1].training_method
     assert before["eval_stop"] == value.stages[1].eval_stop
     assert len({event["forward"]["evals"] for event in of(events, "step") if event["stage"] == "implicit"}) > 1
-    assert trainer.policy.factor == (8 if policy == "raise budget" else 1)
+    assert trainer.policy.factor == (8 if policy == "raise_budget" else 1)
     assert [row["depth"] for row in of(events, "memory")[0]["rows"]] == [None, 2, 3]
 
 
@@ -562,8 +555,8 @@ def test_copying_trains_and_reports_the_share_of_right_answers():
     value = dataclasses.replace(
         recipe,
         stages=(dataclasses.replace(recipe.stages[0], steps=2), dataclasses.replace(recipe.stages[1], steps=2)),
-        training=dataclasses.replace(
-            recipe.training, batch_size=4, eval_batch_size=4, valid_segments=None, measure_memory=False, warmup=0
+        training=recipe.training.changed(
+            batch_size=4, eval_batch_size=4, valid_segments=None, measure_memory=False, warmup=0
         ),
     )
     events = []
@@ -571,11 +564,11 @@ def test_copying_trains_and_reports_the_share_of_right_answers():
     valid = of(events, "valid")[-1]
     assert valid["tokens"] == 8 * 25
     assert 0 <= valid["accuracy"] <= 1
-    assert not of(events, "yardstick")
+    assert not of(events, "baseline")
 
 
 def test_the_yardstick_is_better_with_longer_contexts():
-    rows = yardstick(corpus())
+    rows = ngram_baseline(corpus())
     assert [row["label"] for row in rows] == [f"Witten–Bell order {order}" for order in (1, 2, 3, 4)]
     assert rows[0]["bits"] > rows[1]["bits"] > 0
 
@@ -641,7 +634,7 @@ def test_stages_that_solve_alike_have_one_best_checkpoint(tmp_path, monkeypatch)
     value = dataclasses.replace(experiment(valid_every=3, checkpoint_every=3), stages=(shallow, *parts))
     scores = iter([1.0, 0.9, *(5 + place for place in range(20))])  # worse and worse from the switch on
     monkeypatch.setattr(
-        "equilibria.training.trainer.evaluate",
+        "equilibria.lm.training.validation.evaluate",
         lambda *given, **chosen: dataclasses.replace(evaluate(*given, **chosen), nats_per_token=next(scores)),
     )
     run = Run.start(tmp_path / "run", value)

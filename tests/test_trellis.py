@@ -11,9 +11,9 @@ from torch import nn
 from equilibria import Anderson, Equilibrium, Implicit, Picard, Stop, Unroll, solve
 from equilibria.cells import TrellisCell, TrellisConfig, TrellisMemory
 from equilibria.cells.trellis.scan import _doubling, _one_by_one, scan
-from equilibria.language import Explicit
 from equilibria.layers.explicit import Unrolled
 from equilibria.layers.linear import NormedLinear
+from equilibria.lm.model import Explicit
 
 B, T = 3, 7
 SMALL = TrellisConfig(width=4, hidden=3, outputs=2)

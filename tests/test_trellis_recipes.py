@@ -7,16 +7,16 @@ import math
 import pytest
 import torch
 
-from equilibria.corpora import (
+from equilibria.lm.corpora import (
     PENN_TREEBANK_CHARACTER_COUNTS,
     PENN_TREEBANK_COUNTS,
     WIKITEXT103_COUNTS,
     Segments,
     Stream,
 )
-from equilibria.language import ExtraLosses
-from equilibria.recipes import RECIPES
-from equilibria.training import Milestones, NonMonotone, from_json, to_json
+from equilibria.lm.experiments import Milestones, NonMonotone, from_json, to_json
+from equilibria.lm.model import ExtraLosses
+from equilibria.lm.recipes import RECIPES
 from small_experiment import Killed, finished, kill_at, same_bits, without_times
 
 COUNTS = {
@@ -136,12 +136,20 @@ def numbers(value):
             model.word_dropout,
         ),
         "clusters": clusters and (clusters.cutoffs, clusters.division, clusters.slot_std),
-        "segment, overlap": (training.segment_length, training.overlap),
-        "batch, in evaluation": (training.batch_size, training.eval_batch_size),
-        "optimiser": (training.optimiser, training.learning_rate, training.momentum, training.weight_decay),
-        "decay": training.decay,
-        "steps per epoch, epochs": (training.valid_every, value.total_steps / training.valid_every),
-        "clip": training.clip,
+        "segment, overlap": (training.batches.segment_length, training.batches.overlap),
+        "batch, in evaluation": (training.batches.batch_size, training.validation.eval_batch_size),
+        "optimiser": (
+            training.optimisation.optimiser,
+            training.optimisation.learning_rate,
+            training.optimisation.momentum,
+            training.optimisation.weight_decay,
+        ),
+        "decay": training.optimisation.decay,
+        "steps per epoch, epochs": (
+            training.validation.valid_every,
+            value.total_steps / training.validation.valid_every,
+        ),
+        "clip": training.optimisation.clip,
         "shallow": shallow and (shallow.method.stop.max_evals - 1, shallow.steps),
         "forward": None if explicit else solve_of(last.method),
         "backward": None if explicit else solve_of(last.method.gradient),
@@ -159,8 +167,17 @@ def test_the_numbers_are_the_published_ones(name):
     model, training = value.model, value.training
     assert (model.tied, model.scaled, model.init, model.output_dropout) == (True, False, "uniform", "channel")
     assert math.sqrt(3) * model.std == pytest.approx(0.1)  # from U(−0.1, 0.1)
-    assert (model.mixture, training.warmup, training.betas, training.epsilon) == (None, 0, (0.9, 0.999), 1e-8)
-    assert (training.eval_overlap, training.eval_segment_length, training.valid_segments) == (None, None, None)
+    assert (
+        model.mixture,
+        training.optimisation.warmup,
+        training.optimisation.betas,
+        training.optimisation.epsilon,
+    ) == (None, 0, (0.9, 0.999), 1e-8)
+    assert (
+        training.validation.eval_overlap,
+        training.validation.eval_segment_length,
+        training.validation.valid_segments,
+    ) == (None, None, None)
     assert from_json(json.loads(json.dumps(to_json(value)))) == value
 
 
@@ -171,11 +188,11 @@ def test_a_validation_comes_once_an_epoch(name):
     ids = torch.zeros((), dtype=torch.int64).expand(counts["train"] - 1)  # the first token is no target
     segments = Segments(
         Stream(tokens=ids, targets=ids),
-        batch_size=training.batch_size,
-        length=training.segment_length,
-        overlap=training.overlap,
+        batch_size=training.batches.batch_size,
+        length=training.batches.segment_length,
+        overlap=training.batches.overlap,
     )
-    assert len(segments) == training.valid_every
+    assert len(segments) == training.validation.valid_every
 
 
 # By hand, with E the width, O the outputs and H the channels of h, hidden ones and outputs. The cell has 4H·2H (state),
@@ -220,23 +237,23 @@ def shrunk(name):
     adaptive = model.adaptive and dataclasses.replace(model.adaptive, cutoffs=(5, 10, 15))
     explicit = model.explicit and dataclasses.replace(model.explicit, depth=6, auxiliary_every=3)
     decay = dataclasses.replace(
-        training.decay, **({"steps": (2, 3)} if isinstance(training.decay, Milestones) else {"window": 1})
+        training.optimisation.decay,
+        **({"steps": (2, 3)} if isinstance(training.optimisation.decay, Milestones) else {"window": 1}),
     )
-    training = dataclasses.replace(
-        training,
+    training = training.changed(
         decay=decay,
-        learning_rate=min(1.0, training.learning_rate),
+        learning_rate=min(1.0, training.optimisation.learning_rate),
         batch_size=4,
         segment_length=10,
-        overlap=min(4, training.overlap),
+        overlap=min(4, training.batches.overlap),
         log_every=1,
         valid_every=1,
         checkpoint_every=1,
         eval_batch_size=2,
         valid_segments=2,
-        spectral_radius=min(3, training.spectral_radius),
+        spectral_radius=min(3, training.log.spectral_radius),
         measure_memory=False,
-        yardstick=False,
+        baseline=False,
         device="cpu",
         threads=1,
     )
@@ -257,8 +274,8 @@ def test_small_ones_train_and_continue_as_if_never_stopped(name, tmp_path):
     assert [event["stage"] for event in steps] == [stage.name for stage in value.stages for _ in range(stage.steps)]
     assert all(0 < event["loss"] < 4 for event in steps)
     assert all((event["extra"] is not None) == (value.model.losses != ExtraLosses()) for event in steps)
-    if isinstance(value.training.decay, Milestones):
-        peak = value.training.learning_rate
+    if isinstance(value.training.optimisation.decay, Milestones):
+        peak = value.training.optimisation.learning_rate
         assert [event["learning_rate"] for event in steps] == pytest.approx([peak, peak, peak / 10, peak / 100])
     with pytest.raises(Killed):
         finished(tmp_path / "killed", value, on_event=kill_at(3))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equilibria.corpora import Vocabulary
+from equilibria.lm.corpora import Vocabulary
 
 TEXT = "b a b\n\nc <unk> b a\n"
 

@@ -17,16 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equilibria.__main__ import main
-from equilibria.corpora import (
+from equilibria.lm.corpora import (
     WIKITEXT2_COUNTS,
     WIKITEXT103_COUNTS,
     Vocabulary,
+    WikiText2,
+    WikiText103,
     fetch_wikitext,
     wikitext2,
     wikitext103,
 )
-from equilibria.corpora.fetch import is_vacant
-from equilibria.training import WikiText2, WikiText103, from_json, to_json
+from equilibria.lm.corpora.fetch import is_vacant
+from equilibria.lm.experiments import from_json, to_json
 from small_experiment import experiment
 from small_run import fails
 

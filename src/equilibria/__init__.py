@@ -1,8 +1,12 @@
 """Fixed points in PyTorch: a map, a solver, a stopping rule and a gradient rule.
 
-The public vocabulary. Text, training and the command line live in ``equilibria.corpora``, ``equilibria.language``,
-``equilibria.training`` and ``equilibria.recipes``.
+The public vocabulary. The language models that are built on it live in ``equilibria.lm``; ``load`` reads one back from
+a run directory.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from equilibria import cells, stability
 from equilibria.core.evaluator import Evaluator
@@ -22,7 +26,11 @@ from equilibria.layers.equilibrium import Equilibrium
 from equilibria.layers.explicit import Stack, Unrolled
 from equilibria.layers.layer import Layer, LayerOutput
 from equilibria.layers.sequence import SequenceCell
+from equilibria.peak_memory import PeakMemory
 from equilibria.solvers import Anderson, Broyden, NewtonKrylov, Picard, Reversible
+
+if TYPE_CHECKING:
+    from equilibria.lm.runs.trained import load
 
 __all__ = [
     "AffineMap",
@@ -46,6 +54,7 @@ __all__ = [
     "Method",
     "Neumann",
     "NewtonKrylov",
+    "PeakMemory",
     "Phantom",
     "Picard",
     "Prepared",
@@ -64,7 +73,17 @@ __all__ = [
     "cells",
     "fixed_point",
     "implicit",
+    "load",
     "solve",
     "stability",
     "take_rows",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``load`` is imported when it is used: it needs the extra [train], and the library does not."""
+    if name == "load":
+        from equilibria.lm.runs.trained import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

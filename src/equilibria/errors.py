@@ -9,3 +9,7 @@ class EquilibriaError(Exception):
     The command line prints such an error as it is. Impossible arguments are no such errors, but plain ``ValueError``
     and ``TypeError``, as elsewhere in Python.
     """
+
+
+class UsageError(EquilibriaError, ValueError):
+    """The command line asks for something that does not exist: exit code 2."""

@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from equilibria import Anderson, Broyden, NewtonKrylov, Picard, Reversible, Stop, solve
+from equilibria.peak_memory import PeakMemory
 from equilibria.testing.problems import NAMES, problems, tanh_map
-from equilibria.training import PeakMemory
 
 
 def test_a_full_window_and_a_restart_still_converge():

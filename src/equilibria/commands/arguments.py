@@ -10,16 +10,16 @@ import math
 import os
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
 import tyro
 
-from equilibria.commands.errors import UsageError
-from equilibria.training.names import nearest
-from equilibria.training.serialise import DTYPES
+from equilibria.errors import UsageError
+from equilibria.lm.experiments.serialise import DTYPES
+from equilibria.lm.suggestions import nearest
 
 Options = TypeVar("Options")
 
@@ -30,8 +30,8 @@ Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: Options | None = None) -> Options:
     """``arguments`` as a value of the dataclass ``kind``.
 
-    Flags change numbers; kinds stay what ``default`` says. The last name of a flag is enough where only one ends so:
-    --batch-size for --training.batch-size.
+    Flags change numbers; kinds stay what ``default`` says. Parts of a flag may be left out where one flag only is left:
+    --batch-size or --training.batch-size for --training.batches.batch-size.
 
     Raises:
         UsageError: an unknown flag (names the nearest), a missing or an impossible value.
@@ -39,6 +39,7 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
     """
     known = flags(default) if default is not None else _plain_flags(kind)
     words = [_full(word, known) for word in arguments]
+    typed = {full.partition("=")[0]: word.partition("=")[0] for full, word in zip(words, arguments, strict=True)}
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), _READERS:
@@ -53,7 +54,7 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-        raise UsageError(_sentence(errors.getvalue(), verb)) from None
+        raise UsageError(_as_typed(_sentence(errors.getvalue(), verb), typed)) from None
     except ValueError as error:  # of the outermost dataclass; tyro catches those of the inner ones
         raise UsageError(str(error)) from None
     if rest:
@@ -64,7 +65,7 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
     return value
 
 
-THREADS = "--training.threads"
+THREADS = "--training.devices.threads"
 """The one number that depends on the machine; it is checked where it is changed, as a run may come from another one."""
 
 
@@ -151,20 +152,42 @@ def _full(word: str, known: dict[str, Any]) -> str:
         return word
     name, equals, value = word.partition("=")
     name = name.replace("_", "-")
+    name = next((full for full in SHORT.get(name, ()) if full in known), name)
     if name in known or name == "--help":
         return name + equals + value
-    ends = [flag for flag in known if flag.endswith(f".{name[2:]}")]
+    ends = [flag for flag in known if _abbreviates(name, flag)]
     if len(ends) > 1:
         raise UsageError(f"{name} could be {', '.join(ends)}; give the full name.")
     return (ends[0] if ends else name) + equals + value
+
+
+SHORT = {"--lr": ("--training.optimisation.learning-rate",), "--seed": ("--training.seed",)}
+"""Flags that everybody types, where the last name of the flag is too long, or occurs twice."""
+
+
+def shortest(flag: str, known: Iterable[str]) -> str:
+    """The last name of a flag, if it is enough to tell it from the others; else the flag."""
+    last = f"--{flag[2:].rpartition('.')[2]}"
+    return last if last not in known and sum(_abbreviates(last, other) for other in known) == 1 else flag
+
+
+def _as_typed(sentence: str, typed: dict[str, str]) -> str:
+    """The sentence with the flags as they were typed."""
+    return re.sub(r"--[\w.\-]+", lambda flag: typed.get(flag[0], flag[0]), sentence)
+
+
+def _abbreviates(name: str, flag: str) -> bool:
+    """True if ``name`` is ``flag`` without some of its parts: its last one, and others in their order."""
+    given, full = name[2:].split("."), flag[2:].split(".")
+    rest = iter(full)
+    return given[-1] == full[-1] and all(part in rest for part in given)
 
 
 def _unknown(word: str, known: dict[str, Any], verb: str) -> UsageError:
     if not word.startswith("-"):
         return UsageError(f"There is no place for {word!r} here; `equilibria {verb} --help` shows what is expected.")
     name = word.partition("=")[0]
-    short = {flag.rpartition(".")[2].lstrip("-"): flag for flag in known}
-    hint = nearest(name, known) or nearest(name.rpartition(".")[2].lstrip("-"), short)
+    hint = nearest(f"--{name.rpartition('.')[2].lstrip('-')}", {shortest(flag, known) for flag in known})
     return UsageError(f"There is no flag {name}; {hint or f'`equilibria {verb} --help` lists them all.'}")
 
 

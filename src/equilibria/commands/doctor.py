@@ -14,13 +14,12 @@ from rich.text import Text
 
 from equilibria.commands.arguments import Run as Folder
 from equilibria.commands.arguments import parse
-from equilibria.commands.record import require
-from equilibria.commands.terminal import visible
-from equilibria.training import checkpoint, metrics
-from equilibria.training.checkpoint import CheckpointError
-from equilibria.training.files import ForeignFileError, check_own, check_readable
-from equilibria.training.folder import FILES, FOLDERS, GONE, LOCK, NEW, OLD, foreign_files, holder
-from equilibria.training.run import Run
+from equilibria.lm.report.visible import visible
+from equilibria.lm.runs import checkpoint, events
+from equilibria.lm.runs.checkpoint import CheckpointError
+from equilibria.lm.runs.files import ForeignFileError, check_own, check_readable
+from equilibria.lm.runs.folder import FILES, FOLDERS, GONE, LOCK, NEW, OLD, foreign_files, holder
+from equilibria.lm.runs.run import Run, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _log(run: Run) -> Iterator[Finding]:
         yield Finding("log", "there is no metrics.jsonl", "the report will be empty; weights are not affected.")
         return
     lines, version = 0, ""
-    for event in metrics.stream(run.metrics):
+    for event in events.stream(run.metrics):
         lines += 1
         if event.get("event") == "start":
             version = str(event.get("torch", ""))

@@ -6,8 +6,8 @@ import errno
 import os
 from collections.abc import Iterable
 
-from equilibria.errors import EquilibriaError
-from equilibria.training.names import nearest_or_all
+from equilibria.errors import EquilibriaError, UsageError
+from equilibria.lm.suggestions import nearest_or_all
 
 EXTRAS = {
     "tyro": "train",
@@ -20,10 +20,6 @@ EXTRAS = {
     "tokenizers": "tokenizers",
 }
 """Which extra brings which library."""
-
-
-class UsageError(EquilibriaError, ValueError):
-    """The command line asks for something that does not exist: exit code 2."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:

@@ -10,16 +10,17 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from equilibria.commands import formats
 from equilibria.commands.arguments import Run, parse
-from equilibria.commands.display import summary_table, waiting
-from equilibria.commands.errors import UsageError
-from equilibria.commands.loading import Trained, Which, trained
-from equilibria.commands.summary import Row
+from equilibria.commands.recipe import kinds_of
+from equilibria.errors import UsageError
 from equilibria.fixed_point import Method
-from equilibria.training.evaluation import Evaluation, Setting
-from equilibria.training.evaluation import evaluate as score
-from equilibria.training.serialise import to_json
+from equilibria.lm.evaluation import Evaluation, Setting
+from equilibria.lm.evaluation import evaluate as score
+from equilibria.lm.experiments.serialise import to_json
+from equilibria.lm.report import formats
+from equilibria.lm.report.display import summary_table, waiting
+from equilibria.lm.report.summary import Row
+from equilibria.lm.runs.trained import Trained, Which, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +58,11 @@ class Options:
 def main(arguments: Sequence[str]) -> int:
     """Print the score."""
     options = _checked(parse(Options, arguments, verb="evaluate"))
-    loaded = trained(
+    loaded = load(
         options.run,
         checkpoint=options.checkpoint,
         data=options.data,
-        recipe=options.recipe,
+        extra=kinds_of(options.recipe),
         memory_length=options.memory_length,
         segment=options.segment_length,
     )

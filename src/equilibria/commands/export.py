@@ -9,13 +9,12 @@ from pathlib import Path
 
 from equilibria.commands.arguments import Run as Folder
 from equilibria.commands.arguments import parse
-from equilibria.commands.errors import UsageError
-from equilibria.commands.loading import Which
-from equilibria.commands.record import require
-from equilibria.commands.terminal import visible
-from equilibria.training.files import check_own, discard
-from equilibria.training.pieces import whole
-from equilibria.training.run import Run
+from equilibria.errors import UsageError
+from equilibria.lm.report.visible import visible
+from equilibria.lm.runs.files import check_own, discard
+from equilibria.lm.runs.pieces import whole
+from equilibria.lm.runs.run import Run, require
+from equilibria.lm.runs.trained import Which
 
 
 @dataclasses.dataclass(frozen=True)

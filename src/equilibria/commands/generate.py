@@ -9,16 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int
-from torch import Tensor
-
 from equilibria.commands.arguments import Run, parse
-from equilibria.commands.errors import UsageError
-from equilibria.commands.loading import Trained, Which, trained
-from equilibria.commands.terminal import complain, visible
-from equilibria.corpora import Vocabulary
-from equilibria.language.generate import stream
+from equilibria.commands.recipe import kinds_of
+from equilibria.commands.terminal import complain
+from equilibria.errors import UsageError
 from equilibria.layers.layer import LayerOutput
+from equilibria.lm.corpora import Vocabulary
+from equilibria.lm.report.visible import visible
+from equilibria.lm.runs.trained import Trained, Which, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +52,21 @@ class Options:
 def main(arguments: Sequence[str]) -> int:
     """Print each prompt and its continuation: one token by token, several one after another."""
     options = parse(Options, arguments, verb="generate")
-    if options.length < 1:
-        raise UsageError(f"--length {options.length}: it counts the tokens to generate and is at least 1; try 400.")
     if options.memory_length is not None and options.memory_length < 0:
         raise UsageError(
             f"--memory-length {options.memory_length}: it counts positions and is at least 0; leave it out "
             "for those of the training."
         )
-    loaded = trained(
+    loaded = load(
         options.run,
         checkpoint=options.checkpoint,
         data=options.data,
-        recipe=options.recipe,
+        extra=kinds_of(options.recipe),
         memory_length=options.memory_length,
     )
     failed = _Failures(loaded)
     # The first token comes before anything is printed: an impossible prompt gives its sentence and nothing else.
-    pieces = continuation(loaded, options)
+    pieces = _pieces(loaded, options)
     first = next(pieces)
     # What a terminal gets is for eyes, and must not steer it; a pipe or a file gets the text as it is.
     shown = visible if sys.stdout.isatty() else str
@@ -86,6 +82,14 @@ def main(arguments: Sequence[str]) -> int:
     for note in (*_unknown_words(loaded.language.vocabulary, options.prompt), *failed.notes()):
         complain(f"note: {note}")
     return 0
+
+
+def _pieces(loaded: Trained, options: Options) -> Iterator[tuple[str, ...]]:
+    names = ("length", "temperature", "top_k", "top_p", "seed", "stop")
+    try:
+        return loaded.pieces(options.prompt, **{name: getattr(options, name) for name in names})
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 class _Failures:
@@ -121,77 +125,3 @@ def _unknown_words(vocabulary: Vocabulary, prompts: Sequence[str]) -> list[str]:
     if not words:
         return []
     return [f"the model does not know {', '.join(map(repr, words[:8]))} and reads {vocabulary.unknown} instead."]
-
-
-def continuation(loaded: Trained, options: Options) -> Iterator[tuple[str, ...]]:
-    """The pieces of text that follow: at each step one for each prompt, empty where that has ended."""
-    vocabulary = loaded.language.vocabulary
-    if loaded.language.unit == "symbol":
-        raise UsageError(
-            f"The corpus {loaded.language.name} is a made-up task, no text; generate needs a run on characters or "
-            "words."
-        )
-    if not options.prompt:
-        raise UsageError("--prompt is empty, and the model needs something to continue; try --prompt 'The '.")
-    stop = None if options.stop is None else _token(vocabulary, options.stop)
-    device = next(loaded.model.parameters()).device
-    try:
-        tokens = stream(
-            loaded.model,
-            [_encoded(vocabulary, prompt).to(device) for prompt in options.prompt],
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            stop=stop,
-            segment=loaded.experiment.training.segment_length,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    voices = [Voice(vocabulary, prompt, stop) for prompt in options.prompt]
-    steps = itertools.islice(tokens, options.length)
-    return (tuple(voice.piece(place) for voice, place in zip(voices, step.tolist(), strict=True)) for step in steps)
-
-
-class Voice:
-    """Turns the tokens of one row into pieces of text: words get their spaces, the end of a line its line break."""
-
-    def __init__(self, vocabulary: Vocabulary, before: str, stop: int | None) -> None:
-        self._vocabulary, self._last, self._stop, self._ended = vocabulary, before[-1:], stop, False
-
-    def piece(self, place: int) -> str:
-        """The text of one more token; nothing once the row has ended."""
-        self._ended = self._ended or place == self._stop
-        if self._ended:
-            return ""
-        token = self._vocabulary.tokens[place]
-        if self._vocabulary.unit == "word":
-            joined = self._last in ("", " ", "\n")
-            token = "\n" if token == self._vocabulary.end else token if joined else f" {token}"
-        self._last = token[-1:]
-        return token
-
-
-def _encoded(vocabulary: Vocabulary, prompt: str) -> Int[Tensor, " T"]:
-    if not prompt:
-        raise UsageError("--prompt is empty, and the model needs something to continue; try --prompt 'The '.")
-    try:
-        ids = vocabulary.encode(prompt, finish=False)
-    except ValueError as error:
-        raise UsageError(f"--prompt: {error}") from None
-    if not len(ids):
-        raise UsageError(f"--prompt {prompt!r} has no word in it; try --prompt 'The '.")
-    return ids
-
-
-def _token(vocabulary: Vocabulary, text: str) -> int:
-    """The one token that ``text`` is."""
-    text = text.replace("\\n", "\n")
-    if vocabulary.unit == "word" and text == "\n" and vocabulary.end is not None:
-        text = vocabulary.end
-    if text not in vocabulary.tokens:
-        raise UsageError(
-            f"--stop {text!r} is none of the {len(vocabulary):,} {vocabulary.unit}s that the model knows; give one of "
-            "them, such as \\n for the end of a line."
-        )
-    return vocabulary.tokens.index(text)

@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Sequence
 
 from equilibria.commands import terminal
-from equilibria.commands.errors import UsageError, debugging, explain, unknown
+from equilibria.commands.errors import debugging, explain, unknown
+from equilibria.errors import UsageError
 
 VERBS = {
     "train": ("RECIPE", "train a model and watch it; writes a run folder"),
@@ -92,7 +93,7 @@ def _check_text(words: Sequence[str]) -> None:
 
 def help_text() -> str:
     """What a newcomer needs: the verbs, the recipes, an example."""
-    from equilibria.recipes import RECIPES
+    from equilibria.lm.recipes import RECIPES
 
     verbs = {f"{verb} {given}": words for verb, (given, words) in VERBS.items()}
     recipes = {name: (inspect.getdoc(recipe) or "").partition("\n")[0] for name, recipe in RECIPES.items()}

@@ -14,25 +14,28 @@ import torch
 import tyro
 from rich.console import Console
 
-from equilibria.commands import formats
 from equilibria.commands.arguments import parse
-from equilibria.commands.display import summary_table, waiting
-from equilibria.commands.errors import UsageError, unknown
-from equilibria.commands.summary import NBSP, Row
+from equilibria.commands.errors import unknown
 from equilibria.commands.terminal import complain
-from equilibria.corpora import Corpus, Stream, memoryless_optimum
-from equilibria.corpora.fetch import DATASET, WikiText, fetch_wikitext, is_vacant
-from equilibria.training.sources import (
+from equilibria.errors import UsageError
+from equilibria.lm.corpora import (
     Copying,
+    Corpus,
     PennTreebank,
     PennTreebankCharacters,
     PythonDocs,
     Source,
+    Stream,
     TextFolder,
     WikiText2,
     WikiText103,
+    memoryless_optimum,
 )
-from equilibria.training.yardstick import yardstick
+from equilibria.lm.corpora.fetch import DATASET, WikiText, fetch_wikitext, is_vacant
+from equilibria.lm.report import formats
+from equilibria.lm.report.display import summary_table, waiting
+from equilibria.lm.report.summary import NBSP, Row
+from equilibria.lm.training.measure import ngram_baseline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _object(corpus: Corpus, options: Options) -> dict[str, Any]:
         "unknown": corpus.vocabulary.unknown,
         "splits": {name: _split(corpus, getattr(corpus, name)) for name in SPLITS},
         "most_frequent": [{"token": corpus.vocabulary.tokens[place], "share": shares[place]} for place in frequent],
-        "baseline": yardstick(corpus) if corpus.unit == "character" else [],
+        "baseline": ngram_baseline(corpus) if corpus.unit == "character" else [],
         "memoryless_nats": memoryless_optimum(options.blank) if corpus.unit == "symbol" else None,
     }
 

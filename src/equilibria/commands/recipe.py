@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from equilibria.commands.errors import UsageError, unknown
-from equilibria.recipes import RECIPES
-from equilibria.training.experiment import Experiment
+from equilibria.commands.errors import unknown
+from equilibria.errors import UsageError
+from equilibria.lm.experiments.experiment import Experiment
+from equilibria.lm.experiments.serialise import kinds_in
+from equilibria.lm.recipes import RECIPES
 
 
 def experiment_of(recipe: str) -> Experiment:
@@ -50,3 +52,8 @@ def _function(file: Path, name: str) -> Callable[[], Any]:
     if name not in functions:
         raise unknown(f"function in {file}", name, functions)
     return functions[name]
+
+
+def kinds_of(recipe: str | None) -> set[type]:
+    """The dataclasses of a recipe's experiment, which a run may need to be read; none without a recipe."""
+    return set() if recipe is None else kinds_in(experiment_of(recipe))

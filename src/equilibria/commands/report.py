@@ -10,11 +10,11 @@ from typing import Any
 
 import tyro
 
-from equilibria.commands import formats, page, summary
 from equilibria.commands.arguments import Run, parse
-from equilibria.commands.record import Record, read
-from equilibria.commands.terminal import visible
-from equilibria.training.files import check_own, replace
+from equilibria.lm.report import formats, page, summary
+from equilibria.lm.report.record import Record, read
+from equilibria.lm.report.visible import visible
+from equilibria.lm.runs.files import check_own, replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def write(record: Record) -> Path:
     Raises:
         ForeignFileError: the folder of the report is a symbolic link; nothing was written.
     """
-    from equilibria.commands import figures  # matplotlib takes a second to load
+    from equilibria.lm.report import figures  # matplotlib takes a second to load
 
     folder = _folder(record.path)
     drawings = figures.draw(record)

@@ -18,27 +18,26 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from equilibria.commands import report, summary
+from equilibria.commands import report
 from equilibria.commands.arguments import parse
-from equilibria.commands.display import Display, literal, summary_table, waiting
-from equilibria.commands.errors import UsageError
-from equilibria.commands.generate import Options as Generation
-from equilibria.commands.generate import continuation
-from equilibria.commands.loading import trained, with_data
 from equilibria.commands.recipe import experiment_of
-from equilibria.commands.record import read
 from equilibria.commands.terminal import complain
-from equilibria.corpora import Corpus
-from equilibria.recipes import RECIPES
-from equilibria.training import checkpoint
-from equilibria.training.device import choose_device
-from equilibria.training.experiment import Experiment
-from equilibria.training.explicit import explicit
-from equilibria.training.folder import NEW, locked
-from equilibria.training.ranks import Ranks
-from equilibria.training.run import Run
-from equilibria.training.serialise import kinds_in
-from equilibria.training.trainer import Trainer, TrainingInterrupted
+from equilibria.errors import UsageError
+from equilibria.lm.corpora import Corpus
+from equilibria.lm.device import choose_device
+from equilibria.lm.experiments.experiment import Experiment
+from equilibria.lm.experiments.explicit import explicit
+from equilibria.lm.experiments.serialise import kinds_in
+from equilibria.lm.ranks import Ranks
+from equilibria.lm.recipes import RECIPES
+from equilibria.lm.report import summary
+from equilibria.lm.report.display import Display, literal, summary_table, waiting
+from equilibria.lm.report.record import read
+from equilibria.lm.runs import checkpoint
+from equilibria.lm.runs.folder import NEW, locked
+from equilibria.lm.runs.run import Run
+from equilibria.lm.runs.trained import load, with_data
+from equilibria.lm.training.trainer import Trainer, TrainingInterrupted
 
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 """How often torchrun has started this process anew."""
@@ -109,8 +108,8 @@ def main(arguments: Sequence[str]) -> int:
     with waiting("reading the corpus"):
         corpus = options.experiment.corpus.load()
     training = options.experiment.training
-    device = choose_device(training.device)  # one that is missing must not cost an old run
-    with Ranks.joined(training.parallel, device.type, timeout=training.rank_timeout) as ranks:
+    device = choose_device(training.devices.device)  # one that is missing must not cost an old run
+    with Ranks.joined(training.devices.parallel, device.type, timeout=training.devices.rank_timeout) as ranks:
         return _train(options, path, corpus, [recipe, *_twin_words(words)], console, ranks)
 
 
@@ -285,9 +284,8 @@ def _finish(run: Run, experiment: Experiment, corpus: Corpus, console: Console, 
 
 def _sample(run: Run, experiment: Experiment, corpus: Corpus) -> None:
     """Let the best model continue the beginning of the validation text, and keep that for the report."""
-    loaded = trained(run.path, extra=kinds_in(experiment))
+    loaded = load(run.path, extra=kinds_in(experiment))
     text = corpus.vocabulary.decode(corpus.valid.tokens[:1000])
     line = text[text.find("\n") + 1 :].lstrip()
     prompt = " ".join(line.split()[:8]) if corpus.unit == "word" else line[:40]
-    pieces = continuation(loaded, Generation(run=run.path, prompt=(prompt,), length=SAMPLE[corpus.unit]))
-    report.write_sample(run.path, prompt=prompt, text="".join(piece for (piece,) in pieces))
+    report.write_sample(run.path, prompt=prompt, text=loaded.generate(prompt, SAMPLE[corpus.unit]))

@@ -1,0 +1,78 @@
+"""Corpora: text and made-up tasks as streams of tokens. They know nothing of models.
+
+A corpus of one's own is a function that returns a ``Corpus``; pass it wherever one of these goes.
+"""
+
+from equilibria.lm.corpora.copying import SYMBOLS, Copying, copying, memoryless_optimum
+from equilibria.lm.corpora.corpus import Corpus, Stream, Unit
+from equilibria.lm.corpora.fetch import fetch_wikitext
+from equilibria.lm.corpora.language import Language
+from equilibria.lm.corpora.ngram import witten_bell
+from equilibria.lm.corpora.penn_treebank import (
+    PENN_TREEBANK_CHARACTER_COUNTS,
+    PENN_TREEBANK_COUNTS,
+    PennTreebank,
+    PennTreebankCharacters,
+    penn_treebank,
+    penn_treebank_characters,
+)
+from equilibria.lm.corpora.python_docs import PythonDocs, python_docs
+from equilibria.lm.corpora.segments import Segment, Segments
+from equilibria.lm.corpora.source import FolderSource, Source
+from equilibria.lm.corpora.text_folder import TextFolder, text_folder
+from equilibria.lm.corpora.vocabulary import TextUnit, Vocabulary
+from equilibria.lm.corpora.wikitext import (
+    WIKITEXT2_COUNTS,
+    WIKITEXT103_COUNTS,
+    WikiText2,
+    WikiText103,
+    wikitext2,
+    wikitext103,
+)
+
+CATALOGUE: tuple[type[Source], ...] = (
+    PythonDocs,
+    TextFolder,
+    PennTreebank,
+    PennTreebankCharacters,
+    WikiText103,
+    WikiText2,
+    Copying,
+)
+"""Every source of the library."""
+
+__all__ = [
+    "CATALOGUE",
+    "PENN_TREEBANK_CHARACTER_COUNTS",
+    "PENN_TREEBANK_COUNTS",
+    "SYMBOLS",
+    "WIKITEXT2_COUNTS",
+    "WIKITEXT103_COUNTS",
+    "Copying",
+    "Corpus",
+    "FolderSource",
+    "Language",
+    "PennTreebank",
+    "PennTreebankCharacters",
+    "PythonDocs",
+    "Segment",
+    "Segments",
+    "Source",
+    "Stream",
+    "TextFolder",
+    "TextUnit",
+    "Unit",
+    "Vocabulary",
+    "WikiText2",
+    "WikiText103",
+    "copying",
+    "fetch_wikitext",
+    "memoryless_optimum",
+    "penn_treebank",
+    "penn_treebank_characters",
+    "python_docs",
+    "text_folder",
+    "wikitext2",
+    "wikitext103",
+    "witten_bell",
+]

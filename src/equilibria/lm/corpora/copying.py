@@ -1,0 +1,121 @@
+"""copying: the copy-memory task, ten symbols to be recalled after a long blank.
+
+Letters: E episodes, T length of the blank; an episode has T + 20 tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from equilibria.lm.corpora.corpus import Corpus, Stream
+from equilibria.lm.corpora.source import Source
+from equilibria.lm.corpora.vocabulary import Vocabulary
+
+SYMBOLS = 10
+"""How many symbols are to be recalled: the last targets of each episode, the only ones that need memory."""
+_KINDS = 8
+"""Symbols to be recalled are 1 … 8; 0 is the blank and 9 asks for them."""
+
+
+def copying(
+    *,
+    blank: int = 400,
+    train: int = 20000,
+    valid: int = 2000,
+    test: int = 2000,
+    variant: Literal["paper", "tcn"] = "paper",
+    seed: int = 0,
+) -> Corpus:
+    """Independent episodes: the symbols a_1 … a_10, a blank, a delimiter, and silence in which a is to be repeated.
+
+    With a uniform on {1, …, 8}, blank T and 10 ≤ t < T + 20 counted from 0:
+
+        tokens   a, 0 … 0 (T − 1 times), 9, then 0 ten times ("paper") or 9 ten times ("tcn")
+        targets  0 … 0 (T + 10 times), a
+
+    Reference: Bai, Kolter, Koltun 2019, appendix F ("paper"); Bai, Kolter, Koltun 2018 and its code ("tcn").
+
+    Args:
+        blank: T, in tokens.
+        train: episodes to learn from.
+        valid: episodes to choose by.
+        test: episodes to report.
+        variant: what follows the delimiter; equally hard for a causal model that knows positions.
+        seed: of the symbols; the three sets are drawn independently, so the size of one does not change another.
+    """
+    for name, value in (("blank", blank), ("train", train), ("valid", valid), ("test", test)):
+        if value < 1:
+            raise ValueError(f"copying({name}={value}): it must be at least 1; try blank=400, train=20000.")
+    if variant not in ("paper", "tcn"):
+        raise ValueError(f"copying(variant={variant!r}): the variants are 'paper' and 'tcn'; try 'paper'.")
+
+    def stream(episodes: int, place: int) -> Stream:
+        generator = torch.Generator().manual_seed(3 * seed + place)
+        symbols = torch.randint(1, _KINDS + 1, (episodes, SYMBOLS), generator=generator)
+        return _episodes(symbols, blank=blank, after=0 if variant == "paper" else 9)
+
+    return Corpus(
+        name=f"copying-{blank}",
+        train=stream(train, 0),
+        valid=stream(valid, 1),
+        test=stream(test, 2),
+        vocabulary=Vocabulary(tokens=tuple("0123456789"), unit="character"),
+        unit="symbol",
+    )
+
+
+def memoryless_optimum(blank: int) -> float:
+    """The loss in nats per token of the best model without memory, 10 · ln 8 / (T + 20): 0.0495 at T = 400.
+
+    It knows from the delimiter when to answer and can only guess which of the eight symbols it was.
+    """
+    return SYMBOLS * math.log(_KINDS) / (blank + 2 * SYMBOLS)
+
+
+def _episodes(symbols: Int[Tensor, "E 10"], *, blank: int, after: int) -> Stream:
+    """The stream of the episodes with these symbols to recall."""
+    episodes, length = len(symbols), blank + 2 * SYMBOLS
+    tokens = torch.zeros(episodes, length, dtype=torch.int64)
+    tokens[:, :SYMBOLS] = symbols
+    tokens[:, -SYMBOLS - 1] = 9
+    tokens[:, -SYMBOLS:] = after
+    targets = torch.zeros_like(tokens)
+    targets[:, -SYMBOLS:] = symbols
+    return Stream(tokens=tokens.flatten(), targets=targets.flatten(), episode=length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Copying(Source):
+    """The copy-memory task: ten symbols, a long blank, and the ten symbols are to be recalled."""
+
+    unit: ClassVar = "symbol"
+    """What one token is."""
+    blank: int = 400
+    """T: steps between the symbols and their recall; a sequence has T + 20 steps."""
+    train: int = 20_000
+    """Sequences to train on."""
+    valid: int = 2_000
+    """Sequences to validate on."""
+    test: int = 2_000
+    """Sequences to test on."""
+    variant: Literal["paper", "tcn"] = "paper"
+    """One delimiter (Bai, Kolter, Koltun 2019, appendix F) or eleven (Bai, Kolter, Koltun 2018)."""
+    seed: int = 0
+    """Draws the sequences."""
+
+    def load(self) -> Corpus:
+        """The corpus, drawn anew; the same seed gives the same sequences."""
+        return copying(
+            blank=self.blank,
+            train=self.train,
+            valid=self.valid,
+            test=self.test,
+            variant=self.variant,
+            seed=self.seed,
+        )

@@ -1,0 +1,97 @@
+"""Stream and Corpus: what a model is trained, validated and tested on.
+
+Letters: L length of a stream of tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from equilibria.lm.corpora.vocabulary import Vocabulary
+
+Unit = Literal["word", "character", "symbol"]
+"""What one token is: a word, a character, or a symbol of a made-up task."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stream:
+    """A sequence of tokens and what a model should answer at each: the next token (text), or the task's answer."""
+
+    tokens: Int[Tensor, " L"]
+    """What the model reads (int64)."""
+    targets: Int[Tensor, " L"]
+    """What it should answer at the same places (int64)."""
+    episode: int | None = None
+    """Length in tokens of the independent sequences that the stream consists of; None for one continuous text."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "targets"):
+            value: Tensor = getattr(self, name)
+            if value.ndim != 1 or value.dtype != torch.int64:
+                raise ValueError(
+                    f"Stream({name}={value.dtype} of shape {list(value.shape)}): ids are a torch.int64 tensor with one "
+                    f"axis, time; try {name}.flatten().long()."
+                )
+        if len(self.tokens) != len(self.targets) or not len(self.tokens):
+            raise ValueError(
+                f"Stream: {len(self.tokens)} tokens and {len(self.targets)} targets, and there must be one target a "
+                "token and at least one of each; Stream.of_text makes both from one sequence of ids."
+            )
+        if self.episode is not None and (self.episode < 1 or len(self.tokens) % self.episode):
+            raise ValueError(
+                f"Stream(episode={self.episode}): the {len(self.tokens)} tokens must be a whole number of episodes of "
+                "at least 1 token; give the length of one independent sequence, or None for continuous text."
+            )
+
+    @classmethod
+    def of_text(cls, ids: Int[Tensor, " N"]) -> Stream:
+        """The stream in which every token is asked for the next one."""
+        if len(ids) < 2:
+            raise ValueError(
+                f"Stream.of_text: the text has {len(ids)} token(s), and the shortest one has 2, of which the second is "
+                "the target of the first; give a longer text."
+            )
+        return cls(tokens=ids[:-1], targets=ids[1:])
+
+    @property
+    def ids(self) -> Int[Tensor, " N"]:
+        """The text that ``of_text`` was given: the first token and all targets."""
+        return torch.cat([self.tokens[:1], self.targets])
+
+    def __len__(self) -> int:
+        """Number of targets: what is scored."""
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """Three streams over one vocabulary."""
+
+    name: str
+    """What reports call it."""
+    train: Stream
+    """To learn from."""
+    valid: Stream
+    """To choose by."""
+    test: Stream
+    """To report, once."""
+    vocabulary: Vocabulary
+    """What the ids mean."""
+    unit: Unit
+    """What one token is; bits per character are reported for characters, perplexity for words."""
+
+    def __post_init__(self) -> None:
+        for split in ("train", "valid", "test"):
+            stream: Stream = getattr(self, split)
+            for name, ids in (("tokens", stream.tokens), ("targets", stream.targets)):
+                low, high = (int(bound) for bound in ids.aminmax())
+                if low < 0 or high >= len(self.vocabulary):
+                    raise ValueError(
+                        f"Corpus {self.name!r}: the {name} of {split} hold the id {low if low < 0 else high}, and its "
+                        f"vocabulary has the ids 0 … {len(self.vocabulary) - 1}; encode all three with that vocabulary."
+                    )

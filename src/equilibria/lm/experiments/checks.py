@@ -1,0 +1,64 @@
+"""Checks of the numbers in the values of an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+LARGEST = torch.finfo(torch.float32).max
+"""Settings are multiplied with float32 weights, and PyTorch refuses a factor that float32 cannot hold."""
+LARGEST_SEED = 2**63 - 1
+"""The largest seed of PyTorch's generators."""
+
+
+def at_least(value: object, least: int, *names: str) -> None:
+    """Refuse numbers of a dataclass that are there and too small."""
+    for name in names:
+        number = getattr(value, name)
+        if number is not None and number < least:
+            raise ValueError(f"{type(value).__name__}({name}={number}): it must be at least {least}.")
+
+
+def finite(value: object) -> None:
+    """Refuse floats anywhere in a tree of dataclasses that are no numbers of float32: NaN, infinity, 1e39.
+
+    Raises:
+        ValueError: names the field by its path from ``value``.
+    """
+    for path, number in _floats(value):
+        if not abs(number) <= LARGEST:
+            raise ValueError(
+                f"{type(value).__name__}({path}={number}): it must be a finite number, at most {LARGEST:.1e} in "
+                "magnitude; leave it out for its default."
+            )
+
+
+def _floats(value: object) -> Iterator[tuple[str, float]]:
+    """Every float in the tree, each with its path: "stages.0.penalty"."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    else:
+        parts = [(str(place), part) for place, part in enumerate(value)] if isinstance(value, tuple) else []
+    for name, part in parts:
+        if isinstance(part, float):
+            yield name, part
+        else:
+            yield from ((f"{name}.{path}", number) for path, number in _floats(part))
+
+
+def at_most(value: object, most: float, name: str, *, advice: str) -> None:
+    """Refuse a number of a dataclass that is there and too large."""
+    number = getattr(value, name)
+    if number is not None and number > most:
+        largest = "2⁶³ − 1" if most == LARGEST_SEED else f"{most:,.0f}"
+        raise ValueError(f"{type(value).__name__}({name}={number}): it must be at most {largest}; {advice}.")
+
+
+def above_zero(value: object, *names: str) -> None:
+    """Refuse numbers of a dataclass that are there and not above zero."""
+    for name in names:
+        number = getattr(value, name)
+        if number is not None and not 0 < number < float("inf"):
+            raise ValueError(f"{type(value).__name__}({name}={number}): it must be a finite number above 0.")

@@ -1,0 +1,97 @@
+"""An experiment: one frozen tree of values that says everything about a run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from equilibria.lm.corpora import Corpus
+from equilibria.lm.corpora.language import Language
+from equilibria.lm.corpora.source import Source
+from equilibria.lm.experiments.checks import finite
+from equilibria.lm.experiments.stage import Stage
+from equilibria.lm.experiments.training import Training
+from equilibria.lm.model import LanguageConfig, LanguageModel, RecurrentConfig
+from equilibria.lm.suggestions import nearest_or_all
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is trained on what, and how."""
+
+    name: str
+    """What the run is called."""
+    corpus: Source
+    """Where the text comes from."""
+    model: LanguageConfig | RecurrentConfig
+    """The sizes of the model."""
+    stages: tuple[Stage, ...]
+    """The parts of the training, in order."""
+    training: Training = dataclasses.field(default_factory=Training)
+    """Batches, optimiser, log and checkpoints."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("Experiment(stages=()): an experiment has at least one stage; give one Stage(…).")
+        finite(self)
+        self._check_methods()
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"Experiment(stages=…): the stages are called {', '.join(map(repr, names))}; logs and checkpoints tell "
+                "them apart by their names, so give each its own."
+            )
+        warmup = self.training.optimisation.warmup
+        if warmup > self.total_steps:
+            raise ValueError(
+                f"Training(warmup={warmup}): the warm-up is longer than the {self.total_steps} steps of all stages "
+                "together; shorten it with --training.warmup, or lengthen a stage."
+            )
+
+    def _check_methods(self) -> None:
+        """Raise a ValueError unless exactly the stages of an equilibrium have a method."""
+        solves = self.model.solves
+        for stage in self.stages:
+            if solves and stage.method is None:
+                raise ValueError(
+                    f"Stage({stage.name!r}, method=None) of an equilibrium: it has to know how to solve; give "
+                    "method=Method(solver, stop, gradient), or network_of(depth) for a shallow stage."
+                )
+            if not solves and stage.method is not None:
+                raise ValueError(
+                    f"Stage({stage.name!r}, method={stage.method}) of a model that solves nothing; leave the method "
+                    "out."
+                )
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages together."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, done: int) -> int:
+        """The index of the stage that the next step belongs to, after ``done`` steps; the last one at the end."""
+        end = 0
+        for index, stage in enumerate(self.stages):
+            end += stage.steps
+            if done < end:
+                return index
+        return len(self.stages) - 1
+
+    def stage_named(self, name: str) -> Stage:
+        """The stage of that name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        names = (stage.name for stage in self.stages)
+        raise ValueError(f"There is no stage {name!r} in {self.name!r}; {nearest_or_all(name, names)}")
+
+    def build(self, corpus: Corpus | Language, stage: Stage | None = None) -> LanguageModel:
+        """The model with fresh weights, drawn from PyTorch's generator.
+
+        Its own way to solve is that of ``stage``, by default the last one; a training passes that of each step.
+        """
+        stage = stage or self.stages[-1]
+        return self.model.build(len(corpus.vocabulary), method=stage.training_method, eval_stop=stage.eval_stop)

@@ -1,0 +1,181 @@
+"""Experiments as plain JSON values: every dataclass becomes {"kind": "Anderson", "window": 6, …}."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from equilibria import gradients, solvers
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.lm import corpora
+from equilibria.lm.experiments import decay
+from equilibria.lm.experiments.experiment import Experiment
+from equilibria.lm.experiments.stage import Stage
+from equilibria.lm.experiments.training import Training
+from equilibria.lm.model import LanguageConfig
+from equilibria.lm.suggestions import nearest_or_all
+
+JSON = Any
+"""None, bool, int, float, str, or lists and string-keyed dicts of them."""
+
+
+def to_json(experiment: Experiment) -> dict[str, JSON]:
+    """The experiment as nested dicts, ready for ``json.dumps``."""
+    return _encode(experiment)
+
+
+def from_json(data: Mapping[str, JSON], *, extra: Iterable[type] = ()) -> Experiment:
+    """The experiment that ``to_json`` wrote.
+
+    Kinds are looked up in a table made of the catalogues of sources, solvers, gradient rules, decays and shapes, and
+    never imported by name.
+
+    Args:
+        data: nested dicts; a field that is left out has its default.
+        extra: dataclasses from outside the library that the experiment uses.
+
+    Raises:
+        ValueError: a kind or a field is unknown, or a value has the wrong type; names the nearest ones.
+    """
+    kinds = {**_kinds(), **{kind.__name__: kind for kind in extra}}
+    experiment = _decode(data, Experiment, kinds, where="experiment")
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f'The outermost kind is {type(experiment).__name__!r}; it must be "Experiment".')
+    return experiment
+
+
+def kinds_in(value: Any) -> set[type]:
+    """Every dataclass that occurs in an experiment, those from outside the library included."""
+    if isinstance(value, tuple):
+        return set().union(*map(kinds_in, value))
+    if not dataclasses.is_dataclass(value):
+        return set()
+    parts = (kinds_in(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return {type(value)}.union(*parts)
+
+
+@functools.cache
+def _kinds() -> dict[str, type]:
+    """Every dataclass that an experiment of the library can hold, by name."""
+    kinds: dict[str, type] = {}
+    pending = [Experiment, Stage, Method, Training, Stop, LanguageConfig]
+    pending += [*corpora.CATALOGUE, *solvers.CATALOGUE, *gradients.CATALOGUE, *decay.CATALOGUE]
+    while pending:
+        kind = pending.pop()
+        if kind.__name__ not in kinds:
+            kinds[kind.__name__] = kind
+            pending += [part for hint in _hints(kind).values() for part in _dataclasses(hint)]
+    return kinds
+
+
+def _encode(value: Any) -> JSON:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, tuple | list):
+        return [_encode(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(
+        f"{value!r} of type {type(value).__name__} cannot be written as JSON; an experiment holds frozen dataclasses, "
+        "tuples, paths, numbers, strings and None."
+    )
+
+
+def _decode(data: JSON, hint: Any, kinds: Mapping[str, type], *, where: str) -> Any:
+    """The value that ``data`` stands for where a value of type ``hint`` is expected."""
+    if isinstance(data, Mapping):
+        return _decode_dataclass(data, hint, kinds, where=where)
+    for member in _members(hint):
+        if isinstance(data, list) and typing.get_origin(member) is tuple:
+            return _decode_tuple(data, member, kinds, where=where)
+        if typing.get_origin(member) is typing.Literal and data in typing.get_args(member):
+            return data
+        if isinstance(member, type) and type(data) is member:
+            return data
+        if (type(data), member) in _WIDER:
+            return member(data)
+        if member is torch.dtype and isinstance(data, str) and data in DTYPES:
+            return DTYPES[data]
+    written = (member for member in _members(hint) if typing.get_origin(member) is not Callable)  # which is never JSON
+    allowed = " or ".join(map(_named, written))
+    raise ValueError(f"{where} is {data!r}; it must be {allowed}.")
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+"""The dtypes that an experiment can name."""
+_WIDER = {(int, float), (str, Path)}
+"""What a plain JSON value may become where it is not expected as it is."""
+
+
+def _decode_dataclass(data: Mapping[str, JSON], hint: Any, kinds: Mapping[str, type], *, where: str) -> Any:
+    named = data.get("kind")
+    kind = kinds.get(named) if isinstance(named, str) else None
+    if kind is None:
+        raise ValueError(
+            f"{where} has the unknown kind {data.get('kind')!r}; {nearest_or_all(str(data.get('kind')), kinds)} "
+            "A dataclass of your own is named with --recipe FILE.py:FUNCTION, or in from_json(…, extra=[…])."
+        )
+    allowed = [member for member in _members(hint) if isinstance(member, type)]
+    if not any(issubclass(kind, member) for member in allowed):
+        raise ValueError(f"{where} is a {kind.__name__}; it must be {' or '.join(_named(m) for m in allowed)}.")
+    hints = _hints(kind)
+    fields = {name: value for name, value in data.items() if name != "kind"}
+    for name in fields:
+        if name not in hints:
+            raise ValueError(f"{where} has the unknown field {name!r}; {nearest_or_all(name, hints)}")
+    missing = [f.name for f in dataclasses.fields(kind) if f.name not in fields and _required(f)]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; a {kind.__name__} has the fields {', '.join(hints)}.")
+    return kind(**{name: _decode(v, hints[name], kinds, where=f"{where}.{name}") for name, v in fields.items()})
+
+
+def _decode_tuple(data: list[JSON], hint: Any, kinds: Mapping[str, type], *, where: str) -> tuple[Any, ...]:
+    parts = typing.get_args(hint)
+    if len(parts) == 2 and parts[1] is ...:
+        parts = (parts[0],) * len(data)
+    if len(parts) != len(data):
+        raise ValueError(f"{where} has {len(data)} entries; it must have {len(parts)}.")
+    pairs = enumerate(zip(data, parts, strict=True))
+    return tuple(_decode(item, part, kinds, where=f"{where}.{index}") for index, (item, part) in pairs)
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _dataclasses(hint: Any) -> list[type]:
+    parts = [part for member in _members(hint) for part in (member, *typing.get_args(member))]
+    return [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _named(hint: Any) -> str:
+    if hint is types.NoneType:
+        return "null"
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(repr(value) for value in typing.get_args(hint))
+    if hint is torch.dtype:
+        return " or ".join(map(repr, DTYPES))
+    return "a list" if typing.get_origin(hint) is tuple else f"a {getattr(hint, '__name__', hint)}"

@@ -1,0 +1,203 @@
+"""The settings of a training in groups, one per concern; ``Training`` holds one of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import ClassVar, Literal
+
+from equilibria.lm.experiments.checks import above_zero, at_least, at_most, finite
+from equilibria.lm.experiments.decay import CATALOGUE, Cosine, Decay, NonMonotone
+from equilibria.lm.ranks import KINDS, Parallel
+
+MOST_THREADS = 1024
+"""No machine gains from more; OpenMP ends the process where the system refuses it a thread."""
+LONGEST_WAIT = 1e7
+"""Seconds: 115 days; a clock overflows somewhere beyond."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """How the text for training is cut."""
+
+    batch_size: int = 8
+    """Streams of text that are read side by side."""
+    segment_length: int = 64
+    """Tokens of each stream per step; corpora of independent sequences take whole ones."""
+    overlap: int = 0
+    """Tokens that a segment shares with the one before: read again, without memory, and not scored; 0 for memory."""
+
+    def __post_init__(self) -> None:
+        finite(self)
+        at_least(self, 1, "batch_size", "segment_length")
+        at_least(self, 0, "overlap")
+        if self.overlap >= self.segment_length:
+            raise ValueError(too_long("overlap", self.overlap, self.segment_length, of="Batches"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimisation:
+    """How the gradient changes the weights."""
+
+    optimiser: Literal["adam", "adamw", "sgd", "asgd"] = "adam"
+    """Adam, Adam with decoupled weight decay, SGD, or SGD with averaged weights once decay=NonMonotone triggers."""
+    learning_rate: float = 1e-3
+    """The largest learning rate, at the end of the warm-up."""
+    warmup: int = 0
+    """Steps in which the learning rate grows from 0."""
+    decay: Decay = dataclasses.field(default_factory=Cosine)
+    """How the learning rate falls after the warm-up."""
+    final_learning_rate: float = 0.0
+    """Final learning rate of the cosine schedule."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's two moments."""
+    epsilon: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    momentum: float = 0.0
+    """Share of the last update that SGD repeats, before the learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay per step, times the learning rate; all but "adamw" add it to the gradient, after the clipping."""
+    clip: float | None = 0.25
+    """Largest Euclidean norm of the whole gradient; None for no limit."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic inside the model; weights and the solvers' algebra are float32. For tolerances of 1e-2 and above."""
+
+    def __post_init__(self) -> None:
+        finite(self)
+        at_least(self, 0, "warmup", "weight_decay", "final_learning_rate")
+        above_zero(self, "learning_rate", "clip", "epsilon")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"Optimisation(precision={self.precision!r}): it is 'float32' or 'bfloat16'.")
+        if self.optimiser not in ("adam", "adamw", "sgd", "asgd"):
+            raise ValueError(f"Optimisation(optimiser={self.optimiser!r}): it is 'adam', 'adamw', 'sgd' or 'asgd'.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"Optimisation(betas={self.betas}): both decays lie in [0, 1); try (0.9, 0.999).")
+        if not 0 <= self.momentum < 1 or (self.momentum and self.optimiser != "sgd"):
+            raise ValueError(
+                f"Optimisation(momentum={self.momentum}, optimiser={self.optimiser!r}): a share in [0, 1), for 'sgd' "
+                "only; try 0.9, or 0 for none."
+            )
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        if self.optimiser == "asgd" and not isinstance(self.decay, NonMonotone):
+            raise ValueError(
+                f"Optimisation(optimiser='asgd', decay={self.decay}): the averaging begins where NonMonotone triggers; "
+                "give decay=NonMonotone(), or optimiser='sgd'."
+            )
+        if self.final_learning_rate and not isinstance(self.decay, Cosine) and type(self.decay) in CATALOGUE:
+            raise ValueError(
+                f"Optimisation(final_learning_rate={self.final_learning_rate}, decay={self.decay}): only a cosine "
+                "falls towards a final rate; give decay=Cosine(), or final_learning_rate=0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """How the validation text is read, and how often."""
+
+    valid_every: int = 500
+    """Steps between two validations."""
+    eval_batch_size: int = 8
+    """Streams that are read side by side; 1 scores every token but the first."""
+    eval_segment_length: int | None = None
+    """Tokens of each stream per step; None for segment_length."""
+    eval_overlap: int | None = None
+    """Tokens that a segment shares with the one before; None for overlap."""
+    valid_segments: int | None = None
+    """Segments that are read; None for all."""
+
+    def __post_init__(self) -> None:
+        finite(self)
+        at_least(self, 1, "valid_every", "eval_batch_size", "eval_segment_length", "valid_segments")
+        at_least(self, 0, "eval_overlap")
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    """What is written down, without influence on what is trained."""
+
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    baseline: bool = True
+    """Whether corpora of characters get Witten–Bell n-grams of order 1 to 4 as a baseline, at the start."""
+    spectral_radius: int = 40
+    """Power iterations for the spectral radius of the Jacobian at each validation; 0 for none."""
+    measure_memory: bool = True
+    """Whether the peak memory of a training step is measured at the end, beside that of the same cell unrolled."""
+    memory_depths: tuple[int, ...] = (8, 16, 32, 64)
+    """Depths of the unrolled networks in that measurement."""
+    tensorboard: bool = False
+    """Whether the log is written for TensorBoard as well."""
+
+    def __post_init__(self) -> None:
+        finite(self)
+        at_least(self, 1, "log_every")
+        at_least(self, 0, "spectral_radius")
+        if 0 < self.spectral_radius < 3:
+            raise ValueError(f"Logging(spectral_radius={self.spectral_radius}): 3 iterations at least; try 40, or 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Faults:
+    """What is kept for the case that something fails, and what happens then."""
+
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; a validation that is the best one makes one too."""
+    keep: int = 2
+    """Newest checkpoints that stay, besides the best one."""
+    rollbacks: int = 2
+    """How often a run goes back to its newest checkpoint, each time with half the learning rate, when loss or gradient
+    is not finite; then it stops."""
+    unconverged: Literal["continue", "raise_budget", "skip_step", "stop"] = "continue"
+    """What to do in a step in which more samples than ``tolerated`` do not converge, forward or backward."""
+    tolerated: float = 0.5
+    """Share of the samples of a step that may fail before ``unconverged`` acts."""
+
+    POLICIES: ClassVar = ("continue", "raise_budget", "skip_step", "stop")
+
+    def __post_init__(self) -> None:
+        finite(self)
+        at_least(self, 1, "checkpoint_every", "keep")
+        at_least(self, 0, "rollbacks")
+        if self.unconverged not in self.POLICIES:
+            raise ValueError(
+                f"Faults(unconverged={self.unconverged!r}): it is one of {', '.join(map(repr, self.POLICIES))}."
+            )
+        if not 0 <= self.tolerated < 1:
+            raise ValueError(f"Faults(tolerated={self.tolerated}): a share in [0, 1); try 0.5.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Where the arithmetic happens; it may change the last bits of what is trained, and nothing else."""
+
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", …; "auto" takes a GPU if there is one."""
+    threads: int | None = None
+    """Threads of PyTorch on the CPU; None leaves them as they are."""
+    compile: bool = False
+    """Whether cells are compiled (torch.compile): about a minute at the start, and another for each new batch size."""
+    accumulate: int = 1
+    """Parts of a batch that are computed one after the other, for less memory."""
+    parallel: Parallel = "none"
+    """How the model is spread over the processes of a torchrun: a replica each ("ddp"), or a shard each ("fsdp")."""
+    rank_timeout: float = 600.0
+    """Seconds after which a process that waits for a lost one gives up."""
+
+    def __post_init__(self) -> None:
+        finite(self)
+        at_least(self, 1, "threads", "accumulate")
+        above_zero(self, "rank_timeout")
+        at_most(self, MOST_THREADS, "threads", advice=f"this machine has {os.cpu_count()} cores, and None takes them")
+        at_most(self, LONGEST_WAIT, "rank_timeout", advice="try 600")
+        if self.parallel not in KINDS:
+            raise ValueError(f"Devices(parallel={self.parallel!r}): it is 'none', 'ddp' or 'fsdp'.")
+
+
+def too_long(name: str, overlap: int, length: int, *, of: str) -> str:
+    """The error for an overlap that leaves nothing of a segment."""
+    return (
+        f"{of}({name}={overlap}): segments of {length} tokens share less than that with the one before; give at most "
+        f"{length - 1}, or 0 for none."
+    )

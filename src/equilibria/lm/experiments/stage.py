@@ -1,0 +1,118 @@
+"""Stage: a part of the training with its own way to solve."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.gradients.unroll import Unroll
+from equilibria.layers.dropout import BatchSlice, batch_draw
+from equilibria.lm.experiments.checks import at_least, finite
+from equilibria.lm.model import LanguageOutput
+from equilibria.solvers.picard import Picard
+from equilibria.stability import jacobian_penalty
+
+SOLVES = ("method", "eval_stop")
+"""Fields of a stage that decide how an ``Equilibrium`` solves, and which stages' validations can be compared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the training with its own way to solve."""
+
+    name: str
+    """What the logs call it."""
+    steps: int
+    """Training steps."""
+    method: Method | None = None
+    """How the equilibrium is found and differentiated; None for a model that solves nothing."""
+    penalty: float = 0.0
+    """Weight γ of the Jacobian penalty ‖εᵀJ‖²/(B·T·D), in nats; 0 for none. z* counts as constant in it."""
+    penalty_share: float = 1.0
+    """Probability with which a step has the penalty; the steps without it cost nothing more."""
+    eval_stop: Stop | None = None
+    """Tolerances and budget in evaluation; None for those of the training."""
+    warm: bool = False
+    """Start solves from what the cell remembers of the segment before, instead of zero."""
+    budget_jitter: int = 0
+    """Evaluations by which the budget of a training step may fall short: each draws one of 0 … budget_jitter."""
+
+    def __post_init__(self) -> None:
+        finite(self)
+        at_least(self, 1, "steps")
+        if self.penalty < 0:
+            raise ValueError(
+                f"Stage(penalty={self.penalty}): the weight of the penalty is ≥ 0; try 1.0, or 0 for none."
+            )
+        if not 0 < self.penalty_share <= 1:
+            raise ValueError(f"Stage(penalty_share={self.penalty_share}): a probability in (0, 1]; try 0.4.")
+        if self.method is None:
+            self._check_without_method()
+            return
+        budget = self.method.stop.max_evals
+        if not 0 <= self.budget_jitter < budget:
+            raise ValueError(
+                f"Stage(budget_jitter={self.budget_jitter}): a budget of {budget} evaluations falls short by 0 to "
+                f"{budget - 1} of them; try 2, or 0 for the same budget in every step."
+            )
+
+    def _check_without_method(self) -> None:
+        for name in ("penalty", "eval_stop", "warm", "budget_jitter"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"Stage({name}={getattr(self, name)!r}) without a method: it belongs to an equilibrium; give "
+                    f"method=Method(…), or leave {name} out."
+                )
+
+    @property
+    def training_method(self) -> Method | None:
+        """How the stage is solved in training; failures are counted and recorded, so no solve warns of them."""
+        return self.method and dataclasses.replace(self.method, on_failure="ignore")
+
+    @property
+    def evaluation_method(self) -> Method | None:
+        """How the equilibrium is found in evaluation."""
+        method = self.training_method
+        return method if method is None or self.eval_stop is None else dataclasses.replace(method, stop=self.eval_stop)
+
+    def solves_like(self, other: Stage) -> bool:
+        """True if the validations of both stages can be compared: they solve in the same way."""
+        return all(getattr(self, name) == getattr(other, name) for name in SOLVES)
+
+    def drawn_method(self, method: Method | None) -> Method | None:
+        """``method`` with a budget drawn for this step, max_evals − U{0, …, budget_jitter}.
+
+        So that no one depth is learnt by heart: from the code of Bai, Koltun and Kolter (2021). It is drawn from
+        PyTorch's generator, and only where there is something to draw.
+        """
+        if self.budget_jitter == 0 or method is None:
+            return method
+        shortfall = int(torch.randint(self.budget_jitter + 1, ()))
+        stop = dataclasses.replace(method.stop, max_evals=method.stop.max_evals - shortfall)
+        return dataclasses.replace(method, stop=stop)
+
+    def drawn_penalty(self, output: LanguageOutput, part: BatchSlice | None) -> Float[Tensor, ""] | None:
+        """The Jacobian penalty of a step, without its weight; None if the step has none, which may be drawn."""
+        if self.penalty == 0 or output.solution is None:
+            return None
+        if self.penalty_share < 1 and float(torch.rand(())) >= self.penalty_share:
+            return None
+
+        def draw(leaf: Tensor) -> Tensor:
+            normal = partial(torch.randn, dtype=leaf.dtype, device=leaf.device)
+            return batch_draw(normal, leaf.shape, part=part)
+
+        return jacobian_penalty(output.layer.f, output.solution.z.detach(), draw=draw).mean()
+
+
+def network_of(depth: int, *, name: str | None = None, steps: int = 1, checkpoint: bool = False) -> Stage:
+    """The stage that makes an equilibrium a weight-tied network of ``depth`` layers, by back-propagation."""
+    stop = Stop(rtol=0, atol=0, max_evals=depth + 1, best=False)  # the last evaluation tells the residual
+    gradient = Unroll(checkpoint=checkpoint)
+    return Stage(name=name or f"{depth} layers", steps=steps, method=Method(Picard(), stop, gradient))

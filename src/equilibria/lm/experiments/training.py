@@ -1,0 +1,91 @@
+"""Training: the settings by which the weights of a model are trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from equilibria.lm.experiments.checks import LARGEST_SEED, at_least, at_most, finite
+from equilibria.lm.experiments.settings import (
+    Batches,
+    Devices,
+    Faults,
+    Logging,
+    Optimisation,
+    Validation,
+    too_long,
+)
+from equilibria.lm.suggestions import nearest_or_all
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How the weights are trained, and what is written down meanwhile; every name occurs in one group only."""
+
+    batches: Batches = dataclasses.field(default_factory=Batches)
+    """How the text for training is cut."""
+    optimisation: Optimisation = dataclasses.field(default_factory=Optimisation)
+    """How the gradient changes the weights."""
+    validation: Validation = dataclasses.field(default_factory=Validation)
+    """How the validation text is read, and how often."""
+    log: Logging = dataclasses.field(default_factory=Logging)
+    """What is written down."""
+    faults: Faults = dataclasses.field(default_factory=Faults)
+    """What is kept for the case that something fails, and what happens then."""
+    devices: Devices = dataclasses.field(default_factory=Devices)
+    """Where the arithmetic happens."""
+    seed: int = 0
+    """Draws the initial weights, the dropout masks and the probes of the penalty."""
+
+    def __post_init__(self) -> None:
+        finite(self)
+        at_least(self, 0, "seed")
+        at_most(self, LARGEST_SEED, "seed", advice="try 0")
+        rows, parts = self.batches.batch_size, self.devices.accumulate
+        if rows % parts:
+            raise ValueError(
+                f"Training(batch_size={rows}, accumulate={parts}): the rows of a batch are divided evenly; give an "
+                "accumulate that divides the batch size, or 1."
+            )
+        if self.devices.parallel == "fsdp" and self.optimisation.optimiser == "asgd":
+            raise ValueError(
+                "Training(parallel='fsdp', optimiser='asgd'): averages are not kept in shards; give parallel='ddp'."
+            )
+        length, overlap = self.evaluation["segment_length"], self.evaluation["overlap"]
+        if overlap >= length:  # found out now, and not after hours
+            raise ValueError(too_long("eval_overlap", overlap, length, of="Training"))
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """How the validation text is read, by the names of ``evaluate``."""
+        batches, validation = self.batches, self.validation
+        return {
+            "batch_size": validation.eval_batch_size,
+            "segment_length": validation.eval_segment_length or batches.segment_length,
+            "overlap": batches.overlap if validation.eval_overlap is None else validation.eval_overlap,
+        }
+
+    def changed(self, **settings: Any) -> Training:
+        """The same with other settings, named without their group: ``training.changed(batch_size=16, seed=1)``.
+
+        Raises:
+            TypeError: there is no such setting; names the nearest.
+        """
+        groups = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        home = {
+            setting.name: name
+            for name, group in groups.items()
+            if dataclasses.is_dataclass(group)
+            for setting in dataclasses.fields(group)
+        }
+        wanted: dict[str, Any] = {}
+        for name, value in settings.items():
+            if name in groups:
+                wanted[name] = value
+            elif name not in home:
+                raise TypeError(f"Training has no setting {name!r}; {nearest_or_all(name, [*home, *groups])}")
+        for name, group in groups.items():
+            mine = {key: value for key, value in settings.items() if home.get(key) == name}
+            if mine:
+                wanted[name] = dataclasses.replace(wanted.get(name, group), **mine)
+        return dataclasses.replace(self, **wanted)

@@ -1,0 +1,33 @@
+"""Language models: embedding, head, model, generation."""
+
+from equilibria.lm.model.adaptive import AdaptiveConfig
+from equilibria.lm.model.adaptive_heads import AdaptiveHead, TiedAdaptiveHead, UntiedAdaptiveHead
+from equilibria.lm.model.clusters import AdaptiveEmbedding
+from equilibria.lm.model.config import Explicit, LanguageConfig
+from equilibria.lm.model.embedding import Embedding
+from equilibria.lm.model.generate import generate, stream
+from equilibria.lm.model.heads import SoftmaxHead
+from equilibria.lm.model.losses import ExtraLosses
+from equilibria.lm.model.mixture import MixtureConfig, MixtureHead
+from equilibria.lm.model.model import LanguageModel, LanguageOutput
+from equilibria.lm.model.recurrent import RecurrentConfig
+
+__all__ = [
+    "AdaptiveConfig",
+    "AdaptiveEmbedding",
+    "AdaptiveHead",
+    "Embedding",
+    "Explicit",
+    "ExtraLosses",
+    "LanguageConfig",
+    "LanguageModel",
+    "LanguageOutput",
+    "MixtureConfig",
+    "MixtureHead",
+    "RecurrentConfig",
+    "SoftmaxHead",
+    "TiedAdaptiveHead",
+    "UntiedAdaptiveHead",
+    "generate",
+    "stream",
+]

@@ -1,0 +1,186 @@
+"""Adaptive softmax: a word's probability is that of its cluster times that among the cluster's words.
+
+Only the frequent words are compared with all others at each position, so a large vocabulary costs little more than its
+frequent part (Grave et al. 2017).
+
+Letters: B batch, T time, N positions of all streams, D width, V vocabulary, C words of a cluster, d_i its width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from equilibria.lm.model.clusters import AdaptiveEmbedding, Clusters
+from equilibria.lm.model.embedding import Dropped, Init, started, widened
+from equilibria.lm.model.heads import Head
+
+Readers = list[Callable[[Tensor], Tensor]]
+"""One function a cluster, from states [N D] to logits of its words; those of cluster 0 are followed by one slot for
+each other cluster, in their order."""
+
+
+class AdaptiveHead(Head, ABC):
+    """States to log-probabilities, cluster by cluster (Grave et al. 2017, eq. 8); log-softmax in float32 or wider.
+
+        log p(w) = log softmax(head)[w]                                     for a word of cluster 0,
+        log p(w) = log softmax(head)[slot i] + log softmax(tail_i)[w]       for one of cluster i
+
+    Every parameter takes part in each call, so that one whose cluster has no target gets the gradient 0.
+    """
+
+    def __init__(self, clusters: Clusters, *, dropout: float = 0.0, output_dropout: Dropped = "channel") -> None:
+        super().__init__(dropout=dropout, output_dropout=output_dropout)
+        self.clusters = clusters
+
+    @abstractmethod
+    def readers(self, embedding: AdaptiveEmbedding) -> Readers:
+        """The logits of each cluster, as functions of the states."""
+
+    def forward(self, h: Float[Tensor, "B T D"], embedding: AdaptiveEmbedding) -> Float[Tensor, "B T V"]:
+        """The log-probabilities of all words, for generation; as large as a plain softmax."""
+        read, *others = self.readers(embedding)
+        head = widened(read(h)).log_softmax(dim=-1)
+        words, *slots = head.split([self.clusters.sizes[0], *(1 for _ in others)], dim=-1)
+        tails = [widened(other(h)).log_softmax(dim=-1) for other in others]
+        return torch.cat([words, *(slot + tail for slot, tail in zip(slots, tails, strict=True))], dim=-1)
+
+    def nats(
+        self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: AdaptiveEmbedding
+    ) -> Float[Tensor, "B T"]:
+        """−log p(target), position by position; a tail sees only the positions whose target it has."""
+        states, words = h.flatten(0, 1), targets.flatten()
+        read, *others = self.readers(embedding)
+        _, *pieces = self.clusters.pieces(words)
+        slots = self.clusters.sizes[0] - 1 + self.clusters.of(words)
+        nats = _nats(read(states), torch.where(words < self.clusters.cutoffs[0], words, slots))
+        rare = [
+            _nats(other(states.index_select(0, piece.positions)), piece.words)
+            for other, piece in zip(others, pieces, strict=True)
+        ]
+        positions = torch.cat([piece.positions for piece in pieces])
+        return nats.index_add(0, positions, torch.cat(rare)).view(targets.shape)
+
+    def extra_repr(self) -> str:
+        """Sizes and rate."""
+        return (
+            f"vocabulary_size={self.clusters.vocabulary_size}, cutoffs={self.clusters.cutoffs}, {super().extra_repr()}"
+        )
+
+
+class TiedAdaptiveHead(AdaptiveHead):
+    """Logits E_i (Q_iᵀ h) + b_i, where E_i are the embedding's tables and Q_i, for i ≥ 1, its projections P_i.
+
+    Q_0 is a Parameter of the head (Dai et al. 2019, whose code ties all projections but the first). Without
+    projections in the embedding there are none here. With one for all clusters (division 1, width ≠ D) it is Q_i for
+    all i ≥ 1, and Q_0 is the head's own still. As in ``SoftmaxHead``, what is tied is read from the embedding at each
+    call, so there is one Parameter. The authors' slots are in reverse order: reverse the rows of their cluster weights.
+
+    Args:
+        embedding: to which the head is tied; only its sizes are kept.
+        width: D, channels of the state.
+        dropout: share of h that is dropped.
+        output_dropout: what of h, as in ``Head``.
+        std: the head's rows for the slots start with this standard deviation; all biases start at 0.
+        projection_std: Q_0 starts from N(0, projection_std²).
+        init: whether those rows start from N(0, std²) or from U(±√3·std).
+        slot_std: they start from N(0, slot_std²) instead; None for ``std`` and ``init``.
+    """
+
+    def __init__(
+        self,
+        embedding: AdaptiveEmbedding,
+        *,
+        width: int,
+        dropout: float = 0.0,
+        output_dropout: Dropped = "channel",
+        std: float = 0.01,
+        projection_std: float = 0.01,
+        init: Init = "normal",
+        slot_std: float | None = None,
+    ) -> None:
+        super().__init__(embedding.clusters, dropout=dropout, output_dropout=output_dropout)
+        slots, first = len(self.clusters.cutoffs), embedding.tables[0].shape[1]
+        own = None if embedding.projection(0) is None else torch.empty(width, first).normal_(std=projection_std)
+        self.projection = None if own is None else nn.Parameter(own)
+        self.bias = nn.Parameter(torch.zeros(self.clusters.vocabulary_size))
+        rows = torch.empty(slots, first)
+        rows = started(rows, std=std, init=init) if slot_std is None else started(rows, std=slot_std)
+        self.slot_weight = nn.Parameter(rows)
+        self.slot_bias = nn.Parameter(torch.zeros(slots))
+
+    def readers(self, embedding: AdaptiveEmbedding) -> Readers:
+        """h ↦ E_i (Q_iᵀ h) + b_i."""
+        weights, biases = embedding.weights(), list(self.bias.split(self.clusters.sizes))
+        weights[0], biases[0] = torch.cat([weights[0], self.slot_weight]), torch.cat([biases[0], self.slot_bias])
+        projections = [self.projection, *(embedding.projection(i) for i in range(1, len(weights)))]
+        return [
+            partial(_logits, weight=weight, bias=bias, projection=projection)
+            for weight, bias, projection in zip(weights, biases, projections, strict=True)
+        ]
+
+
+class UntiedAdaptiveHead(AdaptiveHead):
+    """The logits of ``torch.nn.AdaptiveLogSoftmaxWithLoss``, whose parameters it has; the embedding is not used.
+
+    Tail i maps D to ⌊D/division^i⌋ channels and these to logits without bias. Torch's own ``forward`` gives the same
+    numbers, but its log-softmax is in the dtype of h, it refuses float32 states under autocast, and it leaves out
+    clusters without target, whose parameters distributed training then waits for.
+
+    Args:
+        clusters: of the words.
+        width: D, channels of the state.
+        division: of the width, from cluster to cluster.
+        dropout: share of h that is dropped.
+        output_dropout: what of h, as in ``Head``.
+        std: the rows for words and slots start with this standard deviation; the bias of cluster 0 and the slots
+            starts at 0.
+        projection_std: the tails' maps of D channels start from N(0, projection_std²).
+        init: whether those rows start from N(0, std²) or from U(±√3·std).
+        slot_std: the rows for slots start from N(0, slot_std²) instead; None for ``std`` and ``init``.
+    """
+
+    def __init__(
+        self,
+        clusters: Clusters,
+        *,
+        width: int,
+        division: int,
+        dropout: float = 0.0,
+        output_dropout: Dropped = "channel",
+        std: float = 0.01,
+        projection_std: float = 0.01,
+        init: Init = "normal",
+        slot_std: float | None = None,
+    ) -> None:
+        super().__init__(clusters, dropout=dropout, output_dropout=output_dropout)
+        self.softmax = nn.AdaptiveLogSoftmaxWithLoss(
+            width, clusters.vocabulary_size, clusters.cutoffs, div_value=division, head_bias=True
+        )
+        for name, parameter in self.softmax.named_parameters():
+            if name == "head.bias":
+                nn.init.zeros_(parameter)
+            else:
+                projects = name.startswith("tail") and name.endswith(".0.weight")
+                started(parameter, std=projection_std if projects else std, init="normal" if projects else init)
+        if slot_std is not None:
+            started(self.softmax.head.weight.detach()[clusters.sizes[0] :], std=slot_std)
+
+    def readers(self, embedding: AdaptiveEmbedding) -> Readers:
+        """h ↦ W_i h, in cluster 0 with bias."""
+        del embedding
+        return [self.softmax.head, *self.softmax.tail]
+
+
+def _logits(h: Tensor, *, weight: Tensor, bias: Tensor, projection: Tensor | None) -> Tensor:
+    return functional.linear(h if projection is None else functional.linear(h, projection.t()), weight, bias)
+
+
+def _nats(logits: Float[Tensor, "N C"], words: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    return functional.cross_entropy(widened(logits), words, reduction="none")

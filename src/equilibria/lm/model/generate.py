@@ -1,0 +1,264 @@
+"""Text, token by token: the prompt is one segment, and each new token one of length 1 with memory.
+
+By the exactness law (two segments joined by memory have the equilibrium of one) this is the same as solving the whole
+text again for every token, as long as the memory holds all of it. The model's cache keeps the keys and values of past
+positions, so that a token costs one solve of one position.
+
+Letters: B batch, T time, V vocabulary, L tokens generated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from equilibria.layers.sequence import Memory
+from equilibria.lm.model.modes import evaluating
+
+Prompt = Int[Tensor, "B T"] | Sequence[Int[Tensor, " _"]]
+"""Rows of one length, or a list of rows of any lengths."""
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """What generation needs of a model, which is an ``nn.Module`` too; of one with ``cache``, that is used."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V."""
+        ...
+
+    def logits(
+        self, tokens: Int[Tensor, "B T"], memory: Memory = None, *, last: bool = False
+    ) -> tuple[Float[Tensor, "B _ V"], Memory]:
+        """The logits after each token, or after the last one only, and the memory for the tokens that follow."""
+        ...
+
+
+def generate(
+    model: Speaker,
+    prompt: Prompt,
+    *,
+    length: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: int | None = None,
+    memory: Memory = None,
+    memory_length: int | None = None,
+    segment: int | None = None,
+) -> Int[Tensor, "B L"]:
+    """Up to ``length`` tokens that continue each row of the prompt; the model's training mode is as before afterwards.
+
+    Args:
+        model: in evaluation mode meanwhile, and without gradients.
+        prompt: at least one token a row; rows of different lengths as a list.
+        length: L, tokens to generate.
+        temperature: logits are divided by it; 0 takes the likeliest token, and so does a very small one.
+        top_k: choose among the k likeliest tokens only.
+        top_p: choose among the fewest likeliest tokens that have this probability together (Holtzman et al. 2020).
+        seed: of the choices, from 0 to 2⁶³ − 1; the global generators are not touched.
+        stop: a token that ends its row, which then repeats it; when all rows have ended, L is shorter than ``length``.
+        memory: of what comes before the prompt.
+        memory_length: positions that are remembered; None for those of the model.
+        segment: solve the prompt in pieces of at most so many tokens; in one if None.
+    """
+    if length < 1:
+        raise ValueError(f"generate(length={length}): length counts the tokens to generate and is at least 1.")
+    tokens = stream(
+        model,
+        prompt,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        memory=memory,
+        memory_length=memory_length,
+        segment=segment,
+    )
+    return torch.stack(list(itertools.islice(tokens, length)), dim=1)
+
+
+def stream(
+    model: Speaker,
+    prompt: Prompt,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: int | None = None,
+    memory: Memory = None,
+    memory_length: int | None = None,
+    segment: int | None = None,
+) -> Iterator[Int[Tensor, " B"]]:
+    """One token a row after another, for showing text while it is made; arguments as of ``generate``.
+
+    Without ``stop`` it has no end. The weights may not change meanwhile.
+    """
+    _check_choices(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    _check_lengths(segment=segment, memory_length=memory_length)
+    tokens, padding = _rows(prompt)
+    _check_tokens(model, tokens, stop)
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    past = _memory(model, len(tokens), length=memory_length, padding=padding, memory=memory)
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+    def continued(past: Memory, ended: Tensor) -> Iterator[Tensor]:
+        *before, rows = _pieces(tokens, segment)
+        for piece in before:
+            past = _read(model, piece, past)[1]
+        while not (stop is not None and ended.all()):
+            logits, past = _read(model, rows, past)
+            token = _choose(logits[:, -1], generator, **choices)
+            if stop is not None:
+                token = torch.where(ended, stop, token)
+                ended = ended | (token == stop)
+            yield token
+            rows = token[:, None]
+
+    return continued(past, ended)
+
+
+def likeliest(
+    logits: Float[Tensor, "B V"], *, top_k: int | None = None, top_p: float | None = None
+) -> Bool[Tensor, "B V"]:
+    """True for the tokens among which to choose: the ``top_k`` likeliest, and the fewest that reach ``top_p``."""
+    order = logits.argsort(dim=1, descending=True, stable=True)
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    if top_k is not None:
+        kept[:, top_k:] = False
+    if top_p is not None:
+        probabilities = logits.gather(1, order).softmax(dim=1)
+        before = probabilities.cumsum(dim=1) - probabilities
+        kept[:, 1:] &= before[:, 1:] < top_p
+    return torch.zeros_like(kept).scatter(1, order, kept)
+
+
+def _choose(
+    logits: Float[Tensor, "B V"],
+    generator: torch.Generator,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> Int[Tensor, " B"]:
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model's logits are NaN or infinite, so no token can be chosen; look at its weights.")
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    logits = _tempered(logits.to(torch.promote_types(logits.dtype, torch.float32)), temperature)
+    if top_k is not None or top_p is not None:
+        logits = logits.masked_fill(~likeliest(logits, top_k=top_k, top_p=top_p), -math.inf)
+    return torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
+
+
+def _tempered(logits: Float[Tensor, "B V"], temperature: float) -> Float[Tensor, "B V"]:
+    """(logits − their largest) / temperature: 0 for the likeliest token and at most 0, −∞ included, for the others.
+
+    No temperature makes it overflow upwards, and where the likeliest tokens are 0/0 or 0·∞ they are 0 by definition.
+    """
+    below = logits - logits.amax(dim=1, keepdim=True)
+    return torch.where(below == 0, 0.0, below / temperature)
+
+
+def _read(model: Speaker, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    """``model.logits`` in evaluation mode without gradients; each submodule gets its own mode back."""
+    with evaluating(model):
+        return model.logits(tokens, memory, last=True)
+
+
+def _pieces(tokens: Int[Tensor, "B T"], segment: int | None) -> list[Int[Tensor, "B _"]]:
+    """The prompt cut into segments from its end, where all rows end: so a row is cut alike in any company."""
+    time = tokens.shape[1]
+    if segment is None or segment >= time:
+        return [tokens]
+    first = time % segment
+    return [*([tokens[:, :first]] if first else []), *tokens[:, first:].split(segment, dim=1)]
+
+
+def _memory(model: Speaker, batch: int, *, length: int | None, padding: Tensor | None, memory: Memory) -> Memory:
+    """What generation starts from: the model's cache, or the memory as it is of a model that has none."""
+    cache = getattr(model, "cache", None)
+    if cache is not None:
+        with evaluating(model):
+            return cache(batch, length=length, padding=padding, memory=memory)
+    if padding is not None or length is not None:
+        raise ValueError(
+            f"{type(model).__name__} has no cache, so its prompts are of one length and its memory is as long as it "
+            "is; give rows of one length, and memory_length=None."
+        )
+    return memory
+
+
+def _rows(prompt: Prompt) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"] | None]:
+    """The rows side by side, the short ones moved to the right, and by how much."""
+    if isinstance(prompt, Tensor):
+        _check_shape(prompt, axes=2)
+        return prompt, None
+    if not len(prompt):
+        raise ValueError("the prompt is an empty list; give at least one row of tokens.")
+    for row in prompt:
+        _check_shape(row, axes=1)
+    longest = max(map(len, prompt))
+    lengths = torch.tensor([len(row) for row in prompt], device=prompt[0].device)
+    rows = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in prompt])
+    return rows, None if bool((lengths == longest).all()) else longest - lengths
+
+
+def _check_choices(*, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"generate(temperature={temperature}): a temperature is finite and ≥ 0; try 0.8, or 0 for greedy."
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate(top_k={top_k}): top_k counts the tokens to choose among, at least 1, or is None.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate(top_p={top_p}): top_p is a probability, 0 < top_p ≤ 1, or None; try 0.9.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"generate(seed={seed}): a seed is a whole number from 0 to 2⁶³ − 1; try 0.")
+
+
+def _check_lengths(*, segment: int | None, memory_length: int | None) -> None:
+    if segment is not None and segment < 1:
+        raise ValueError(f"generate(segment={segment}): segment counts the tokens of a piece, at least 1, or is None.")
+    if memory_length is not None and memory_length < 0:
+        raise ValueError(f"generate(memory_length={memory_length}): it counts positions, at least 0, or is None.")
+
+
+def _check_shape(tokens: Tensor, *, axes: int) -> None:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"the prompt holds a {type(tokens).__name__}, and must be a tensor [rows, tokens] or a list of tensors "
+            "[tokens]; for one row give [Vocabulary.encode(text)]."
+        )
+    if tokens.ndim != axes or tokens.dtype not in (torch.int32, torch.int64):
+        wanted = "[rows, tokens]" if axes == 2 else "[tokens] in each row of the list"
+        raise ValueError(
+            f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, and must be {wanted} of "
+            "torch.int64; for one row give Vocabulary.encode(text)[None]."
+        )
+    if tokens.numel() == 0:
+        raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; give at least one row and one token a row.")
+
+
+def _check_tokens(model: Speaker, tokens: Tensor, stop: int | None) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.vocabulary_size:
+        raise ValueError(
+            f"the prompt has token {low if low < 0 else high}, but the model knows 0 … {model.vocabulary_size - 1}; "
+            "encode it with the vocabulary that the model was trained with."
+        )
+    if stop is not None and not 0 <= stop < model.vocabulary_size:
+        raise ValueError(
+            f"generate(stop={stop}): it is a token, and the model knows 0 … {model.vocabulary_size - 1}; None for none."
+        )

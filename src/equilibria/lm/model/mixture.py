@@ -1,0 +1,150 @@
+"""Mixture of softmaxes: several softmaxes over the whole vocabulary, weighed by the state.
+
+Letters: B batch, T time, O channels of the state, K experts, D width of a latent, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from equilibria.layers.dropout import check_rate
+from equilibria.lm.model.embedding import Dropped, Embedding, Init, dropped, started, widened
+from equilibria.lm.model.heads import Head
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """The hyper-parameters of a mixture of softmaxes (Yang et al. 2018)."""
+
+    experts: int = 15
+    """K, softmaxes."""
+    width: int | None = None
+    """D, width of each expert's latent; None for the embedding's, which a tied head must have."""
+    dropout: float = 0.0
+    """Share of the latents' channels that is dropped, the same ones at all positions of a segment."""
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise ValueError(f"MixtureConfig(experts={self.experts}): a mixture has at least one expert; try 15.")
+        if self.width is not None and self.width < 1:
+            raise ValueError(f"MixtureConfig(width={self.width}): a width is at least 1, or None for the embedding's.")
+        check_rate("MixtureConfig", "dropout", self.dropout)
+
+    def build(
+        self,
+        vocabulary_size: int,
+        *,
+        width: int,
+        outputs: int,
+        tied: bool = True,
+        dropout: float = 0.0,
+        output_dropout: Dropped = "channel",
+        std: float = 0.01,
+        init: Init = "normal",
+    ) -> MixtureHead:
+        """The head with fresh parameters.
+
+        Args:
+            vocabulary_size: V.
+            width: of the embedding.
+            outputs: O, channels of the states.
+            tied: whether all experts read the embedding's table, or one of the head.
+            dropout: share dropped from the states.
+            output_dropout: what of them, as in ``Head``.
+            std: a table of the head starts with this standard deviation.
+            init: whether it does from N(0, std²) or from U(±√3·std).
+        """
+        if tied and self.width not in (None, width):
+            raise ValueError(
+                f"MixtureConfig(width={self.width}) tied to an embedding of width {width}: a tied table is read by "
+                "latents of its own width; give width=None, or tied=False."
+            )
+        read = {"dropout": dropout, "output_dropout": output_dropout, "latent_dropout": self.dropout}
+        return MixtureHead(
+            vocabulary_size=vocabulary_size,
+            width=outputs,
+            latent_width=self.width or width,
+            experts=self.experts,
+            tied=tied,
+            std=std,
+            init=init,
+            **read,
+        )
+
+
+class MixtureHead(Head):
+    """p(w) = Σ_k π_k softmax(E tanh(mask ⊙ (W_k h + b_k)) + b)[w], where π = softmax(W_π h + b_π).
+
+    Yang, Dai, Salakhutdinov and Cohen 2018. E and b are shared by the experts. Deviations: (1) the
+    log-probabilities are logsumexp_k(log π_k + log softmax_k) in float32 or wider, and not log(p + 1e-8), which is
+    never below −18.4 and is no distribution's; (2) W_π has a bias and the mask is inside the tanh, as in the code of
+    TrellisNet (Bai, Kolter and Koltun 2019), where Yang et al. have no bias and drop outside.
+
+    Args:
+        vocabulary_size: V.
+        width: O, channels of the state.
+        latent_width: D, of each expert's latent; the embedding's for a tied head.
+        experts: K.
+        tied: whether E is the table of the embedding that is handed to each call, or one of its own.
+        dropout: share of h that is dropped.
+        output_dropout: what of h, as in ``Head``.
+        latent_dropout: share of the latents' channels that is dropped, each expert's by a mask of its own, the same at
+            all positions.
+        std: an untied E starts with this standard deviation; b starts at 0, W_π, W_k and their biases where
+            ``torch.nn.Linear`` starts them.
+        init: whether an untied E starts from N(0, std²) or from U(±√3·std).
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary_size: int,
+        width: int,
+        latent_width: int,
+        experts: int,
+        tied: bool = True,
+        dropout: float = 0.0,
+        output_dropout: Dropped = "channel",
+        latent_dropout: float = 0.0,
+        std: float = 0.01,
+        init: Init = "normal",
+    ) -> None:
+        super().__init__(dropout=dropout, output_dropout=output_dropout)
+        check_rate("MixtureHead", "latent_dropout", latent_dropout)
+        self.experts, self.latent_dropout = experts, latent_dropout
+        self.prior, self.latent = nn.Linear(width, experts), nn.Linear(width, experts * latent_width)
+        table = None if tied else started(torch.empty(vocabulary_size, latent_width), std=std, init=init)
+        self.weight = None if table is None else nn.Parameter(table)
+        self.bias = nn.Parameter(torch.zeros(vocabulary_size))
+
+    def forward(self, h: Float[Tensor, "B T O"], embedding: Embedding) -> Float[Tensor, "B T V"]:
+        """The log-probabilities."""
+        each = widened(self._logits(h, embedding)).log_softmax(dim=-1)
+        return (self._log_priors(h)[..., None] + each).logsumexp(dim=-2)
+
+    def nats(
+        self, h: Float[Tensor, "B T O"], targets: Int[Tensor, "B T"], embedding: Embedding
+    ) -> Float[Tensor, "B T"]:
+        """−log p(target), position by position; nothing is mixed but the probabilities of the targets."""
+        logits = widened(self._logits(h, embedding))
+        words = targets[..., None].expand(logits.shape[:-1])
+        each = functional.cross_entropy(logits.flatten(0, -2), words.flatten(), reduction="none").view(words.shape)
+        return -(self._log_priors(h) - each).logsumexp(dim=-1)
+
+    def _log_priors(self, h: Tensor) -> Float[Tensor, "B T K"]:
+        return widened(self.prior(h)).log_softmax(dim=-1)
+
+    def _logits(self, h: Tensor, embedding: Embedding) -> Float[Tensor, "B T K V"]:
+        latents = dropped(self.latent(h), rate=self.latent_dropout, training=self.training)
+        weight = embedding.weight if self.weight is None else self.weight
+        return functional.linear(latents.tanh().unflatten(-1, (self.experts, -1)), weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes and rates."""
+        sizes = f"vocabulary_size={len(self.bias)}, experts={self.experts}, tied={self.weight is None}"
+        return f"{sizes}, {super().extra_repr()}, latent_dropout={self.latent_dropout}"

@@ -1,0 +1,156 @@
+"""The recurrent baselines: an LSTM or a GRU in the place of the equilibrium, PyTorch's own.
+
+Letters: B batch, T time, I width of the input, H hidden channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from equilibria.core.maps import FunctionMap
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.layers.dropout import BatchSlice, check_rate
+from equilibria.layers.layer import Layer, LayerOutput, check_no_method
+from equilibria.layers.sequence import check_streams
+from equilibria.lm.model.embedding import Embedding
+from equilibria.lm.model.heads import SoftmaxHead
+from equilibria.lm.model.model import LanguageModel
+
+Network = Literal["lstm", "gru"]
+_NETWORKS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentConfig:
+    """The hyper-parameters of a recurrent language model: embedding, one layer of LSTM or GRU, untied head.
+
+    The baselines of Bai, Kolter and Koltun 2019, table 1, have 14 thousand parameters and read each symbol as one
+    number. With ``inputs=1`` that number is learned, one a symbol: an LSTM of 57 channels has 14,260 parameters and a
+    GRU of 65 has 13,920 on ten symbols, and the ten numbers besides.
+    """
+
+    network: Network = "lstm"
+    """LSTM (Hochreiter and Schmidhuber 1997) or GRU (Cho et al. 2014); gates and start are PyTorch's defaults."""
+    hidden: int = 57
+    """H, channels of the state."""
+    inputs: int = 1
+    """I, width of the embedding."""
+    dropout: float = 0.0
+    """Share of channels dropped from the embedding and from the output."""
+    std: float = 1.0
+    """The embedding starts from N(0, std²) and is multiplied by √inputs; the head from N(0, 1/hidden)."""
+
+    def __post_init__(self) -> None:
+        if self.network not in _NETWORKS:
+            choices = " or ".join(map(repr, _NETWORKS))
+            raise ValueError(f"RecurrentConfig(network={self.network!r}): network is {choices}.")
+        for name in ("hidden", "inputs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"RecurrentConfig({name}={getattr(self, name)}): {name} is at least 1.")
+        check_rate("RecurrentConfig", "dropout", self.dropout)
+        if self.dropout and self.inputs == 1:
+            raise ValueError(
+                f"RecurrentConfig(inputs=1, dropout={self.dropout}): dropping the only channel of the embedding leaves "
+                "nothing to read; try dropout=0, or wider inputs."
+            )
+
+    @property
+    def solves(self) -> bool:
+        """False: a recurrent network solves nothing."""
+        return False
+
+    def build(
+        self, vocabulary_size: int, *, method: Method | None = None, eval_stop: Stop | None = None
+    ) -> LanguageModel:
+        """The model over ``vocabulary_size`` tokens, with fresh parameters; nothing is solved, so without method."""
+        if method is not None or eval_stop is not None:
+            raise ValueError("RecurrentConfig.build(method=…): a recurrent network solves nothing; leave it out.")
+        embedding = Embedding(vocabulary_size=vocabulary_size, width=self.inputs, dropout=self.dropout, std=self.std)
+        head = SoftmaxHead(
+            vocabulary_size=vocabulary_size,
+            width=self.hidden,
+            tied=False,
+            dropout=self.dropout,
+            std=self.hidden**-0.5,
+        )
+        return LanguageModel(embedding, Recurrent(network=self.network, inputs=self.inputs, hidden=self.hidden), head)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecurrentMemory:
+    """The state of the streams after their last token, detached."""
+
+    h: Float[Tensor, "B H"]
+    c: Float[Tensor, "B H"] | None
+    """The cells of an LSTM; a GRU has none."""
+
+
+class Recurrent(Layer):
+    """One layer of ``torch.nn.LSTM`` or ``torch.nn.GRU``, with the output that every layer gives.
+
+    Its start is PyTorch's: weights and biases from U(±1/√H), the forget gate's too. There is no map whose fixed point
+    is sought: the output has no solution, and its f refuses to be called.
+
+    Args:
+        network: "lstm" or "gru".
+        inputs: I, channels of the input.
+        hidden: H, channels of the state.
+    """
+
+    def __init__(self, *, network: Network, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.network = _NETWORKS[network](inputs, hidden, batch_first=True)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T I"],
+        memory: RecurrentMemory | None = None,
+        *,
+        method: Method | None = None,
+        part: BatchSlice | None = None,
+    ) -> LayerOutput:
+        """The states [B T H] under input ``x``, from the state of the previous segment, or from zero."""
+        check_no_method(self, method)
+        lstm = isinstance(self.network, nn.LSTM)
+        state = None if memory is None else self._state(x, memory, lstm=lstm)
+        z, last = self.network(x, state)
+        h, c = last if lstm else (last, None)
+        kept = RecurrentMemory(h=h[0].detach(), c=None if c is None else c[0].detach())
+        return LayerOutput(output=z, z=z, memory=kept, f=FunctionMap(_no_map), solution=None)
+
+    def cache(
+        self,
+        batch: int,
+        *,
+        length: int | None = None,
+        padding: Tensor | None = None,
+        memory: RecurrentMemory | None = None,
+        warm: bool = False,
+    ) -> RecurrentMemory | None:
+        """``memory`` as it is, which is all that generation needs: one state per stream."""
+        if padding is not None or length is not None:
+            raise ValueError(
+                "Recurrent has no cache: it cannot tell where rows of different lengths begin, and its memory is one "
+                "state; give rows of one length, and no length of the memory."
+            )
+        return memory
+
+    @staticmethod
+    def _state(x: Tensor, memory: RecurrentMemory, *, lstm: bool) -> Tensor | tuple[Tensor, Tensor]:
+        """The memory as PyTorch wants it, with an axis for the layers in front."""
+        check_streams(len(memory.h), x)
+        if lstm and memory.c is not None:
+            return memory.h[None].contiguous(), memory.c[None].contiguous()
+        return memory.h[None].contiguous()
+
+
+def _no_map(z: Tensor) -> Tensor:
+    raise TypeError(
+        f"a recurrent layer has no map that could be applied to a state of shape {tuple(z.shape)}: Jacobians, spectral "
+        "radii and penalties are those of an equilibrium; leave them out for this model."
+    )

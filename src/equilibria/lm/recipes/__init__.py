@@ -1,0 +1,75 @@
+"""Recipes: functions that return an experiment. ``equilibria train NAME`` trains it, its flags change the numbers."""
+
+from collections.abc import Callable
+
+from equilibria.lm.experiments import Experiment
+from equilibria.lm.recipes.copying import copying, copying_400
+from equilibria.lm.recipes.copying_recurrent import copying_gru, copying_lstm
+from equilibria.lm.recipes.ptb import ptb
+from equilibria.lm.recipes.tiny import tiny
+from equilibria.lm.recipes.tiny_trellis import tiny_trellis
+from equilibria.lm.recipes.trellis import (
+    ptb_char_trellis,
+    ptb_char_trellis_deep,
+    ptb_trellis,
+    ptb_trellis_deep,
+    wikitext103_trellis,
+    wikitext103_trellis_deep,
+)
+from equilibria.lm.recipes.wikitext import (
+    wikitext103_medium,
+    wikitext103_medium_adaptive,
+    wikitext103_small,
+    wikitext103_unrolled,
+    wikitext103_v2,
+    wikitext103_v2_jacobian_postln,
+    wikitext103_v2_jacobian_preln,
+)
+
+RECIPES: dict[str, Callable[[], Experiment]] = {
+    "tiny": tiny,
+    "tiny-trellis": tiny_trellis,
+    "copying": copying,
+    "copying-400": copying_400,
+    "copying-lstm": copying_lstm,
+    "copying-gru": copying_gru,
+    "ptb": ptb,
+    "ptb-trellis": ptb_trellis,
+    "ptb-trellis-deep": ptb_trellis_deep,
+    "ptb-char-trellis": ptb_char_trellis,
+    "ptb-char-trellis-deep": ptb_char_trellis_deep,
+    "wikitext103-small": wikitext103_small,
+    "wikitext103-medium": wikitext103_medium,
+    "wikitext103-medium-adaptive": wikitext103_medium_adaptive,
+    "wikitext103-v2": wikitext103_v2,
+    "wikitext103-v2-jacobian-postln": wikitext103_v2_jacobian_postln,
+    "wikitext103-v2-jacobian-preln": wikitext103_v2_jacobian_preln,
+    "wikitext103-unrolled": wikitext103_unrolled,
+    "wikitext103-trellis": wikitext103_trellis,
+    "wikitext103-trellis-deep": wikitext103_trellis_deep,
+}
+"""Every recipe of the library by the name that the command line knows it by."""
+
+__all__ = [
+    "RECIPES",
+    "copying",
+    "copying_400",
+    "copying_gru",
+    "copying_lstm",
+    "ptb",
+    "ptb_char_trellis",
+    "ptb_char_trellis_deep",
+    "ptb_trellis",
+    "ptb_trellis_deep",
+    "tiny",
+    "tiny_trellis",
+    "wikitext103_medium",
+    "wikitext103_medium_adaptive",
+    "wikitext103_small",
+    "wikitext103_trellis",
+    "wikitext103_trellis_deep",
+    "wikitext103_unrolled",
+    "wikitext103_v2",
+    "wikitext103_v2_jacobian_postln",
+    "wikitext103_v2_jacobian_preln",
+]

@@ -1,0 +1,251 @@
+"""A run directory as the commands read it: experiment.json and metrics.jsonl, nothing else.
+
+A log may have millions of lines: it is read once, line by line, and what is kept of it hardly grows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from array import array
+from collections.abc import MutableSequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from equilibria.lm.corpora import CATALOGUE
+from equilibria.lm.experiments.stage import SOLVES
+from equilibria.lm.report import formats
+from equilibria.lm.report.curve import Curve
+from equilibria.lm.runs import events
+from equilibria.lm.runs.events import Event
+from equilibria.lm.runs.files import check_own
+from equilibria.lm.runs.run import Run, require
+
+CHUNK = 1024
+"""Training steps that are read before they are added up."""
+DIRECTIONS = ("forward", "backward")
+"""The solves of a training step."""
+PARTS = ("evals", "residual", "converged")
+"""What is drawn and averaged of a solve."""
+COLUMNS = ("loss", *(f"{name} {part}" for name in DIRECTIONS for part in PARTS), "tokens_per_second")
+"""The numbers of a training step."""
+ABSURD = (ArithmeticError, AttributeError, KeyError, StopIteration, TypeError, ValueError)
+"""What reading an event can raise that no training has written."""
+
+Dots = dict[Any, MutableSequence[float]]
+"""Points that are few enough to be drawn each: of every stage step and value in turn."""
+
+
+class Contents:
+    """What a log says: its rare events, and of its training steps the sums of each stage and thinned curves.
+
+    Args:
+        experiment: as in experiment.json.
+        unit: what one token is.
+    """
+
+    def __init__(self, experiment: dict[str, Any], unit: str) -> None:
+        self.experiment, self.unit = experiment, unit
+        self.step, self.seconds = 0, 0.0
+        self.final: Event | None = None
+        self.newest: dict[Any, Event] = {}
+        self.stages: list[Event] = []
+        self.best: dict[Any, tuple[float, int, Event]] = {}
+        self.scored: Any = None  # the newest stage with a validation that is finite
+        self.trained: Any = None  # the newest stage with a training step
+        self.dots: dict[str, Dots] = {"valid": {}, "mean": {}, "max": {}}
+        self.curves = {name: Curve() for name in COLUMNS[:-1]}
+        self.sums: dict[Any, dict[str, tuple[int, int, float]]] = {}
+        self._rows: list[tuple[float, ...]] = []
+
+    def add(self, event: Event) -> None:
+        """Take in the next event of the log; ``close`` follows the last one."""
+        kind = event.get("event")
+        self.newest[kind] = self.final = event
+        self.step = max(self.step, int(event.get("step", 0)))
+        self.seconds = max(self.seconds, float(event.get("seconds") or 0))
+        if kind == "step":
+            self._add_step(event)
+        elif kind == "valid":
+            self._add_valid(event)
+        elif kind == "spectral_radius":
+            for name in ("mean", "max"):
+                self._dot(name, event, formats.plain(event[name]))
+        elif kind == "stage":
+            self.stages.append({**event, "step": float(event["step"]), "stage": str(event["stage"])})
+        elif kind in ("baseline", "memory"):
+            for row in event["rows"]:
+                row["label"].split()
+                float(formats.quantity(row, self.unit) if kind == "baseline" else row["peak_bytes"])
+        elif kind == "start":
+            unit = _unit(self.experiment, event)
+            self.unit = self.unit if self.sums or self.dots["valid"] else unit
+
+    def _add_step(self, event: Event) -> None:
+        stage = event.get("stage")
+        if len(self._rows) == CHUNK or stage != self.trained:
+            self.close()
+        self.trained = stage
+        self.sums.setdefault(stage, {})
+        self._rows.append(_row(event, self.unit))
+
+    def _add_valid(self, event: Event) -> None:
+        stage, nats = event.get("stage"), formats.plain(event["nats"])
+        self._dot("valid", event, formats.quantity(event, self.unit))
+        if math.isfinite(nats):
+            self.scored = stage
+            found = (nats, sum(map(len, self.dots["valid"].values())), event)  # of equal ones the first
+            self.best[stage] = min(self.best.get(stage, found), found)
+
+    def _dot(self, name: str, event: Event, value: float) -> None:
+        self.dots[name].setdefault(event.get("stage"), array("d")).extend((float(event["step"]), value))
+
+    def close(self) -> None:
+        """Add up the training steps that were read since the last time, which are all of one stage."""
+        if not self._rows:
+            return
+        rows = np.array(self._rows)
+        self._rows.clear()
+        aimed = has_tolerance(self.experiment, self.trained)
+        for name, there, values in zip(COLUMNS, rows[:, 1::2].T, rows[:, 2::2].T, strict=True):
+            steps, values = rows[there == 1, 0], values[there == 1]
+            count, finite, total = self.sums[self.trained].get(name, (0, 0, 0.0))
+            kept = values[np.isfinite(values)].tolist()
+            self.sums[self.trained][name] = (count + len(values), finite + len(kept), sum(kept, total))
+            if name in self.curves and (not name.endswith("converged") or aimed):
+                self.curves[name].extend(steps, values, self.trained)
+
+
+def _row(event: Event, unit: str) -> tuple[float, ...]:
+    """The step, and for each of COLUMNS whether the event has it, and its value."""
+    numbers = [float(event["step"]), 1.0, formats.quantity(event, unit)]
+    for name in DIRECTIONS:
+        solve = event.get(name)
+        for part in PARTS:
+            numbers += (1.0, formats.plain(solve.get(part))) if solve else (0.0, math.nan)
+    speed = event.get("tokens_per_second")
+    return (*numbers, 1.0 if speed else 0.0, float(speed or math.nan))
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a run has written so far."""
+
+    path: Path
+    """The run directory."""
+    experiment: dict[str, Any]
+    """experiment.json: nested objects, each with its "kind"."""
+    log: Contents
+    """metrics.jsonl."""
+
+    def last(self, kind: str) -> Event | None:
+        """The newest event of one kind, None if there is none."""
+        return self.log.newest.get(kind)
+
+    def count(self, column: str) -> int:
+        """How many training steps of the newest stage have a number, one of COLUMNS."""
+        return self.log.sums.get(self.log.trained, {}).get(column, (0, 0, 0.0))[0]
+
+    def mean(self, column: str) -> float:
+        """The mean of a number, one of COLUMNS, over the training steps of the newest stage; NaN if none is finite."""
+        _, finite, total = self.log.sums.get(self.log.trained, {}).get(column, (0, 0, 0.0))
+        return total / finite if finite else math.nan
+
+    @property
+    def name(self) -> str:
+        """The name of the experiment; without one, of the folder."""
+        return str(self.experiment.get("name") or self.path.resolve().name)
+
+    @property
+    def unit(self) -> str:
+        """What one token is: "character", "word" or "symbol"."""
+        return self.log.unit
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages together, as planned."""
+        return sum(int(stage.get("steps", 0)) for stage in self.experiment.get("stages", []))
+
+    @property
+    def step(self) -> int:
+        """The last step that was written down; 0 before the first."""
+        return self.log.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training ran to its end."""
+        return self.last("done") is not None
+
+    @property
+    def best(self) -> Event | None:
+        """The validation with the fewest nats in the newest stage that has one, or in those before that solve alike."""
+        alike = self._alike(self.log.scored) if self.log.best else set()
+        found = [best for stage, best in self.log.best.items() if stage in alike]
+        return min(found)[2] if found else None
+
+    def _alike(self, stage: Any) -> set[Any]:
+        """The stage, and the ones before it with the same solver, stop and gradient rule."""
+        names, how = {stage}, None
+        for part in reversed(self.experiment.get("stages", [])):
+            mine = [part.get(name) for name in SOLVES]
+            if part.get("name") == stage:
+                how = mine
+            elif how is not None and mine != how:
+                break
+            elif how is not None:
+                names.add(part.get("name"))
+        return names
+
+    def has_tolerance(self, stage: str) -> bool:
+        """Whether the solves of a stage aim at a tolerance; a network of fixed depth does not."""
+        return has_tolerance(self.experiment, stage)
+
+
+def has_tolerance(experiment: dict[str, Any], stage: Any) -> bool:
+    """As ``Record.has_tolerance``, of the content of experiment.json."""
+    parts = [part for part in experiment.get("stages", []) if part.get("name") == stage]
+    stops = [part["method"].get("stop") or {} for part in parts if part.get("method")]
+    return not parts or any(stop.get("rtol", 1) > 0 or stop.get("atol", 1) > 0 for stop in stops)
+
+
+def read(path: Path) -> Record:
+    """The record of the run in folder ``path``.
+
+    Raises:
+        UsageError: the folder is missing, or holds no run; names the nearest ones.
+        ForeignFileError: a file in it is a symbolic link, a pipe or a device.
+        ValueError: a file in it is damaged; names the file and the line.
+    """
+    run = Run(require(path))
+    check_own(run.description)
+    experiment = run.stored()
+    contents = _contents(run.metrics, experiment, _unit(experiment, None))
+    unit = _unit(experiment, contents.newest.get("start"))
+    if unit != contents.unit:  # it was said late
+        contents = _contents(run.metrics, experiment, unit)
+    return Record(path=path, experiment=experiment, log=contents)
+
+
+def _contents(file: Path, experiment: dict[str, Any], unit: str) -> Contents:
+    contents = Contents(experiment, unit)
+    for number, event in enumerate(events.stream(file), start=1):
+        try:
+            contents.add(event)
+        except ABSURD as error:
+            fault = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{file}, line {number} is no event that a training writes ({fault}); remove that line."
+            ) from None
+    contents.close()
+    return contents
+
+
+def _unit(experiment: dict[str, Any], start: Event | None) -> str:
+    """What one token is: as the start of the log says, or else what is known of the corpus."""
+    if start is not None:
+        return str(start["corpus"]["unit"])
+    corpus = experiment.get("corpus") or {}
+    source = next((source for source in CATALOGUE if source.__name__ == corpus.get("kind")), None)
+    return str(corpus.get("unit") or getattr(source, "unit", "token"))

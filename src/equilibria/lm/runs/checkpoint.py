@@ -1,0 +1,278 @@
+"""Checkpoints: one folder each, complete or not there, and refused when damaged before anything is unpickled.
+
+    checkpoints/step-00000500/model.safetensors      the weights
+                              memory.safetensors     what the streams remember of their last segment
+                              optimiser.pt           optimiser and random generators, read with weights_only=True
+                              state.json             step, position, best value, and the SHA-256 of the other files
+
+A checkpoint is written under a temporary name, each file and the folder are forced to the disk, and then it is renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equilibria.errors import EquilibriaError
+from equilibria.lm.runs.files import discard, force
+from equilibria.lm.runs.pieces import Piece, whole
+from equilibria.lm.runs.state import check_kind, check_state
+
+FORMAT = "equilibria checkpoint 1"
+_MODEL, _MEMORY, _OPTIMISER, _STATE = "model.safetensors", "memory.safetensors", "optimiser.pt", "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+SHARDS = "shards"
+"""The folder inside a checkpoint that ranks have written together; it stands for model.safetensors."""
+_TEMPORARY = ".unfinished-"
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(EquilibriaError):
+    """A checkpoint is damaged, or is none; the message is one sentence that names what to use instead."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Everything that a run needs to go on as if it had never stopped."""
+
+    step: int
+    """Training steps done."""
+    model: Mapping[str, Tensor | Piece]
+    """The weights by name, each tensor once; those of a sharded checkpoint are read when they are asked for."""
+    memory: Mapping[str, Tensor]
+    """The memory of the streams as named tensors; empty if there is none."""
+    optimiser: Mapping[str, Any]
+    """The optimiser's ``state_dict`` and the states of the random generators: tensors and plain values."""
+    state: Mapping[str, Any]
+    """Plain values: stage, position in the stream, best validation, seconds."""
+
+
+def name_of(step: int) -> str:
+    """What the folder of a step's checkpoint is called."""
+    return f"step-{step:08d}"
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """The folder ``step-…`` inside ``folder`` that now holds the checkpoint, whatever stood there before."""
+    from safetensors.torch import save_file
+
+    with being_written(folder, checkpoint) as unfinished:
+        save_file(_plain(checkpoint.model), unfinished / _MODEL)
+        write_rest(unfinished, checkpoint.memory, checkpoint.optimiser)
+    return folder / name_of(checkpoint.step)
+
+
+@contextlib.contextmanager
+def being_written(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
+    """A folder to put the checkpoint's tensors into; afterwards it is the checkpoint, or gone if that failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / name_of(checkpoint.step)
+    unfinished = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"
+    discard(unfinished)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+        state["files"] = {name: _sha256(unfinished / name) for name in _files_in(unfinished)}
+        text = json.dumps({"state": state, "sha256": _digest(state)}, indent=1)
+        (unfinished / _STATE).write_text(text, encoding="utf-8", newline="\n")
+        for entry in [*unfinished.rglob("*"), unfinished]:
+            force(entry)
+        discard(target)  # a damaged one, left of a run that had to go back further
+        unfinished.rename(target)
+    except Exception as error:
+        reason = _of_the_disk(error, unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk its room is needed
+        if reason is None:
+            raise
+        raise reason from error
+    force(folder)
+
+
+def write_rest(unfinished: Path, memory: Mapping[str, Tensor], optimiser: Mapping[str, Any]) -> None:
+    """Everything but the weights."""
+    from safetensors.torch import save_file
+
+    save_file(_plain(memory), unfinished / _MEMORY)
+    torch.save(dict(optimiser), unfinished / _OPTIMISER)
+
+
+def load(folder: Path, *, verified: bool = False) -> Checkpoint:
+    """The checkpoint in ``folder``, its files checked against their SHA-256 before any of them is opened.
+
+    Args:
+        folder: one that ``save`` has written.
+        verified: another process has checked the sums of the files a moment ago, and this one needs not read them all.
+
+    Raises:
+        CheckpointError: a file is missing or changed, or the folder is no checkpoint; names the newest good one.
+    """
+    try:
+        return _load(folder, verify(folder, sums=not verified))
+    except CheckpointError as error:
+        others = (other for other in reversed(all_in(folder.parent)) if other != folder and _is_good(other))
+        other = next(others, None)
+        hint = f"the newest good one is {other}" if other else "there is no good one beside it: start a new run"
+        raise CheckpointError(f"{error}; {hint}.") from None
+
+
+def _load(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint, whose sums may be right and its content absurd: whoever wrote it could compute them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    reading = _OPTIMISER
+    try:
+        optimiser = torch.load(folder / _OPTIMISER, weights_only=True, map_location="cpu")
+        check_kind(optimiser, dict, "names")
+        if _MODEL in state["files"]:
+            reading = _MODEL
+            model = load_file(folder / _MODEL)
+        else:
+            from equilibria.lm.runs.shards import load_sharded
+
+            reading = SHARDS
+            model, optimiser = load_sharded(folder / SHARDS, optimiser)
+        reading = _MEMORY
+        memory = load_file(folder / _MEMORY)
+        reading = _STATE
+        check_state(state)
+        return Checkpoint(
+            step=check_kind(state["step"], int, "a number of steps"),
+            model=model,
+            memory=memory,
+            optimiser=optimiser,
+            state={name: value for name, value in state.items() if name not in ("format", "step", "files")},
+        )
+    except pickle.UnpicklingError:
+        raise CheckpointError(_ABSURD.format(folder, reading, "something else than tensors and plain values")) from None
+    except (SafetensorError, *_RAISED) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(_ABSURD.format(folder, reading, f"what does not belong there ({reason})")) from None
+
+
+_ABSURD = "{} is no checkpoint of this library: {} holds {}"
+_RAISED = (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
+"""What reading a file can raise whose content is not what it should be."""
+
+
+def verify(folder: Path, *, sums: bool = True) -> dict[str, Any]:
+    """What state.json says, once every file of the checkpoint was found there and, with ``sums``, unchanged."""
+    try:
+        outer = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{folder} is no checkpoint of this library: it has no readable {_STATE}") from None
+    except ValueError:
+        raise CheckpointError(f"The checkpoint {folder} is damaged: {_STATE} is not JSON") from None
+    state = outer.get("state") if isinstance(outer, dict) else None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} is no checkpoint of this library: {_STATE} does not say {FORMAT!r}")
+    if outer.get("sha256") != _digest(state):
+        raise CheckpointError(f"The checkpoint {folder} is damaged: {_STATE} was changed after it was written")
+    files = state.get("files")
+    if not isinstance(files, dict) or not {_MEMORY, _OPTIMISER} < files.keys() or not all(map(_is_inside, files)):
+        raise CheckpointError(f"{folder} is no checkpoint of this library: {_STATE} does not name its files")
+    if unlisted := sorted(set(_files_in(folder)) - files.keys() - {_STATE}):
+        raise CheckpointError(f"{folder} is no checkpoint of this library: {_STATE} does not know {unlisted[0]}")
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} is missing")
+        if sums and _sha256(folder / name) != expected:
+            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} was changed after it was written")
+    return state
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest good checkpoint in ``folder``, None if there is none at all; a damaged one is skipped with a warning.
+
+    Raises:
+        CheckpointError: all that there are are damaged.
+    """
+    candidates = all_in(folder)
+    for candidate in reversed(candidates):
+        try:
+            return load(candidate)
+        except CheckpointError as error:
+            if candidate == candidates[0]:
+                raise
+            _log.warning("%s", error)
+    return None
+
+
+def all_in(folder: Path) -> list[Path]:
+    """The folders in ``folder`` that are named like checkpoints, oldest first."""
+    found = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda entry: int(entry.name.removeprefix("step-")))
+
+
+def prune(folder: Path, *, newest: int, best: int | None) -> None:
+    """Remove all but the ``newest`` last checkpoints and the one of step ``best``, and what unfinished writing left."""
+    for entry in folder.glob(f"{_TEMPORARY}*"):
+        discard(entry)
+    for entry in all_in(folder)[:-newest]:
+        if best is None or entry.name != name_of(best):
+            _remove(entry)
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps than ``step``."""
+    for entry in all_in(folder):
+        if int(entry.name.removeprefix("step-")) > step:
+            _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    """Remove a checkpoint; it is renamed first, since a checkpoint is complete or not there."""
+    discard(entry.rename(entry.with_name(f"{_TEMPORARY}{entry.name}")))
+
+
+def _of_the_disk(error: Exception, folder: Path) -> OSError | None:
+    """The error of the operating system behind one of a library that has written files; None if there is none."""
+    if isinstance(error, OSError):
+        return None
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors says so, and torch.save says nothing
+    number = int(told.group(1)) if told else errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else None
+    return None if number is None else OSError(number, os.strerror(number), str(folder.parent))
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _is_good(folder: Path) -> bool:
+    try:
+        return bool(verify(folder))
+    except CheckpointError:
+        return False
+
+
+def _plain(tensors: Mapping[str, Tensor | Piece]) -> dict[str, Tensor]:
+    return {name: whole(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,119 @@
+"""continuation: the text that a model writes after a prompt, piece by piece."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from jaxtyping import Int
+from torch import Tensor
+
+from equilibria.lm.corpora import Language, Vocabulary
+from equilibria.lm.model import LanguageModel
+from equilibria.lm.model.generate import stream
+
+
+def continuation(
+    model: LanguageModel,
+    language: Language,
+    prompts: Sequence[str],
+    *,
+    length: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: str | None = None,
+    segment: int | None = None,
+) -> Iterator[tuple[str, ...]]:
+    """The pieces of text that follow the prompts: one per prompt at each step, empty where the text has ended.
+
+    Args:
+        model: in evaluation mode.
+        language: the meaning of its tokens.
+        prompts: texts to continue side by side, each with at least one token.
+        length: tokens to generate.
+        temperature: logits are divided by it; 0 always takes the most probable token.
+        top_k: choose among the k most probable tokens only.
+        top_p: choose among the fewest most probable tokens whose probabilities add up to at least this.
+        seed: the same seed gives the same text.
+        stop: a token that ends the text.
+        segment: tokens of a prompt that are read in one solve.
+
+    Raises:
+        ValueError: a prompt is empty or holds tokens that the model does not know, or a setting is impossible.
+    """
+    vocabulary = language.vocabulary
+    if language.unit == "symbol":
+        raise ValueError(
+            f"The corpus {language.name} is a made-up task, not text; generate needs a run on characters or words."
+        )
+    if length < 1:
+        raise ValueError(f"The length {length} counts the tokens to generate and is at least 1; try 400.")
+    if not prompts:
+        raise ValueError("There is no prompt, and the model needs something to continue; try 'The '.")
+    end = None if stop is None else _token(vocabulary, stop)
+    device = next(model.parameters()).device
+    tokens = stream(
+        model,
+        [_encoded(vocabulary, prompt).to(device) for prompt in prompts],
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=end,
+        segment=segment,
+    )
+    texts = [Detokeniser(vocabulary, prompt, end) for prompt in prompts]
+    steps = itertools.islice(tokens, length)
+    return (tuple(text.piece(place) for text, place in zip(texts, step.tolist(), strict=True)) for step in steps)
+
+
+class Detokeniser:
+    """Turns the tokens of one text into pieces: words get their spaces, and the end of a line its line break.
+
+    Args:
+        vocabulary: the meaning of the tokens.
+        before: the text that they follow.
+        stop: the token after which every piece is empty; None for no such token.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, before: str, stop: int | None) -> None:
+        self._vocabulary, self._last, self._stop, self._ended = vocabulary, before[-1:], stop, False
+
+    def piece(self, place: int) -> str:
+        """The text of one more token; empty once the text has ended."""
+        self._ended = self._ended or place == self._stop
+        if self._ended:
+            return ""
+        token = self._vocabulary.tokens[place]
+        if self._vocabulary.unit == "word":
+            joined = self._last in ("", " ", "\n")
+            token = "\n" if token == self._vocabulary.end else token if joined else f" {token}"
+        self._last = token[-1:]
+        return token
+
+
+def _encoded(vocabulary: Vocabulary, prompt: str) -> Int[Tensor, " T"]:
+    if not prompt:
+        raise ValueError("The prompt is empty, and the model needs something to continue; try 'The '.")
+    try:
+        ids = vocabulary.encode(prompt, finish=False)
+    except ValueError as error:
+        raise ValueError(f"The prompt: {error}") from None
+    if not len(ids):
+        raise ValueError(f"The prompt {prompt!r} has no word in it; try 'The '.")
+    return ids
+
+
+def _token(vocabulary: Vocabulary, text: str) -> int:
+    """The id of the token ``text``."""
+    text = text.replace("\\n", "\n")
+    if vocabulary.unit == "word" and text == "\n" and vocabulary.end is not None:
+        text = vocabulary.end
+    if text not in vocabulary.tokens:
+        raise ValueError(
+            f"stop={text!r} is not one of the {len(vocabulary):,} {vocabulary.unit}s that the model knows; give one of "
+            "them, such as \\n for the end of a line."
+        )
+    return vocabulary.tokens.index(text)

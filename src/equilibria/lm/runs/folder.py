@@ -1,0 +1,116 @@
+"""What lies in the folder of a run: the names of its files, what is foreign there, and its lock."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from equilibria.lm.runs.files import check_own
+
+FILES = ("experiment.json", "corpus.json", "metrics.jsonl", "model.safetensors")
+"""Of a run; the first one makes a folder a run."""
+FOLDERS = ("checkpoints", "report", "tensorboard")
+"""Of a run."""
+LOCK, NEW, OLD, GONE = ".lock", ".new", ".old", ".replaced"
+"""Beside them: the lock; a run that is to replace this one; and, on its way out, the one that is replaced."""
+FIGURES = ("loss", "evaluations", "residual", "converged", "spectral_radius", "memory")
+"""The pictures of a report."""
+_WRITTEN = re.compile(
+    r"experiment\.json|corpus\.json|metrics\.jsonl|model\.safetensors"
+    r"|checkpoints/(step-\d{8,}|\.unfinished-[\w.-]+)/(model\.safetensors|memory\.safetensors|optimiser\.pt|state\.json)"
+    r"|checkpoints/(step-\d{8,}|\.unfinished-[\w.-]+)/shards/(\.metadata|[\w.-]+\.(safetensors|json|distcp))"
+    rf"|report/\.?(index\.html|sample\.json|({'|'.join(FIGURES)})\.png)(\.new)?"
+    r"|tensorboard/events\.out\.tfevents\.[\w.-]+"
+)
+"""Every file that this library writes into a run, by its path there."""
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Files in a run's folder that this library has not written; hidden ones beside the run are nobody's business."""
+    names = []
+    for entry in folder.iterdir():
+        if entry.name in FOLDERS and entry.is_dir() and not entry.is_symlink():
+            inside = (path for path in entry.rglob("*") if path.is_symlink() or not path.is_dir())
+            names += [path.relative_to(folder).as_posix() for path in inside]
+        elif not entry.name.startswith("."):
+            names.append(entry.name if entry.is_file() and not entry.is_symlink() else f"{entry.name}/")
+    return sorted(name for name in names if not _WRITTEN.fullmatch(name))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within it no other process can lock the run directory ``path``, which is made if there is none.
+
+    The lock ends with the process, however that ends. A folder in which nothing was started is left as it was.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    check_own(path / LOCK)
+    new = not (path / LOCK).exists()
+    with _opened(path / LOCK) as file:
+        if not _lock(file):
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise ValueError(f"{path} is in use by {holder}; wait until it ends, or choose another folder with --out.")
+        _sign(file)
+        started = False
+        try:
+            yield
+            started = (path / FILES[0]).is_file()
+        finally:
+            if new and not started:  # a folder of somebody else's stays as it was
+                (path / LOCK).unlink(missing_ok=True)
+                if made and not any(path.iterdir()):
+                    path.rmdir()
+
+
+def holder(path: Path) -> str | None:
+    """Who has locked the run directory ``path``, None if nobody has."""
+    if (path / LOCK).is_symlink() or not (path / LOCK).is_file():
+        return None
+    try:
+        with (path / LOCK).open("r+", encoding="utf-8", errors="replace") as file:
+            return None if _lock(file) else file.read(200).strip() or "another process"
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[IO[str]]:
+    """The lock, made if it is not there; a link in its place is not followed."""
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    with os.fdopen(handle, "r+", encoding="utf-8", errors="replace") as stream:
+        yield stream
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether this process now has the file to itself."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _sign(file: IO[str]) -> None:
+    file.truncate(0)
+    file.write(f"process {os.getpid()}")
+    file.flush()

@@ -1,0 +1,82 @@
+"""Tensors of a checkpoint that are read when they are asked for: a rank reads its own shards only."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from equilibria.lm.ranks import sharded_as
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader as _Reader  # takes a second to import
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """A tensor in the shards of a checkpoint; nothing of it is read before it is asked for."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    reader: _Reader
+
+    def whole(self) -> Tensor:
+        """All of it, in the memory of this process."""
+        return self.read_into(torch.empty(self.shape, dtype=self.dtype))
+
+    def read_into(self, target: Tensor) -> Tensor:
+        """``target``, filled; of a sharded one this rank's shard is read, and nothing else."""
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        with quiet():
+            load({self.name: target}, storage_reader=self.reader, no_dist=True)
+        return target
+
+
+def whole(stored: Tensor | Piece) -> Tensor:
+    """A tensor of a checkpoint, all of it."""
+    return stored.whole() if isinstance(stored, Piece) else stored
+
+
+def like(stored: Tensor | Piece, target: Tensor) -> Tensor:
+    """A tensor of a checkpoint on the device of ``target``, and sharded as it is."""
+    if isinstance(stored, Piece):
+        return stored.read_into(torch.empty_like(target))
+    return sharded_as(stored, target)
+
+
+def pieces_in(place: Path) -> dict[str, Piece]:
+    """The tensors in a folder of shards by name, as the headers of its files describe them.
+
+    Raises:
+        ValueError: the shards of one of them do not fill it.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    with quiet():
+        reader = HuggingFaceStorageReader(str(place))
+        described = reader.read_metadata()
+    reader.read_metadata = lambda: described  # the headers are read once, not once per tensor
+    pieces: dict[str, Piece] = {}
+    for name, found in described.state_dict_metadata.items():
+        if isinstance(found, TensorStorageMetadata):
+            if sum(chunk.sizes.numel() for chunk in found.chunks) != found.size.numel():
+                raise ValueError(f"the shards of {name} do not fill a tensor of shape {list(found.size)}")
+            pieces[name] = Piece(name, found.size, found.properties.dtype, reader)
+    return pieces
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without PyTorch's remarks on its own parts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,78 @@
+"""Keeper: the checkpoints of a training, written by all ranks together and read back by all."""
+
+from __future__ import annotations
+
+from equilibria.lm.ranks import Ranks
+from equilibria.lm.runs import checkpoint, events
+from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError
+from equilibria.lm.runs.files import force
+from equilibria.lm.runs.run import Run
+from equilibria.lm.training.snapshot import save_together
+
+
+class Keeper:
+    """Writes the checkpoints of a run, and finds the newest good one.
+
+    Args:
+        run: the directory; None keeps nothing.
+        ranks: each has a keeper, and every method is called by all of them.
+        keep: newest checkpoints that stay, besides the best one.
+    """
+
+    def __init__(self, run: Run | None, ranks: Ranks, *, keep: int) -> None:
+        self._run, self._ranks, self._keep = run, ranks, keep
+
+    def write(self, kept: Checkpoint, *, best: int | None) -> None:
+        """Write a checkpoint and remove those that are no longer kept; ``best`` is the step of the best one."""
+        run = self._run
+        if run is None:
+            return
+        if self._ranks.first:
+            force(run.metrics)
+        save_together(run.checkpoints, kept, self._ranks)
+        if self._ranks.first:
+            checkpoint.prune(run.checkpoints, newest=self._keep, best=best)
+            run.settle()
+        self._ranks.wait()  # the run may have taken its place
+
+    def newest(self) -> Checkpoint | None:
+        """The newest good checkpoint, the same on all ranks; None if there is none.
+
+        Raises:
+            CheckpointError: all that there are are damaged.
+        """
+        run = self._run
+        if run is None:
+            return None
+        found, fault = None, None
+        if self._ranks.first:
+            try:
+                found = run.newest()
+            except CheckpointError as error:
+                fault = error
+        step, fault = self._ranks.of_first((None if found is None else found.step, fault))
+        if fault is not None:
+            raise fault
+        if step is None or self._ranks.first:
+            return found
+        return checkpoint.load(run.checkpoints / checkpoint.name_of(step), verified=True)
+
+    def cut_log(self, step: int) -> None:
+        """Remove the lines of the log that were written after the checkpoint of ``step``."""
+        if self._run is not None and self._ranks.first:
+            events.cut(self._run.metrics, step)
+
+    def discard_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: they are damaged, and the next ones are to be the newest."""
+        if self._run is not None and self._ranks.first:
+            checkpoint.discard_after(self._run.checkpoints, step)
+
+    def has(self, step: int) -> bool:
+        """True if there is a checkpoint of this step."""
+        run = self._run
+        return self._ranks.of_first(run is not None and (run.checkpoints / checkpoint.name_of(step)).is_dir())
+
+    def last(self) -> str:
+        """The end of a sentence that says which checkpoint is the last one."""
+        kept = checkpoint.all_in(self._run.checkpoints) if self._run is not None else []
+        return f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"

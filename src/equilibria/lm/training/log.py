@@ -1,0 +1,135 @@
+"""Log: writes what happens in a training to metrics.jsonl, to TensorBoard and to whoever listens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equilibria.lm.corpora import Corpus
+from equilibria.lm.device import device_of
+from equilibria.lm.evaluation import Evaluation, mean_summary
+from equilibria.lm.model import LanguageModel
+from equilibria.lm.ranks import ALONE, Ranks
+from equilibria.lm.runs.events import Event
+from equilibria.lm.runs.run import Run
+from equilibria.lm.training.board import Board
+from equilibria.lm.training.step import Step
+
+
+class Log:
+    """The log of one training; it also keeps the time.
+
+    Args:
+        run: the directory to write to; None writes no file.
+        on_event: is called with each event after it was written.
+        ranks: all of them log the same events, and the first one writes.
+    """
+
+    def __init__(self, run: Run | None, on_event: Callable[[Event], None] | None, ranks: Ranks = ALONE) -> None:
+        self._run, self._on_event = (run, on_event) if ranks.first else (None, None)
+        self._ranks = ranks
+        self._board: Board | None = None
+        self._seconds, self._since = 0.0, time.perf_counter()
+        self._tokens, self._busy = 0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the run, those before it was resumed included."""
+        return self._seconds + time.perf_counter() - self._since
+
+    def go_on(self, seconds: float) -> None:
+        """Go on with a run that took ``seconds`` up to now."""
+        self._seconds, self._since = seconds, time.perf_counter()
+
+    def open_board(self, *, step: int) -> None:
+        """Write for TensorBoard too, from ``step`` on."""
+        if self._run is not None:
+            self._board = Board(self._run.folder / "tensorboard", step=step)
+
+    def write(self, event: str, *, step: int, **fields: Any) -> None:
+        """One event, everywhere."""
+        line: Event = {"event": event, "step": step, **fields}
+        if self._run is not None:
+            self._run.append(line)
+        if self._board is not None:
+            self._board.write(line)
+        if self._on_event is not None:
+            self._on_event(line)
+
+    def start_of(self, model: LanguageModel, corpus: Corpus) -> None:
+        """What a run has to work with."""
+        sizes = {split: len(getattr(corpus, split)) for split in ("train", "valid", "test")}
+        self.write(
+            "start",
+            step=0,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            ranks=self._ranks.size,
+            corpus={"name": corpus.name, "unit": corpus.unit, "vocabulary": len(corpus.vocabulary), **sizes},
+            device=str(device_of(model)),
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+        )
+
+    def count(self, step: Step, seconds: float) -> None:
+        """Note the tokens and the time of one step, for the speed."""
+        self._tokens, self._busy = self._tokens + step.tokens, self._busy + seconds
+
+    def step(self, step: Step, *, number: int, stage: str) -> None:
+        """A training step; only here the device is asked for the numbers. The speed is that since the last line."""
+        loss = float(step.loss)
+        forward, backward, added = self._ranks.means(
+            mean_summary(step.solutions), mean_summary(step.adjoints), _floats(extra=step.extra, penalty=step.penalty)
+        )
+        assert added is not None
+        evals = [solution.evals for solution in step.solutions]
+        speed = self._tokens / self._busy if self._busy else None
+        self._tokens, self._busy = 0, 0.0
+        self.write(
+            "step",
+            step=number,
+            stage=stage,
+            loss=loss,
+            bits=loss / math.log(2),
+            learning_rate=step.learning_rate,
+            gradient_norm=float(step.gradient_norm),
+            tokens=step.tokens,
+            seconds=self.seconds,
+            tokens_per_second=speed,
+            forward=forward,
+            backward=backward,
+            rank_evals=None if self._ranks.alone else self._ranks.of_all(evals),
+            extra=added.get("extra"),
+            penalty=added.get("penalty"),
+        )
+
+    def radius(self, radius: Tensor, *, step: int, stage: str) -> None:
+        """The spectral radius of the Jacobian, its mean and maximum over the rows."""
+        fields = {"mean": float(radius.mean()), "max": float(radius.max())}
+        self.write("spectral_radius", step=step, stage=stage, **fields)
+
+    def valid(self, evaluation: Evaluation, *, step: int, stage: str, best: bool, setting: dict[str, Any]) -> None:
+        """A validation, with the setting that its numbers depend on: what was asked for, and what held."""
+        self.write(
+            "valid",
+            step=step,
+            stage=stage,
+            nats=evaluation.nats_per_token,
+            bits=evaluation.bits,
+            perplexity=evaluation.perplexity,
+            accuracy=evaluation.accuracy,
+            tokens=evaluation.tokens,
+            forward=evaluation.forward,
+            seconds=self.seconds,
+            best=best,
+            setting={**setting, **dataclasses.asdict(evaluation.setting)},
+        )
+
+
+def _floats(**tensors: Tensor | None) -> dict[str, float]:
+    return {name: float(tensor) for name, tensor in tensors.items() if tensor is not None}

@@ -1,0 +1,106 @@
+"""The optimiser of an experiment, its learning rate, and the averages of NT-ASGD."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
+
+from equilibria.lm.experiments.decay import Validated, learning_rate
+from equilibria.lm.experiments.experiment import Experiment
+from equilibria.lm.experiments.settings import Optimisation
+
+
+def build_optimiser(model: nn.Module, settings: Optimisation) -> Optimizer:
+    """The optimiser over all parameters of the model.
+
+    "asgd" is NT-ASGD (Merity, Keskar and Socher 2017, algorithm 1): plain SGD until a validation triggers the
+    non-monotone criterion, and from then on the same SGD, whose weights are averaged:
+
+        θ_{k+1} = θ_k − η g_k,    θ̄_k = 1/(k − T + 1) Σ_{i=T…k} θ_i
+
+    The rate η stays as it is, and T is the second step after the trigger, as in PyTorch's ``ASGD`` and their code.
+    """
+    parameters, rate, weight_decay = model.parameters(), settings.learning_rate, settings.weight_decay
+    if settings.optimiser == "sgd":
+        return SGD(parameters, lr=rate, weight_decay=weight_decay, momentum=settings.momentum)
+    if settings.optimiser == "asgd":
+        return ASGD(parameters, lr=rate, weight_decay=weight_decay, lambd=0.0, t0=math.inf)
+    kind = {"adam": Adam, "adamw": AdamW}[settings.optimiser]
+    return kind(parameters, lr=rate, weight_decay=weight_decay, betas=settings.betas, eps=settings.epsilon)
+
+
+def set_learning_rate(
+    optimiser: Optimizer, experiment: Experiment, step: int, validated: Validated, *, factor: float = 1.0
+) -> float:
+    """Set, and return, ``factor`` times the learning rate of the step, counted from 1: it is set before the step."""
+    settings = experiment.training.optimisation
+    rate = factor * learning_rate(
+        step,
+        peak=settings.learning_rate,
+        warmup=settings.warmup,
+        total=experiment.total_steps,
+        final=settings.final_learning_rate,
+        decay=settings.decay,
+        divisions=0 if isinstance(optimiser, ASGD) else validated.divisions,  # there they begin the averaging instead
+    )
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    if isinstance(optimiser, ASGD):  # which computes the rate of a step at the end of the step before
+        for state in optimiser.state.values():
+            state["eta"].fill_(rate)
+    return rate
+
+
+def note_validation(optimiser: Optimizer, validated: Validated, experiment: Experiment, loss: float) -> Validated:
+    """The history after one more validation; the first time that it triggers, ASGD begins to average."""
+    after = validated.after(loss, experiment.training.optimisation.decay)
+    if isinstance(optimiser, ASGD) and after.divisions > 0 and not _averages(optimiser):
+        _begin_averaging(optimiser)
+    return after
+
+
+def restart_averages(optimiser: Optimizer, validated: Validated) -> Validated:
+    """Reset the validation history and restart weight averaging when a stage changes the model."""
+    if isinstance(optimiser, ASGD) and _averages(optimiser):
+        _begin_averaging(optimiser)
+    return validated.without_losses()
+
+
+@contextlib.contextmanager
+def averaged(optimiser: Optimizer) -> Iterator[bool]:
+    """Let the parameters be the averages of ASGD for a while, if there are any; says whether there are."""
+    averages = _averages(optimiser)
+    kept = [parameter.detach().clone() for parameter in averages]
+    _fill(averages.keys(), averages.values())
+    try:
+        yield bool(averages)
+    finally:
+        _fill(averages.keys(), kept)
+
+
+def _averages(optimiser: Optimizer) -> dict[Tensor, Tensor]:
+    """The averages of the parameters; empty before they begin, and with every other optimiser."""
+    averaging = any(group.get("t0", math.inf) < math.inf for group in optimiser.param_groups)
+    return {parameter: state["ax"] for parameter, state in optimiser.state.items()} if averaging else {}
+
+
+@torch.no_grad()
+def _begin_averaging(optimiser: ASGD) -> None:
+    """Let the averages begin with the present weights, whatever they were."""
+    steps = [float(state["step"]) for state in optimiser.state.values()]
+    for group in optimiser.param_groups:
+        group["t0"] = max(steps, default=0.0)
+    for parameter, state in optimiser.state.items():
+        state["ax"].copy_(parameter)
+        state["mu"].fill_(1.0)
+
+
+@torch.no_grad()
+def _fill(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

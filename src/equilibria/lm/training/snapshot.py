@@ -1,0 +1,135 @@
+"""capture and restore: between a training in progress and its checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from equilibria.layers.sequence import Memory
+from equilibria.lm.device import device_of
+from equilibria.lm.model import LanguageModel
+from equilibria.lm.model.modes import evaluating
+from equilibria.lm.ranks import ALONE, Ranks, is_sharded, let_go
+from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError, save
+from equilibria.lm.runs.pieces import Piece, like, whole
+from equilibria.lm.runs.shards import save_sharded
+from equilibria.lm.runs.weights import load_weights, weights
+from equilibria.lm.training.memories import flatten, owned, rebuild
+from equilibria.lm.training.optimiser import averaged
+from equilibria.lm.training.randomness import random_state, set_random_state
+
+_log = logging.getLogger(__name__)
+
+
+def capture(
+    model: LanguageModel,
+    optimiser: Optimizer,
+    memory: Memory,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+    ranks: Ranks = ALONE,
+) -> Checkpoint:
+    """The checkpoint of this moment, the states of PyTorch's random generators included; all ranks make it together.
+
+    Weights and optimiser stay in shards where they are; the memories are those of all ranks.
+
+    Where ASGD averages, the averages are the model, and the weights that the training goes on with stand beside the
+    optimiser.
+    """
+    kept: dict[str, Any] = {"optimiser": optimiser.state_dict(), "random": random_state(device_of(model))}
+    model_weights = weights(model)
+    with averaged(optimiser) as averaging:
+        if averaging:
+            model_weights = {name: tensor.clone() for name, tensor in model_weights.items()}
+    if averaging:
+        kept["weights"] = weights(model)
+    return Checkpoint(
+        step=step,
+        model=model_weights,
+        memory={name: ranks.rows_of_all(tensor) for name, tensor in flatten(memory).items()},
+        optimiser=kept,
+        state={**state, **circumstances(model), "torch": torch.__version__},
+    )
+
+
+def restore(
+    checkpoint: Checkpoint, model: LanguageModel, optimiser: Optimizer, *, rows: int, ranks: Ranks = ALONE
+) -> Memory:
+    """Put weights, optimiser and random generators into the state of the checkpoint; returns the memory of the streams.
+
+    The checkpoint may have been written by another number of ranks. ``rows`` are those of this rank.
+
+    A warning says so if the last bits of what follows may differ from those of a run that never stopped.
+
+    Raises:
+        CheckpointError: the checkpoint is of a model with other weights.
+    """
+    load_weights(model, checkpoint.optimiser.get("weights", checkpoint.model))
+    optimiser.load_state_dict(_sharded_as(optimiser, checkpoint.optimiser["optimiser"]))
+    memory = _memory(checkpoint, model, rows=rows, ranks=ranks)
+    set_random_state(checkpoint.optimiser["random"], device_of(model))
+    for name, now in circumstances(model).items():
+        before = checkpoint.state.get(name, now)
+        if before != now:
+            _log.warning(
+                "The weights were trained with %s = %s and go on with %s: their last bits may differ from those of a "
+                "run that never stopped; --training.%s %s avoids that.",
+                *(name, before, now, name, before),
+            )
+    return memory
+
+
+def circumstances(model: nn.Module) -> dict[str, Any]:
+    """What the last bits of the weights depend on, besides the experiment: the fields of ``Training`` as they hold."""
+    return {"threads": torch.get_num_threads(), "device": device_of(model).type}
+
+
+def save_together(folder: Path, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Write the checkpoint: the first rank alone, or each its shards."""
+    if any(is_sharded(tensor) for tensor in checkpoint.model.values()):
+        save_sharded(folder, checkpoint, ranks)
+    elif ranks.first:
+        save(folder, checkpoint)
+    ranks.wait()
+
+
+def _sharded_as(optimiser: Optimizer, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of an optimiser with each tensor sharded like its parameter."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    state = {
+        index: {
+            name: like(value, parameters[index]) if _of_shape(value, parameters[index]) else _read(value)
+            for name, value in values.items()
+        }
+        for index, values in stored["state"].items()
+    }
+    return {**stored, "state": state}
+
+
+def _of_shape(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor | Piece) and value.shape == parameter.shape
+
+
+def _read(value: Any) -> Any:
+    return whole(value) if isinstance(value, Piece) else value
+
+
+def _memory(checkpoint: Checkpoint, model: LanguageModel, *, rows: int, ranks: Ranks) -> Memory:
+    """The stored tensors in the structure of the cell's memory, which is learnt by reading one token."""
+    if not checkpoint.memory:
+        return None
+    token = torch.zeros(rows, 1, dtype=torch.long, device=device_of(model))
+    with evaluating(model):
+        template = model(token, token, None).memory
+    let_go(model)
+    try:
+        return owned(rebuild(template, {name: ranks.my_rows(all_) for name, all_ in checkpoint.memory.items()}))
+    except KeyError as error:
+        raise CheckpointError(f"The checkpoint is of another model: {error.args[0]}; start a new run.") from None

@@ -1,0 +1,143 @@
+"""One training step: forward and backward over a batch, or over its parts one after the other, and the clipping.
+
+Letters: B rows of this rank's batch, P parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from equilibria.core.solve import Solution
+from equilibria.fixed_point import Method
+from equilibria.layers.dropout import BatchSlice
+from equilibria.layers.sequence import Memory
+from equilibria.lm.corpora import Segment
+from equilibria.lm.device import device_of
+from equilibria.lm.experiments.stage import Stage
+from equilibria.lm.experiments.training import Training
+from equilibria.lm.model import LanguageModel, LanguageOutput
+from equilibria.lm.ranks import Ranks, gradients_kept, whole
+from equilibria.lm.training.memories import joined, owned, rows_of
+from equilibria.lm.training.randomness import random_state, set_random_state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """The result of one training step, as tensors: the device is waited for only when the numbers are read."""
+
+    loss: Float[Tensor, ""]
+    """Mean nll per token in nats over all ranks, without what is added to it."""
+    extra: Float[Tensor, ""] | None
+    """The weighted sum of the model's own losses in training; None if it has none."""
+    penalty: Float[Tensor, ""] | None
+    """Jacobian penalty without its weight; None if the step had none."""
+    gradient_norm: Float[Tensor, ""]
+    """Euclidean norm of the whole gradient before clipping."""
+    learning_rate: float
+    """The rate of this step."""
+    tokens: int
+    """Tokens that all ranks have scored."""
+    solutions: tuple[Solution, ...]
+    """The solves of this rank, one per part of the batch; none without an equilibrium."""
+    memory: Memory
+    """The memory of this rank's streams, for the next segment."""
+
+    @property
+    def solution(self) -> Solution | None:
+        """The last of them."""
+        return self.solutions[-1] if self.solutions else None
+
+    @property
+    def adjoints(self) -> tuple[Solution, ...]:
+        """The adjoint solves; none if nothing was solved in the backward pass."""
+        return tuple(solution.adjoint[-1] for solution in self.solutions if solution.adjoint)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Accumulation:
+    """Computes the gradient of a batch that all ranks share, each its rows, each in ``accumulate`` parts.
+
+    Whatever the number of ranks and parts, the gradient is that of one process with the whole batch, up to the order of
+    sums: losses are means over equally many targets, and random numbers are drawn for the whole batch everywhere.
+    """
+
+    model: LanguageModel
+    replica: Callable[..., LanguageOutput]
+    """The model as training calls it: it sums the gradients over the ranks where they are summed."""
+    ranks: Ranks
+    training: Training
+
+    def step(
+        self, segment: Segment, memory: Memory, stage: Stage, *, method: Method | None, learning_rate: float
+    ) -> Step:
+        """Forward and backward over all parts of the segment, solved by ``method``; the gradient is clipped."""
+        parts = self.training.devices.accumulate
+        rows = len(segment.tokens) // parts
+        found: list[tuple[LanguageOutput, Tensor | None]] = []
+        drawn = stage.drawn_method(method)
+        beginning = random_state(device_of(self.model)) if parts > 1 else None
+        for index in range(parts):
+            if index > 0 and beginning is not None:
+                set_random_state(beginning, device_of(self.model))  # every part draws for the whole batch
+            with gradients_kept(self.model, self.replica, last=index == parts - 1):
+                past = None if segment.fresh or memory is None else rows_of(memory, index * rows, rows)
+                part, piece = self._part(index, rows), _rows(segment, index * rows, rows)
+                found.append(self._pass(piece, past, stage, method=drawn, part=part))
+        outputs, penalties = [output for output, _ in found], [penalty for _, penalty in found]
+        return Step(
+            loss=torch.stack([output.nats.detach().mean() for output in outputs]).mean(),
+            extra=_mean([output.extra for output in outputs]),
+            penalty=_mean(penalties),
+            gradient_norm=self._clipped(),
+            learning_rate=learning_rate,
+            tokens=segment.scored * self.ranks.size,
+            solutions=tuple(output.solution for output in outputs if output.solution is not None),
+            memory=joined([owned(output.memory) for output in outputs]),
+        )
+
+    def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast, where the training asks for it."""
+        half = self.training.optimisation.precision == "bfloat16"
+        device = device_of(self.model).type
+        return torch.autocast(device, dtype=torch.bfloat16) if half else contextlib.nullcontext()
+
+    def _pass(
+        self, segment: Segment, past: Memory, stage: Stage, *, method: Method | None, part: BatchSlice | None
+    ) -> tuple[LanguageOutput, Tensor | None]:
+        options = {"skip": segment.skip, "method": method, "warm": stage.warm, "part": part}
+        with self.arithmetic(), self.ranks.called():
+            output = self.replica(segment.tokens, segment.targets, past, **options)
+            penalty = stage.drawn_penalty(output, part)
+            loss = output.loss if penalty is None else output.loss + stage.penalty * penalty
+        (loss / self.training.devices.accumulate).backward()
+        return output, penalty
+
+    def _clipped(self) -> Float[Tensor, ""]:
+        """Clip the gradient; returns its norm before."""
+        limit = self.training.optimisation.clip
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        return whole(norm).detach()
+
+    def _part(self, index: int, rows: int) -> BatchSlice | None:
+        parts = self.training.devices.accumulate
+        if self.ranks.alone and parts == 1:
+            return None
+        return BatchSlice(first=(self.ranks.rank * parts + index) * rows, total=self.ranks.size * parts * rows)
+
+
+def _rows(segment: Segment, first: int, count: int) -> Segment:
+    mine = slice(first, first + count)
+    return dataclasses.replace(segment, tokens=segment.tokens[mine], targets=segment.targets[mine])
+
+
+def _mean(values: Sequence[Tensor | None]) -> Tensor | None:
+    there = [value.detach() for value in values if value is not None]
+    return torch.stack(there).mean() if there else None

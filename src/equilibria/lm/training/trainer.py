@@ -1,0 +1,247 @@
+"""Trainer: an experiment's stages, step by step, with log, validation and checkpoints.
+
+Letters: B batch, T time, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from equilibria.errors import EquilibriaError
+from equilibria.layers.sequence import Memory
+from equilibria.lm.corpora import Corpus, Language, Segment, Segments
+from equilibria.lm.device import choose_device, to
+from equilibria.lm.evaluation import Evaluation
+from equilibria.lm.experiments import Experiment
+from equilibria.lm.ranks import ALONE, Ranks
+from equilibria.lm.runs.checkpoint import Checkpoint
+from equilibria.lm.runs.events import Event
+from equilibria.lm.runs.run import Run, plain_values
+from equilibria.lm.training.compilation import compile_cells
+from equilibria.lm.training.keeper import Keeper
+from equilibria.lm.training.log import Log
+from equilibria.lm.training.measure import memory_comparison, ngram_baseline
+from equilibria.lm.training.optimiser import build_optimiser, set_learning_rate
+from equilibria.lm.training.policy import ConvergencePolicy, NotFinite
+from equilibria.lm.training.snapshot import capture, restore
+from equilibria.lm.training.step import Accumulation, Step
+from equilibria.lm.training.validation import Validations
+
+_log = logging.getLogger(__name__)
+
+
+class TrainingInterrupted(EquilibriaError):
+    """The training was asked to leave, and has written a checkpoint."""
+
+
+class Trainer:
+    """Trains the model of an experiment on a corpus and writes the run.
+
+    ``Trainer(experiment, run, corpus).fit()`` trains from the beginning; with ``resume()`` before ``fit()`` it
+    continues from the newest checkpoint, and ends with the same weights, bit for bit, as if it had never stopped.
+
+    Args:
+        experiment: what is trained.
+        run: the directory to write to; None writes nothing.
+        corpus: the result of ``experiment.corpus.load()``, or one of your own.
+        on_event: is called with each line of the log.
+        ranks: the processes that train together; each has a ``Trainer``, and the first one writes.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        run: Run | None,
+        corpus: Corpus,
+        *,
+        on_event: Callable[[Event], None] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        training, devices = experiment.training, experiment.training.devices
+        self.language = Language.of(corpus)
+        ranks.agree({**plain_values(experiment), **{f"text of {k}": v for k, v in self.language.sums.items()}})
+        self.ranks, self.rows = ranks, ranks.share_of(training.batches.batch_size, parts=devices.accumulate)
+        if devices.threads is not None:
+            torch.set_num_threads(devices.threads)
+        torch.manual_seed(training.seed)
+        self.experiment, self.run, self.corpus = experiment, run, corpus
+        self.log = Log(run, on_event, ranks)
+        self.device = choose_device(devices.device)
+        self.model = experiment.build(corpus).to(self.device)
+        if devices.compile:
+            compile_cells(self.model)
+        replica = ranks.spread(self.model, half=training.optimisation.precision == "bfloat16")
+        self.accumulation = Accumulation(model=self.model, replica=replica, ranks=ranks, training=training)
+        self.optimiser = build_optimiser(self.model, training.optimisation)
+        self.policy = ConvergencePolicy(training, ranks, self.log)
+        self.keeper = Keeper(run, ranks, keep=training.faults.keep)
+        self.steps_done = 0
+        self.leaving = False
+        """Set it, at any time, to have a checkpoint written after the step and ``TrainingInterrupted`` raised."""
+        self._asked_to_leave = False  # by any of the ranks
+        self.memory: Memory = None
+        self.validations = Validations(experiment, corpus.valid, self.optimiser, self.log)
+        self._enter_stage()
+
+    def resume(self) -> int:
+        """Return to the newest good checkpoint of the run, or to the beginning if there is none; returns its step.
+
+        Raises:
+            CheckpointError: every checkpoint is damaged, or they are of another model.
+            ValueError: there is no run, or it was begun with another text.
+        """
+        if self.run is None:
+            raise ValueError("Trainer(run=None).resume(): there is no run to continue; give Run.open(folder).")
+        if self.run.language is not None:  # a run of an old version kept none
+            self.run.language.check_same(self.corpus, self.language, run=str(self.run.path))
+        found = self.keeper.newest()
+        if found is not None:
+            self._go_back_to(found)
+            self.policy.rollbacks = found.state.get("rollbacks", 0)
+        self.ranks.wait()
+        step = -1 if found is None else found.step
+        self.keeper.discard_after(step)
+        self.keeper.cut_log(step)
+        self.log.go_on(found.state["seconds"] if found is not None else 0.0)
+        _log.info("%s continues after step %d.", self.run.path, self.steps_done)
+        return self.steps_done
+
+    def fit(self) -> None:
+        """Train to the end of the last stage.
+
+        A step whose loss or gradient is not finite takes the run back to its newest good checkpoint, with half the
+        learning rate, as often as ``Faults.rollbacks`` allows.
+
+        Raises:
+            TrainingStopped: the loss or the gradient is not finite, or too many solves fail; names the step.
+            TrainingInterrupted: ``leaving`` was set; there is a checkpoint of this moment.
+        """
+        settings = self.experiment.training.log
+        if settings.tensorboard and self.ranks.first:
+            self.log.open_board(step=self.steps_done)
+        if self.steps_done == 0:
+            self._begin()
+        segments = iter(self._segments())
+        while self.steps_done < self.experiment.total_steps:
+            began = time.perf_counter()
+            try:
+                step = self.step(next(segments))
+            except NotFinite as error:
+                self._roll_back(error)
+                segments = iter(self._segments())
+                continue
+            self.log.count(step, time.perf_counter() - began)
+            self._after(step)
+            if self._asked_to_leave:
+                if not self.keeper.has(self.steps_done):
+                    self._checkpoint()
+                raise TrainingInterrupted(
+                    f"The training was asked to leave, and did so after step {self.steps_done:,}."
+                )
+        if settings.measure_memory and self.ranks.first and self.ranks.parallel != "fsdp":
+            self.log.write("memory", step=self.steps_done, rows=self.memory_comparison(settings.memory_depths))
+        self.log.write("done", step=self.steps_done, seconds=self.log.seconds)
+
+    def step(self, segment: Segment) -> Step:
+        """One update of the weights on the next segment; the memory of the streams is carried along.
+
+        Raises:
+            TrainingStopped: the loss or the gradient is not finite; weights and optimiser are untouched.
+        """
+        number, stage = self.steps_done + 1, self.stage
+        self.model.train()
+        effect, factor = self.validations.effect, self.policy.rate_factor
+        rate = set_learning_rate(self.optimiser, self.experiment, number, effect, factor=factor)
+        method = self.policy.method(stage)
+        step = self.accumulation.step(to(segment, self.device), self.memory, stage, method=method, learning_rate=rate)
+        loss, asked = self.ranks.mean(torch.stack([step.loss, step.loss.new_tensor(float(self.leaving))]))
+        step = dataclasses.replace(step, loss=loss)
+        try:
+            self.policy.check_finite(step, number=number, stage=stage, last=self.keeper.last)
+            if self.policy.accepts(step, number=number, stage=stage, last=self.keeper.last):
+                self.optimiser.step()
+        finally:
+            self.optimiser.zero_grad()
+        self._asked_to_leave, self.memory = bool(asked > 0), step.memory
+        self.steps_done = number
+        return step
+
+    def validate(self) -> Evaluation:
+        """The loss on the validation stream with the stage's solver and stop, logged; it may divide the rate."""
+        method = self.policy.evaluation_method(self.stage)
+        return self.validations.score(self.accumulation, step=self.steps_done, stage=self.stage, method=method)
+
+    def memory_comparison(self, depths: Sequence[int] = (8, 16, 32, 64)) -> list[Event]:
+        """Peak bytes of a training step on the next batch, beside those of the same cell unrolled; changes nothing."""
+        segment = to(next(iter(self._segments())), self.device)
+        memory, method = None if segment.fresh else self.memory, self.policy.method(self.stage)
+        return memory_comparison(self.model, segment, memory, depths, method=method, warm=self.stage.warm)
+
+    def _begin(self) -> None:
+        if self.run is not None and self.ranks.first:
+            self.run.keep(self.language)
+        self.log.start_of(self.model, self.corpus)
+        if self.experiment.training.log.baseline and self.corpus.unit == "character" and self.ranks.first:
+            self.log.write("baseline", step=0, rows=ngram_baseline(self.corpus))
+        self.log.write("stage", step=0, stage=self.stage.name, **{"from": None})
+
+    def _after(self, step: Step) -> None:
+        """Log, validation, change of stage and checkpoint, in the order in which a resumed run would have them."""
+        training, done, stage = self.experiment.training, self.steps_done, self.stage
+        changes = self.experiment.stage_at(done) != self._stage_index
+        ends = changes or done == self.experiment.total_steps
+        if ends or done == 1 or done % training.log.log_every == 0:
+            self.log.step(step, number=done, stage=stage.name)
+        best_before = self.validations.best
+        if ends or done % training.validation.valid_every == 0:
+            self.validate()
+        if changes:
+            self._enter_stage()
+            self.log.write("stage", step=done, stage=self.stage.name, **{"from": stage.name})
+            if not self.stage.solves_like(stage):
+                self.validations.restart()
+                self.validate()
+        if ends or self.validations.best is not best_before or done % training.faults.checkpoint_every == 0:
+            self._checkpoint()
+
+    def _enter_stage(self) -> None:
+        self._stage_index = self.experiment.stage_at(self.steps_done)
+        self.stage = self.experiment.stages[self._stage_index]
+
+    def _segments(self) -> Segments:
+        batches, ranks = self.experiment.training.batches, self.ranks
+        place = {"rank": ranks.rank, "world_size": ranks.size, "position": self.steps_done}  # one segment per step
+        cut = {"batch_size": self.rows, "length": batches.segment_length, "overlap": batches.overlap}
+        return Segments(self.corpus.train, **cut, **place)
+
+    def _checkpoint(self) -> None:
+        if self.run is None:
+            return
+        state = {"stage": self.stage.name, "position": self.steps_done, "seconds": self.log.seconds}
+        state |= {**self.validations.state(), **self.policy.state()}
+        kept = capture(self.model, self.optimiser, self.memory, step=self.steps_done, state=state, ranks=self.ranks)
+        best = self.validations.best
+        self.keeper.write(kept, best=None if best is None else best["step"])
+
+    def _go_back_to(self, found: Checkpoint) -> None:
+        self.memory = restore(found, self.model, self.optimiser, rows=self.rows, ranks=self.ranks)
+        self.steps_done = found.step
+        self.validations.restore(found.state)
+        self.policy.factor = found.state.get("budget_factor", 1)
+        self._enter_stage()
+
+    def _roll_back(self, error: NotFinite) -> None:
+        """Return to the newest checkpoint, with half the learning rate; raise the error if that may not be."""
+        found = self.keeper.newest() if self.policy.may_roll_back else None
+        if found is None:
+            self.policy.note_end(error, stage=self.stage)
+            raise error
+        self.policy.rollbacks += 1
+        self._go_back_to(found)
+        self.keeper.cut_log(found.step)
+        self.policy.note_rollback(error, step=found.step, stage=self.stage)
