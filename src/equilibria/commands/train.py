@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import shlex
+import shutil
 import signal
 import textwrap
 import threading
@@ -23,7 +25,7 @@ from equilibria.commands.arguments import parse
 from equilibria.commands.recipe import experiment_of
 from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
-from equilibria.lm.corpora import Corpus
+from equilibria.lm.corpora import Corpus, TextFolder
 from equilibria.lm.device import choose_device
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.explicit import explicit
@@ -40,7 +42,7 @@ from equilibria.lm.runs.trained import load, with_data
 from equilibria.lm.training.trainer import Trainer, TrainingInterrupted
 
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-"""How often torchrun has started this process anew."""
+"""How often torchrun has started this process again."""
 
 RUNS = Path("runs")
 """Where runs go unless --out says otherwise."""
@@ -60,9 +62,11 @@ class Options:
     out: Path | None = None
     """Folder of the run; None for runs/NAME, or the next free number."""
     data: Path | None = None
-    """Folder of the corpus, for recipes that read one."""
+    """Folder of the corpus, for recipes that read one; the recipe text takes a file as well."""
+    steps: int | None = None
+    """Training steps of all stages together; each keeps its share. None for those of the recipe."""
     explicit: int | None = None
-    """Train an explicit network of so many layers, which share one cell, in the place of the equilibrium."""
+    """Train an explicit network of so many layers, which share one cell, instead of the equilibrium."""
     untied: tyro.conf.FlagCreatePairsOff[bool] = False
     """With --explicit: each layer has its own weights, as in Transformer-XL."""
     layer_memory: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -70,28 +74,29 @@ class Options:
     recompute: tyro.conf.FlagCreatePairsOff[bool] = False
     """With --explicit: keep less and compute the layers again in the backward pass."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Go on where the run stopped; starts it if there is none."""
+    """Continue where the run stopped; starts it if there is none."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Start again in a folder that holds a run, which the new run replaces once it has its first checkpoint."""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show nothing but errors."""
 
 
-TWIN = ("--untied", "--layer-memory", "--recompute")
+EXPLICIT = ("--untied", "--layer-memory", "--recompute")
 """Flags that say more about --explicit."""
 
-SWITCHES = ("-h", "--help", "--resume", "--overwrite", "--quiet", *TWIN)
+SWITCHES = ("-h", "--help", "--resume", "--overwrite", "--quiet", *EXPLICIT)
 """Flags that stand alone."""
 
 HELP = """\
 usage: equilibria train RECIPE [--out DIR] [--data FOLDER] [--resume | --overwrite] [--quiet] [--field value …]
+                               [--steps N] [--lr RATE] [--batch-size N] [--threads N] [--seed N]
                                [--explicit LAYERS [--untied] [--layer-memory] [--recompute]]
 
 {recipes}
 
---explicit LAYERS trains the recipe's explicit twin, a network of so many layers where the equilibrium was: with the
+--explicit LAYERS trains the recipe's explicit baseline, a network of so many layers where the equilibrium was: with the
 weights of one cell, or, of a transformer, --untied, a Transformer-XL; the other flags then change the numbers of the
-twin.
+baseline.
 
 `equilibria train RECIPE --help` lists every number of that recipe with its default."""
 
@@ -110,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     training = options.experiment.training
     device = choose_device(training.devices.device)  # one that is missing must not cost an old run
     with Ranks.joined(training.devices.parallel, device.type, timeout=training.devices.rank_timeout) as ranks:
-        return _train(options, path, corpus, [recipe, *_twin_words(words)], console, ranks)
+        return _train(options, path, corpus, [recipe, *_explicit_words(words)], console, ranks)
 
 
 def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], console: Console, ranks: Ranks) -> int:
@@ -127,6 +132,9 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
         run = Run.open(path, replacing=overwrite)
         if not quiet:
             console.print(literal(f"{experiment.name} on {corpus.name}, in {run.path}"), soft_wrap=True)
+            if options.out is None and run.path.name != experiment.name and not (resume or overwrite):
+                hint = "--resume continues the last run, and --overwrite replaces it"
+                console.print(literal(f"{RUNS / experiment.name} is there already: {hint}", "dim"), soft_wrap=True)
         asked = _Asked()
         try:
             with display.running():
@@ -186,10 +194,21 @@ class _Asked:
 
 
 def _interrupted(run: Run, recipe: Sequence[str], step: int) -> str:
-    again = shlex.join(["equilibria", "train", *recipe, "--out", str(run.path), "--resume"])
+    again = ["equilibria", "train", *recipe, "--out", str(run.path), "--resume"]
     kept = checkpoint.all_in(run.checkpoints)
     place = f"from the checkpoint {kept[-1].name}" if kept else "from the beginning, for lack of a checkpoint"
-    return f"Stopped at step {step:,}; this continues {place}: {again}"
+    return f"Stopped at step {step:,}; this continues {place}:\n{command(again)}"
+
+
+def command(words: Sequence[str], width: int | None = None) -> str:
+    """A command line for the shell, broken before its flags where it is wider than the terminal."""
+    width = width or shutil.get_terminal_size().columns
+    lines = [""]
+    for word in map(shlex.quote, words):
+        if lines[-1] and word.startswith("-") and len(lines[-1]) + len(word) + 12 > width:
+            lines.append("   ")
+        lines[-1] = f"{lines[-1]} {word}".removeprefix(" ") if lines[-1] != "   " else f"    {word}"
+    return " \\\n".join(lines)
 
 
 def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -216,29 +235,62 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
 
     A run that goes on starts from its own experiment.json, so that the flags it was started with need not be repeated.
     """
-    default = Options(experiment=_twin(experiment_of(recipe), words))
+    default = Options(experiment=_as_explicit(experiment_of(recipe), words))
     options = parse(Options, words, verb=f"train {recipe}", default=default)
-    said = [name for name in TWIN if getattr(options, name[2:].replace("-", "_"))]
+    said = [name for name in EXPLICIT if getattr(options, name[2:].replace("-", "_"))]
     if said and options.explicit is None:
         raise UsageError(f"{said[0]} says more about --explicit LAYERS, which is not there; try --explicit 12.")
     if options.resume and options.overwrite:
-        raise UsageError("--resume goes on with a run and --overwrite removes it; give one of the two.")
+        raise UsageError("--resume continues a run and --overwrite replaces it; give one of the two.")
+    options = _completed(options)
     path = options.out or folder(options.experiment.name, taken=options.resume or options.overwrite)
     goes_on = options.resume or (RESTARTS > 0 and not (path / NEW).is_dir())
     if goes_on and (path / "experiment.json").is_file():
         stored = Run.open(path).experiment(extra=kinds_in(default.experiment))
-        if stored.name != options.experiment.name:
+        unnamed = options.data is None and isinstance(stored.corpus, TextFolder) and options.experiment.name == "text"
+        if stored.name != options.experiment.name and not unnamed:
             raise UsageError(f"{path} is a run of {stored.name!r}, not of {options.experiment.name!r}; check --out.")
         default = dataclasses.replace(default, experiment=stored)
         options = parse(Options, words, verb=f"train {recipe}", default=default)
-    if options.data is not None:
-        options = dataclasses.replace(options, experiment=with_data(options.experiment, options.data))
+        options = _completed(options)
     return options, path
 
 
-def _twin(experiment: Experiment, words: Sequence[str]) -> Experiment:
-    """The explicit twin of the experiment if the words ask for it: the other flags are read as those of the twin."""
-    known = _twin_words(words)
+def _completed(options: Options) -> Options:
+    """The options with their experiment on the text and for the steps that they ask for."""
+    experiment = options.experiment
+    if options.data is not None:
+        experiment = with_data(experiment, options.data)
+        if experiment.name == "text":
+            experiment = dataclasses.replace(
+                experiment, name=re.sub(r"\W+", "-", options.data.stem).strip("-") or "text"
+            )
+    if options.steps is not None:
+        experiment = _of_length(experiment, options.steps)
+    return dataclasses.replace(options, experiment=experiment)
+
+
+def _of_length(experiment: Experiment, steps: int) -> Experiment:
+    """The experiment with so many steps, of which each stage keeps its share, one at least."""
+    if steps < len(experiment.stages):
+        raise UsageError(
+            f"--steps {steps}: {experiment.name} has {len(experiment.stages)} stages, and each has at least one step."
+        )
+    total, done, stages = experiment.total_steps, 0, []
+    for place, stage in enumerate(experiment.stages):
+        left = len(experiment.stages) - place - 1
+        share = round(stage.steps * steps / total) if left else steps - done
+        mine = min(max(1, share), steps - done - left)
+        stages.append(dataclasses.replace(stage, steps=mine))
+        done += mine
+    warmup = min(experiment.training.optimisation.warmup, steps)
+    training = experiment.training.changed(warmup=warmup)
+    return dataclasses.replace(experiment, stages=tuple(stages), training=training)
+
+
+def _as_explicit(experiment: Experiment, words: Sequence[str]) -> Experiment:
+    """The explicit baseline of the experiment if the words ask for it, whose numbers the other flags then change."""
+    known = _explicit_words(words)
     if not known:
         return experiment
     if not known[-1].isdecimal() or int(known[-1]) < 1:
@@ -247,12 +299,12 @@ def _twin(experiment: Experiment, words: Sequence[str]) -> Experiment:
     return explicit(experiment, int(known[-1]), tied, memory="layers" if layers else "last", checkpoint=checkpoint)
 
 
-def _twin_words(words: Sequence[str]) -> list[str]:
-    """The words about the explicit twin, the number of layers last; none if there is no --explicit."""
+def _explicit_words(words: Sequence[str]) -> list[str]:
+    """The words about the explicit baseline, the number of layers last; none if there is no --explicit."""
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--explicit=") else [word])]
     depths = [depth for word, depth in itertools.pairwise(words) if word == "--explicit"]
     plain = [word.replace("_", "-") for word in words]
-    return [*(word for word in plain if word in TWIN), "--explicit", depths[-1]] if depths else []
+    return [*(word for word in plain if word in EXPLICIT), "--explicit", depths[-1]] if depths else []
 
 
 def folder(name: str, *, taken: bool) -> Path:

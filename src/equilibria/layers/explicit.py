@@ -41,13 +41,21 @@ class Unrolled(Layer):
         self.depth, self.checkpoint, self.auxiliary_every = depth, checkpoint, auxiliary_every
 
     def forward(
-        self, *inputs: Any, start: State | None = None, method: Method | None = None, **options: Any
+        self,
+        *inputs: Any,
+        start: State | None = None,
+        method: Method | None = None,
+        depth: int | None = None,
+        **options: Any,
     ) -> LayerOutput:
-        """The last state under ``inputs``, from ``start`` or the cell's own first iterate."""
+        """The last state under ``inputs``, from ``start`` or the cell's own first iterate.
+
+        ``depth`` is the number of layers this time; None for all of them.
+        """
         check_no_method(self, method)
         prepared = self.cell.prepare(*inputs, **options)
         z, auxiliary = self.cell.begin(prepared, start), []
-        for layer in range(1, self.depth + 1):
+        for layer in range(1, layers_used(depth, self.depth) + 1):
             z = _applied(self.cell, z, prepared, checkpoint=self.checkpoint)
             if self.training and self.auxiliary_every and layer % self.auxiliary_every == 0:
                 auxiliary.append(self.cell.output(z))
@@ -83,13 +91,15 @@ class Stack(Layer):
     Args:
         cells: f_1, …, f_L: cells, or any modules f_l(z, *inputs); either all are sequence cells or none is.
         checkpoint: keep only the states and evaluate each layer again in the backward pass (T. Chen et al. 2016).
+        depth: the layers that are used if a call does not say otherwise, the first ones; None for all.
     """
 
-    def __init__(self, cells: Iterable[nn.Module], *, checkpoint: bool = False) -> None:
+    def __init__(self, cells: Iterable[nn.Module], *, checkpoint: bool = False, depth: int | None = None) -> None:
         super().__init__()
         self.cells, self.checkpoint = nn.ModuleList(as_cell(cell) for cell in cells), checkpoint
         if not self.cells:
             raise ValueError("Stack(cells=[]): a stack has at least one cell; give one cell per layer.")
+        self.depth = layers_used(depth, len(self.cells))
         kinds = {isinstance(cell, SequenceCell) for cell in self.cells}
         if len(kinds) > 1:
             names = ", ".join(type(cell).__name__ for cell in self.cells)
@@ -101,36 +111,56 @@ class Stack(Layer):
         return list(self.cells)  # pyright: ignore
 
     def forward(
-        self, *inputs: Any, start: State | None = None, method: Method | None = None, **options: Any
+        self,
+        *inputs: Any,
+        start: State | None = None,
+        method: Method | None = None,
+        depth: int | None = None,
+        **options: Any,
     ) -> LayerOutput:
-        """The last layer's state under ``inputs``; of sequence cells these are x and a tuple of memories, or None."""
+        """The last layer's state under ``inputs``; of sequence cells these are x and a tuple of memories, or None.
+
+        ``depth`` is the number of layers this time, the first ones; those after them remember nothing.
+        """
         check_no_method(self, method)
-        prepared = self._prepared(inputs, options)
+        used = layers_used(self.depth if depth is None else depth, len(self.cells))
+        prepared = self._prepared(inputs, options, used)
         z, kept = self._cells[0].begin(prepared[0], start), []
-        for cell, constants in zip(self._cells, prepared, strict=True):
+        for cell, constants in zip(self._cells[:used], prepared, strict=True):
             kept.append(cell.remember(z, constants))
             z = _applied(cell, z, constants, checkpoint=self.checkpoint)
         return LayerOutput(
-            output=self._cells[-1].output(z),
+            output=self._cells[used - 1].output(z),
             z=z,
-            f=CellMap(self._cells[-1], prepared[-1]),
+            f=CellMap(self._cells[used - 1], prepared[-1]),
             solution=None,
-            memory=tuple(kept) if self._remembers else None,
+            memory=(*kept, *(None,) * (len(self.cells) - used)) if self._remembers else None,
         )
 
-    def _prepared(self, inputs: Sequence[Any], options: dict[str, Any]) -> list[Prepared]:
+    def _prepared(self, inputs: Sequence[Any], options: dict[str, Any], used: int) -> list[Prepared]:
         if not self._remembers:
-            return [cell.prepare(*inputs, **options) for cell in self._cells]
+            return [cell.prepare(*inputs, **options) for cell in self._cells[:used]]
         x, memory = (*inputs, None)[:2]
         memories = (None,) * len(self.cells) if memory is None else memory
-        return [cell.prepare(x, past, **options) for cell, past in zip(self._cells, memories, strict=True)]
+        pairs = list(zip(self._cells, memories, strict=True))
+        return [cell.prepare(x, past, **options) for cell, past in pairs[:used]]
 
     def cache(self, batch: int, *, memory: tuple[Any, ...] | None = None, **choices: Any) -> tuple[Any, ...]:
         """A memory for generation, one entry per layer; see ``SequenceCell.cache``."""
         memories = (None,) * len(self.cells) if memory is None else memory
         choices["warm"] = False
-        pairs = zip(self._cells, memories, strict=True)
-        return tuple(sequence_cell(cell).cache(batch, memory=past, **choices) for cell, past in pairs)
+        pairs = list(zip(self._cells, memories, strict=True))[: self.depth]
+        caches = (sequence_cell(cell).cache(batch, memory=past, **choices) for cell, past in pairs)
+        return (*caches, *(None,) * (len(self.cells) - self.depth))
+
+
+def layers_used(depth: int | None, layers: int) -> int:
+    """The number of layers out of ``layers`` that a network of ``depth`` layers has; all for None."""
+    if depth is None:
+        return layers
+    if not 1 <= depth <= layers:
+        raise ValueError(f"depth={depth} of a network of {layers} layers; give 1 to {layers}, or None for all.")
+    return depth
 
 
 def _applied(cell: Cell, z: State, prepared: Prepared, *, checkpoint: bool) -> State:

@@ -111,6 +111,7 @@ def evaluate(
     max_segments: int | None = None,
     method: Method | None = None,
     warm: bool = False,
+    depth: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
     """The mean loss in evaluation mode, without gradients.
@@ -128,6 +129,7 @@ def evaluate(
         max_segments: read only the first ones; None for all.
         method: how to solve; None for the model's own way in evaluation.
         warm: start each solve from what is remembered of the segment before.
+        depth: layers of an explicit network that are used; None for all.
         ranks: share the rows where these can be divided evenly; otherwise each reads them all.
     """
     if max_segments is not None and max_segments < 1:
@@ -147,8 +149,8 @@ def evaluate(
     with evaluating(model):
         for segment in itertools.islice(segments.one_epoch(), max_segments):
             segment = to(segment, device)
-            past, options = None if segment.fresh else memory, {"skip": segment.skip, "method": method, "warm": warm}
-            output = model(segment.tokens, segment.targets, past, **options)
+            past, options = None if segment.fresh else memory, {"method": method, "warm": warm, "depth": depth}
+            output = model(segment.tokens, segment.targets, past, skip=segment.skip, **options)
             memory = output.memory
             totals.add(model, segment, output)
     let_go(model)

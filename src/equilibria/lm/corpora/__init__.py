@@ -19,7 +19,7 @@ from equilibria.lm.corpora.penn_treebank import (
 from equilibria.lm.corpora.python_docs import PythonDocs, python_docs
 from equilibria.lm.corpora.segments import Segment, Segments
 from equilibria.lm.corpora.source import FolderSource, Source
-from equilibria.lm.corpora.text_folder import TextFolder, text_folder
+from equilibria.lm.corpora.text_folder import TextFolder, text_file, text_folder
 from equilibria.lm.corpora.vocabulary import TextUnit, Vocabulary
 from equilibria.lm.corpora.wikitext import (
     WIKITEXT2_COUNTS,
@@ -71,6 +71,7 @@ __all__ = [
     "penn_treebank",
     "penn_treebank_characters",
     "python_docs",
+    "text_file",
     "text_folder",
     "wikitext2",
     "wikitext103",

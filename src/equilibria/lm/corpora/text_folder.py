@@ -1,4 +1,4 @@
-"""text_folder: a corpus from a folder with one text file for training, one for validation and one for test."""
+"""text_folder, text_file: a corpus from a folder with one text file per split, or from one file that is cut."""
 
 from __future__ import annotations
 
@@ -46,6 +46,31 @@ def text_folder(root: Path, *, unit: TextUnit = "word", lowercase: bool = False)
         vocabulary=vocabulary,
         unit=unit,
     )
+
+
+def text_file(file: Path, *, unit: TextUnit = "character", lowercase: bool = False) -> Corpus:
+    """The corpus in one text file (UTF-8): its first 90 % for training, then 5 % for validation and 5 % for test.
+
+    The vocabulary is that of the whole file, so that all of it can be scored.
+
+    Args:
+        file: the text.
+        unit: what a token is.
+        lowercase: fold the case.
+
+    Raises:
+        ValueError: the file is not UTF-8, empty, or too short to be cut.
+    """
+    check_unit(unit)
+    with _naming(file):
+        vocabulary, ids = Vocabulary.of_lines(lines_of(file, lowercase=lowercase), unit)
+        first, second = len(ids) * 18 // 20, len(ids) * 19 // 20
+        if second - first < 2:
+            raise ValueError(
+                f"the text has {len(ids)} {unit}s, and a twentieth of it is for validation: give one of at least 40."
+            )
+        train, valid, test = (Stream.of_text(part) for part in (ids[:first], ids[first:second], ids[second:]))
+    return Corpus(name=file.name, train=train, valid=valid, test=test, vocabulary=vocabulary, unit=unit)
 
 
 def published(
@@ -127,7 +152,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class TextFolder(FolderSource):
-    """A folder with train.txt, valid.txt and test.txt."""
+    """Text of your own: a folder with train.txt, valid.txt and test.txt, or one file that is cut 90 : 5 : 5."""
 
     unit: Literal["word", "character"] = "word"
     """What one token is."""
@@ -135,5 +160,7 @@ class TextFolder(FolderSource):
     """Whether capital letters are lowered first."""
 
     def load(self) -> Corpus:
-        """The corpus; its vocabulary is that of train.txt."""
-        return text_folder(self.folder(), unit=self.unit, lowercase=self.lowercase)
+        """The corpus; its vocabulary is that of train.txt, or of the whole file."""
+        root = self.folder()
+        read = text_file if root.is_file() else text_folder
+        return read(root, unit=self.unit, lowercase=self.lowercase)

@@ -62,6 +62,12 @@ class Experiment:
                     "out."
                 )
 
+        explicit = getattr(self.model, "explicit", None)
+        for stage in self.stages:
+            if stage.depth is not None and stage.depth > (0 if explicit is None else explicit.depth):
+                layers = "no explicit network" if explicit is None else f"a network of {explicit.depth} layers"
+                raise ValueError(f"Stage({stage.name!r}, depth={stage.depth}) of {layers}; leave the depth out.")
+
     @property
     def total_steps(self) -> int:
         """Steps of all stages together."""
@@ -94,4 +100,5 @@ class Experiment:
         Its own way to solve is that of ``stage``, by default the last one; a training passes that of each step.
         """
         stage = stage or self.stages[-1]
-        return self.model.build(len(corpus.vocabulary), method=stage.training_method, eval_stop=stage.eval_stop)
+        size, how = len(corpus.vocabulary), {"method": stage.training_method, "eval_stop": stage.eval_stop}
+        return self.model.build(size, depth=stage.depth, **how)

@@ -44,8 +44,9 @@ def explicit(
 ) -> Experiment:
     """The experiment with a network of ``depth`` layers instead of the equilibrium, trained by back-propagation.
 
-    Corpus, sizes, optimiser and the number of steps are those of the equilibrium; its stages become one. Flags and
-    ``dataclasses.replace`` change it as they change any experiment. The module says what the layers are.
+    Corpus, sizes, optimiser and the number of steps are those of the equilibrium. A stage that trains a shallow network
+    trains as many layers of this one; the others become one stage with all layers. Flags and ``dataclasses.replace``
+    change it as they change any experiment. The module says what the layers are.
 
     Args:
         experiment: with an equilibrium.
@@ -61,7 +62,6 @@ def explicit(
     shape = _shape(experiment)
     if depth < 1:
         raise ValueError(f"explicit(depth={depth}): a network has at least one layer; try depth=12.")
-    stage = Stage(name="explicit", steps=experiment.total_steps)
     layers = Explicit(depth=depth, tied=tied, memory=memory if tied else "layers", checkpoint=checkpoint)
     kind = "-untied" if not tied else "-layer-memory" if memory == "layers" else ""
     if not tied:
@@ -70,10 +70,22 @@ def explicit(
         experiment,
         name=f"{experiment.name}-{depth}-layers{kind}{'-recomputed' if checkpoint else ''}",
         model=dataclasses.replace(shape, explicit=layers),
-        stages=(stage,),
+        stages=_stages(experiment, depth),
         # It has no meaning without a fixed point.
         training=experiment.training.changed(spectral_radius=0),
     )
+
+
+def _stages(experiment: Experiment, depth: int) -> tuple[Stage, ...]:
+    """The shallow stages before the first solve, as stages of as many layers, and one with all layers."""
+    shallow: list[Stage] = []
+    for stage in experiment.stages:
+        layers = stage.layers
+        if layers is None or layers >= depth or stage is experiment.stages[-1]:
+            break
+        shallow.append(Stage(name=stage.name, steps=stage.steps, depth=layers))
+    rest = experiment.total_steps - sum(stage.steps for stage in shallow)
+    return (*shallow, Stage(name="explicit", steps=rest))
 
 
 def _shape(experiment: Experiment) -> LanguageConfig:

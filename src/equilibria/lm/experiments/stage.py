@@ -18,7 +18,7 @@ from equilibria.lm.model import LanguageOutput
 from equilibria.solvers.picard import Picard
 from equilibria.stability import jacobian_penalty
 
-SOLVES = ("method", "eval_stop")
+SOLVES = ("method", "eval_stop", "depth")
 """Fields of a stage that decide how an ``Equilibrium`` solves, and which stages' validations can be compared."""
 
 
@@ -40,6 +40,8 @@ class Stage:
     """Tolerances and budget in evaluation; None for those of the training."""
     warm: bool = False
     """Start solves from what the cell remembers of the segment before, instead of zero."""
+    depth: int | None = None
+    """Layers of an explicit network that this stage trains, the first ones; None for all."""
     budget_jitter: int = 0
     """Evaluations by which the budget of a training step may fall short: each draws one of 0 … budget_jitter."""
 
@@ -52,9 +54,12 @@ class Stage:
             )
         if not 0 < self.penalty_share <= 1:
             raise ValueError(f"Stage(penalty_share={self.penalty_share}): a probability in (0, 1]; try 0.4.")
+        at_least(self, 1, "depth")
         if self.method is None:
             self._check_without_method()
             return
+        if self.depth is not None:
+            raise ValueError(f"Stage(depth={self.depth}, method=…): an equilibrium has no layers; leave one out.")
         budget = self.method.stop.max_evals
         if not 0 <= self.budget_jitter < budget:
             raise ValueError(
@@ -80,6 +85,14 @@ class Stage:
         """How the equilibrium is found in evaluation."""
         method = self.training_method
         return method if method is None or self.eval_stop is None else dataclasses.replace(method, stop=self.eval_stop)
+
+    @property
+    def layers(self) -> int | None:
+        """The depth of the weight-tied network that the stage trains, as ``network_of`` makes it; None for a solve."""
+        method = self.method
+        if method is None or method.stop.has_tolerance or not isinstance(method.gradient, Unroll):
+            return None
+        return method.stop.max_evals - 1
 
     def solves_like(self, other: Stage) -> bool:
         """True if the validations of both stages can be compared: they solve in the same way."""

@@ -61,15 +61,15 @@ class Explicit:
                 "layers remember the last state has auxiliary outputs; give memory='last', or auxiliary_every=0."
             )
 
-    def build(self, cell: CellConfig) -> Unrolled | Stack:
-        """The network, with fresh parameters."""
+    def build(self, cell: CellConfig, depth: int | None = None) -> Unrolled | Stack:
+        """The network, with fresh parameters; ``depth`` of its layers are used, all for None."""
         if not self.tied:
             if isinstance(cell, TrellisConfig):
                 raise ValueError(
                     "Explicit(tied=False) of a TrellisConfig: a TrellisNet is weight-tied, and that is what makes it "
                     "one; give tied=True."
                 )
-            return Stack([cell.build() for _ in range(self.depth)], checkpoint=self.checkpoint)
+            return Stack([cell.build() for _ in range(self.depth)], checkpoint=self.checkpoint, depth=depth)
         if self.memory == "layers":
             if isinstance(cell, TrellisConfig) and cell.recurrence == "scan":
                 raise ValueError(
@@ -77,9 +77,9 @@ class Explicit:
                     "past is the c that it computes itself, and a layer remembers its input; give recurrence='delayed' "
                     "or memory='last'."
                 )
-            return Stack([cell.build()] * self.depth, checkpoint=self.checkpoint)
+            return Stack([cell.build()] * self.depth, checkpoint=self.checkpoint, depth=depth)
         choices = {"checkpoint": self.checkpoint, "auxiliary_every": self.auxiliary_every}
-        return Unrolled(cell.build(), self.depth, **choices)
+        return Unrolled(cell.build(), depth or self.depth, **choices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,12 @@ class LanguageConfig:
         return self.explicit is None
 
     def build(
-        self, vocabulary_size: int, *, method: Method | None = None, eval_stop: Stop | None = None
+        self,
+        vocabulary_size: int,
+        *,
+        method: Method | None = None,
+        eval_stop: Stop | None = None,
+        depth: int | None = None,
     ) -> LanguageModel:
         """The model over ``vocabulary_size`` tokens, with fresh parameters.
 
@@ -148,8 +153,9 @@ class LanguageConfig:
             method: the layer's own way to solve, which a call may replace; None for ``Method()``, and for an explicit
                 network, which solves nothing.
             eval_stop: tolerances and budget in evaluation mode; None for those of the method.
+            depth: layers of an explicit network that are used if a call does not say otherwise; None for all.
         """
-        layer = self._layer(method, eval_stop)
+        layer = self._layer(method, eval_stop, depth)
         inside, outputs = self.cell.width, outputs_of(self.cell)
         start = {"std": self.std, "init": self.init}
         read = {"tied": self.tied, "dropout": self.dropout, "output_dropout": self.output_dropout, **start}
@@ -167,7 +173,7 @@ class LanguageConfig:
             head = self.mixture.build(vocabulary_size, width=inside, outputs=outputs, **read)
         return LanguageModel(embedding, layer, head, self.losses)
 
-    def _layer(self, method: Method | None, eval_stop: Stop | None) -> Layer:
+    def _layer(self, method: Method | None, eval_stop: Stop | None, depth: int | None) -> Layer:
         """What is between embedding and head, with fresh parameters."""
         if self.losses.auxiliary and (self.explicit is None or not self.explicit.auxiliary_every):
             raise ValueError(
@@ -180,7 +186,7 @@ class LanguageConfig:
                     "LanguageConfig(explicit=Explicit(…)).build(method=…): an explicit network solves nothing; leave "
                     "the method out."
                 )
-            return self.explicit.build(self.cell)
+            return self.explicit.build(self.cell, depth)
         if isinstance(self.cell, TransformerConfig) and not self.cell.injection:
             raise ValueError(
                 "LanguageConfig(cell=TransformerConfig(injection=False), explicit=None): the equilibrium of a cell "

@@ -87,6 +87,7 @@ class LanguageModel(nn.Module):
         skip: int = 0,
         method: Method | None = None,
         warm: bool = False,
+        depth: int | None = None,
         part: BatchSlice | None = None,
     ) -> LanguageOutput:
         """The nats of the targets, under the memory of the previous segment.
@@ -98,6 +99,7 @@ class LanguageModel(nn.Module):
             skip: positions, the first ones, that are read and not scored: S = T − skip.
             method: how to solve this time; None for the layer's own way.
             warm: start the solve from what is remembered of the segment before.
+            depth: layers of an explicit network that are used this time; None for all.
             part: which rows of the whole batch these are, for random numbers.
         """
         if not 0 <= skip < tokens.shape[1]:
@@ -105,7 +107,8 @@ class LanguageModel(nn.Module):
                 f"skip={skip} positions of a segment of {tokens.shape[1]}: at least one is scored; give 0 ≤ skip < "
                 f"{tokens.shape[1]}."
             )
-        options: dict[str, Any] = ({"warm": True} if warm else {}) | ({} if part is None else {"part": part})
+        options: dict[str, Any] = {"warm": True} if warm else {}
+        options |= {name: value for name, value in (("part", part), ("depth", depth)) if value is not None}
         layer = self.layer(self.embedding(tokens, part), memory, method=method, **options)
         output, wanted = layer.output[:, skip:], targets[:, skip:]
         kept = self.head.dropped(output, part)

@@ -65,11 +65,19 @@ class RecurrentConfig:
         return False
 
     def build(
-        self, vocabulary_size: int, *, method: Method | None = None, eval_stop: Stop | None = None
+        self,
+        vocabulary_size: int,
+        *,
+        method: Method | None = None,
+        eval_stop: Stop | None = None,
+        depth: int | None = None,
     ) -> LanguageModel:
-        """The model over ``vocabulary_size`` tokens, with fresh parameters; nothing is solved, so without method."""
-        if method is not None or eval_stop is not None:
-            raise ValueError("RecurrentConfig.build(method=…): a recurrent network solves nothing; leave it out.")
+        """The model over ``vocabulary_size`` tokens, with fresh parameters; it solves nothing and has one layer."""
+        if not method is eval_stop is depth is None:
+            raise ValueError(
+                "RecurrentConfig.build(method=…, depth=…): a recurrent network solves nothing and has one layer; leave "
+                "them out."
+            )
         embedding = Embedding(vocabulary_size=vocabulary_size, width=self.inputs, dropout=self.dropout, std=self.std)
         head = SoftmaxHead(
             vocabulary_size=vocabulary_size,

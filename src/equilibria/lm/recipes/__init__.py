@@ -6,6 +6,7 @@ from equilibria.lm.experiments import Experiment
 from equilibria.lm.recipes.copying import copying, copying_400
 from equilibria.lm.recipes.copying_recurrent import copying_gru, copying_lstm
 from equilibria.lm.recipes.ptb import ptb
+from equilibria.lm.recipes.text import text
 from equilibria.lm.recipes.tiny import tiny
 from equilibria.lm.recipes.tiny_trellis import tiny_trellis
 from equilibria.lm.recipes.trellis import (
@@ -28,6 +29,7 @@ from equilibria.lm.recipes.wikitext import (
 
 RECIPES: dict[str, Callable[[], Experiment]] = {
     "tiny": tiny,
+    "text": text,
     "tiny-trellis": tiny_trellis,
     "copying": copying,
     "copying-400": copying_400,
@@ -61,6 +63,7 @@ __all__ = [
     "ptb_char_trellis_deep",
     "ptb_trellis",
     "ptb_trellis_deep",
+    "text",
     "tiny",
     "tiny_trellis",
     "wikitext103_medium",

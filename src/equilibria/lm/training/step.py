@@ -112,7 +112,7 @@ class Accumulation:
     def _pass(
         self, segment: Segment, past: Memory, stage: Stage, *, method: Method | None, part: BatchSlice | None
     ) -> tuple[LanguageOutput, Tensor | None]:
-        options = {"skip": segment.skip, "method": method, "warm": stage.warm, "part": part}
+        options = {"skip": segment.skip, "method": method, "warm": stage.warm, "depth": stage.depth, "part": part}
         with self.arithmetic(), self.ranks.called():
             output = self.replica(segment.tokens, segment.targets, past, **options)
             penalty = stage.drawn_penalty(output, part)

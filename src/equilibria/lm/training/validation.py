@@ -44,7 +44,7 @@ class Validations:
         reading = {**training.evaluation, "max_segments": training.validation.valid_segments}
         solve = {"method": method, "warm": stage.warm}
         with averaged(self._optimiser), accumulation.arithmetic():
-            found = evaluate(model, self._stream, **reading, **solve, ranks=ranks)
+            found = evaluate(model, self._stream, **reading, **solve, depth=stage.depth, ranks=ranks)
             nats = found.nats_per_token
             best = math.isfinite(nats) and (self.best is None or nats < self.best["nats"])
             if best:

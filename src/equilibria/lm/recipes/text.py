@@ -1,0 +1,14 @@
+"""text: the model of ``tiny`` on a text of your own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from equilibria.lm.corpora import TextFolder
+from equilibria.lm.experiments import Experiment
+from equilibria.lm.recipes.tiny import tiny
+
+
+def text() -> Experiment:
+    """Your own text, a file or a folder named with --data, by characters or with --unit word by words."""
+    return dataclasses.replace(tiny(), name="text", corpus=TextFolder(unit="character"))
