@@ -3,7 +3,7 @@
 python benchmarks/copying.py
 
 One training after another, one thread; each is scored on the whole test set. Writes results/copying.json and its part
-of docs/reproducing.md.
+of docs/evidence/reproducing.md.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ python benchmarks/explicit_twin.py --data FOLDER [--minutes 15] [--depth 12] [--
 All have the same parameters, start, corpus, batches and optimiser. ``explicit`` is the baseline as ``--explicit`` makes
 it; ``curriculum`` is the same network after the same shallow stage as the equilibrium has. Each first gets its learning
 rate from short runs, whose speed then decides how many steps of a whole cosine fit into the time; two trainings at a
-time run side by side, one thread each. Writes results/explicit_twin.json and its part of docs/reproducing.md; with
+time run side by side, one thread each. Writes results/explicit_twin.json and its part of
+    docs/evidence/reproducing.md; with
 ``--only`` the other rows stay as they are.
 """
 

@@ -3,7 +3,7 @@
 python benchmarks/generation.py RUN [RUN …] [--longest 512]
 
 The RUNs are trained, such as runs/demo. Times are medians on one thread; run it on an idle machine. Writes
-results/generation.json, docs/pictures/generation.png (of the first run) and its part of docs/generation.md.
+results/generation.json, docs/pictures/generation.png (of the first run) and its part of docs/concepts/generation.md.
 """
 
 from __future__ import annotations
@@ -203,4 +203,4 @@ if __name__ == "__main__":
     print(text)
     print(keep("generation", {"costs": found, "exactness": exact}))
     plot(next(iter(found.values())))
-    write_into_docs("generation", text, page="generation")
+    write_into_docs("generation", text, page="concepts/generation")

@@ -1,10 +1,11 @@
 """Memory and communication of a training step on many GPUs: an equilibrium beside explicit networks of the same cell.
 
-python benchmarks/scaling.py         prints the tables, writes results/scaling.json and its part of docs/scaling.md
+python benchmarks/scaling.py         prints the tables, writes results/scaling.json and its part of
+    docs/evidence/scaling.md
 
 Measured: the bytes that two ranks exchange in a step (gloo, small cell), and the memory of a step of one device (the
 layer of `wikitext103-v2`, rows of 150 words with a memory of 150). Computed from these, by the formulas of
-docs/scaling.md: memory and traffic of a GPU among 1 to 512.
+docs/evidence/scaling.md: memory and traffic of a GPU among 1 to 512.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def peak(layer: nn.Module, x: Tensor, memory: Any) -> float:
 
 
 def computed(measured: dict[str, float]) -> list[dict[str, Any]]:
-    """Memory and traffic of one GPU, in GiB; the formulas stand in docs/scaling.md."""
+    """Memory and traffic of one GPU, in GiB; the formulas stand in docs/evidence/scaling.md."""
     rows = []
     weights = measured["weights"]
     for ranks in RANKS:
@@ -219,5 +220,5 @@ if __name__ == "__main__":
         "scaling",
         {"exchanged": traffic, "device": device, "computed": table},
         text_of(traffic, device, table),
-        "scaling",
+        "evidence/scaling",
     )
