@@ -1,7 +1,7 @@
 """The pictures of the documentation that explain rather than compare: all curves are runs of the library.
 
-python benchmarks/figures.py         a minute; writes results/figures.json and, in docs/pictures, idea.png, convergence.png,
-                                     implicit.png and samples.png
+python benchmarks/figures.py         a minute; writes results/figures.json and four pictures in docs/pictures: idea.png,
+                                     convergence.png, implicit.png and samples.png
 """
 
 from __future__ import annotations
