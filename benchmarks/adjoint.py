@@ -124,7 +124,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """For the documentation."""
     lines = [
-        "| radius | rule | products | time | error of the gradient | products, scaled | error, scaled | states held |",
+        "| radius | rule | VJPs | time | error of the gradient | VJPs, scaled | error, scaled | states held |",
         "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [

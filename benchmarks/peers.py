@@ -136,7 +136,7 @@ def draw(rows: list[dict[str, Any]]) -> Path:
 def table(rows: list[dict[str, Any]]) -> str:
     """For the documentation."""
     lines = [
-        "| model | solver | training step | torchdeq's | ratio | calls of f + products | torchdeq's | memory of a step "
+        "| model | solver | training step | torchdeq's | ratio | calls of f + VJPs | torchdeq's | memory of a step "
         "| torchdeq's | difference of the gradients |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]

@@ -191,14 +191,14 @@ def text_of(found: list[dict[str, Any]], measured: dict[str, float], rows: list[
     for name, key in (
         ("weights of the cell", "weights"),
         ("step of the equilibrium, beside weights and gradients: fixed", "fixed"),
-        ("a row more", "row"),
-        ("a row more, of each layer of an explicit network", "layer row"),
+        ("per sample, more", "row"),
+        ("per sample and layer of an explicit network, more", "layer row"),
     ):
         lines.append(f"| {name} | {measured[key] / 2**20:,.0f} |")
     heads = " | ".join(f"{ranks} GPU{'s' if ranks > 1 else ''}" for ranks in RANKS)
     lines += [
         "",
-        f"| computed, {ROWS} rows a GPU: memory, traffic a step in GiB | {heads} |",
+        f"| computed, {ROWS} samples per GPU: memory, traffic per step in GiB | {heads} |",
         "|---|" + "---:|" * len(RANKS),
     ]
     for network, parallel in dict.fromkeys((row["network"], row["parallel"]) for row in rows):
