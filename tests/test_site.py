@@ -83,3 +83,9 @@ def test_latex_stands_between_dollars(page):
 def test_code_says_its_language(page):
     fences = re.findall(r"^```(.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert all(fences[::2])
+
+
+def test_a_question_of_choice_has_at_most_five_answers():
+    tables = re.findall(r"(?:^\|.*\n)+", (DOCS / "howto" / "choose.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(tables) == 5
+    assert all(len(table.splitlines()) - 2 <= 5 for table in tables)
