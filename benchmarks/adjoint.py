@@ -1,7 +1,8 @@
 """The backward pass of an implicit layer beside torchdeq 0.1.0: products, time, states held, error of the gradient.
 
 pip install --no-deps torchdeq==0.1.0
-python benchmarks/adjoint.py         prints the table, writes results/adjoint.json and its part of docs/choosing.md
+python benchmarks/adjoint.py         prints the table, writes results/adjoint.json and its part of
+    docs/evidence/measured.md
 
 From the same equilibrium (float64, 1e-10, rounded to float32) and the same cotangent. "Products" are those with Jᵀ;
 errors are of the gradient of all parameters, against one in float64 at 1e-10. "Scaled" is the same with the loss times
@@ -123,7 +124,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """For the documentation."""
     lines = [
-        "| radius | rule | products | time | error of the gradient | products, scaled | error, scaled | states held |",
+        "| radius | rule | VJPs | time | error of the gradient | VJPs, scaled | error, scaled | states held |",
         "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
@@ -138,4 +139,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     measured = measure(parser.parse_args().rounds)
-    publish("adjoint", measured, table(measured), page="choosing")
+    publish("adjoint", measured, table(measured), page="evidence/measured")

@@ -3,7 +3,7 @@
 python benchmarks/copying.py
 
 One training after another, one thread; each is scored on the whole test set. Writes results/copying.json and its part
-of docs/reproducing.md.
+of docs/evidence/reproducing.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def scored(name: str) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """For the docs."""
-    lines = ["| recipe | parameters | steps | seconds | test loss, nats a symbol | recalled symbols that are right |"]
+    lines = ["| recipe | parameters | steps | seconds | test loss, nats per symbol | symbols recalled correctly |"]
     lines += ["|---|---|---|---|---|---|"]
     lines += [
         f"| `{name}` | {row['parameters']:,} | {row['steps']:,} | {row['seconds']:.0f} | {row['nats']:.2e} | "

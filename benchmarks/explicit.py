@@ -2,7 +2,7 @@
 
 equilibria train ptb --data FOLDER --out RUN --stages.0.steps 400 --stages.1.steps 250
 python benchmarks/explicit.py --data FOLDER --run RUN
-    prints the tables, writes results/explicit.json and its part of docs/reproducing.md
+    prints the tables, writes results/explicit.json and its part of docs/evidence/reproducing.md
 
 Tied networks have the weights of the run; those of an untied one (a Transformer-XL) are as drawn, since they do not
 decide on its time. Ratios are to 12 tied layers, to 16 and to 18 untied ones.

@@ -5,7 +5,8 @@ python benchmarks/explicit_twin.py --data FOLDER [--minutes 15] [--depth 12] [--
 All have the same parameters, start, corpus, batches and optimiser. ``explicit`` is the baseline as ``--explicit`` makes
 it; ``curriculum`` is the same network after the same shallow stage as the equilibrium has. Each first gets its learning
 rate from short runs, whose speed then decides how many steps of a whole cosine fit into the time; two trainings at a
-time run side by side, one thread each. Writes results/explicit_twin.json and its part of docs/reproducing.md; with
+time run side by side, one thread each. Writes results/explicit_twin.json and its part of
+    docs/evidence/reproducing.md; with
 ``--only`` the other rows stay as they are.
 """
 
@@ -163,8 +164,8 @@ def table(rows: dict[str, Any], *, minutes: float, depth: int) -> str:
             "tokens/s in training",
             lambda r: ", ".join(f"{value:,.0f} ({name})" for name, value in r["tokens_per_second"].items()),
         ),
-        line("evaluations of f a step, forward", lambda r: mean(r["forward"]) if r["backward"] else str(depth)),
-        line("products a step, backward", lambda r: mean(r["backward"])),
+        line("evaluations of f per step, forward", lambda r: mean(r["forward"]) if r["backward"] else str(depth)),
+        line("VJPs per step, backward", lambda r: mean(r["backward"])),
         line("peak memory of a training step", lambda r: f"{r['peak_bytes'] / 2**20:.0f} MiB"),
         line("validation perplexity", lambda r: f"{r['valid']['perplexity']:.1f}"),
         line("test perplexity", lambda r: f"{r['test']['perplexity']:.1f}"),

@@ -1,7 +1,7 @@
 """A fault campaign: runs are killed, cut short, starved of disk and of ranks, and go on; nothing may be lost.
 
 python benchmarks/faults.py                     about ten minutes on two cores
-    prints the table, writes results/faults.json and its part of docs/reliability.md
+    prints the table, writes results/faults.json and its part of docs/evidence/reliability.md
 
 Each kind of fault hits runs of one small experiment (transformer, dropout, Jacobian penalty, two stages, a checkpoint
 every four steps), which is then resumed by the same command until it ends. "Equal" means that the weights at the end
@@ -387,4 +387,4 @@ if __name__ == "__main__":
         rows = list(campaign(Path(name), parser.parse_args()))
     from machine import publish  # which a process that reads the recipe does not find
 
-    publish("faults", rows, table(rows), page="reliability")
+    publish("faults", rows, table(rows), page="evidence/reliability")

@@ -3,7 +3,7 @@
 python benchmarks/generation.py RUN [RUN …] [--longest 512]
 
 The RUNs are trained, such as runs/demo. Times are medians on one thread; run it on an idle machine. Writes
-results/generation.json, docs/pictures/generation.png (of the first run) and its part of docs/generation.md.
+results/generation.json, docs/pictures/generation.png (of the first run) and its part of docs/concepts/generation.md.
 """
 
 from __future__ import annotations
@@ -154,9 +154,9 @@ def plot(rows: dict[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for batch, style in ((1, "-"), (8, "--")):
         row = rows[f"batch {batch}"]
-        axes.plot(*zip(*row["anew"].items(), strict=True), f"C1o{style}", label=f"whole text anew, batch {batch}")
+        axes.plot(*zip(*row["anew"].items(), strict=True), f"C1o{style}", label=f"whole text again, batch {batch}")
         axes.plot(*zip(*row["cached"].items(), strict=True), f"C0{style}", label=f"cache, batch {batch}")
-    axes.set(xlabel="position of the token", ylabel="milliseconds a token", yscale="log")
+    axes.set(xlabel="position of the token", ylabel="milliseconds per token", yscale="log")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(PICTURES / "generation.png", dpi=160)
@@ -172,13 +172,13 @@ def table(found: dict[str, dict[str, Any]], exact: dict[str, list[dict[str, Any]
         lines.append(f"| {label} | {' | '.join(tell(row) for *_, row in columns)} |")
 
     for length in columns[0][2]["anew"]:
-        line(f"cache, ms a token at position {length}", lambda row, length=length: f"{row['cached'][length]:.2f}")
+        line(f"cache, ms per token at position {length}", lambda row, length=length: f"{row['cached'][length]:.2f}")
     for length in columns[0][2]["anew"]:
-        line(f"whole text anew, ms at length {length}", lambda row, length=length: f"{row['anew'][length]:.1f}")
+        line(f"whole text again, ms at length {length}", lambda row, length=length: f"{row['anew'][length]:.1f}")
     line("**times cheaper at 256**", lambda row: f"**{row['ratio_at_256']:.0f}**")
     for name in columns[0][2]["evals"]:
         line(f"evaluations, {name}", lambda row, name=name: f"{row['evals'][name]:.1f}")
-    lines += ["", "| run | tolerance | dtype | largest difference of a logit | same likeliest token | converged |"]
+    lines += ["", "| run | tolerance | dtype | largest difference of a logit | same most likely token | converged |"]
     lines.append("|---|---|---|---|---|---|")
     lines += [
         f"| {name} | {row['rtol']:g} | {row['dtype']} | {row['largest']:.1e} | {row['same_choice']:.2%} | "
@@ -203,4 +203,4 @@ if __name__ == "__main__":
     print(text)
     print(keep("generation", {"costs": found, "exactness": exact}))
     plot(next(iter(found.values())))
-    write_into_docs("generation", text, page="generation")
+    write_into_docs("generation", text, page="concepts/generation")

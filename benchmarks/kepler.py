@@ -1,6 +1,7 @@
 """A million scalar equations: the time of a solve beside that of a bare loop that evaluates f as often.
 
-python benchmarks/kepler.py     a minute; prints the table, writes results/kepler.json and its part of docs/choosing.md
+python benchmarks/kepler.py     a minute; prints the table, writes results/kepler.json and its part of
+    docs/evidence/measured.md
 
 Kepler's equation E = M + e·sin E, with M from [0, 2π] and e from [0, 0.5], at Stop()'s tolerance. The bare loop
 evaluates f, takes the norm of f(z) − z over all samples, and continues with f(z); it knows neither which samples are
@@ -86,4 +87,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with torch.no_grad():
         measured = measure(parser.parse_args().rounds)
-    publish("kepler", measured, table(measured), page="choosing")
+    publish("kepler", measured, table(measured), page="evidence/measured")

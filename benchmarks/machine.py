@@ -40,14 +40,14 @@ def keep(name: str, rows: Any) -> Path:
     return path
 
 
-def publish(name: str, rows: Any, text: str, page: str = "reproducing") -> None:
+def publish(name: str, rows: Any, text: str, page: str = "evidence/reproducing") -> None:
     """Prints ``text``, keeps the rows, and puts the text into a page of the documentation."""
     print(text)
     print(keep(name, rows))
     write_into_docs(name, text, page)
 
 
-def write_into_docs(name: str, text: str, page: str = "reproducing") -> None:
+def write_into_docs(name: str, text: str, page: str = "evidence/reproducing") -> None:
     """Puts ``text`` between the marks ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a page of the documentation."""
     path = RESULTS.parents[1] / "docs" / f"{page}.md"
     before, opening, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")

@@ -1,6 +1,7 @@
 """A batch of mixed difficulty: what dropping the samples that have converged saves in a forward solve.
 
-python benchmarks/mixed.py           prints the table, writes results/mixed.json and its part of docs/choosing.md
+python benchmarks/mixed.py           prints the table, writes results/mixed.json and its part of
+    docs/evidence/measured.md
 
 The block of ``block.py`` with eight samples, of which some get a stronger input: most of them become easy, one hard.
 Anderson(6) and Broyden(20) to 1e-3, with and without dropping samples, rounds interleaved; the solutions are compared
@@ -78,4 +79,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     with torch.no_grad():
         found = measure(parser.parse_args().rounds)
-    publish("mixed", found, table(found), page="choosing")
+    publish("mixed", found, table(found), page="evidence/measured")

@@ -6,7 +6,7 @@ equilibria train ptb --data FOLDER --out ptb --stages.0.steps 400 --stages.1.ste
 equilibria train ptb --data FOLDER --out wide --model.cell.width 512 --model.cell.heads 8 --model.cell.inner 2048 \
     --training.batch-size 8 --stages.0.steps 200 --stages.1.steps 60
 python benchmarks/peers.py tiny ptb wide --data FOLDER
-    prints the table, writes results/peers.json, docs/pictures/peers.png and its part of docs/reproducing.md
+    prints the table, writes results/peers.json, docs/pictures/peers.png and its part of docs/evidence/reproducing.md
 
 Weights (of those runs), embedding, cell, head, loss, masks, tolerance (relative, 1e-3) and gradient rule (implicit) are
 the same, the rounds are interleaved. torchdeq has its own stopping test, over the whole batch, and its defaults where a
@@ -138,7 +138,7 @@ def draw(rows: list[dict[str, Any]]) -> Path:
 def table(rows: list[dict[str, Any]]) -> str:
     """For the documentation."""
     lines = [
-        "| model | solver | training step | torchdeq's | ratio | calls of f + products | torchdeq's | memory of a step "
+        "| model | solver | training step | torchdeq's | ratio | calls of f + VJPs | torchdeq's | memory of a step "
         "| torchdeq's | difference of the gradients |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]

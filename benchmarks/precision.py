@@ -1,6 +1,7 @@
 """How small a residual can become where f computes in bfloat16 or float16, on the block of the solver benchmarks.
 
-python benchmarks/precision.py       prints the table, writes results/precision.json and its part of docs/choosing.md
+python benchmarks/precision.py       prints the table, writes results/precision.json and its part of
+    docs/evidence/measured.md
 
 The whole budget is spent; what is printed is the smallest residual ‖f(z) − z‖/‖f(z)‖ that was met, of the best and of
 the worst sample.
@@ -57,4 +58,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     measured = measure()
-    publish("precision", measured, table(measured), page="choosing")
+    publish("precision", measured, table(measured), page="evidence/measured")

@@ -1,10 +1,11 @@
 """Memory and communication of a training step on many GPUs: an equilibrium beside explicit networks of the same cell.
 
-python benchmarks/scaling.py         prints the tables, writes results/scaling.json and its part of docs/scaling.md
+python benchmarks/scaling.py         prints the tables, writes results/scaling.json and its part of
+    docs/evidence/scaling.md
 
 Measured: the bytes that two ranks exchange in a step (gloo, small cell), and the memory of a step of one device (the
 layer of `wikitext103-v2`, rows of 150 words with a memory of 150). Computed from these, by the formulas of
-docs/scaling.md: memory and traffic of a GPU among 1 to 512.
+docs/evidence/scaling.md: memory and traffic of a GPU among 1 to 512.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def peak(layer: nn.Module, x: Tensor, memory: Any) -> float:
 
 
 def computed(measured: dict[str, float]) -> list[dict[str, Any]]:
-    """Memory and traffic of one GPU, in GiB; the formulas stand in docs/scaling.md."""
+    """Memory and traffic of one GPU, in GiB; the formulas stand in docs/evidence/scaling.md."""
     rows = []
     weights = measured["weights"]
     for ranks in RANKS:
@@ -190,14 +191,14 @@ def text_of(found: list[dict[str, Any]], measured: dict[str, float], rows: list[
     for name, key in (
         ("weights of the cell", "weights"),
         ("step of the equilibrium, beside weights and gradients: fixed", "fixed"),
-        ("a row more", "row"),
-        ("a row more, of each layer of an explicit network", "layer row"),
+        ("per sample, more", "row"),
+        ("per sample and layer of an explicit network, more", "layer row"),
     ):
         lines.append(f"| {name} | {measured[key] / 2**20:,.0f} |")
     heads = " | ".join(f"{ranks} GPU{'s' if ranks > 1 else ''}" for ranks in RANKS)
     lines += [
         "",
-        f"| computed, {ROWS} rows a GPU: memory, traffic a step in GiB | {heads} |",
+        f"| computed, {ROWS} samples per GPU: memory, traffic per step in GiB | {heads} |",
         "|---|" + "---:|" * len(RANKS),
     ]
     for network, parallel in dict.fromkeys((row["network"], row["parallel"]) for row in rows):
@@ -219,5 +220,5 @@ if __name__ == "__main__":
         "scaling",
         {"exchanged": traffic, "device": device, "computed": table},
         text_of(traffic, device, table),
-        "scaling",
+        "evidence/scaling",
     )

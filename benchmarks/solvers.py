@@ -1,7 +1,8 @@
 """Solvers beside those of torchdeq 0.1.0, on one map: evaluations, time, the solver's own share, states held.
 
 pip install --no-deps torchdeq==0.1.0
-python benchmarks/solvers.py         prints the tables, writes results/solvers.json and its part of docs/choosing.md
+python benchmarks/solvers.py         prints the tables, writes results/solvers.json and its part of
+    docs/evidence/measured.md
 
 Same map, start and tolerance, float32, rounds interleaved. torchdeq's cost grows with its limit, which is 60, and 150
 for the last tolerance; here the limit is 200 evaluations. Residuals are ‖f(z) − z‖/‖f(z)‖ of the worst sample,
@@ -135,4 +136,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     with torch.no_grad():
         found = measure(parser.parse_args().rounds)
-    publish("solvers", found, table(found), page="choosing")
+    publish("solvers", found, table(found), page="evidence/measured")

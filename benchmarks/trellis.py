@@ -5,7 +5,7 @@ python benchmarks/trellis.py train --data FOLDER --run RUN [--shallow 150 --impl
     drawn: fresh ones are solved in fewer evaluations
 python benchmarks/trellis.py measure --data FOLDER --run RUN [--repeats 2]
     measures all networks with these weights at the size of the recipe (24M parameters, batch 16 × 110), interleaved;
-    writes results/trellis.json and its part of docs/reproducing.md
+    writes results/trellis.json and its part of docs/evidence/reproducing.md
 """
 
 from __future__ import annotations

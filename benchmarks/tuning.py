@@ -3,7 +3,7 @@
 equilibria train tiny --out tiny; equilibria train tiny-trellis --out tiny-trellis
 equilibria train ptb --data FOLDER --out ptb --stages.0.steps 400 --stages.1.steps 250
 python benchmarks/tuning.py tiny tiny-trellis ptb --data FOLDER
-    prints the tables, writes results/tuning.json, docs/pictures/tuning.png and its part of docs/choosing.md
+    prints the tables, writes results/tuning.json, docs/pictures/tuning.png and its part of docs/evidence/measured.md
 
 Eight segments of the validation text that follow one another, as in training (dropout inside the layer included),
 float32, each solved from the cell's own start until every sample is done. Counts are means over the segments; one
@@ -141,4 +141,4 @@ if __name__ == "__main__":
     given = parser.parse_args()
     found = measure(given.runs, given.data, given.segments)
     print(draw(found))
-    publish("tuning", found, table(found), page="choosing")
+    publish("tuning", found, table(found), page="evidence/measured")

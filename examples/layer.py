@@ -1,18 +1,16 @@
-"""An equilibrium layer inside a model of one's own: five lines, a status, and what it cost.
+"""An equilibrium layer of any module: ten lines, a status, and what it cost.
 
 python examples/layer.py
 """
 
 import torch
 
-from equilibria import fixed_point
+from equilibria import Equilibrium
 
 torch.manual_seed(0)
-linear, x = torch.nn.Linear(64, 64), torch.randn(8, 64)
+layer = Equilibrium(torch.nn.RNNCell(64, 64))  # f(z, x) = tanh(W z + U x + b)
+out = layer(torch.randn(8, 64))
+out.z.square().mean().backward()
 
-solution = fixed_point(lambda z: torch.tanh(linear(z) + x), torch.zeros(8, 64))
-solution.z.square().mean().backward()
-
-print("forward: ", solution)
-print("backward:", solution.adjoint[0])
-print("gradient:", linear.weight.grad.norm().item())
+print("forward: ", out.solution)
+print("backward:", out.solution.adjoint[0])

@@ -215,17 +215,17 @@ def test_a_solver_and_a_cell_are_added_with_four_files_each(tmp_path):
             text = text.replace(old, new)
         write(kind, path, text)
 
-    docs = tmp_path / "docs" / "api.md"
+    docs = tmp_path / "docs" / "reference" / "api"
     write("solver", package / "solvers" / "halfway.py", SOLVER)
     line = "\nfrom equilibria.solvers.halfway import Halfway\n"
     add_line("solver", package / "solvers" / "__init__.py", line + "CATALOGUE = (*CATALOGUE, Halfway)\n")
     write("solver", tmp_path / "tests" / "test_halfway.py", SOLVER_TEST)
-    write("solver", docs, "::: equilibria.solvers.halfway\n")
+    write("solver", docs / "solvers.md", "::: equilibria.solvers.Halfway\n")
     write("cell", package / "cells" / "one_matrix.py", CELL)
     line = "\nfrom equilibria.cells.one_matrix import OneMatrixCell, OneMatrixConfig\n"
     add_line("cell", package / "cells" / "__init__.py", line + "CELLS = (*CELLS, OneMatrixConfig())\n")
     write("cell", tmp_path / "tests" / "test_one_matrix.py", CELL_TEST)
-    write("cell", docs, docs.read_text() + "::: equilibria.cells.one_matrix\n")
+    write("cell", docs / "cells.md", "::: equilibria.cells.one_matrix\n")
     assert {kind: len(files) for kind, files in touched.items()} == {"solver": 4, "cell": 4}
 
     program = (

@@ -2,7 +2,7 @@
 
 jaxopt: fixed-point iteration, Anderson acceleration, its wrapper around optimisers, implicit differentiation.
 optimistix: fixed points of trees, most of them single steps of implicit methods for differential equations. Their
-states have no batch axis: ``coupled=True``. docs/reliability.md lists what has no counterpart here, and why.
+states have no batch axis: ``coupled=True``. docs/evidence/reliability.md lists what has no counterpart here, and why.
 """
 
 from __future__ import annotations
