@@ -1,0 +1,90 @@
+"""The tutorials: each page is one program that runs from top to bottom and prints what the page shows."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "docs" / "tutorials"
+TOLERANCE = {"see": 0.05}
+"""By how much a number may differ from the page's, relative to it: what a training ends with depends on the CPU."""
+NUMBER = r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?"
+
+
+END_OF_BLOCK = "\f"
+
+
+def program(text):
+    """The Python blocks of a page, each on the lines where the page has it, so that a traceback says where to look."""
+    lines, inside = [], False
+    for line in text.splitlines():
+        ends = inside and line == "```"
+        lines.append(f"print({END_OF_BLOCK!r})" if ends else line if inside else "")
+        inside = line == "```python" or (inside and not ends)
+    return "\n".join(lines)
+
+
+def outputs(text):
+    """What the page shows under each of its Python blocks; nothing where no output follows."""
+    blocks = re.compile(r"^```python\n.*?^```\n(?:\n```text\n(.*?)^```\n)?", flags=re.DOTALL | re.MULTILINE)
+    return [found[1] or "" for found in blocks.finditer(text)]
+
+
+def differences(printed, shown, tolerance):
+    """What differs between two outputs: other words, or the pairs of numbers that are too far from each other.
+
+    Line breaks do not count, since the page folds long lines; seconds may be any. A number in scientific notation is an
+    error or a residual, of which the size is what matters: it may be three times as large, or small.
+    """
+    words = [re.sub(NUMBER, "#", " ".join(text.split())) for text in (printed, shown)]
+    if words[0] != words[1]:
+        return words
+    pairs = zip(re.findall(NUMBER, printed), re.findall(NUMBER, shown), strict=True)
+    return [pair for pair in pairs if not alike(*pair, tolerance=tolerance)]
+
+
+def alike(printed, shown, *, tolerance):
+    a, b = (float(number.replace(",", "")) for number in (printed, shown))
+    if "e" in shown:
+        return a == b or (a * b > 0 and abs(math.log(a / b)) <= math.log(3))
+    last_digit = 10.0 ** -len(shown.partition(".")[2])
+    return abs(a - b) <= tolerance * abs(b) + 1.01 * last_digit
+
+
+def seconds_left_out(text):
+    return re.sub(rf"{NUMBER} (ms|s)\b", r"some \1", text)
+
+
+def test_what_counts_as_the_same_output():
+    assert differences("loss 0.51\n  after 3 steps", "loss 0.50 after 3 steps", 0.1) == []
+    assert differences("loss 0.61 after 3 steps", "loss 0.50 after 3 steps", 0.1) == [("0.61", "0.50")]
+    assert differences("error 1e-06", "error 3e-06", 0.1) == []
+    assert differences("error 1e-06", "error 4e-06", 0.1) == [("1e-06", "4e-06")]
+    assert differences("1,000 bytes", "1,050 bytes", 0.1) == []
+    assert differences("3 of 4 converged", "3 of 4 are done", 0.1) == ["# of # converged", "# of # are done"]
+    assert seconds_left_out("12 ms, 0.3 s, 4 steps") == "some ms, some s, 4 steps"
+
+
+@pytest.mark.parametrize("page", TOLERANCE)
+def test_the_blocks_print_what_the_page_shows(page, tmp_path):
+    """As a reader runs them: one file, a process of its own. A warning that the page does not record is an error."""
+    text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
+    file = tmp_path / f"{page}.py"
+    file.write_text(program(text), encoding="utf-8")
+    own = "ignore:`torch.jit.script`:DeprecationWarning"  # PyTorch's, at the first tensor of forward mode
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-W", own, str(file)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    *printed, rest = run.stdout.split(END_OF_BLOCK)
+    assert rest == "\n"
+    pairs = [map(seconds_left_out, pair) for pair in zip(printed, outputs(text), strict=True)]
+    assert [wrong for pair in pairs if (wrong := differences(*pair, TOLERANCE[page]))] == []
+
+
+def test_every_page_is_run():
+    assert {path.stem for path in FOLDER.glob("*.md")} == {*TOLERANCE}
