@@ -1,13 +1,19 @@
 """The tutorials: each page is one program that runs from top to bottom and prints what the page shows."""
 
+import json
 import math
 import os
 import re
 import subprocess
 import sys
+import threading
+from http.client import HTTPConnection
+from http.server import HTTPServer
 from pathlib import Path
 
 import pytest
+
+import equilibria
 
 FOLDER = Path(__file__).parent.parent / "docs" / "tutorials"
 TOLERANCE = {"see": 0.05, "vision": 0.35, "graph": 0.2, "force_field": 0.4}
@@ -87,4 +93,79 @@ def test_the_blocks_print_what_the_page_shows(page, tmp_path):
 
 
 def test_every_page_is_run():
-    assert {path.stem for path in FOLDER.glob("*.md")} == {*TOLERANCE}
+    assert {path.stem for path in FOLDER.glob("*.md")} == {*TOLERANCE, "language"}
+
+
+LANGUAGE = FOLDER / "language.md"
+SHORTER = (r"--steps \d+", "--steps 40")
+"""What the test changes in the commands of that page, to have them done in seconds."""
+
+
+def blocks(text, kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(equilibria, "load"), reason="equilibria.load and the recipe `text` do not exist yet")
+def test_the_commands_of_the_language_lesson_run(tmp_path):
+    """From top to bottom: the commands by a shell, the Python blocks as one program per block; all but the service."""
+    command = tmp_path / "equilibria"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m equilibria "$@"\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    for kind, code in re.findall(
+        r"^```(bash|python)\n(.*?)^```", LANGUAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    ):
+        words = ["bash", "-ec", re.sub(*SHORTER, code)] if kind == "bash" else [sys.executable, "-c", code]
+        if "serve_forever" not in code:
+            run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            assert run.returncode == 0, f"{code}\n{run.stderr}"
+
+
+class Parrot:
+    """Stands for a trained model."""
+
+    def generate(self, prompt, *, length):
+        if "Ω" in prompt:
+            raise ValueError("The character 'Ω' is not among the characters of the vocabulary.")
+        return (prompt * length)[:length]
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """A function that sends bytes to the service of the language lesson and returns status and answer."""
+    monkeypatch.setattr(equilibria, "load", lambda path: Parrot(), raising=False)
+    (code,) = [code for code in blocks(LANGUAGE.read_text(encoding="utf-8"), "python") if "serve_forever" in code]
+    names = {"__name__": "serve"}
+    exec(code, names)
+    names["Handler"].log_message = lambda *words: None
+    with HTTPServer(("127.0.0.1", 0), names["Handler"]) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+
+        def post(body):
+            connection = HTTPConnection(*server.server_address)
+            connection.request("POST", "/", body)
+            response = connection.getresponse()
+            found = response.status, json.loads(response.read())
+            connection.close()
+            return found
+
+        yield post
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ('{"prompt": "ab", "length": 3}', 200, {"text": "aba"}),
+        ('{"prompt": "Ω"}', 400, {"error": "The character 'Ω' is not among the characters of the vocabulary."}),
+        ('{"prompt": "ab", "length": 0}', 400, {"error": "prompt is a text, and length a whole number from 1 to 1000"}),
+        ("[]", 400, {"error": "send a JSON object"}),
+        ("{", 400, {"error": "send a JSON object"}),
+        ("", 400, {"error": "send a JSON object"}),
+    ],
+)
+def test_the_service_of_the_language_lesson_answers(ask, body, status, said):
+    assert ask(body.encode()) == (status, said)

@@ -18,7 +18,7 @@ def main() -> None:
         found = names["forces"](field(x), x)
         axes.axline((0, 0), slope=1, color=GREY, linewidth=1)
         axes.plot(force[:60].flatten(), found[:60].flatten(), ".", color=colour, markersize=3)
-        axes.set(title=f"trained on {name}", xlabel="true force", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
+        axes.set(title=f"trained on {name}", xlabel="true force", xlim=(-2.3, 2.3), ylim=(-2.3, 2.3), aspect="equal")
     both[0].set(ylabel="force of the network")
     save(figure, "force_field")
 
