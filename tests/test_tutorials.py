@@ -35,13 +35,15 @@ def program(text):
 
 
 def outputs(text):
-    """What the page shows under each of its Python blocks; nothing where no output follows."""
-    blocks = re.compile(r"^```python\n.*?^```\n(?:\n```text\n(.*?)^```\n)?", flags=re.DOTALL | re.MULTILINE)
+    """The output that the page shows under each of its Python blocks; empty where none follows."""
+    blocks = re.compile(
+        r'^```python\n.*?^```\n(?:\n```text title="output"\n(.*?)^```\n)?', flags=re.DOTALL | re.MULTILINE
+    )
     return [found[1] or "" for found in blocks.finditer(text)]
 
 
 def differences(printed, shown, tolerance):
-    """What differs between two outputs: other words, or the pairs of numbers that are too far from each other.
+    """The differences between two outputs: other words, or the pairs of numbers that are too far from each other.
 
     Line breaks do not count, since the page folds long lines; seconds may be any. A number in scientific notation is an
     error or a residual, of which the size is what matters: it may be three times as large, or small.
@@ -98,7 +100,7 @@ def test_every_page_is_run():
 
 LANGUAGE = FOLDER / "language.md"
 SHORTER = (r"--steps \d+", "--steps 40")
-"""What the test changes in the commands of that page, to have them done in seconds."""
+"""The change that the test makes in the commands of that page, so that they take seconds."""
 
 
 def blocks(text, kind):

@@ -1,4 +1,4 @@
-"""What the figures of the tutorials share: the names that a page ends with, and one style for light and dark."""
+"""Shared by the figures of the tutorials: the names that a page ends with, and one style for light and dark."""
 
 from __future__ import annotations
 
