@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_named(change, message):
 
 def test_left_out_fields_have_their_defaults():
     found = from_json(edited(lambda d: d["training"]["optimisation"].pop("betas")))
-    assert found.training.optimisation.betas == Training().betas
+    assert found.training.optimisation.betas == Training().optimisation.betas
 
 
 def test_flags_change_numbers():

@@ -310,3 +310,20 @@ def test_iterates_on_the_way_are_kept():
     assert len(found.iterates) == 3
     with pytest.raises(ValueError, match="rising"):
         Method(keep=(5, 2))
+
+
+@pytest.mark.parametrize("how", ["backward", "inputs", "grad"])
+def test_samples_coupled_by_f_are_noticed_in_whatever_way_the_backward_pass_is_asked_for(how):
+    """``torch.autograd.grad`` goes to the named tensors only, where Jᵀu does not arrive by itself."""
+    torch.manual_seed(0)
+    mix, weight = torch.softmax(torch.randn(6, 6), 1), (0.3 * torch.randn(8, 8)).requires_grad_()
+    x, stop = torch.randn(6, 8), Stop(rtol=1e-2, max_evals=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        rule = Implicit(stop=stop)
+        z = fixed_point(lambda z: torch.tanh(mix @ z @ weight + x), torch.zeros(6, 8), stop=stop, gradient=rule).z
+    loss = z.square().sum()
+    ways = {"backward": lambda: loss.backward(), "inputs": lambda: loss.backward(inputs=[weight])}
+    ways["grad"] = lambda: torch.autograd.grad(loss, weight)
+    with pytest.warns(ConvergenceWarning, match=r"adjoint solve.*its value has changed"):
+        ways[how]()

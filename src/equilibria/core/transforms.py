@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -65,6 +66,11 @@ def task() -> int:
 def is_last() -> bool:
     """True if the backward pass that is running releases the graph, so that no other can follow."""
     return not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def will_run(node: Node) -> bool:
+    """True if the backward pass that is running goes through this node, which is not a leaf."""
+    return torch._C._will_engine_execute_node(node)
 
 
 def at_the_end(call: Callable[[], None]) -> None:

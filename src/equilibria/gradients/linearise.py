@@ -24,7 +24,7 @@ from equilibria.core.solve import Solution, solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
-from equilibria.core.transforms import by_older_vmap, is_forward_mode, is_last, is_many, is_transformed
+from equilibria.core.transforms import by_older_vmap, is_forward_mode, is_last, is_many, is_transformed, will_run
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 
 Edge = Any
@@ -178,7 +178,11 @@ def check_arrival(
             changed = change(layout.pack(with_tensors(value, given)) + g, solved, stop, wide)
         check_repeats(changed, stop, on_failure, eps=rounding(values), coupled=layout.coupled, of=of)
 
-    point.linearised.arrival.awaited = check
+    begin = point.linearised.start[0].node
+    if will_run(begin):
+        point.linearised.arrival.awaited = check
+    else:  # torch.autograd.grad for other tensors, or a compiled f: Jᵀu does not arrive, and takes one more VJP
+        check(tuple(tensors_in(point.linearised.vjp(layout.unpack(solved.z)))))
 
 
 def rounding(tensors: Sequence[Tensor]) -> float:

@@ -60,11 +60,18 @@ def capture(
 
 
 def restore(
-    checkpoint: Checkpoint, model: LanguageModel, optimiser: Optimizer, *, rows: int, ranks: Ranks = ALONE
+    checkpoint: Checkpoint,
+    model: LanguageModel,
+    optimiser: Optimizer,
+    *,
+    rows: int,
+    depth: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Memory:
     """Put weights, optimiser and random generators into the state of the checkpoint; returns the memory of the streams.
 
-    The checkpoint may have been written by another number of ranks. ``rows`` are those of this rank.
+    The checkpoint may have been written by another number of ranks. ``rows`` are those of this rank, and ``depth`` is
+    the number of layers that the last step before the checkpoint has used.
 
     A warning says so if the last bits of what follows may differ from those of a run that never stopped.
 
@@ -73,7 +80,7 @@ def restore(
     """
     load_weights(model, checkpoint.optimiser.get("weights", checkpoint.model))
     optimiser.load_state_dict(_sharded_as(optimiser, checkpoint.optimiser["optimiser"]))
-    memory = _memory(checkpoint, model, rows=rows, ranks=ranks)
+    memory = _memory(checkpoint, model, rows=rows, depth=depth, ranks=ranks)
     set_random_state(checkpoint.optimiser["random"], device_of(model))
     for name, now in circumstances(model).items():
         before = checkpoint.state.get(name, now)
@@ -121,13 +128,13 @@ def _read(value: Any) -> Any:
     return whole(value) if isinstance(value, Piece) else value
 
 
-def _memory(checkpoint: Checkpoint, model: LanguageModel, *, rows: int, ranks: Ranks) -> Memory:
+def _memory(checkpoint: Checkpoint, model: LanguageModel, *, rows: int, depth: int | None, ranks: Ranks) -> Memory:
     """The stored tensors in the structure of the cell's memory, which is learnt by reading one token."""
     if not checkpoint.memory:
         return None
     token = torch.zeros(rows, 1, dtype=torch.long, device=device_of(model))
     with evaluating(model):
-        template = model(token, token, None).memory
+        template = model(token, token, None, depth=depth).memory
     let_go(model)
     try:
         return owned(rebuild(template, {name: ranks.my_rows(all_) for name, all_ in checkpoint.memory.items()}))
