@@ -1,4 +1,4 @@
-"""The explicit baseline of an experiment: sizes, agreement with the network of the equilibrium, training and resuming."""
+"""The explicit baseline of an experiment: sizes, agreement with the equilibrium, training and resuming."""
 
 from __future__ import annotations
 
