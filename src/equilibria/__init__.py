@@ -1,7 +1,7 @@
 """Fixed points in PyTorch: a map, a solver, a stopping rule and a gradient rule.
 
-The public vocabulary. Text, training and the command line live in ``equilibria.corpora``, ``equilibria.language``,
-``equilibria.training`` and ``equilibria.recipes``.
+Every public name of the library can be imported from here. Corpora, language models, training and recipes have packages
+of their own: ``equilibria.corpora``, ``equilibria.language``, ``equilibria.training`` and ``equilibria.recipes``.
 """
 
 from equilibria import cells, stability
