@@ -1,4 +1,4 @@
-"""An equilibrium layer inside a model of one's own: five lines, a status, and what it cost.
+"""An equilibrium layer inside a model of your own: five lines, with its status and cost.
 
 python examples/layer.py
 """
