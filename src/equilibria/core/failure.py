@@ -98,8 +98,8 @@ _OWN = (*(str(Path(path).parent) for path in (torch.__file__, jaxtyping.__file__
 
 COUPLED = (
     "Either f mixes the samples of the batch (attention over the batch, batch norm in training, a graph whose nodes "
-    "are the batch axis): say coupled=True. Or f does not give the same bits twice (dropout inside it): draw the masks "
-    "before the solve."
+    "are the batch axis): pass coupled=True. Or f does not give the same bits twice (dropout inside it): draw "
+    "its masks before the solve."
 )
 RANDOM = "f does not give the same bits twice (dropout inside it?): draw what is random before the solve."
 

@@ -150,10 +150,10 @@ def solve(
 
 
 def check_keep(keep: Sequence[int]) -> None:
-    """Raise a ValueError unless these are rising numbers of steps."""
-    rising = all(a < b for a, b in itertools.pairwise(keep))
-    if not rising or any(not isinstance(step, int) or step < 1 for step in keep):
-        raise ValueError(f"keep={tuple(keep)}: these are numbers of steps, rising, from 1 on; try keep=(5, 10).")
+    """Raise a ValueError unless these are increasing numbers of steps."""
+    increasing = all(a < b for a, b in itertools.pairwise(keep))
+    if not increasing or any(not isinstance(step, int) or step < 1 for step in keep):
+        raise ValueError(f"keep={tuple(keep)}: these must be increasing numbers of steps from 1 on; try keep=(5, 10).")
 
 
 def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:

@@ -261,7 +261,7 @@ def _check_batch(tensors: Sequence[Tensor]) -> None:
     if len(batches) > 1:
         raise ValueError(
             f"the leaves of z0 hold {', '.join(map(str, sorted(batches)))} samples; all leaves have the same batch "
-            "size, as their first axis. If they are one problem together, say coupled=True."
+            "size, as their first axis. If they form one problem together, pass coupled=True."
         )
 
 
@@ -286,5 +286,5 @@ def _check_leaf(name: str, leaf: Any, *, coupled: bool) -> None:
         )
     if not coupled and 0 in leaf.shape[1:]:
         raise ValueError(
-            f"{name} has shape {tuple(leaf.shape)}, in which a sample has no number; give every sample at least one."
+            f"{name} has shape {tuple(leaf.shape)}, so that a sample is empty; give every sample at least one number."
         )

@@ -240,7 +240,9 @@ class _Released(Map):
     """Stands in for a map that no derivative will evaluate."""
 
     def __call__(self, z: State) -> State:
-        raise RuntimeError("The graph of this fixed point was released by a backward pass; give it retain_graph=True.")
+        raise RuntimeError(
+            "The graph of this fixed point was released by a backward pass; give that retain_graph=True."
+        )
 
 
 _BATCHED = (

@@ -45,8 +45,8 @@ class Cell(nn.Module, ABC):
         """Compute what does not depend on z, with graph, once per forward pass; by default the inputs are passed on."""
         if options:
             raise TypeError(
-                f"{type(self).__name__} has no option {', '.join(sorted(options))}; leave it out, or give the cell a "
-                "prepare that knows it."
+                f"{type(self).__name__} has no option {', '.join(sorted(options))}; leave it out, or add it to "
+                "the cell's prepare."
             )
         return Prepared(shared=inputs)
 

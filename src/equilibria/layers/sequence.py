@@ -90,8 +90,8 @@ class SequenceCell(Cell, ABC):
         """
         if padding is not None:
             raise ValueError(
-                f"rows of different lengths need a memory that knows where each begins, and {type(self).__name__} has "
-                "none; give rows of one length, or one row at a time."
+                f"texts of different lengths need a cache that skips padding, and {type(self).__name__} has none; give "
+                "texts of one length, or one text at a time."
             )
         return memory
 
@@ -143,7 +143,7 @@ def check_new_cache(cell: nn.Module, batch: int, *, kind: type, memory: Any, pad
         padding: number of positions before the text of each stream begins; only without a memory.
     """
     if batch < 1:
-        raise ValueError(f"cache(batch={batch}): a cache is for at least one row.")
+        raise ValueError(f"cache(batch={batch}): a cache is for at least one stream.")
     _check_evaluation(cell)
     if memory is not None and not isinstance(memory, kind):
         raise ValueError(
@@ -152,8 +152,8 @@ def check_new_cache(cell: nn.Module, batch: int, *, kind: type, memory: Any, pad
         )
     if memory is not None and padding is not None:
         raise ValueError(
-            "padding stands before the text of a row, and the memory would stand before the padding; give rows of one "
-            "length, or no memory."
+            "padding stands before the text of a stream, so no memory can come right before the text; give texts of "
+            "one length, or no memory."
         )
 
 
