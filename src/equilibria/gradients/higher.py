@@ -247,7 +247,7 @@ class _Delivery(_Crossed):
         at_the_end(self.end)
 
     def changed(self, outgoing: list[Tensor | None], edges: dict[int, Edge]) -> None:
-        """Of the edges that reach a tensor, the first gets the gradient and the others get zeros."""
+        """The first of the edges that reach a tensor gets its gradient, and the others get zeros."""
         for i, edge in edges.items():
             own = outgoing[i]
             if own is not None:

@@ -241,7 +241,7 @@ class _Released(Map):
 
     def __call__(self, z: State) -> State:
         raise RuntimeError(
-            "The graph of this fixed point was released by a backward pass; give that retain_graph=True."
+            "The graph of this fixed point was released by a backward pass; pass retain_graph=True to that pass."
         )
 
 
