@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import io
 import re
 import tokenize
@@ -50,19 +51,14 @@ class Rule:
     docstrings: str = ""
     """For the beginning of docstrings."""
 
-    def found(self, kind: str, text: str) -> Iterator[tuple[int, str]]:
-        """The matches of the pattern for ``kind`` in ``text``, each with the number of line breaks before it."""
-        pattern = re.compile(getattr(self, kind).replace(" ", r"\s+"), re.IGNORECASE if kind == "prose" else 0)
-        if not pattern.pattern:
-            return
-        if kind == "prose":
-            yield from ((text.count("\n", 0, match.start()), match[0]) for match in pattern.finditer(text))
-        else:
-            match = pattern.match(text.lstrip()) if kind == "docstrings" else pattern.fullmatch(text)
-            yield from ((0, match[0]) for match in [match] if match)
+    def pattern(self, kind: str) -> re.Pattern[str]:
+        """The pattern for a kind of text, compiled."""
+        return re.compile(getattr(self, kind).replace(" ", r"\s+"), re.IGNORECASE if kind == "prose" else 0)
 
 
 UNIT = "(step|token|sample|stream|layer|position|second|batch|epoch|iteration|evaluation|row|leaf|head|file|time step)"
+OTHER = r"(?:of|in|to|for|with|without|as|on|at|by|from|per|than|is|and|or|if|that|when|after|before|\w+s)\b"
+"""Words between two nouns that "a" does not join as "per" would: prepositions, conjunctions and verbs."""
 RULES = (
     # the table "Words" of the design
     Rule("Shape", "a configuration is a …Config; a shape is the shape of a tensor", names=r"_*[A-Z]\w*Shape"),
@@ -87,7 +83,11 @@ RULES = (
         "streams, or texts",
         prose=r"\brows of (text|different lengths|one length)\b|\btext of (a|each) row\b",
     ),
-    Rule("a for per", "per step, per sample", prose=rf"\b(ms|µs|bytes|[KMG]iB|one \w+|an? \w+) an? {UNIT}\b"),
+    Rule(
+        "a for per",
+        "per step, per sample",
+        prose=rf"\b(ms|µs|bytes|[KMG]iB|(one|an?) (\w+ )?(?!{OTHER})\w+) an? {UNIT}\b",
+    ),
     Rule(
         "many for per",
         "per step, per sample",
@@ -173,10 +173,27 @@ def files() -> list[Path]:
     return found
 
 
+PATTERNS = {
+    kind: [(rule, rule.pattern(kind)) for rule in RULES if getattr(rule, kind)]
+    for kind in ("names", "arguments", "prose", "docstrings")
+}
+
+
+@functools.cache
+def matches(kind: str, text: str) -> tuple[tuple[int, Rule, str], ...]:
+    """(line breaks before it, rule, words) of each match in a text."""
+    if kind == "prose":
+        every = ((rule, match) for rule, pattern in PATTERNS[kind] for match in pattern.finditer(text))
+        return tuple((text.count("\n", 0, match.start()), rule, match[0]) for rule, match in every)
+    way = re.Pattern.match if kind == "docstrings" else re.Pattern.fullmatch
+    tried = ((rule, way(pattern, text.lstrip())) for rule, pattern in PATTERNS[kind])
+    return tuple((0, rule, match[0]) for rule, match in tried if match)
+
+
 def findings(file: Path) -> Iterator[tuple[int, Rule, str]]:
+    """(line, rule, words) of each match in a file."""
     for line, kind, text in texts(file):
-        for rule in RULES:
-            yield from ((line + lines, rule, match) for lines, match in rule.found(kind, text))
+        yield from ((line + lines, rule, words) for lines, rule, words in matches(kind, text))
 
 
 def test_retired_words_do_not_come_back():
