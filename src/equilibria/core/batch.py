@@ -18,7 +18,7 @@ from equilibria.core.state import Layout
 from equilibria.core.stop import Stop
 
 BLOCK = 1 << 18
-"""Size of a block, in numbers of its states per thread: small enough that the tensors of a step stay in the cache."""
+"""Numbers per thread in a block of samples: few enough that the tensors of a step stay in the cache."""
 
 
 def rows_per_block(z: Float[Tensor, "B N"], solver: Solver, evaluate: Evaluator) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:
-    """Raise a TypeError unless ``value`` is a ``kind``; the usual mistake is a class instead of its instance."""
+    """Raise a TypeError unless ``value`` is a ``kind``; the usual mistake is the class instead of an instance."""
     if not isinstance(value, kind):
         found = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}"
         raise TypeError(f"{name} is {found}; it must be a {kind.__name__}, for example {example}.")

@@ -76,7 +76,7 @@ def solve_without_graph(
     Args:
         f: the map.
         z0: the start.
-        method: how to solve.
+        method: settings of the solve.
         solver: replaces the method's solver.
         stop: replaces the method's stop.
         keep_history: keep all samples in the batch to the end, and return the solver's history of them.

@@ -58,7 +58,7 @@ class Progress:
         self._dropped: list[tuple[Tensor, Outcome]] = []
 
     def update(self, z: Float[Tensor, "R N"], fz: Float[Tensor, "R N"], r: Float[Tensor, "R N"]) -> Bool[Tensor, " R"]:
-        """Record the new pair (z, f(z)), with r = f(z) − z; returns which samples are still active."""
+        """Record the new pair (z, f(z)), with r = f(z) − z; returns True for samples that are still active."""
         residual, size = (self._stop.norms(x.detach(), self._layout) for x in (r, fz))
         ratio = residual / size  # NaN where something is not finite, and where both are 0
         met = _all(self._met(residual, size, ratio))

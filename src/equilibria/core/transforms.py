@@ -50,7 +50,7 @@ def is_many(cotangent: Tensor) -> bool:
 
 
 def by_older_vmap(of_all: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """``of_all`` of a tensor of ``is_grads_batched=True``, unwrapped so that the axis of its copies comes first."""
+    """Apply ``of_all`` to a tensor of ``is_grads_batched=True``, unwrapped so that the axis of its copies is first."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     copies = torch._remove_batch_dim(tensor, level, 1, 0)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,4 +1,4 @@
-"""The rules around one f(z*) share this identity, whose backward pass replaces the gradient.
+"""The common part of rules around one f(z*): an identity whose backward pass replaces the gradient.
 
 Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u`` = (I − J)⁻ᵀ g.
 """

@@ -63,7 +63,7 @@ class Anderson(Solver):
     """
 
     window: int = 6
-    """Number of pairs (z, f(z)) that are combined, at most N + 1; it stores 2·window states."""
+    """Number of pairs (z, f(z)) that are combined, at most N + 1; 2·window states are stored."""
     mixing: float = 1.0
     """β: how far the step goes along the combined residual."""
     ridge: float = 1e-7

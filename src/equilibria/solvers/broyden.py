@@ -93,8 +93,8 @@ class DenseHistory:
 class Broyden(Solver):
     """z ← z − H·r,  H ← H + (Δz − HΔr)(HᵀΔz)ᵀ / (Δzᵀ HΔr),  r = f(z) − z,  H₀ = −I.
 
-    Good Broyden in inverse form: C. G. Broyden (Math. Comp. 19, 1965); as in Bai, Kolter, Koltun (2019, §3.1.3). It
-    stores only the steps: C. T. Kelley, "Iterative Methods for Linear and Nonlinear Equations" (1995, §7.3). Since each
+    Good Broyden in inverse form: C. G. Broyden (Math. Comp. 19, 1965); as in Bai, Kolter, Koltun (2019, §3.1.3). Only
+    the steps are stored: C. T. Kelley, "Iterative Methods for Linear and Nonlinear Equations" (1995, §7.3). Since each
     step s is −H·r, the next one is q/(1 − sᵀq/‖s‖²) with q = −H·r by the old H, and H is a product of I + s₊sᵀ/‖s‖².
     Deviations: (1) a product with H takes two passes over the steps and a triangular system of their inner products in
     float64; (2) after ``rank`` updates H is reset to −I, and the next step is a plain one; (3) an update whose
@@ -102,7 +102,7 @@ class Broyden(Solver):
     """
 
     rank: int = 20
-    """Number of updates before H is reset to −I; it stores rank + 1 states."""
+    """Number of updates before H is reset to −I; rank + 1 states are stored."""
     history_dtype: torch.dtype | None = None
     """Dtype of the steps: ``torch.bfloat16`` halves their memory, and the iterate moves by the rounded step. None for
     the dtype of the algebra."""

@@ -32,7 +32,7 @@ class NewtonKrylov(Solver):
     """
 
     inner: int = 10
-    """Largest number of GMRES iterations per Newton step; it stores inner + 1 states."""
+    """Largest number of GMRES iterations per Newton step; inner + 1 states are stored."""
     forcing: float = 0.1
     """η in (0, 1): relative accuracy of each linear solve."""
     jvp: JVP = "auto"
