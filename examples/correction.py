@@ -3,8 +3,8 @@
 The task is to tell two interleaved spirals apart. If a solve is cut off after a few evaluations, the head reads a state
 for which it was never trained. A correction loss trains it for such states: the solve stores its states after a few
 steps (``keep``), f is applied once to each of them with a graph, and the loss of the result is added. Each of these
-phantom iterates costs one evaluation and one graph of f
-(Bai, Geng, Savani and Kolter, *Deep Equilibrium Optical Flow Estimation*, 2022).
+phantom iterates costs one evaluation and one graph of f (Bai, Geng, Savani and Kolter, *Deep Equilibrium Optical Flow
+Estimation*, 2022).
 
 python examples/correction.py               a minute on one core
 python examples/correction.py --steps 100 --seed 1

@@ -27,7 +27,7 @@ STOP = Stop(rtol=1e-3, max_evals=60, per_leaf=True)  # per_leaf: the small token
 
 
 class Scales(nn.Module):
-    """f(z, x). The weights from coarse to fine are small at the start, which makes f a contraction.
+    """f(z, x). Only weights from fine to coarse are large at the start; the others are small, so f is a contraction.
 
     Group norm of the sums keeps each scale at one size, whatever the weights become. The larger the part of a sum that
     does not depend on z, the smaller the Jacobian: hence pictures with a standard deviation of 1.5.
