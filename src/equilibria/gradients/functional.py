@@ -144,7 +144,7 @@ class System:
         )
 
     def copies(self, count: int, dims: tuple[int | None, ...]) -> System:
-        """``count`` such systems as one; operands have a first axis for them where ``dims`` is 0, else they are shared."""
+        """``count`` such systems as one; operands with 0 in ``dims`` have a first axis for them, others are shared."""
         many = torch.func.vmap(self.function, in_dims=(0, *dims))
 
         def function(x: Float[Tensor, "VB N"], *operands: Tensor) -> Float[Tensor, "VB N"]:
