@@ -148,7 +148,7 @@ def check_new_cache(cell: nn.Module, batch: int, *, kind: type, memory: Any, pad
     if memory is not None and not isinstance(memory, kind):
         raise ValueError(
             f"the memory is a {type(memory).__name__}, and a cache is made from a {kind.__name__}, as a solve without "
-            "cache returns it; if you have a cache already, continue with it."
+            "cache returns it; if you have a cache already, continue with that."
         )
     if memory is not None and padding is not None:
         raise ValueError(
