@@ -26,7 +26,8 @@ from equilibria.lm.runs import Run, checkpoint
 from equilibria.lm.runs.checkpoint import CheckpointError
 from equilibria.lm.runs.trained import load as trained_model
 from equilibria.lm.runs.trained import with_data, with_memory
-from equilibria.lm.training import NotFinite, Trainer, TrainingInterrupted, TrainingStopped
+from equilibria.lm.training import Trainer, TrainingInterrupted, TrainingStopped
+from equilibria.lm.training.policy import NotFinite
 from small_run import fails, furnish
 
 
@@ -122,8 +123,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_weights(run
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     assert main(["train", "recipe.py:small", "--data", "text"]) == 130
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("Stopped at step 5; this continues from the checkpoint step-00000004: ")
+    *_, said, last = capsys.readouterr().err.strip().splitlines()
+    assert said == "Stopped at step 5; this continues from the checkpoint step-00000004:"
     words = last.partition("equilibria ")[2].split()
     assert words == ["train", "recipe.py:small", "--out", "runs/small-2", "--resume"]
     assert main(words) == 0  # without --data: the run knows its corpus
@@ -233,7 +234,7 @@ def test_a_run_of_another_version_is_refused_in_one_sentence_and_loses_nothing(r
 
     before = everything()
     assert fails(capsys, *VERBS[verb].split(), code=1) == (
-        f"runs/small was written by {author} of equilibria, and this version reads format 2; use the version that "
+        f"runs/small was written by {author} of equilibria, and this version reads format 3; use the version that "
         "wrote it, or train again."
     )
     assert everything() == before
@@ -271,7 +272,7 @@ def test_a_run_with_a_solver_of_ones_own_is_read_with_its_recipe(place, capsys, 
 
 def test_a_run_from_another_machine_uses_the_device_that_is_there(run):
     stored = json.loads((run / "experiment.json").read_text())
-    stored["training"]["device"] = "cuda:99"
+    stored["training"]["devices"]["device"] = "cuda:99"
     (run / "experiment.json").write_text(json.dumps(stored))
     assert trained_model(run).experiment.training.devices.device == "cuda:99"
 
@@ -309,7 +310,7 @@ def test_generate_continues_the_prompt_and_repeats_itself_with_a_seed(run, capsy
     ("words", "code", "sentence"),
     [
         (["--prompt", "aéb"], 2, "'é'"),
-        (["--prompt", ""], 2, "--prompt is empty"),
+        (["--prompt", ""], 2, "The prompt is empty"),
         (["--prompt", "a", "--length", "0"], 2, "at least 1"),
         (["--prompt", "a", "--temperature", "-1"], 2, "temperature"),
     ],
@@ -384,7 +385,7 @@ def test_several_prompts_and_a_stop(run, capsys):
     stop = alone[4]
     assert main(["generate", "runs/small", "--prompt", "ab", *words, "--stop", stop]) == 0
     assert capsys.readouterr().out.removesuffix("\n") == alone[: alone.index(stop, 2)]
-    assert "none of the" in fails(capsys, "generate", "runs/small", "--prompt", "ab", "--stop", "abd")
+    assert "is not one of the" in fails(capsys, "generate", "runs/small", "--prompt", "ab", "--stop", "abd")
 
 
 def test_generation_says_how_many_solves_failed(run, capsys):
@@ -413,18 +414,18 @@ def test_a_memory_is_set_in_every_block_of_a_chain():
 @pytest.mark.parametrize("words", ["--explicit 3", "--untied --explicit=3", "--explicit 3 --recompute --layer-memory"])
 def test_an_explicit_twin_goes_all_the_way(place, capsys, words):
     words = words.split()
-    flags = ["--data", "text", "--stages.0.steps", "5", "--model.cell.inner", "6"]
+    flags = ["--data", "text", "--stages.1.steps", "5", "--model.cell.inner", "6"]
     assert main(["train", *words, "recipe.py:small", *flags]) == 0
     name = "small-3-layers"
     name += "-untied" if "--untied" in words else "-layer-memory-recomputed" if "--recompute" in words else ""
     run = Run(Path("runs") / name)
     text = capsys.readouterr().out
     assert text.startswith(f"{name} on text, in runs/{name}\n")
-    assert "step 5/5 explicit  loss " in text
+    assert "step 8/8 explicit  loss " in text
     assert "validation: memory 4, segments of 8, 8 streams, 128 of 129 tokens" in text
     assert not re.search("solve|forward|evaluations", text)
     stored = run.experiment()
-    assert (stored.model.cell.inner, stored.total_steps, stored.model.explicit.depth) == (6, 5, 3)
+    assert (stored.model.cell.inner, stored.total_steps, stored.model.explicit.depth) == (6, 8, 3)
     assert stored.model.explicit.checkpoint == ("--recompute" in words)
     page = (run.report / "index.html").read_text(encoding="utf-8")
     assert "An explicit network of 3 layers with" in page

@@ -29,10 +29,10 @@ class TrainingStopped(EquilibriaError):
 class NotFinite(TrainingStopped):
     """The loss or the gradient is not finite."""
 
-    def __init__(self, message: str, step: Step, *, number: int) -> None:
+    def __init__(self, message: str, *, number: int = 0, loss: float = math.nan, gradient_norm: float = math.nan):
         super().__init__(message)
         self.number = number
-        self.numbers = {"loss": float(step.loss), "gradient_norm": float(step.gradient_norm)}
+        self.numbers = {"loss": loss, "gradient_norm": gradient_norm}
 
 
 class ConvergencePolicy:
@@ -99,8 +99,9 @@ class ConvergencePolicy:
             f"Step {number} (stage {stage.name!r}): the {fault} is not finite, and the weights were left as they "
             f"were; start again with a lower --training.learning-rate than {optimisation.learning_rate:g}, "
             f"a smaller --training.clip or a Jacobian penalty; {last()}.",
-            step,
             number=number,
+            loss=float(step.loss),
+            gradient_norm=float(step.gradient_norm),
         )
 
     def accepts(self, step: Step, *, number: int, stage: Stage, last: Callable[[], str]) -> bool:
