@@ -178,7 +178,7 @@ def test_a_model_scores_again_what_its_log_says(run, which):
     found = trained_model(run, checkpoint=which)
     logged = [event for event in Run(run).events() if event["event"] == "valid" and event["step"] == found.step][-1]
     again = evaluate(found.model, found.corpus.valid, **asked(logged))
-    assert again.nats_per_token == logged["nats"]
+    assert again.nll_per_token == logged["nats"]
     assert again.forward == logged["forward"]
     assert dataclasses.asdict(again.setting) == logged["setting"]
 
@@ -199,7 +199,7 @@ def test_where_two_stages_meet_the_checkpoint_is_of_the_second(place):
         assert found.stage == second
         assert found.model.layer.method == second.method
         again = evaluate(found.model, found.corpus.valid, **asked(logged))
-        assert again.nats_per_token == logged["nats"]
+        assert again.nll_per_token == logged["nats"]
 
 
 def test_what_a_run_is_written_in_has_a_number(run):

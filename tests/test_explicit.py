@@ -80,8 +80,8 @@ def test_the_tied_twin_is_the_equilibrium_set_to_that_many_iterations():
         parts = zip(networks, memories, choices, strict=True)
         found = [network(segment, segment, past, **choice) for network, past, choice in parts]
         memories = [output.memory for output in found]
-        torch.testing.assert_close(found[0].nats, found[1].nats, rtol=0, atol=1e-6)
-        assert torch.allclose(found[0].nats, found[2].nats, rtol=0, atol=1e-6) == (place == 0)
+        torch.testing.assert_close(found[0].nll, found[1].nll, rtol=0, atol=1e-6)
+        assert torch.allclose(found[0].nll, found[2].nll, rtol=0, atol=1e-6) == (place == 0)
 
 
 @WAYS
@@ -104,6 +104,7 @@ class PlainConfig:
     """A cell of one's own: it knows nothing of Transformers."""
 
     width: int = 8
+    outputs: int = 8
 
     def build(self) -> Cell:
         raise NotImplementedError

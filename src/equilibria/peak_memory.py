@@ -19,7 +19,7 @@ class PeakMemory:
     what an operator needs for itself while it runs is not seen. On a GPU it is ``torch.cuda.max_memory_allocated``.
 
         with PeakMemory() as memory:
-            model(tokens, targets).nats.mean().backward()
+            model(tokens, targets).nll.mean().backward()
         print(memory.peak)
     """
 

@@ -24,7 +24,7 @@ class Segment:
     """What the model reads."""
     targets: Int[Tensor, "B T"]
     """What it should answer."""
-    fresh: bool
+    resets: bool
     """True where nothing comes before: the memory must be reset to None first."""
     epoch: int
     """How often the stream had been read to its end before."""
@@ -111,7 +111,7 @@ class Segments:
         return Segment(
             tokens=tokens[:, piece].contiguous(),
             targets=targets[:, piece].contiguous(),
-            fresh=index == 0 or self.overlap > 0 or not self._continuous,
+            resets=index == 0 or self.overlap > 0 or not self._continuous,
             epoch=epoch,
             index=index,
             position=position,

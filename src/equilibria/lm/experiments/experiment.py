@@ -62,7 +62,7 @@ class Experiment:
                     "out."
                 )
 
-        explicit = getattr(self.model, "explicit", None)
+        explicit = self.model.explicit
         for stage in self.stages:
             if stage.depth is not None and stage.depth > (0 if explicit is None else explicit.depth):
                 layers = "no explicit network" if explicit is None else f"a network of {explicit.depth} layers"

@@ -119,7 +119,7 @@ class Log:
             "valid",
             step=step,
             stage=stage,
-            nats=evaluation.nats_per_token,
+            nats=evaluation.nll_per_token,
             bits=evaluation.bits,
             perplexity=evaluation.perplexity,
             accuracy=evaluation.accuracy,

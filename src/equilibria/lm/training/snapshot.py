@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from equilibria.layers.sequence import Memory
 from equilibria.lm.device import device_of
 from equilibria.lm.model import LanguageModel
-from equilibria.lm.model.modes import evaluating
-from equilibria.lm.ranks import ALONE, Ranks, is_sharded, let_go
+from equilibria.lm.model.modes import eval_mode
+from equilibria.lm.ranks import ALONE, Ranks, is_sharded, reshard
 from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError, save
 from equilibria.lm.runs.pieces import Piece, like, whole
 from equilibria.lm.runs.shards import save_sharded
@@ -126,9 +126,9 @@ def _memory(checkpoint: Checkpoint, model: LanguageModel, *, rows: int, ranks: R
     if not checkpoint.memory:
         return None
     token = torch.zeros(rows, 1, dtype=torch.long, device=device_of(model))
-    with evaluating(model):
+    with eval_mode(model):
         template = model(token, token, None).memory
-    let_go(model)
+    reshard(model)
     try:
         return owned(rebuild(template, {name: ranks.my_rows(all_) for name, all_ in checkpoint.memory.items()}))
     except KeyError as error:

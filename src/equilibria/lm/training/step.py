@@ -24,7 +24,7 @@ from equilibria.lm.device import device_of
 from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.experiments.training import Training
 from equilibria.lm.model import LanguageModel, LanguageOutput
-from equilibria.lm.ranks import Ranks, gradients_kept, whole
+from equilibria.lm.ranks import Ranks, full_tensor, gradients_kept
 from equilibria.lm.training.memories import joined, owned, rows_of
 from equilibria.lm.training.randomness import random_state, set_random_state
 
@@ -88,12 +88,12 @@ class Accumulation:
             if index > 0 and beginning is not None:
                 set_random_state(beginning, device_of(self.model))  # every part draws for the whole batch
             with gradients_kept(self.model, self.replica, last=index == parts - 1):
-                past = None if segment.fresh or memory is None else rows_of(memory, index * rows, rows)
+                past = None if segment.resets or memory is None else rows_of(memory, index * rows, rows)
                 part, piece = self._part(index, rows), _rows(segment, index * rows, rows)
                 found.append(self._pass(piece, past, stage, method=drawn, part=part))
         outputs, penalties = [output for output, _ in found], [penalty for _, penalty in found]
         return Step(
-            loss=torch.stack([output.nats.detach().mean() for output in outputs]).mean(),
+            loss=torch.stack([output.nll.detach().mean() for output in outputs]).mean(),
             extra=_mean([output.extra for output in outputs]),
             penalty=_mean(penalties),
             gradient_norm=self._clipped(),
@@ -124,7 +124,7 @@ class Accumulation:
         """Clip the gradient; returns its norm before."""
         limit = self.training.optimisation.clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
-        return whole(norm).detach()
+        return full_tensor(norm).detach()
 
     def _part(self, index: int, rows: int) -> BatchSlice | None:
         parts = self.training.devices.accumulate

@@ -179,7 +179,7 @@ class Trainer:
     def memory_comparison(self, depths: Sequence[int] = (8, 16, 32, 64)) -> list[Event]:
         """Peak bytes of a training step on the next batch, beside those of the same cell unrolled; changes nothing."""
         segment = to(next(iter(self._segments())), self.device)
-        memory, method = None if segment.fresh else self.memory, self.policy.method(self.stage)
+        memory, method = None if segment.resets else self.memory, self.policy.method(self.stage)
         return memory_comparison(self.model, segment, memory, depths, method=method, warm=self.stage.warm)
 
     def _begin(self) -> None:

@@ -15,7 +15,7 @@ from equilibria.lm.evaluation import Evaluation, evaluate, jacobian_radius
 from equilibria.lm.experiments.decay import Validated
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.stage import Stage
-from equilibria.lm.ranks import let_go
+from equilibria.lm.ranks import reshard
 from equilibria.lm.training.log import Log
 from equilibria.lm.training.optimiser import averaged, note_validation, restart_averages
 from equilibria.lm.training.step import Accumulation
@@ -45,7 +45,7 @@ class Validations:
         solve = {"method": method, "warm": stage.warm}
         with averaged(self._optimiser), accumulation.arithmetic():
             found = evaluate(model, self._stream, **reading, **solve, depth=stage.depth, ranks=ranks)
-            nats = found.nats_per_token
+            nats = found.nll_per_token
             best = math.isfinite(nats) and (self.best is None or nats < self.best["nats"])
             if best:
                 self.best = {"step": step, "nats": nats, "stage": stage.name}
@@ -54,7 +54,7 @@ class Validations:
                 rows = {name: reading[name] for name in ("batch_size", "segment_length")}
                 radius = jacobian_radius(model, self._stream, **rows, **solve, iterations=training.log.spectral_radius)
                 self._log.radius(radius, step=step, stage=stage.name)
-            let_go(model)
+            reshard(model)
         self.effect = note_validation(self._optimiser, self.effect, self._experiment, nats)
         return found
 
