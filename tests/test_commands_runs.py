@@ -100,7 +100,7 @@ def test_the_demo_of_the_makefile_can_be_made_again_and_again(place, capsys, mon
     assert [event["step"] for event in steps] == list(range(1, 9))
     (Path(folder) / "experiment.json").unlink()
     capsys.readouterr()
-    assert "is no run" in fails(capsys, *words, code=1)
+    assert "is not a run" in fails(capsys, *words, code=1)
     assert (Path(folder) / "checkpoints").is_dir()
 
 
@@ -153,7 +153,7 @@ def test_a_history_in_bfloat16_is_asked_for_written_down_and_continued(place, ca
     assert main(["evaluate", "runs/small"]) == 0
     capsys.readouterr()
     sentence = fails(capsys, *words, "--resume", "--stages.1.method.solver.history-dtype", "None", code=1)
-    assert "stages.1.method.solver.history_dtype = 'bfloat16' and is to be continued with None" in sentence
+    assert "stages.1.method.solver.history_dtype = 'bfloat16' and cannot be continued with None" in sentence
 
 
 def test_evaluate_prints_the_score_and_what_it_depends_on(run, capsys):
@@ -285,7 +285,7 @@ def test_evaluate_finds_a_corpus_that_has_moved(run, place, capsys):
     assert main(["evaluate", "runs/small", "--data", "moved", "--checkpoint", "last"]) == 0
     capsys.readouterr()
     (place / "moved" / "train.txt").write_text("abcdefghijk \n" * 30)
-    assert "of which the run knows nothing" in fails(capsys, "evaluate", "runs/small", "--data", "moved", code=1)
+    assert "which the run's vocabulary" in fails(capsys, "evaluate", "runs/small", "--data", "moved", code=1)
 
 
 def test_weights_that_the_library_would_now_call_otherwise_are_not_blamed_on_the_corpus(run, capsys):
@@ -475,7 +475,7 @@ def test_a_recurrent_network_is_trained_evaluated_and_speaks(place, capsys, monk
     assert main(["train", "own.py:gru", "--data", "text"]) == 0
     assert "validation: segments of 8, 8 streams, 128 of 129 tokens" in capsys.readouterr().out
     assert "a recurrent network (GRU) of 5 channels" in score_of(capsys, "runs/gru")[1]
-    assert "a RecurrentConfig has no number" in fails(capsys, "evaluate", "runs/gru", "--memory-length", "3")
+    assert "a RecurrentConfig has no length" in fails(capsys, "evaluate", "runs/gru", "--memory-length", "3")
     assert main(["generate", "runs/gru", "--prompt", "ab", "--length", "5"]) == 0
     assert len(capsys.readouterr().out) == 8
     assert "which has no equilibrium" in fails(capsys, "train", "own.py:gru", "--explicit", "3", code=1)

@@ -122,7 +122,7 @@ def test_what_cannot_be_divided_is_refused():
         Ranks(size=3).share_of(8)
     with pytest.raises(ValueError, match="divides the batch size"):
         experiment(accumulate=3)
-    with pytest.raises(ValueError, match="averages are not kept in shards"):
+    with pytest.raises(ValueError, match="averaged weights cannot be sharded"):
         experiment(parallel="fsdp", optimiser="asgd", decay=NonMonotone())
 
 

@@ -97,9 +97,7 @@ def test_the_rows_of_its_memory_are_its_streams(network):
 
 
 def test_it_has_no_use_for_a_method():
-    with pytest.raises(
-        ValueError, match=r"a recurrent network solves nothing and has one layer"
-    ):
+    with pytest.raises(ValueError, match=r"a recurrent network solves nothing and has one layer"):
         RecurrentConfig().build(V, method=Method())
     with pytest.raises(TypeError, match="Recurrent solves nothing, so it has no use for method="):
         built()(tokens(), tokens(), method=Method())

@@ -148,8 +148,8 @@ def test_an_overlap_of_episodes_is_refused():
     ("numbers", "sentence"),
     [
         ({"batch_size": 0}, r"batch_size=0\): it must be at least 1"),
-        ({"batch_size": 11}, "11 rows take at least 11 tokens and the stream has 10; try batch_size=10"),
-        ({"batch_size": 3, "world_size": 4}, "12 rows take at least 12 tokens and the stream has 10; try batch_size=2"),
+        ({"batch_size": 11}, "11 streams need at least 11 tokens and the text has 10; try batch_size=10"),
+        ({"batch_size": 3, "world_size": 4}, "12 streams need at least 12 tokens .*; try batch_size=2"),
         ({"batch_size": 1, "world_size": 11}, "or fewer processes"),
         ({"batch_size": 1, "rank": 2, "world_size": 2}, "ranks are 0 … 1"),
         ({"batch_size": 1, "position": -1}, r"position=-1\): it must be at least 0"),
@@ -165,5 +165,5 @@ def test_numbers_that_cannot_be_are_refused(numbers, sentence):
 
 
 def test_too_few_episodes_are_refused():
-    with pytest.raises(ValueError, match="3 rows take at least 3 episodes and the stream has 2; try batch_size=2"):
+    with pytest.raises(ValueError, match="3 streams need at least 3 episodes and the text has 2; try batch_size=2"):
         Segments(counting(10, episode=5), batch_size=3)

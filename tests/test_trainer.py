@@ -272,7 +272,7 @@ def test_a_trellis_is_trained_validated_and_measured(tmp_path, overlap):
     resumed = Trainer(value, run, corpus())
     assert resumed.resume() == 18
     assert same_bits(trained_weights(resumed), trained_weights(trainer))
-    with pytest.raises(UsageError, match="a TrellisConfig has no number of positions that it remembers"):
+    with pytest.raises(UsageError, match="the memory of a TrellisConfig has no length"):
         with_memory(value, 3)
 
 
@@ -579,13 +579,13 @@ def test_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
         Run.start(path, experiment())
     assert Run.start(path, experiment(), resume=True).experiment() == experiment()
-    with pytest.raises(ValueError, match=r"training\.seed = 0 and is to be continued with 7"):
+    with pytest.raises(ValueError, match=r"training\.seed = 0 and cannot be continued with 7"):
         Run.start(path, experiment(seed=7), resume=True)
     with pytest.raises(ValueError, match="one of the two"):
         Run.start(path, experiment(), resume=True, overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="exists and is no run"):
+    with pytest.raises(ValueError, match="exists and is not a run"):
         Run.start(tmp_path / "mine", experiment())
     with pytest.raises(FileNotFoundError, match="holds no run"):
         Run.open(tmp_path / "mine")
@@ -608,7 +608,7 @@ def test_only_a_run_is_overwritten(tmp_path):
     assert run.experiment().training.seed == new.experiment().training.seed == 7
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="exists and is no run"):
+    with pytest.raises(ValueError, match="exists and is not a run"):
         Run.start(tmp_path / "mine", experiment(), overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
 

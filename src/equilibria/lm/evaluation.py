@@ -136,7 +136,7 @@ def evaluate(
         ValueError: an argument is out of its range, or the stream is too short for the batch.
     """
     if max_segments is not None and max_segments < 1:
-        raise ValueError(f"evaluate(max_segments={max_segments}): give at least 1 segment, or None for all.")
+        raise ValueError(f"evaluate(max_segments={max_segments}): at least 1 segment is scored; None scores them all.")
     if batch_size % ranks.size:
         ranks = ALONE
     segments = Segments(

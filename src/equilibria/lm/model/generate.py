@@ -112,7 +112,7 @@ def stream(
     """
     _check_choices(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     _check_lengths(segment=segment, memory_length=memory_length)
-    tokens, padding = _rows(prompt)
+    tokens, padding = _batch(prompt)
     _check_tokens(model, tokens, stop)
     generator = torch.Generator(tokens.device).manual_seed(seed)
     past = _memory(model, len(tokens), length=memory_length, padding=padding, memory=memory)
@@ -120,17 +120,17 @@ def stream(
     choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     def continued(past: Memory, ended: Tensor) -> Iterator[Tensor]:
-        *before, rows = _pieces(tokens, segment)
+        *before, unread = _pieces(tokens, segment)
         for piece in before:
             past = _read(model, piece, past)[1]
         while not (stop is not None and ended.all()):
-            logits, past = _read(model, rows, past)
+            logits, past = _read(model, unread, past)
             token = _choose(logits[:, -1], generator, **choices)
             if stop is not None:
                 token = torch.where(ended, stop, token)
                 ended = ended | (token == stop)
             yield token
-            rows = token[:, None]
+            unread = token[:, None]
 
     return continued(past, ended)
 
@@ -207,7 +207,7 @@ def _memory(model: CausalLM, batch: int, *, length: int | None, padding: Tensor 
     return memory
 
 
-def _rows(prompt: Prompt) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"] | None]:
+def _batch(prompt: Prompt) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"] | None]:
     """The prompts as one tensor, padded on the left, and the padding of each; None if there is none."""
     if isinstance(prompt, Tensor):
         _check_shape(prompt, axes=2)
@@ -218,8 +218,8 @@ def _rows(prompt: Prompt) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"] | None]
         _check_shape(row, axes=1)
     longest = max(map(len, prompt))
     lengths = torch.tensor([len(row) for row in prompt], device=prompt[0].device)
-    rows = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in prompt])
-    return rows, None if bool((lengths == longest).all()) else longest - lengths
+    batch = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in prompt])
+    return batch, None if bool((lengths == longest).all()) else longest - lengths
 
 
 def _check_choices(*, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
@@ -245,17 +245,19 @@ def _check_lengths(*, segment: int | None, memory_length: int | None) -> None:
 def _check_shape(tokens: Tensor, *, axes: int) -> None:
     if not isinstance(tokens, Tensor):
         raise TypeError(
-            f"the prompt holds a {type(tokens).__name__}, and must be a tensor [rows, tokens] or a list of tensors "
-            "[tokens]; for one row give [Vocabulary.encode(text)]."
+            f"the prompt holds a {type(tokens).__name__}, and must be a tensor [prompts, tokens] or a list of tensors "
+            "[tokens]; for one prompt give [Vocabulary.encode(text)]."
         )
     if tokens.ndim != axes or tokens.dtype not in (torch.int32, torch.int64):
-        wanted = "[rows, tokens]" if axes == 2 else "[tokens] in each row of the list"
+        wanted = "[prompts, tokens]" if axes == 2 else "[tokens] for each prompt of the list"
         raise ValueError(
             f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, and must be {wanted} of "
-            "torch.int64; for one row give Vocabulary.encode(text)[None]."
+            "torch.int64; for one prompt give Vocabulary.encode(text)[None]."
         )
     if tokens.numel() == 0:
-        raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; give at least one row and one token a row.")
+        raise ValueError(
+            f"the prompt has shape {tuple(tokens.shape)}; give at least one prompt and one token per prompt."
+        )
 
 
 def _check_tokens(model: CausalLM, tokens: Tensor, stop: int | None) -> None:

@@ -1,6 +1,6 @@
-"""One training step: forward and backward over a batch, or over its parts one after the other, and the clipping.
+"""One training step: forward and backward over a batch, or over its parts one after the other, and clipping.
 
-Letters: B rows of this rank's batch, P parts.
+Letters: B streams of this rank, P parts.
 """
 
 from __future__ import annotations
@@ -31,56 +31,59 @@ from equilibria.lm.training.randomness import random_state, set_random_state
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """The result of one training step, as tensors: the device is waited for only when the numbers are read."""
+    """The result of one training step as tensors, so that it waits for the device only when numbers are read."""
 
     loss: Float[Tensor, ""]
-    """Mean nll per token in nats over all ranks, without what is added to it."""
+    """Mean nll per token in nats over all ranks, without extra losses and penalty."""
     extra: Float[Tensor, ""] | None
-    """The weighted sum of the model's own losses in training; None if it has none."""
+    """The weighted sum of the model's extra losses; None if it has none."""
     penalty: Float[Tensor, ""] | None
-    """Jacobian penalty without its weight; None if the step had none."""
+    """The Jacobian penalty without its weight; None if the step had none."""
     gradient_norm: Float[Tensor, ""]
     """Euclidean norm of the whole gradient before clipping."""
     learning_rate: float
-    """The rate of this step."""
+    """The learning rate of this step."""
     tokens: int
-    """Tokens that all ranks have scored."""
+    """Number of tokens that all ranks together have scored."""
     solutions: tuple[Solution, ...]
-    """The solves of this rank, one per part of the batch; none without an equilibrium."""
+    """The solves of this rank, one per part of the batch; empty without an equilibrium."""
     memory: Memory
     """The memory of this rank's streams, for the next segment."""
 
     @property
     def solution(self) -> Solution | None:
-        """The last of them."""
+        """The last of ``solutions``; None if there are none."""
         return self.solutions[-1] if self.solutions else None
 
     @property
     def adjoints(self) -> tuple[Solution, ...]:
-        """The adjoint solves; none if nothing was solved in the backward pass."""
+        """The adjoint solves; empty if the gradient rule solves nothing in the backward pass."""
         return tuple(solution.adjoint[-1] for solution in self.solutions if solution.adjoint)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Accumulation:
-    """Computes the gradient of a batch that all ranks share, each its rows, each in ``accumulate`` parts.
+    """Computes the gradient of a batch that is divided among the ranks, and on each rank into ``accumulate`` parts.
 
-    Whatever the number of ranks and parts, the gradient is that of one process with the whole batch, up to the order of
-    sums: losses are means over equally many targets, and random numbers are drawn for the whole batch everywhere.
+    For any number of ranks and parts, the gradient is that of one process with the whole batch, up to the order of
+    sums: losses are means over equally many targets, and every part draws random numbers for the whole batch.
     """
 
     model: LanguageModel
+    """The model itself."""
     replica: Callable[..., LanguageOutput]
-    """The model as training calls it: it sums the gradients over the ranks where they are summed."""
+    """The model that training calls; see ``Ranks.spread``."""
     ranks: Ranks
+    """The processes that train together."""
     training: Training
+    """The settings of the training."""
 
     def step(
         self, segment: Segment, memory: Memory, stage: Stage, *, method: Method | None, learning_rate: float
     ) -> Step:
-        """Forward and backward over all parts of the segment, solved by ``method``; the gradient is clipped."""
+        """Forward and backward over all parts of the segment with ``method``; the gradient is summed and clipped."""
         parts = self.training.devices.accumulate
-        rows = len(segment.tokens) // parts
+        rows = len(segment.tokens) // parts  # streams per part
         found: list[tuple[LanguageOutput, Tensor | None]] = []
         drawn = stage.drawn_method(method)
         beginning = random_state(device_of(self.model)) if parts > 1 else None
@@ -104,7 +107,7 @@ class Accumulation:
         )
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast, where the training asks for it."""
+        """Autocast if the training uses bfloat16; otherwise an empty context."""
         half = self.training.optimisation.precision == "bfloat16"
         device = device_of(self.model).type
         return torch.autocast(device, dtype=torch.bfloat16) if half else contextlib.nullcontext()
@@ -121,7 +124,7 @@ class Accumulation:
         return output, penalty
 
     def _clipped(self) -> Float[Tensor, ""]:
-        """Clip the gradient; returns its norm before."""
+        """Clip the gradient; returns its norm before clipping."""
         limit = self.training.optimisation.clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
         return full_tensor(norm).detach()
