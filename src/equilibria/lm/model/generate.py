@@ -256,7 +256,7 @@ def _check_shape(tokens: Tensor, *, axes: int) -> None:
         )
     if tokens.numel() == 0:
         raise ValueError(
-            f"the prompt has shape {tuple(tokens.shape)}; give at least one prompt and one token per prompt."
+            f"the prompt has shape {tuple(tokens.shape)}; give at least one token per prompt."
         )
 
 
