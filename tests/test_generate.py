@@ -191,5 +191,5 @@ def test_refuses_prompts():
 
 @pytest.mark.parametrize("wrong", [torch.zeros(5, dtype=torch.long), torch.zeros(1, 5), torch.ones(1, 5).bool()])
 def test_refuses_prompts_of_another_shape_or_type(unhooked, wrong):
-    with pytest.raises(ValueError, match=r"must be \[rows, tokens\] of torch.int64"):
+    with pytest.raises(ValueError, match=r"must be \[prompts, tokens\] of torch.int64"):
         generate(built(), wrong, length=2)

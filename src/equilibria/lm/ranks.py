@@ -115,7 +115,7 @@ class Ranks:
             )
         return mine
 
-    def spread(self, model: nn.Module, *, half: bool) -> Callable[..., Any]:
+    def spread(self, model: nn.Module, *, bfloat16: bool) -> Callable[..., Any]:
         """The model that training calls: wrapped for "ddp"; sharded in place for "fsdp"; otherwise ``model`` itself.
 
         With "fsdp" the layer is one unit: it is gathered once at the beginning of a forward pass, which includes the
@@ -123,7 +123,7 @@ class Ranks:
 
         Args:
             model: a model with the attribute ``layer``.
-            half: gather the shards in bfloat16, and sum the gradients in float32.
+            bfloat16: gather the shards in bfloat16, and sum the gradients in float32.
         """
         if self.parallel == "ddp":
             return DistributedDataParallel(model)
@@ -131,8 +131,8 @@ class Ranks:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
             policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16 if half else None,
-                reduce_dtype=torch.float32 if half else None,
+                param_dtype=torch.bfloat16 if bfloat16 else None,
+                reduce_dtype=torch.float32 if bfloat16 else None,
                 cast_forward_inputs=False,
             )
             layer = model.layer

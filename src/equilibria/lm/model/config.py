@@ -160,7 +160,7 @@ class LanguageConfig:
             depth: number of layers of an explicit network to use, which a call may replace; None for all.
 
         Raises:
-            ValueError: the layer cannot have the method, the auxiliary losses or the memory that was asked for.
+            ValueError: the layer cannot have the given method, auxiliary losses or memory.
         """
         layer = self._layer(method, eval_stop, depth)
         inside, outputs = self.cell.width, self.cell.outputs

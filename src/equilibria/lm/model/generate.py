@@ -255,9 +255,7 @@ def _check_shape(tokens: Tensor, *, axes: int) -> None:
             "torch.int64; for one prompt give Vocabulary.encode(text)[None]."
         )
     if tokens.numel() == 0:
-        raise ValueError(
-            f"the prompt has shape {tuple(tokens.shape)}; give at least one token per prompt."
-        )
+        raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; give at least one token per prompt.")
 
 
 def _check_tokens(model: CausalLM, tokens: Tensor, stop: int | None) -> None:

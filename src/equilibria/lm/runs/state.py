@@ -24,8 +24,8 @@ def check_state(state: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {state[name]!r:.40}")
     best = state.get("best")
     if best is not None:
-        step, nats = best.get("step"), best.get("nats")
-        if type(step) is not int or not 0 <= step <= state["step"] or not isinstance(nats, int | float):
+        step, nll = best.get("step"), best.get("nats")
+        if type(step) is not int or not 0 <= step <= state["step"] or not isinstance(nll, int | float):
             raise ValueError(f"best is {best!r:.80}")
 
 

@@ -108,9 +108,9 @@ class Accumulation:
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast if the training uses bfloat16; otherwise an empty context."""
-        half = self.training.optimisation.precision == "bfloat16"
+        bfloat16 = self.training.optimisation.precision == "bfloat16"
         device = device_of(self.model).type
-        return torch.autocast(device, dtype=torch.bfloat16) if half else contextlib.nullcontext()
+        return torch.autocast(device, dtype=torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
     def _pass(
         self, segment: Segment, past: Memory, stage: Stage, *, method: Method | None, part: BatchSlice | None

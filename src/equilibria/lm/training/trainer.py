@@ -72,7 +72,7 @@ class Trainer:
         self.model = experiment.build(corpus).to(self.device)
         if devices.compile:
             compile_cells(self.model)
-        replica = ranks.spread(self.model, half=training.optimisation.precision == "bfloat16")
+        replica = ranks.spread(self.model, bfloat16=training.optimisation.precision == "bfloat16")
         self.accumulation = Accumulation(model=self.model, replica=replica, ranks=ranks, training=training)
         self.optimiser = build_optimiser(self.model, training.optimisation)
         self.policy = ConvergencePolicy(training, ranks, self.log)
