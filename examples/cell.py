@@ -1,7 +1,7 @@
-"""A cell of one's own: two methods. Everything that does not depend on z is computed once, in ``prepare``.
+"""A cell of your own: three methods. Everything that does not depend on z is computed once, in ``prepare``.
 
-A network over a set: each element sees itself and the mean of all, and is to tell whether it lies above the mean of
-the others by more than half a standard deviation.
+A network over a set, in which each element sees itself and the mean of all. The task is to tell whether an element lies
+above the mean of the others by more than half a standard deviation.
 
 python examples/cell.py    trains it, in seconds
 pytest examples/cell.py    the laws that every cell must keep
@@ -39,7 +39,7 @@ def wanted(x):
 
 
 def main(steps: int = 250) -> float:
-    """Trains; returns the share of right answers on fresh data."""
+    """Train; return the share of right answers on new data."""
     torch.manual_seed(0)
     layer = Equilibrium(SetCell(32), Broyden(rank=40), Stop(max_evals=400))
     head = nn.Linear(32, 1)
@@ -65,7 +65,7 @@ else:  # imported by pytest, which the suites need and the cell does not
     from equilibria.testing import CellSuite
 
     class TestSetCell(CellSuite):
-        """Twelve laws: pure, same bits twice, independent samples, every parameter with a gradient, …"""
+        """Eleven laws: pure, same bits twice, independent samples, every parameter with a gradient, …"""
 
         def make(self):
             return SetCell(6).double()

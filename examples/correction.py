@@ -1,9 +1,10 @@
-"""Losses on the way: an equilibrium network that is right before it has arrived.
+"""Correction losses: an equilibrium network whose answer is right before its solve has converged.
 
-Two interleaved spirals are told apart. When a solve is cut off after a few evaluations, the head gets a state that no
-loss has ever seen. A correction loss shows it some: the solve keeps its states after a few steps (``keep``), f is
-applied once to each of them with a graph, and the loss of the result is added. Each of these phantom iterates costs one
-evaluation, and one graph of f (Bai, Geng, Savani and Kolter, *Deep Equilibrium Optical Flow Estimation*, 2022).
+The task is to tell two interleaved spirals apart. If a solve is cut off after a few evaluations, the head reads a state
+for which it was never trained. A correction loss trains it for such states: the solve stores its states after a few
+steps (``keep``), f is applied once to each of them with a graph, and the loss of the result is added. Each of these
+phantom iterates costs one evaluation and one graph of f (Bai, Geng, Savani and Kolter, *Deep Equilibrium Optical Flow
+Estimation*, 2022).
 
 python examples/correction.py               a minute on one core
 python examples/correction.py --steps 100 --seed 1
@@ -37,14 +38,14 @@ class Cell(nn.Module):
 
 
 def spirals(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points [B, 2] of two spirals of one and a half turns, and which one each is on [B]."""
+    """Points [B, 2] on two spirals of one and a half turns, and the spiral of each point [B], 0 or 1."""
     radius, label = torch.rand(samples).sqrt(), torch.randint(2, (samples,)).float()
     angle = torch.pi * (3 * radius + label)
     return 2 * torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1), label
 
 
 def trained(steps: int, *, corrected: bool) -> tuple[Equilibrium, nn.Linear]:
-    """A layer with its head, trained with or without losses on the way."""
+    """A layer with its head, trained with or without correction losses."""
     keep = KEEP if corrected else ()
     layer = Equilibrium(Cell(), stop=STOP, gradient=Implicit(stop=STOP), keep=keep, on_failure="ignore")
     head = nn.Linear(WIDTH, 1)
@@ -53,7 +54,7 @@ def trained(steps: int, *, corrected: bool) -> tuple[Equilibrium, nn.Linear]:
         x, label = spirals(BATCH)
         out = layer(x, start=torch.zeros(BATCH, WIDTH))
         loss = binary_cross_entropy_with_logits(head(out.z)[:, 0], label)
-        for place, z in enumerate(reversed(out.solution.iterates), 1):  # the first of them counts least
+        for place, z in enumerate(reversed(out.solution.iterates), 1):  # the earliest has the smallest weight
             near = head(out.f(z))[:, 0]
             loss = loss + DISCOUNT**place * binary_cross_entropy_with_logits(near, label)
         optimiser.zero_grad()
@@ -66,7 +67,7 @@ def trained(steps: int, *, corrected: bool) -> tuple[Equilibrium, nn.Linear]:
 
 @torch.no_grad()
 def accuracy(layer: Equilibrium, head: nn.Linear, budget: int) -> float:
-    """On new points, when the solve may take so many evaluations."""
+    """The accuracy on new points, if the solve may take ``budget`` evaluations."""
     x, label = spirals(4000)
     method = Method(stop=Stop(rtol=1e-3, max_evals=budget), on_failure="ignore")
     z = layer(x, start=torch.zeros(4000, WIDTH), method=method).z
@@ -74,7 +75,7 @@ def accuracy(layer: Equilibrium, head: nn.Linear, budget: int) -> float:
 
 
 def main(steps: int = 600, seed: int = 0) -> dict[str, list[float]]:
-    """Trains both, and prints their accuracy against the budget."""
+    """Train both, and print their accuracy for each budget."""
     found = {}
     for name, corrected in (("without correction", False), ("with correction", True)):
         torch.manual_seed(seed)
@@ -87,7 +88,7 @@ def main(steps: int = 600, seed: int = 0) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Losses on the way to an equilibrium")
+    parser = argparse.ArgumentParser(description="Correction losses on the way to an equilibrium")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     main(**vars(parser.parse_args()))

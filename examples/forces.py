@@ -1,9 +1,9 @@
 """A force field that is an equilibrium, trained on forces: the loss is a derivative of a derivative.
 
 Atoms exchange messages until nothing changes; the energy is read off the fixed point and the force is −dE/dx, so that
-training needs the gradient of a gradient. ``Implicit`` gives it by one more linear solve and keeps no step of any. The
-data are those of a Morse chain, whose forces are known in closed form. The same loss through 300 unrolled steps has the
-same gradient: the program prints by how much the two differ, and what each of them costs.
+training needs the gradient of a gradient. ``Implicit`` computes it by one more linear solve, and stores no steps of any
+solve. The data come from a Morse chain, whose forces are known in closed form. The same loss through 300 unrolled steps
+has the same gradient: the program prints by how much the two differ, and the time that each takes.
 
 python examples/forces.py                     two minutes on one core
 python examples/forces.py --steps 20
@@ -31,7 +31,7 @@ class Field(nn.Module):
         self.readout = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
 
     def f(self, z: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-        """tanh of what each atom hears from its neighbours and of its distances to them."""
+        """tanh of the sum of each atom's messages from its neighbours and of its distance features ``near``."""
         heard = torch.zeros_like(z)
         heard[:, 1:] = z[:, :-1]
         heard[:, :-1] = heard[:, :-1] + z[:, 1:]
@@ -39,9 +39,9 @@ class Field(nn.Module):
 
     def forward(self, x: torch.Tensor, unrolled: int | None = None) -> torch.Tensor:
         """E [B] of positions x [B, ATOMS]."""
-        gaps = self.distances((x[:, 1:] - x[:, :-1]).unsqueeze(2))
-        zero = torch.zeros_like(gaps[:, :1])
-        near = torch.cat([gaps, zero], 1) + torch.cat([zero, gaps], 1)
+        bonds = self.distances((x[:, 1:] - x[:, :-1]).unsqueeze(2))
+        zero = torch.zeros_like(bonds[:, :1])
+        near = torch.cat([bonds, zero], 1) + torch.cat([zero, bonds], 1)
         z = torch.zeros_like(near)
         if unrolled is None:
             rule = Implicit(Anderson(), STOP)

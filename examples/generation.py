@@ -1,4 +1,4 @@
-"""A language model of one's own in a loop of one's own; then prompts of different lengths, continued side by side.
+"""Train a small language model in a loop of your own, then continue prompts of different lengths in one batch.
 
 python examples/generation.py
 """
@@ -17,7 +17,7 @@ stream = Stream.of_text(vocabulary.encode(text))
 
 cell = TransformerConfig(width=32, heads=4, inner=64, memory=32, positions="decay")
 stop = Stop(rtol=1e-2)
-# In the first steps of a training few solves converge, and that is no failure.
+# At the beginning of training few solves converge, which is not a failure.
 model = LanguageConfig(cell=cell, std=0.2).build(
     len(vocabulary), method=Method(stop=stop, gradient=Implicit(stop=stop), on_failure="ignore")
 )

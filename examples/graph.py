@@ -1,13 +1,13 @@
-"""A graph equilibrium network: each node listens to its neighbours until nothing changes, so news travels any distance.
+"""A graph equilibrium network: nodes exchange messages until nothing changes, so news travels any distance.
 
 The task has a known answer. Ten nodes in random order form a chain, and each carries +1 or −1; one end of the chain is
-marked, and every node is to tell the number that stands there. An explicit network of three layers sees two edges far:
-it can be right at three nodes of ten and has to guess at seven, which makes 65 %. The equilibrium of the same module
-has no such horizon (Gu et al., *Implicit Graph Neural Networks*, 2020).
+marked, and every node has to output the number of that end. An explicit network of three layers sees two edges far: it
+can be right at three nodes of ten and has to guess at seven, which makes 65 %. The equilibrium of the same module has
+no such horizon (Gu et al., *Implicit Graph Neural Networks*, 2020).
 
 Each graph can be one sample of the batch, with an axis for its nodes. Or the nodes of all graphs are the batch axis, as
-in most libraries for graphs, with one sparse adjacency matrix. Then f mixes the samples of the batch, and the layer has
-to be told: ``coupled=True``. Without it each node is solved as a problem of its own, the gradient is wrong, and a
+in most libraries for graphs, with one sparse adjacency matrix. Then f mixes the samples of the batch, and the layer
+needs ``coupled=True``. Without it each node is solved as a problem of its own, the gradient is wrong, and a
 ``ConvergenceWarning`` says so; ``--untold`` shows it.
 
 python examples/graph.py                      a minute on one core; needs pip install matplotlib
@@ -34,7 +34,7 @@ STOP = Stop(rtol=1e-3, max_evals=100)
 class Listen(nn.Module):
     """f(z, x, A) = tanh(0.9 A z Q + u(x)).
 
-    It stays a contraction whatever it learns, since Q is orthogonal and no eigenvalue of A exceeds 1 in magnitude.
+    It stays a contraction during training, since Q is orthogonal and no eigenvalue of A exceeds 1 in magnitude.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ def chains(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.
 
 
 def joined(adjacency: torch.Tensor) -> torch.Tensor:
-    """The adjacency matrix [B·N, B·N] of all graphs as one graph: sparse, a block per graph."""
+    """The adjacency matrix [B·N, B·N] of all graphs as one graph: sparse, with one block per graph."""
     graph, target, source = adjacency.nonzero(as_tuple=True)
     first, total = NODES * graph, NODES * len(adjacency)
     place = torch.stack([first + target, first + source])
@@ -69,14 +69,14 @@ def joined(adjacency: torch.Tensor) -> torch.Tensor:
 
 
 def applied(layer: Layer, x: torch.Tensor, adjacency: torch.Tensor, *, by_node: bool) -> LayerOutput:
-    """The layer on graphs, with the graphs or with all of their nodes as batch axis."""
+    """The output of the layer, with the graphs or with all of their nodes as batch axis."""
     if by_node:
         x, adjacency = x.flatten(0, 1), joined(adjacency)
     return layer(x, adjacency, start=torch.zeros(*x.shape[:-1], WIDTH))
 
 
 def train(name: str, layer: Layer, steps: int, *, by_node: bool = False) -> list[float]:
-    """Trains the layer with a head; returns the accuracy at each distance, on new graphs."""
+    """Train the layer with a head; return the accuracy at each distance, on new graphs."""
     head, began = nn.Linear(WIDTH, 1), time.perf_counter()
     optimiser = torch.optim.Adam([*layer.parameters(), *head.parameters()])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-2, total_steps=steps)
@@ -100,7 +100,7 @@ def train(name: str, layer: Layer, steps: int, *, by_node: bool = False) -> list
 
 
 def draw(accuracies: dict[str, list[float]], path: Path) -> None:
-    """Accuracy against distance, a line per network."""
+    """Plot accuracy against distance, one line per network."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
@@ -113,7 +113,7 @@ def draw(accuracies: dict[str, list[float]], path: Path) -> None:
 
 
 def main(steps: int = 200, seed: int = 0, picture: Path = Path("graph.png"), untold: bool = False) -> dict[str, float]:
-    """Trains the networks, draws their accuracies, and returns the means."""
+    """Train the networks, draw their accuracies, and return the means."""
     gradient = Implicit(stop=STOP)
     accuracies = {}
     torch.manual_seed(seed)

@@ -1,9 +1,9 @@
-"""Hyper-gradients of ridge regression: 40 penalties are learned by the validation error of what they lead to.
+"""Hyper-gradients of ridge regression: 40 penalties are learned from the validation error.
 
 The inner problem finds the weights w*(λ) that minimise ½·mean (Xw − y)² + ½·Σ_j exp(λ_j)·w_j² on the training data.
-They are the fixed point of a step of gradient descent, so any loss on w* has a gradient with respect to λ, however w*
-was found. The outer problem lowers the validation error by that gradient. Ten of forty features matter; the penalties
-find out which. Here w* and its derivatives have a closed form, and the example says how far it is from them.
+They are the fixed point of a step of gradient descent, so any loss on w* has a gradient with respect to λ, whatever
+method found w*. The outer problem lowers the validation error by that gradient. Ten of forty features matter, and the
+penalties learn which. Here w* and its derivatives have a closed form, and the program prints the errors against it.
 
 python examples/hyper_gradients.py          five seconds on one core
 """
@@ -19,7 +19,7 @@ STOP = Stop(rtol=1e-12, max_evals=1000)
 
 
 def descended(w: torch.Tensor, penalty: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """f(w): a step of gradient descent, its length 1 over a bound of the curvature."""
+    """f(w): a step of gradient descent, whose length is 1 over a bound of the curvature."""
     gradient = x.mT @ (x @ w - y) / len(y) + penalty.exp() * w
     curvature = x.square().sum() / len(y) + penalty.exp().max()
     return w - gradient / curvature.detach()
@@ -28,7 +28,7 @@ def descended(w: torch.Tensor, penalty: torch.Tensor, x: torch.Tensor, y: torch.
 def fitted(penalty: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """w*(λ), as a fixed point: the weights are one problem without a batch axis."""
     start = torch.zeros(x.shape[1], dtype=x.dtype)
-    solver = NewtonKrylov(inner=FEATURES)  # f is linear, so that one step of it does
+    solver = NewtonKrylov(inner=FEATURES)  # f is linear, so one Newton step suffices
     rule = Implicit(solver, STOP)
     return fixed_point(descended, start, penalty, x, y, solver=solver, stop=STOP, gradient=rule, coupled=True).z
 
@@ -44,7 +44,7 @@ def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def main(steps: int = 60, seed: int = 0) -> None:
-    """Compares first and second derivatives with those of the closed form, and then learns the penalties."""
+    """Compare first and second derivatives with those of the closed form, then learn the penalties."""
     torch.manual_seed(seed)
     truth = torch.cat([torch.randn(USEFUL), torch.zeros(FEATURES - USEFUL)]).double()
     x = torch.randn(3, SAMPLES, FEATURES, dtype=torch.float64)

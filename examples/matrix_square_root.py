@@ -1,8 +1,8 @@
-"""A classical algorithm, differentiated without a look inside: the square root of a matrix.
+"""A classical algorithm, differentiated as a black box: the square root of a matrix.
 
 The Denman-Beavers iteration finds Z with Z Z = A in a few steps. Z is a fixed point of f(Z) = Z + (A - Z Z)/2, and with
-that line ``implicit`` gives the algorithm its derivatives of every order, in reverse and in forward mode. The
-eigenvectors of A give them in another way: the program prints how far the two are apart.
+that line ``implicit`` gives the algorithm its derivatives of every order, in reverse and in forward mode. The program
+compares them with derivatives through the eigenvectors of A.
 
 python examples/matrix_square_root.py         five seconds on one core
 """

@@ -1,4 +1,4 @@
-"""A multiscale equilibrium: one state of three resolutions, solved together, that reads handwritten digits.
+"""A multiscale equilibrium that reads handwritten digits: one state of three resolutions, solved together.
 
 The state is a dict of tensors, {"fine": [B, C, 8, 8], "coarse": [B, C', 4, 4], "token": [B, D]}, and f is a plain
 ``nn.Module``: each scale is computed from itself and its neighbours, and the finest one from the picture as well (a
@@ -27,7 +27,7 @@ STOP = Stop(rtol=1e-3, max_evals=60, per_leaf=True)  # per_leaf: the small token
 
 
 class Scales(nn.Module):
-    """f(z, x). What flows back, from coarse to fine, is small at the start, which makes f a contraction there.
+    """f(z, x). Only weights from fine to coarse are large at the start; the others are small, so f is a contraction.
 
     Group norm of the sums keeps each scale at one size, whatever the weights become. The larger the part of a sum that
     does not depend on z, the smaller the Jacobian: hence pictures with a standard deviation of 1.5.
@@ -64,20 +64,20 @@ def scaled(layer: nn.Module, factor: float) -> nn.Module:
 
 
 def zeros(batch: int) -> dict[str, torch.Tensor]:
-    """Where the solve starts. A plain module cannot say what its state looks like, so the layer is told."""
+    """The start of the solve, which is passed to the layer since a plain module cannot tell the shape of its state."""
     shapes = {"fine": (FINE, 8, 8), "coarse": (COARSE, 4, 4), "token": (TOKEN,)}
     return {scale: torch.zeros(batch, *shape) for scale, shape in shapes.items()}
 
 
 def digits() -> list[torch.Tensor]:
-    """Pictures [B, 1, 8, 8] to train on and to test on, then their classes [B]."""
+    """Pictures [B, 1, 8, 8] for training and for testing, then their classes [B]."""
     data = load_digits()
     x, y = torch.tensor(data.images, dtype=torch.float32)[:, None] / 4 - 1.2, torch.tensor(data.target)
     return train_test_split(x, y, test_size=0.25, random_state=0, stratify=data.target)
 
 
 def draw(trace: torch.Tensor, path: Path) -> None:
-    """The relative residual of some samples after each evaluation; a line is level once its sample has converged."""
+    """Plot the relative residual of some samples per evaluation; a line is level once its sample has converged."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
@@ -89,7 +89,7 @@ def draw(trace: torch.Tensor, path: Path) -> None:
 
 
 def main(epochs: int = 6, seed: int = 0, picture: Path = Path("multiscale.png")) -> float:
-    """Trains, draws the residuals, and returns the accuracy on the test set."""
+    """Train, draw the residuals, and return the accuracy on the test set."""
     torch.manual_seed(seed)
     x, test_x, y, test_y = digits()
     layer = Equilibrium(Scales(), stop=STOP, gradient=Implicit(stop=STOP))

@@ -1,4 +1,4 @@
-"""A solver of one's own: a frozen dataclass with two methods. Here Aitken's Δ² acceleration, with one ratio per sample.
+"""A solver of your own: a frozen dataclass with two methods. Here Aitken's Δ² acceleration, one ratio per sample.
 
 z ← f(z) + q/(1 − q)·r with r = f(z) − z and q = ⟨r, r_prev⟩/⟨r_prev, r_prev⟩: exact where one mode dominates.
 
@@ -20,7 +20,7 @@ class Aitken(Solver):
     limit: float = 0.99
 
     def init(self, z):
-        return None  # the history: the residual of the last plain step, if there is one
+        return None  # the history: the residual before the last step if that was plain, else None
 
     def step(self, f, at, history):
         if history is None:
@@ -41,7 +41,7 @@ else:  # imported by pytest, which the suites need and the solver does not
     from equilibria.testing import SolverSuite
 
     class TestAitken(SolverSuite):
-        """Twenty-odd laws; a solver that converges only where plain iteration does says so."""
+        """Ten laws; a solver that converges only where plain iteration does says so."""
 
         needs_contraction = True
 

@@ -58,7 +58,7 @@ def test_every_verb_explains_itself(capsys, verb):
         ("train tiny --resume --overwrite", "give one of the two."),
         ("train tiny --learning-rte 3", "There is no flag --learning-rte; did you mean --learning-rate?"),
         ("train tiny --training.batch-sise=3", "did you mean --batch-size?"),
-        ("train tiny --steps 3", "--steps could be --stages.0.steps, --stages.1.steps; give the full name."),
+        ("train tiny --penalty 3", "--penalty could be --stages.0.penalty, --stages.1.penalty; give the full name."),
         ("train tiny --batch-size x", "--batch-size takes a whole number, and 'x' is none."),
         ("train tiny --learning-rate x", "--learning-rate takes a number, and 'x' is none."),
         ("train tiny --batch-size 0", "Batches(batch_size=0): it must be at least 1."),

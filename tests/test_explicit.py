@@ -1,13 +1,16 @@
-"""The explicit twin of an experiment: sizes, agreement with the equilibrium's own network, training and resuming."""
+"""The explicit baseline of an experiment: sizes, agreement with the equilibrium, training and resuming."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shutil
 
 import pytest
 import torch
 
+import equilibria
 from equilibria import Anderson, Implicit, Method, Stop
 from equilibria.cells import ChainConfig, TransformerConfig, TrellisConfig
 from equilibria.layers.cell import Cell
@@ -16,8 +19,18 @@ from equilibria.lm.evaluation import evaluate
 from equilibria.lm.experiments import Experiment, Stage, explicit, from_json, to_json
 from equilibria.lm.experiments.stage import network_of
 from equilibria.lm.model import Explicit, LanguageConfig, RecurrentConfig
+from equilibria.lm.runs import Run, checkpoint
 from equilibria.lm.training import Trainer
-from small_experiment import Killed, corpus, experiment, finished, kill_at, same_bits, without_times
+from small_experiment import (
+    Killed,
+    corpus,
+    experiment,
+    finished,
+    kill_at,
+    same_bits,
+    trained_weights,
+    without_times,
+)
 
 WAYS = pytest.mark.parametrize(
     "choices",
@@ -36,18 +49,37 @@ def model(value: Experiment):
     return value.build(corpus())
 
 
-def test_the_twin_is_one_stage_of_as_many_steps_without_what_needs_a_fixed_point():
-    value, twin = experiment(), explicit(experiment(), 5)
-    (stage,) = twin.stages
-    assert (twin.name, stage.name, stage.steps, stage.penalty) == ("small-5-layers", "explicit", value.total_steps, 0)
-    assert (stage.method, stage.eval_stop, stage.warm) == (None, None, False)
-    assert twin.model.explicit == Explicit(depth=5)
-    assert (twin.corpus, twin.model.cell) == (value.corpus, value.model.cell)
-    assert (twin.training.optimisation.learning_rate, twin.training.log.spectral_radius) == (
-        value.training.optimisation.learning_rate,
-        0,
-    )
+def test_the_baseline_keeps_the_shallow_stage_and_nothing_that_needs_a_fixed_point():
+    value, baseline = experiment(), explicit(experiment(), 5)
+    shallow, stage = baseline.stages
+    assert (shallow.name, shallow.steps, shallow.depth) == ("shallow", value.stages[0].steps, 3)
+    assert (baseline.name, stage.name, stage.steps, stage.penalty) == ("small-5-layers", "explicit", 12, 0)
+    assert (stage.method, stage.eval_stop, stage.warm, stage.depth) == (None, None, False, None)
+    assert baseline.model.explicit == Explicit(depth=5)
+    assert (baseline.corpus, baseline.model.cell) == (value.corpus, value.model.cell)
+    assert baseline.training == value.training.changed(spectral_radius=0)
     assert explicit(value, 5, tied=False).name == "small-5-layers-untied"
+    assert [stage.name for stage in explicit(value, 3).stages] == ["explicit"]  # the shallow network is as deep
+
+
+@pytest.mark.parametrize("choices", [{}, {"memory": "layers"}, {"tied": False}], ids=["last", "layers", "untied"])
+def test_a_shallow_stage_trains_the_first_layers_and_a_resumed_run_knows_which(tmp_path, choices):
+    value = explicit(experiment(checkpoint_every=1, keep=30), 5, **choices)
+    run = Run.start(tmp_path / "run", value)
+    trainer = Trainer(value, run, corpus())
+    trainer.fit()
+    whole = trained_weights(trainer)
+    for later in list(checkpoint.all_in(run.checkpoints)):  # as if the run had been stopped in its shallow stage
+        if int(later.name.removeprefix("step-")) > 4:
+            shutil.rmtree(later)
+    loaded = equilibria.load(run.path, checkpoint="last")
+    assert (loaded.stage.name, loaded.model.layer.depth) == ("shallow", 3)
+    assert math.isfinite(evaluate(loaded.model, corpus().valid, segment_length=20).nll_per_token)
+    assert len(loaded.generate("a", 5)) == 5
+    again = Trainer(value, run, corpus())
+    assert again.resume() == 4
+    again.fit()
+    assert same_bits(trained_weights(again), whole)
 
 
 @pytest.mark.parametrize("memory", ["last", "layers"])

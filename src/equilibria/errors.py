@@ -6,8 +6,8 @@ from __future__ import annotations
 class EquilibriaError(Exception):
     """Base of the errors that this project raises as complete sentences: what happened, and what to do about it.
 
-    The command line prints such an error as it is. Impossible arguments are no such errors, but plain ``ValueError``
-    and ``TypeError``, as elsewhere in Python.
+    The command line prints such an error as it is. Invalid arguments raise plain ``ValueError`` and ``TypeError``, as
+    elsewhere in Python.
     """
 
 

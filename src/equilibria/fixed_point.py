@@ -1,4 +1,4 @@
-"""fixed_point and implicit: the equilibrium of a function with its gradient; Method: how a fixed point is found."""
+"""``fixed_point`` and ``implicit`` return differentiable fixed points; ``Method`` holds the settings of the solve."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from equilibria.solvers.picard import Picard
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How a fixed point is found and differentiated: one frozen value, passed along with a call."""
+    """The settings with which a fixed point is found and differentiated: one frozen value, passed along with a call."""
 
     solver: Solver = Anderson()
     """Proposes the iterates of the forward solve."""
@@ -39,10 +39,10 @@ class Method:
     """True if f mixes the samples of the batch (graph nodes along the batch axis, batch norm in training): the whole
     state is then one problem with one norm, and its leaves may have any shape."""
     on_failure: OnFailure = "warn"
-    """What happens when a solve, forward or backward, does not converge: "warn", "raise" or "ignore". A stop without
-    tolerance never fails."""
+    """The reaction to a forward or backward solve that does not converge: "warn", "raise" or "ignore". A solve whose
+    stop has no tolerance never fails."""
     keep: tuple[int, ...] = ()
-    """The solve keeps its state after each of these numbers of steps, in ``Solution.iterates``."""
+    """Numbers of steps after which the solve stores its state in ``Solution.iterates``."""
 
     def __post_init__(self) -> None:
         check_kind("solver", self.solver, Solver, "Anderson()")
@@ -55,7 +55,7 @@ class Method:
         """The solution of z = f(z) from z0; its ``z`` carries the gradient.
 
         Warns:
-            ConvergenceWarning: some samples did not converge, or f mixes samples that are said to be independent, and
+            ConvergenceWarning: some samples did not converge, or f mixes the samples although ``coupled`` is False, and
                 ``on_failure`` is "warn". The adjoint solve warns in the backward pass.
 
         Raises:
@@ -85,17 +85,17 @@ def fixed_point(
     """The solution of z = f(z, *operands) for each sample; its ``z`` carries the gradient to everything that f uses.
 
     Args:
-        f: any function of a state that returns a state built like it and gives the same bits when called twice (no
-            fresh dropout masks inside). It treats samples independently, or is ``coupled``. Parameters and inputs that
-            it closes over receive gradients, and so do operands.
+        f: any function of a state that returns a state of the same structure, with the same bits when called twice (no
+            fresh dropout masks inside). It treats samples independently unless ``coupled`` is True. Parameters and
+            inputs that it closes over receive gradients, and so do operands.
         z0: the start, usually zeros: a tensor ``[B *shape]``, or a dict, tuple or list of such tensors.
         operands: further arguments of f, constant during the solve.
-        solver: how iterates are proposed.
+        solver: proposes the iterates.
         stop: tolerances and the budget in evaluations of f.
         gradient: how the gradient gets through the solve.
         coupled: f mixes the samples, so that the whole state is one problem; its leaves may have any shape.
         on_failure: "warn", "raise" or "ignore" when a solve, forward or backward, does not converge.
-        keep: the solve keeps its state after each of these numbers of steps, in ``Solution.iterates``.
+        keep: numbers of steps after which the solve stores its state in ``Solution.iterates``.
 
     Warns:
         ConvergenceWarning: a solve did not converge, or samples are coupled without ``coupled=True``.
@@ -118,20 +118,20 @@ def implicit(
     coupled: bool = Method.coupled,
     on_failure: OnFailure = Method.on_failure,
 ) -> Callable[[Callable[..., State]], Callable[..., State]]:
-    """A decorator that gives any procedure which finds z = f(z, *operands) the gradient of a fixed point.
+    """A decorator for any procedure that finds z = f(z, *operands): its result gets the gradient of a fixed point.
 
-    The procedure is called with the operands, and nothing that it does is recorded. What it returns is taken as the
-    start of ``fixed_point``, which evaluates f there once, so that the result is f(z).
+    The procedure is called with the operands and without a graph. Its result z is the start of ``fixed_point``, which
+    evaluates f there once and returns f(z).
 
     Args:
         f: the map whose fixed point the procedure finds, a function of the state and the operands.
-        gradient: how the gradient gets through; a rule around one f(z*), such as ``Implicit`` or ``Neumann``.
-        stop: the residual that the procedure has to reach; its budget is not used.
+        gradient: a rule around one f(z*), such as ``Implicit`` or ``Neumann``.
+        stop: its tolerances bound the residual of the procedure's result; its budget is not used.
         coupled: f mixes the samples.
-        on_failure: "warn", "raise" or "ignore" when the procedure has not reached it, or the adjoint solve fails.
+        on_failure: "warn", "raise" or "ignore" when the result misses the tolerance, or the adjoint solve fails.
 
     Raises:
-        ValueError: the rule differentiates the steps of a solver, of which there are none.
+        ValueError: the rule differentiates the steps of a solver, and a procedure has no such steps.
     """
     if not isinstance(gradient, Implicit | Neumann | Phantom):
         raise ValueError(

@@ -48,8 +48,8 @@ def jacobian_penalty(
         z: the equilibrium.
         samples: number of ε to average over.
         generator: random numbers for ε; the default generator if None.
-        draw: gives ε for one leaf of f(z), in place of standard normal numbers from ``generator``.
-        coupled: f mixes the samples; there is one number for all of them.
+        draw: returns ε for one leaf of f(z); by default ε is standard normal and comes from ``generator``.
+        coupled: f mixes the samples; the result is then one number for all of them.
     """
     if samples < 1:
         raise ValueError(f"jacobian_penalty(samples={samples}): at least one random vector is needed; try 1.")
@@ -85,12 +85,12 @@ def spectral_radius(
     Args:
         f: the map.
         z: the point, usually the equilibrium.
-        iterations: VJPs, at least three.
+        iterations: number of VJPs, at least three.
         generator: random numbers for the first vector; the default generator if None.
-        coupled: f mixes the samples; there is one number for all of them.
+        coupled: f mixes the samples; the result is then one number for all of them.
     """
     if iterations < 3:
-        raise ValueError(f"spectral_radius(iterations={iterations}): three VJPs at least are needed; try 60.")
+        raise ValueError(f"spectral_radius(iterations={iterations}): at least three VJPs are needed; try 60.")
     layout = Layout.of(z, coupled=coupled)
     point = as_map(f).linearise(z).for_products()
 
@@ -124,7 +124,7 @@ def _leading_modulus(
     companion = torch.stack(
         [torch.stack([a, b], -1), torch.tensor([1.0, 0.0], dtype=exact, device=v.device).expand(len(v), 2)], -2
     )
-    # eigvals refuses NaN, and ridge_solve has put zeros in its place.
+    # eigvals raises on NaN; ridge_solve has replaced it by zeros, and the last line restores it.
     found = torch.linalg.eigvals(companion).abs().amax(dim=1)
     return torch.where(aav.isfinite().all(dim=1) & av.isfinite().all(dim=1), found, torch.nan)
 
@@ -134,14 +134,14 @@ def error_estimate(
 ) -> Float[Tensor, " B"]:
     """‖z − z*‖ / ‖z‖ to first order: (I − J)⁻¹ (f(z) − z), by GMRES, relative to z, for each sample.
 
-    A residual says how far one step of f still moves z, and not how far away z* is: where the spectral radius is 0.999
+    A residual says how far one step of f still moves z, not how far z is from z*: where the spectral radius is 0.999,
     a residual of 1e-3 can hide an error of 50 %. Costs one evaluation of f and at most ``products`` products J·v.
 
     Args:
         f: the map.
-        z: the point, usually what a solve gave back.
-        products: J·v at most; the estimate is too small if they do not suffice.
-        coupled: f mixes the samples; there is one number for all of them.
+        z: the point, usually the result of a solve.
+        products: largest number of products J·v; if GMRES needs more, the estimate is too small.
+        coupled: f mixes the samples; the result is then one number for all of them.
 
     Returns:
         One number per sample: infinite where z is 0 and z* is not, NaN where f(z) or a product is not finite.
@@ -163,25 +163,25 @@ def error_estimate(
 
 @dataclasses.dataclass(frozen=True)
 class IndependenceCheck:
-    """Whether f treats the samples of a batch independently."""
+    """The result of ``check_independence``."""
 
     leak: Float[Tensor, " B"]
-    """Of each sample, the share of Jᵀu that falls on other samples than those in which u is not zero."""
+    """For each sample, the largest share of ‖Jᵀu‖ that falls on it although u is zero there."""
 
     @property
     def independent(self) -> bool:
-        """True if nothing but rounding falls on other samples; False also where a product is NaN."""
+        """True if every leak is at the level of rounding; False if a leak is larger or NaN."""
         return bool((self.leak <= 100 * torch.finfo(self.leak.dtype).eps).all())
 
 
 def check_independence(
     f: Map | Callable[[State], State], z: State, *, generator: torch.Generator | None = None
 ) -> IndependenceCheck:
-    """Whether every sample of f(z) depends on the same sample of z alone; if not, solve with ``coupled=True``.
+    """Test whether each sample of f(z) depends on the same sample of z alone; if not, solve with ``coupled=True``.
 
-    One half of the samples gets random cotangents, and the products with Jᵀ are looked at in the other half; the halves
-    are those of the binary digits of the samples' numbers, so that each pair is parted. Costs one evaluation of f and
-    about 2·log₂ B VJPs. It sees what depends on z continuously at this point.
+    Half of the samples get random cotangents u, and Jᵀu must vanish in the other half. The halves follow the binary
+    digits of the sample numbers, so that every two samples are in different halves at least once. Costs one evaluation
+    of f and about 2·log₂ B VJPs. A dependence whose derivative is zero at this point goes unnoticed.
 
     Args:
         f: the map.
@@ -206,12 +206,12 @@ def check_independence(
 
 @dataclasses.dataclass(frozen=True)
 class GradientCheck:
-    """How far a rule's gradient is from that of a long unroll."""
+    """The difference between the gradient of a rule and that of a long unroll."""
 
     relative_error: float
     """‖g_rule − g_unroll‖ / ‖g_unroll‖ over all tensors together."""
     each: tuple[float, ...]
-    """The same for each tensor."""
+    """The same error for each tensor by itself."""
     residual: float
     """Largest relative residual of the rule's forward solve."""
     unroll_residual: float
@@ -233,9 +233,9 @@ def check_gradient(
     """Compares the gradient of L = Σ w⊙z (w fixed, random) through ``gradient`` with that through a long plain unroll.
 
     Args:
-        f: the map; the unroll must converge, with damping below 1 if need be.
+        f: the map; the unroll must converge, if necessary with ``damping`` below 1.
         z0: the start.
-        tensors: what to differentiate by: parameters, inputs.
+        tensors: the parameters and inputs to differentiate with respect to.
         solver: for the forward solve of the rule.
         stop: for the forward solve of the rule.
         gradient: the rule to be checked.

@@ -1,4 +1,4 @@
-"""What all configurations of the catalogue share."""
+"""Properties that all configurations of the catalogue share."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Trellis(Transformer):
 
 
 def contraction(config):
-    """A strong input makes a fresh transformer one."""
+    """A strong input makes a fresh transformer a contraction."""
     cell = config.build().double()
     with torch.no_grad():
         for module in cell.modules():

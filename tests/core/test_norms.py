@@ -1,4 +1,4 @@
-"""How a stop measures: norms, leaves, and norms of a user."""
+"""The norms of a stop: built in, per leaf, and given by the user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def halving(z):
 
 
 def two_scales(z):
-    """A large leaf that is nearly done and a small one that has far to go."""
+    """A large leaf that is nearly converged and a small one that is far from it."""
     return {"large": 0.1 * z["large"] + 900, "small": 0.9 * z["small"] + 1e-4}
 
 
@@ -107,7 +107,7 @@ def test_wrong_norms_get_one_sentence(call, words):
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), NewtonKrylov()], ids=str)
 def test_norms_hold_for_the_adjoint_as_well(solver):
-    """A leaf whose cotangent is small converges late, and is waited for where each leaf is measured."""
+    """A leaf with a small cotangent converges late; a stop that measures each leaf waits for it."""
     x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
     seen = []
 
@@ -145,13 +145,13 @@ SCALES = [(torch.float32, 1e-30), (torch.float32, 1e30), (torch.float64, 1e-200)
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), NewtonKrylov()], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("width", [1, 3, 30])
 def test_states_whose_squares_no_dtype_holds_are_solved_like_others(dtype, scale, solver, width):
-    """They were called converged with an error of 100 %, or not finite."""
+    """They used to count as converged with an error of 100 %, or as not finite."""
     generator = torch.Generator().manual_seed(0)
     matrix, x = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((width, width), (4, width)))
     matrix = 0.5 * matrix / torch.linalg.matrix_norm(matrix, 2)
     x = scale * x
     found = solve(lambda z: z @ matrix + x, torch.zeros_like(x), solver, Stop(rtol=1e-5, max_evals=200))
-    if isinstance(solver, Broyden) and width > TINY and scale > 1:  # its inner products overflow, and that is told
+    if isinstance(solver, Broyden) and width > TINY and scale > 1:  # its inner products overflow, which is reported
         assert (found.status == Status.NONFINITE).all()
         return
     assert found.converged.all()

@@ -1,4 +1,4 @@
-"""A solve that continues without the samples that are done: cheaper, with the same results."""
+"""A solve that drops the samples that are done is cheaper and has the same results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from equilibria.core import progress
 
 
 def same_solution(a, b):
-    """All that is known of each sample."""
+    """All per-sample results."""
     for name in ("z", "fz", "residual", "trace"):
         assert_close(getattr(a, name), getattr(b, name), rtol=1e-6, atol=1e-10, equal_nan=True)
     for name in ("status", "steps"):
@@ -81,7 +81,7 @@ def test_the_results_are_those_of_the_whole_batch(solver, stop, broken):
     same_solution(selected, whole)
     assert selected.evals == whole.evals
     assert cost < sum(f.count) or stop.max_evals == 13
-    assert set(f.count) == {BATCH}  # of the second solve
+    assert set(f.count) == {BATCH}  # in the second solve
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
@@ -152,7 +152,7 @@ class Whole(AffineCell):
 
 
 class Divided(Whole):
-    """One whose samples can be left out."""
+    """A counting cell whose samples can be dropped."""
 
     def prepare(self, x):
         return Prepared(rows=self.inject(x))
@@ -166,7 +166,7 @@ class Divided(Whole):
 
 
 class Undroppable(Divided):
-    """One that says that it is not worth it."""
+    """A counting cell with ``droppable=False``."""
 
     def prepare(self, x):
         return dataclasses.replace(super().prepare(x), droppable=False)
@@ -201,7 +201,7 @@ def test_rules_that_read_the_history_get_that_of_all_samples(solver, gradient):
 
 def test_what_cannot_be_divided_is_refused_and_not_passed_through():
     class Opaque:
-        """Holds a tensor that nobody can find."""
+        """Holds a tensor that no tree function can find."""
 
     class Hiding(Divided):
         def prepare(self, x):

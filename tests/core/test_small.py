@@ -29,7 +29,7 @@ def kepler(samples: int, *, dtype=torch.float64, largest=0.5):
 @pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scalar_equations_take_the_evaluations_of_the_secant_method(solver, dtype):
-    """A window longer than the state only spoils the step: with six pairs Anderson needed 19 evaluations."""
+    """A window longer than the state makes the step worse: with six pairs Anderson needed 19 evaluations."""
     mean, e, exact = kepler(2000, dtype=dtype)
     with torch.no_grad():
         rough = solve(lambda z: mean + e * z.sin(), torch.zeros_like(mean), solver, Stop(max_evals=50))

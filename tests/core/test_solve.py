@@ -17,7 +17,7 @@ def halving(z):
 
 @dataclasses.dataclass(frozen=True)
 class Recorder(Solver):
-    """Plain iteration that writes down what it was given."""
+    """Plain iteration that records its arguments."""
 
     seen: list
 
@@ -77,7 +77,7 @@ def test_no_tolerance_means_fixed_depth():
     for _ in range(12):
         z = math.cos(z)
     assert solution.z.item() == pytest.approx(z, abs=1e-15)
-    # A start that is exactly fixed is iterated all the same: its gradient needs the steps.
+    # Even a start that is an exact fixed point is iterated, since its gradient needs the steps.
     assert solve(halving, torch.zeros(1, 1), Picard(), stop).steps.tolist() == [12]
 
 
@@ -152,7 +152,7 @@ def test_affine_maps_are_differentiated_by_their_linear_part():
 
 REFUSED = {
     "no batch axis": (torch.zeros(5), halving, ValueError, r"shape \(5,\).*z0\[None\]"),
-    "empty samples": (torch.zeros(2, 0), halving, ValueError, r"\(2, 0\), in which a sample has no number"),
+    "empty samples": (torch.zeros(2, 0), halving, ValueError, r"\(2, 0\), so that a sample is empty"),
     "integers": (torch.zeros(2, 5, dtype=torch.long), halving, TypeError, "int64.*float32"),
     "no tensor": ([0.0], halving, TypeError, r"z0\[0\] is float"),
     "f gives no tensor": (

@@ -1,4 +1,4 @@
-"""Maps that mix the samples of a batch: right with ``coupled=True``, and noticed without it."""
+"""Maps that mix the samples of a batch: right with ``coupled=True``, and detected without it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def graph(nodes: int = 10):
-    """A chain whose nodes are the batch axis; the map, its start and what it reads."""
+    """A chain whose nodes are the batch axis: the map, its start and the tensors that it reads."""
     adjacency = torch.diag(torch.ones(nodes - 1, dtype=torch.float64), 1)
     adjacency = adjacency + adjacency.mT
     adjacency = adjacency / adjacency.sum(dim=1, keepdim=True)
@@ -78,7 +78,7 @@ METHODS = {
 
 
 def of_labels(f, z0, tensors, method: Method, rows: slice):
-    """The gradients of a loss on some of the samples: their cotangents differ in size, most are 0."""
+    """The gradients of a loss on some of the samples, whose cotangents differ in size; most are 0."""
     z = method.run(as_map(f), z0).z
     return torch.autograd.grad((z[rows] * numbers(*z[rows].shape, seed=7)).sum(), tensors)
 
@@ -105,28 +105,28 @@ def test_coupling_that_is_not_said_is_noticed_in_the_backward_pass(which):
     f, z0, _ = MAPS[which]()
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
         z = fixed_point(f, z0, stop=TIGHT, gradient=Implicit(Anderson(), TIGHT)).z
-    with pytest.warns(ConvergenceWarning, match="adjoint solve.*say coupled=True"):
+    with pytest.warns(ConvergenceWarning, match="adjoint solve.*pass coupled=True"):
         (z[0] * numbers(z.shape[1], seed=7)).sum().backward()
     strict = Method(Anderson(), TIGHT, Implicit(Anderson(), TIGHT), on_failure="raise")
 
     def backward():
         strict.run(as_map(f), z0).z[0].square().sum().backward()
 
-    with pytest.raises(ConvergenceError, match="say coupled=True"):
+    with pytest.raises(ConvergenceError, match="pass coupled=True"):
         backward()
 
 
 def test_a_sample_that_was_frozen_too_early_is_noticed():
-    """The first sample starts at its own solution, and news from the others never arrives."""
+    """The first sample starts at its own solution, and changes of the other samples never reach it."""
     x = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64, requires_grad=True)
     mixing = torch.tensor([[0.2, 0.3, 0.3], [0.1, 0.2, 0.2], [0.3, 0.1, 0.1]], dtype=torch.float64)
 
     def f(z):
         return mixing @ z + x
 
-    with pytest.warns(ConvergenceWarning, match="changed in 2 of 3 samples.*say coupled=True"):
+    with pytest.warns(ConvergenceWarning, match="changed in 2 of 3 samples.*pass coupled=True"):
         fixed_point(f, torch.zeros(3, 1).double(), stop=TIGHT, gradient=Phantom())
-    with pytest.warns(ConvergenceWarning, match="say coupled=True"):
+    with pytest.warns(ConvergenceWarning, match="pass coupled=True"):
         wrong = fixed_point(f, torch.zeros(3, 1).double(), stop=TIGHT).z
     exact = torch.linalg.solve(torch.eye(3).double() - mixing, x)
     assert float((wrong - exact).detach().abs().max()) > 0.1
@@ -253,7 +253,7 @@ def test_a_nan_of_coupled_samples_is_the_status_of_all():
 
 
 class Chain(torch.nn.Module):
-    """Labels of a chain whose first node alone knows, with the nodes as the batch axis."""
+    """The label of a chain, which only its first node carries, with the nodes as the batch axis."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -308,5 +308,22 @@ def test_iterates_on_the_way_are_kept():
     torch.testing.assert_close(found.iterates[0], 1.5 * x)
     torch.testing.assert_close(found.iterates[1], (2 - 2**-4) * x)
     assert len(found.iterates) == 3
-    with pytest.raises(ValueError, match="rising"):
+    with pytest.raises(ValueError, match="increasing"):
         Method(keep=(5, 2))
+
+
+@pytest.mark.parametrize("how", ["backward", "inputs", "grad"])
+def test_samples_coupled_by_f_are_noticed_in_whatever_way_the_backward_pass_is_asked_for(how):
+    """``torch.autograd.grad`` goes to the named tensors only, where Jᵀu does not arrive by itself."""
+    torch.manual_seed(0)
+    mix, weight = torch.softmax(torch.randn(6, 6), 1), (0.3 * torch.randn(8, 8)).requires_grad_()
+    x, stop = torch.randn(6, 8), Stop(rtol=1e-2, max_evals=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        rule = Implicit(stop=stop)
+        z = fixed_point(lambda z: torch.tanh(mix @ z @ weight + x), torch.zeros(6, 8), stop=stop, gradient=rule).z
+    loss = z.square().sum()
+    ways = {"backward": lambda: loss.backward(), "inputs": lambda: loss.backward(inputs=[weight])}
+    ways["grad"] = lambda: torch.autograd.grad(loss, weight)
+    with pytest.warns(ConvergenceWarning, match=r"adjoint solve.*its value has changed"):
+        ways[how]()

@@ -1,4 +1,4 @@
-"""implicit(f): the derivatives of a fixed point for a procedure that somebody else wrote."""
+"""implicit(f): derivatives of a fixed point that an external procedure has found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RULE = Implicit(Anderson(), TIGHT)
 
 
 def babylon(z, a):
-    """Whose fixed point is the square root of a."""
+    """A map whose fixed point is the square root of a."""
     return (z + a / z) / 2 + 0.3 * (a - z * z)
 
 

@@ -1,4 +1,4 @@
-"""What single rules promise beyond the laws of the suite, and their equality in common limits."""
+"""Properties of single rules beyond the laws of the suite, and their equality in common limits."""
 
 import contextlib
 from typing import NamedTuple
@@ -118,7 +118,7 @@ def test_reversible_gradient_of_samples_that_stop_early():
 
 @pytest.mark.parametrize("rate", [0.9, 0.99, -0.9])
 def test_reversible_gradient_is_right_or_an_error(rate):
-    """Undoing amplifies by up to 1/(1 − β)² where J is near 1: the way back must arrive at the start."""
+    """Undoing amplifies by up to 1/(1 − β)² where J is near 1: the reverse pass must end at the start."""
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     verdicts = []
     for budget in (9, 15, 21, 33):
@@ -302,7 +302,7 @@ def test_a_frozen_map_keeps_no_graph_and_solves_no_adjoint():
     head(solution.z).sum().backward()
     assert head.weight.grad is not None
     assert solution.adjoint == []
-    # An input with gradient is enough.
+    # It is enough that an input requires a gradient.
     x = torch.ones(2, 3, requires_grad=True)
     fixed_point(lambda z: torch.tanh(layer(z) + x), torch.zeros(2, 3)).z.sum().backward()
     assert x.grad is not None
@@ -374,7 +374,7 @@ def test_operands_of_fixed_point_receive_gradients():
 
 @pytest.mark.parametrize("kind", [dict, tuple, list, Pair, "nested"])
 def test_every_kind_of_tree_is_a_state(kind):
-    """And comes back as the same kind, from the adjoint solve too; f may order the entries of a dict as it likes."""
+    """The adjoint solve returns the same kind of container, too; f may order the entries of a dict in any way."""
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
 
     def parts(z):

@@ -1,4 +1,4 @@
-"""Implicit at higher orders: every solver, real cells, memory, and what f may be."""
+"""Implicit at higher orders: every solver, real cells, memory, and every kind of f."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_loss_on_forces_equals_a_long_unroll(parts):
 
 
 def saved_bytes(steps):
-    """What autograd keeps for a second backward pass after solves of this many steps."""
+    """The bytes that autograd keeps for a second backward pass after solves of this many steps."""
     x, w = draw(2, 3).requires_grad_(), (0.3 * draw(3, 3, seed=1)).requires_grad_()
     stop = Stop(rtol=0, max_evals=steps, best=False)
     kept = []
@@ -110,7 +110,7 @@ def test_what_f_reads_is_released_before_the_adjoint_solve(parts):
     x, w = parts
 
     class Reads:
-        """What only another evaluation of f would need."""
+        """An object that only another evaluation of f would need."""
 
     alive, seen = Reads(), []
     watched = weakref.ref(alive)
@@ -135,7 +135,7 @@ def test_what_f_reads_is_released_before_the_adjoint_solve(parts):
 
 
 def test_second_derivatives_of_a_transformer_cell():
-    """Against differences of the first derivative, since plain iteration of this cell diverges."""
+    """Compared with differences of the first derivative, since plain iteration of this cell diverges."""
     torch.manual_seed(0)
     cell = TransformerCell(TransformerConfig(width=8, heads=2, inner=16)).double()
     stop = Stop(rtol=1e-11, max_evals=300)
@@ -243,7 +243,7 @@ def test_many_cotangents_with_a_graph_are_refused(parts):
     x, w = parts
     z = fixed_point(tanh, torch.zeros_like(x), x, w, **EXACT).z
     seeds = torch.eye(6, dtype=torch.float64).view(6, 2, 3)
-    with pytest.raises(RuntimeError, match="do not go together"):
+    with pytest.raises(RuntimeError, match="cannot be combined"):
         torch.autograd.grad(z, x, seeds, is_grads_batched=True, create_graph=True)
 
 

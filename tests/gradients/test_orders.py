@@ -1,4 +1,4 @@
-"""Derivatives of every kind through every rule: right to a stated tolerance, or refused in the project's words."""
+"""Derivatives of every kind through every rule: right to a stated tolerance, or refused with a message of our own."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ RULES = {
     },
 }
 TOLERANCE = {"Shine": 0.3, "ReversibleGradient": 1e-5}
-"""Relative error; 1e-9 elsewhere. 30 damped steps leave 1e-6. Of Shine, which gives a direction, 1 − cosine."""
+"""Relative error; 1e-9 for other rules. 30 damped steps leave 1e-6. For Shine, only a direction, 1 − cosine."""
 
 
 class Tensor:

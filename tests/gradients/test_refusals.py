@@ -1,4 +1,4 @@
-"""What a rule cannot differentiate it refuses, on every path."""
+"""A rule refuses every derivative that it cannot compute, on every path."""
 
 from __future__ import annotations
 

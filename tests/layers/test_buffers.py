@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_function_without_buffers(name):
     z = fixed_point(f, torch.zeros_like(x), stop=TIGHT, gradient=Implicit(stop=TIGHT), coupled=True).z
     expected = torch.autograd.grad(z[:2].square().sum(), parameters)
     for parameter, gradient in zip(parameters, expected, strict=True):
-        # Ten steps are what Reversible can undo here.
+        # Reversible can undo ten steps here.
         assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-5 if name == "Reversible" else 1e-8)
 
 
@@ -121,7 +121,7 @@ def test_a_second_derivative_reads_the_buffers_of_its_forward_pass_and_writes_no
 
 
 def test_spectral_norm_is_the_same_at_every_evaluation():
-    """Its power iteration took a step per evaluation, so that f changed during the solve."""
+    """Its power iteration used to take one step per evaluation, so that f changed during the solve."""
     torch.manual_seed(0)
     mixed = spectral_norm(nn.Linear(4, 4, bias=False).double())
     mixed.parametrizations.weight[0]._u.copy_(functional.normalize(torch.ones(4).double(), dim=0))

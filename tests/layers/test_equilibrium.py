@@ -36,7 +36,7 @@ def test_eval_stop_rules_in_eval_mode():
     layer = Equilibrium(cell(), Picard(), Stop(max_evals=3), Implicit(), eval_stop=TIGHT)
     x = torch.randn(1, 2, 6, dtype=torch.float64)
     with pytest.warns(ConvergenceWarning, match="0 of 1 samples converged"):
-        assert layer(x).solution.evals == 3 + 1  # the graph-carrying evaluation is counted
+        assert layer(x).solution.evals == 3 + 1  # the evaluation with graph is counted
     assert layer.eval()(x).solution.converged.all()
     assert "Picard" in repr(layer)
 

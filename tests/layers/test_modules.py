@@ -1,4 +1,4 @@
-"""Any module, any inputs and any state in a layer: what a user from another field does."""
+"""Any module, any inputs and any state in a layer, as users from other fields have them."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_stack_of_plain_modules():
 
 
 class Graph(Cell):
-    """A cell of a user: several inputs, a state of two tensors, an output that is no tensor."""
+    """A user's cell with several inputs, a state of two tensors, and an output that is not a tensor."""
 
     def __init__(self):
         super().__init__()
@@ -187,7 +187,7 @@ def test_samples_of_a_tree_leave_the_batch():
 
 
 class TestBlock(CellSuite):
-    """The suite takes a plain module through ``Equilibrium``'s own door."""
+    """The suite runs on a plain module, converted as ``Equilibrium`` converts it."""
 
     def make(self):
         return Equilibrium(Block()).cell.double()

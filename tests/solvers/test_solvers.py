@@ -1,4 +1,4 @@
-"""What single solvers promise beyond the laws of the suite."""
+"""Properties of single solvers beyond the laws of the suite."""
 
 import dataclasses
 

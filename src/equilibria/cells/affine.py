@@ -1,4 +1,4 @@
-"""The simplest cell, z ↦ A z + B x + b on the last axis: its equilibrium is known, which docs and tests use.
+"""The simplest cell, z ↦ A z + B x + b on the last axis, with a known equilibrium, for docs and tests.
 
 Letters: B batch, D width.
 """
@@ -33,7 +33,7 @@ class AffineConfig:
 
     @property
     def outputs(self) -> int:
-        """D, channels of what the layers after this one read: the whole state."""
+        """D, the number of channels that later layers read: the whole state."""
         return self.width
 
     def build(self) -> AffineCell:
@@ -42,7 +42,7 @@ class AffineConfig:
 
 
 class AffineCell(Cell):
-    """z ↦ A z + B x + b on the last axis, with the equilibrium (I − A)⁻¹(B x + b); positions do not meet."""
+    """z ↦ A z + B x + b on the last axis, with the equilibrium (I − A)⁻¹(B x + b); positions do not interact."""
 
     def __init__(self, config: AffineConfig) -> None:
         super().__init__()

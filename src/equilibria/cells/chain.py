@@ -45,12 +45,12 @@ class ChainConfig:
 
     @property
     def outputs(self) -> int:
-        """D, channels of what the layers after this one read: the whole state."""
+        """D, the number of channels that later layers read: the whole state."""
         return self.width
 
     @property
     def memory(self) -> int:
-        """M, positions that are remembered."""
+        """M, the number of positions that are remembered."""
         return self.cells[0].memory
 
     def build(self) -> ChainCell:
@@ -59,11 +59,11 @@ class ChainConfig:
 
 
 class ChainCell(SequenceCell):
-    """z ↦ f_L(… f_1(z; x) …; x): blocks with weights of their own, and the injection of the first for all of them.
+    """z ↦ f_L(… f_1(z; x) …; x): blocks with separate weights that share the injection of the first block.
 
-    The cell of the language model of TorchDEQ (Geng and Kolter 2023) is such a chain of three.
-    1. There every block reads the memory of the final state. Here each remembers its own input, so that two segments
-       joined by memory have the equilibrium of one.
+    The language model of TorchDEQ (Geng and Kolter 2023) has such a cell, a chain of three. Deviation: (1) there every
+    block reads the memory of the final state; here each remembers its own input, so that two segments joined by memory
+    have the equilibrium of one.
     """
 
     def __init__(self, config: ChainConfig) -> None:
@@ -85,7 +85,7 @@ class ChainCell(SequenceCell):
         warm: bool = False,
         part: BatchSlice | None = None,
     ) -> Prepared:
-        """What each block prepares, in tuples; the input is injected once."""
+        """The prepared values of each block, in tuples; the input is injected once."""
         injection = self._cells[0].injected(x)
         memories = (None,) * len(self.blocks) if memory is None else memory
         blocks = [
@@ -96,7 +96,7 @@ class ChainCell(SequenceCell):
         return Prepared(shared=shared, rows=rows, kept=kept, droppable=blocks[0].droppable)
 
     def start(self, prepared: Prepared) -> Float[Tensor, "B T D"]:
-        """That of the first block, which remembers its input: if warm, the last state."""
+        """The start of the first block; if warm the last state of the chain, which is that block's remembered input."""
         return self._cells[0].start(Prepared(kept=prepared.kept[0]))
 
     def forward(self, z: Float[Tensor, "B T D"], prepared: Prepared) -> Float[Tensor, "B T D"]:
@@ -106,7 +106,7 @@ class ChainCell(SequenceCell):
         return z
 
     def remember(self, z: Float[Tensor, "B T D"], prepared: Prepared) -> _Memory:
-        """What each block remembers of its own input, which takes one more evaluation of all blocks but the last."""
+        """The memory of each block, made from its own input: all blocks but the last are evaluated once more."""
         remembered = []
         parts = zip(prepared.shared, prepared.rows, prepared.kept, strict=True)
         with torch.no_grad():

@@ -25,6 +25,8 @@ Options = TypeVar("Options")
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 """A positional argument: the folder of a run."""
+Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]
+"""Positional arguments: the folders of runs."""
 
 
 def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: Options | None = None) -> Options:

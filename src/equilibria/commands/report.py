@@ -1,4 +1,4 @@
-"""`equilibria report RUN`: one HTML page and its pictures, from what a run has written down."""
+"""`equilibria report RUN …`: one HTML page and its pictures about a run, or one page that compares several."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 import tyro
 
-from equilibria.commands.arguments import Run, parse
+from equilibria.commands.arguments import Runs, parse
+from equilibria.errors import UsageError
 from equilibria.lm.report import formats, page, summary
+from equilibria.lm.report.comparison import compared
 from equilibria.lm.report.record import Record, read
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs.files import check_own, replace
@@ -19,7 +21,8 @@ from equilibria.lm.runs.files import check_own, replace
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """One page about a run: report/index.html, with the pictures inside it and beside it as PNG files.
+    """One page about a run: report/index.html, with the pictures inside it and beside it as PNG files. Several runs are
+    compared on one page, comparison.html beside the first of them.
 
     With --json, stdout gets one object: "run", "name", "state" (a sentence), "finished", "step", "total_steps",
     "summary" and "report" (the path of the page). The summary has "parameters", "corpus", "unit", "validation",
@@ -27,8 +30,10 @@ class Options:
     "tokens_per_second", named and in the units as in metrics.jsonl; what was not measured is null or empty.
     """
 
-    run: Run
-    """The folder that `equilibria train` has written, finished or not."""
+    runs: Runs
+    """The folders that `equilibria train` has written, finished or not."""
+    out: Path | None = None
+    """The page that compares several runs; None for comparison.html beside the first run."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object in the place of the sentences."""
 
@@ -36,7 +41,12 @@ class Options:
 def main(arguments: Sequence[str]) -> int:
     """Write the report and say where it is."""
     options = parse(Options, arguments, verb="report")
-    record = read(options.run)
+    records = [read(run) for run in options.runs]
+    if len(records) > 1:
+        return _compare(records, options)
+    if options.out is not None:
+        raise UsageError(f"--out {options.out}: the page about one run is in its folder; name several runs to compare.")
+    (record,) = records
     page_file = write(record)
     if options.json:
         print(formats.strict_json(_object(record, page_file)))
@@ -44,6 +54,33 @@ def main(arguments: Sequence[str]) -> int:
     print(summary.state(record))
     print(visible(f"report: {page_file}"))
     return 0
+
+
+def _compare(records: Sequence[Record], options: Options) -> int:
+    target = options.out or records[0].path.parent / "comparison.html"
+    _check_page(target)
+    from equilibria.lm.report import figures  # matplotlib takes a second to load
+
+    text = compared(records, figures.draw_together(records))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace(target, text.encode(errors="replace"))
+    if options.json:
+        found = [{"run": str(record.path), "name": record.name, "summary": summary.data(record)} for record in records]
+        print(formats.strict_json({"runs": found, "report": str(target)}))
+        return 0
+    for record in records:
+        print(visible(f"{record.path}: {summary.state(record)}"))
+    print(visible(f"report: {target}"))
+    return 0
+
+
+def _check_page(target: Path) -> None:
+    """Raise an error if another file than an older page would be replaced."""
+    check_own(target)
+    if target.is_dir() or (
+        target.is_file() and page.GENERATOR not in target.read_bytes()[:2000].decode(errors="replace")
+    ):
+        raise UsageError(f"{target} is there already and was not written by this command; name another one with --out.")
 
 
 def _object(record: Record, page_file: Path) -> dict[str, Any]:

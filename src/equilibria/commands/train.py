@@ -25,7 +25,7 @@ from equilibria.commands.arguments import parse
 from equilibria.commands.recipe import experiment_of
 from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
-from equilibria.lm.corpora import Corpus, TextFolder
+from equilibria.lm.corpora import Corpus
 from equilibria.lm.device import choose_device
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.explicit import explicit
@@ -242,12 +242,12 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
         raise UsageError(f"{said[0]} says more about --explicit LAYERS, which is not there; try --explicit 12.")
     if options.resume and options.overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it; give one of the two.")
-    options = _completed(options)
+    options = _named(_completed(options), recipe)
     path = options.out or folder(options.experiment.name, taken=options.resume or options.overwrite)
     goes_on = options.resume or (RESTARTS > 0 and not (path / NEW).is_dir())
     if goes_on and (path / "experiment.json").is_file():
         stored = Run.open(path).experiment(extra=kinds_in(default.experiment))
-        unnamed = options.data is None and isinstance(stored.corpus, TextFolder) and options.experiment.name == "text"
+        unnamed = options.data is None and recipe == "text"  # the name of the run is that of its text
         if stored.name != options.experiment.name and not unnamed:
             raise UsageError(f"{path} is a run of {stored.name!r}, not of {options.experiment.name!r}; check --out.")
         default = dataclasses.replace(default, experiment=stored)
@@ -261,13 +261,18 @@ def _completed(options: Options) -> Options:
     experiment = options.experiment
     if options.data is not None:
         experiment = with_data(experiment, options.data)
-        if experiment.name == "text":
-            experiment = dataclasses.replace(
-                experiment, name=re.sub(r"\W+", "-", options.data.stem).strip("-") or "text"
-            )
     if options.steps is not None:
         experiment = _of_length(experiment, options.steps)
     return dataclasses.replace(options, experiment=experiment)
+
+
+def _named(options: Options, recipe: str) -> Options:
+    """The options with an experiment that is called as its text, if it is of the recipe for any text."""
+    if recipe != "text" or options.data is None:
+        return options
+    stem = re.sub(r"\W+", "-", options.data.stem).strip("-") or "text"
+    name = stem + options.experiment.name.removeprefix("text")  # "-12-layers" of an explicit baseline stays
+    return dataclasses.replace(options, experiment=dataclasses.replace(options.experiment, name=name))
 
 
 def _of_length(experiment: Experiment, steps: int) -> Experiment:

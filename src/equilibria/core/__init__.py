@@ -1,1 +1,1 @@
-"""Fixed points: states, maps, the loop, and what a solver and a gradient rule must offer. Imports torch only."""
+"""Fixed points: states, maps, the loop, and the interfaces of solvers and gradient rules. Imports torch only."""

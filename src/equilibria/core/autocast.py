@@ -1,4 +1,4 @@
-"""The autocast state of a moment, to be entered again later."""
+"""Autocast: a snapshot of autocast's settings that can be entered again later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The samples of a batch on their way through a solve: stepped together, or block by block.
+"""The samples of a batch during a solve: stepped together, or block by block.
 
 Letters: B batch, R samples that are still evaluated, N flattened state.
 """
@@ -18,11 +18,11 @@ from equilibria.core.state import Layout
 from equilibria.core.stop import Stop
 
 BLOCK = 1 << 18
-"""Numbers per thread in a block of samples that are stepped together, so that what a step takes stays in the cache."""
+"""Numbers per thread in a block of samples: few enough that the tensors of a step stay in the cache."""
 
 
 def rows_per_block(z: Float[Tensor, "B N"], solver: Solver, evaluate: Evaluator) -> int:
-    """How many samples are stepped together: all, unless they are many small ones of a map that cannot be narrowed."""
+    """Number of samples stepped together: all, unless they are many and small and f cannot drop samples."""
     if not solver.by_row or z.shape[1] > SMALL or z.device.type != "cpu" or torch.is_grad_enabled():
         return len(z)
     block = BLOCK * torch.get_num_threads() // z.shape[1]
@@ -30,7 +30,7 @@ def rows_per_block(z: Float[Tensor, "B N"], solver: Solver, evaluate: Evaluator)
 
 
 SMALL = 16
-"""A sample of at most so many numbers is small: there a step takes more time in memory than in f."""
+"""A sample of at most this many numbers is small: a step then spends more time on memory traffic than on f."""
 
 
 class Whole:
@@ -55,12 +55,12 @@ class Whole:
         return self._progress.converged
 
     def update(self, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], *, last: bool) -> None:
-        """Record the pair (z, f(z)); ``last``: no step follows."""
+        """Record the pair (z, f(z)); ``last`` says that no step follows."""
         r = fz - z
         self._at = Iterate(z=z, fz=fz, r=r, active=self._progress.update(z, fz, r))
 
     def drop_converged(self) -> None:
-        """Take the samples that are done out of the batch, once enough are done and if f can be narrowed."""
+        """Drop the samples that are done from the batch, once enough of them are and if f supports it."""
         if self._progress.worth_compacting and self._evaluate.divisible:
             index, at = self._progress.still_active(), self._at
             if len(index) and at is not None:
@@ -77,7 +77,7 @@ class Whole:
         return self._progress.freeze(self._evaluate.rounded(proposal))
 
     def residuals(self, final: Float[Tensor, " B"]) -> tuple[tuple[Tensor, ...], ...]:
-        """The relative residuals after each evaluation; a sample that was left out repeats its ``final`` one."""
+        """The relative residuals after each evaluation; a dropped sample repeats its ``final`` one."""
         return tuple((row,) for row in self._progress.trace(final))
 
 
@@ -106,11 +106,11 @@ class Blocks:
                 block.update(z[rows], fz[rows], last=last)
             if self._next is not None:
                 self._next[rows] = block.step() if block.moving else z[rows]
-        # Samples that have converged are where they were, so that nothing has to be put together.
+        # Converged samples no longer move: if all have converged, the full z and f(z) are the result already.
         self._final = (z, fz) if all(block.converged for block in self._blocks) else None
 
     def drop_converged(self) -> None:
-        """Nothing: f does not allow it."""
+        """Do nothing: blocks are used only where f cannot drop samples."""
 
     def step(self) -> Float[Tensor, "B N"]:
         """The next iterate."""
@@ -126,7 +126,7 @@ class Blocks:
         return Outcome(**whole, **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
     def residuals(self, final: Float[Tensor, " B"]) -> tuple[tuple[Tensor, ...], ...]:
-        """The relative residuals after each evaluation, block by block; a block that is done repeats its last ones."""
+        """The relative residuals after each evaluation, block by block; a block that is done repeats its final ones."""
         ends = [final[rows] for rows in self._rows]
         parts = [block.residuals(end) for block, end in zip(self._blocks, ends, strict=True)]
         length = max(map(len, parts))

@@ -1,4 +1,4 @@
-"""The tensors that a closure reads: found in a graph, or watched while the closure runs."""
+"""The tensors that a closure reads: found in a graph, or recorded while the closure runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def leaves_below(values: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 class Constants(TorchFunctionMode):
-    """Finds the tensors with gradient that f reads: without graph, nothing that f itself makes requires one."""
+    """Records the tensors requiring a gradient that f reads. Without a graph, no result of f's own is among them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Constants(TorchFunctionMode):
         self._complete = False
 
     def of(self, f: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """f, watched during its first evaluation."""
+        """f with its first evaluation recorded."""
 
         def watched(z: Any) -> Any:
             if self._complete:
@@ -56,10 +56,10 @@ class Constants(TorchFunctionMode):
 
 
 class Unknown(TorchFunctionMode):
-    """Finds the tensors that f reads without having been given them, if a transform or a gradient concerns them.
+    """Records the tensors that f reads but was not given, if they require a gradient or belong to a transform.
 
     Args:
-        given: a tree of those that f is given; what is made while f runs is known as well.
+        given: the tree of tensors that f is given. Results of f's own operations count as given, too.
     """
 
     def __init__(self, *given: Any) -> None:
@@ -78,7 +78,7 @@ class Unknown(TorchFunctionMode):
 
 
 class Substitution(TorchFunctionMode):
-    """Gives f other tensors for its constants: leaves, so that their gradients are partial ones.
+    """Replaces the constants that f reads by detached leaves, so that their gradients are partial derivatives.
 
     Captured tensors may depend on each other (memory keys depend on weights). That graph was recorded once, outside f;
     it is backpropagated once, after the reverse pass.

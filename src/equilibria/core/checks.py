@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:
-    """Raise a TypeError unless ``value`` is a ``kind``; the usual mistake is the class where its instance is meant."""
+    """Raise a TypeError unless ``value`` is a ``kind``; the usual mistake is the class instead of an instance."""
     if not isinstance(value, kind):
         found = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}"
         raise TypeError(f"{name} is {found}; it must be a {kind.__name__}, for example {example}.")
@@ -21,7 +21,7 @@ def check_at_least(value: Any, **least: float) -> None:
 
 
 def check_choices(value: Any, choices: Mapping[str, Sequence[str]]) -> None:
-    """Raise a ValueError if a field of ``value`` is none of its choices."""
+    """Raise a ValueError if a field of ``value`` is not one of its choices."""
     for name, allowed in choices.items():
         if getattr(value, name) not in allowed:
             known = " or ".join(map(repr, allowed)) if len(allowed) == 2 else f"one of {', '.join(map(repr, allowed))}"

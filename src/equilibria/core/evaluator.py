@@ -17,10 +17,7 @@ from equilibria.core.trees import tensors_in
 
 
 class Evaluator:
-    """f on rows ``[B N]`` in float32 or wider; every call is counted.
-
-    ``remaining`` tells how many evaluations are left in the budget.
-    """
+    """f on rows ``[B N]`` in float32 or wider; every evaluation is counted against the budget."""
 
     def __init__(self, f: Map, layout: Layout, max_evals: int) -> None:
         self._f, self._layout = f, layout
@@ -35,7 +32,7 @@ class Evaluator:
         return self._max_evals - self.evals
 
     def forfeit(self, count: int) -> None:
-        """Take ``count`` unused evaluations out of the budget.
+        """Remove ``count`` unused evaluations from the budget.
 
         A solver whose steps differ in cost between samples charges the full cost of a step even if some samples needed
         less, so that no sample's budget depends on its batch.
@@ -44,21 +41,21 @@ class Evaluator:
 
     @property
     def divisible(self) -> bool:
-        """True if samples can be left out; not while autograd records, which would have to record that as well."""
+        """True if samples can be dropped; False while autograd records, since it would record the selection as well."""
         if torch.is_grad_enabled():
             return False
-        if self._divisible is None:  # asked with no index, so that a GPU need not tell how many samples there are
+        if self._divisible is None:  # an empty index is enough, and never waits for a GPU
             self._divisible = self._f.rows(torch.empty(0, dtype=torch.long, device=self._layout.device)) is not None
         return self._divisible
 
     def take(self, index: Int[Tensor, " R"]) -> None:
         """Continue with these samples alone."""
         narrowed = self._f.rows(index)
-        assert narrowed is not None  # ``divisible`` was asked before
+        assert narrowed is not None  # the caller has checked ``divisible``
         self._f, self._products = narrowed, {}
 
     def rounded(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        """The nearest value that the dtypes of the leaves can hold: the point at which f is really evaluated."""
+        """z rounded to the dtypes of the leaves: the point at which f is really evaluated."""
         return z if self._layout.exact else self._layout.pack(self._layout.unpack(z))
 
     def __call__(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
@@ -87,7 +84,7 @@ class Evaluator:
         Args:
             z: the point.
             v: the direction.
-            how: "forward" mode, "double" backward, finite "differences", or "auto" for the first that f allows.
+            how: "forward" mode, "double" backward, finite "differences", or "auto": the first that works for f.
         """
         self.evals += 1
         if how not in self._products:
@@ -121,7 +118,7 @@ class Evaluator:
 
     @property
     def computes_in(self) -> tuple[torch.dtype, ...]:
-        """The dtypes of the products inside f, as far as they are known."""
+        """The dtypes in which f computes its matrix products, as far as they are known."""
         if self.autocast.enabled:
             return (self.autocast.dtype,)
         return tuple(leaf.dtype for leaf in self._layout.leaves)

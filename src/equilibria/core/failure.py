@@ -1,7 +1,7 @@
-"""How a solve that fails is heard: a warning, an error, or nothing.
+"""Reports of failed solves: a warning, an error, or nothing.
 
-On a GPU the flag of a solve is read later, at the next solve, backward pass or exit, so that the device never waits for
-the host; ``on_failure="raise"`` waits.
+On a GPU the flags of a solve are read later, at the next solve, backward pass or exit, so that the host need not wait
+for the device. Only ``on_failure="raise"`` waits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from equilibria.core.transforms import is_batched
 from equilibria.errors import EquilibriaError
 
 OnFailure = Literal["warn", "raise", "ignore"]
-"""What happens when a solve does not converge."""
+"""The reaction to a solve that does not converge."""
 WAYS = ("warn", "raise", "ignore")
 
 
@@ -34,31 +34,31 @@ class ConvergenceWarning(UserWarning):
 
 
 class ConvergenceError(EquilibriaError, RuntimeError):
-    """What ``ConvergenceWarning`` says, raised as an error because ``on_failure="raise"`` asks for it."""
+    """The message of a ``ConvergenceWarning``, raised as an error because ``on_failure`` is "raise"."""
 
 
 def report(solution: Solution, stop: Stop, on_failure: OnFailure, *, of: str) -> None:
-    """Say that samples of ``solution`` did not converge, if some did not; inside vmap nothing can be asked of it.
+    """Report the samples of ``solution`` that did not converge; inside vmap, where no value can be read, do nothing.
 
     Args:
-        solution: of the solve.
-        stop: its tolerances; without any it was a network of fixed depth, which cannot fail.
+        solution: the result of the solve.
+        stop: the stop of the solve; without tolerance it was a network of fixed depth, which cannot fail.
         on_failure: warn, raise or ignore.
-        of: which solve, for the message.
+        of: the name of the solve, for the message.
     """
     if is_heard(stop, on_failure) and not is_batched():
         tell(~solution.converged, lambda: f"{of}: {solution}", on_failure)
 
 
 def is_heard(stop: Stop, on_failure: OnFailure) -> bool:
-    """True if a failure of a solve with this stop is told; without a tolerance a solve cannot fail."""
+    """True if a failed solve with this stop is reported; without a tolerance a solve cannot fail."""
     return stop.has_tolerance and on_failure != "ignore"
 
 
 def tell(flags: Bool[Tensor, " B"], message: Callable[[], str], on_failure: OnFailure) -> None:
-    """Warn or raise with ``message()`` if one of ``flags`` is set; late on a GPU, where only ``raise`` waits.
+    """Warn or raise with ``message()`` if one of ``flags`` is set; on a GPU a warning comes later, an error at once.
 
-    Ask ``is_heard`` first, which spares the work that the flags take.
+    Call ``is_heard`` first: if it is False, the flags need not be computed.
     """
     settle()
     if flags.is_cuda and on_failure == "warn":
@@ -71,7 +71,7 @@ def tell(flags: Bool[Tensor, " B"], message: Callable[[], str], on_failure: OnFa
 
 
 def settle(*, wait: bool = False) -> None:
-    """Give the warnings of earlier solves on a GPU whose flags have arrived."""
+    """Issue the warnings of earlier solves on a GPU whose flags have arrived; with ``wait``, of all earlier solves."""
     while _pending and (wait or _pending[0][1].query()):
         flag, event, message = _pending.popleft()
         event.synchronize()
@@ -93,13 +93,13 @@ def _speak(message: str, on_failure: OnFailure) -> None:
 
 
 _OWN = (*(str(Path(path).parent) for path in (torch.__file__, jaxtyping.__file__)), str(Path(__file__).parents[1]), "<")
-"""Files that are not the user's: the warning names the first line outside them."""
+"""Prefixes of files that are not the user's: a warning names the first line outside them."""
 
 
 COUPLED = (
     "Either f mixes the samples of the batch (attention over the batch, batch norm in training, a graph whose nodes "
-    "are the batch axis): say coupled=True. Or f does not give the same bits twice (dropout inside it): draw the masks "
-    "before the solve."
+    "are the batch axis): pass coupled=True. Or f does not give the same bits twice (dropout inside it): draw "
+    "its masks before the solve."
 )
 RANDOM = "f does not give the same bits twice (dropout inside it?): draw what is random before the solve."
 
@@ -107,17 +107,17 @@ RANDOM = "f does not give the same bits twice (dropout inside it?): draw what is
 def check_repeats(
     change: Float[Tensor, " B"], stop: Stop, on_failure: OnFailure, *, eps: float, coupled: bool, of: str
 ) -> None:
-    """Say that f, evaluated once more at the end of a solve, has another value there than it had in the solve.
+    """Report an f whose value has changed when it is evaluated once more at the end of a solve.
 
-    This is nearly free, and notices an f that mixes samples without saying so, or that draws random numbers.
+    The check is nearly free. It detects an f that mixes samples without ``coupled=True``, or that draws random numbers.
 
     Args:
-        change: of the value, relative to its norm; NaN for samples that are not finite anyway.
-        stop: the tolerances of the solve; a tenth of them is allowed.
+        change: the change of the value, relative to its norm; NaN for samples that are not finite anyway.
+        stop: the stop of the solve; a change of rtol/10 is allowed.
         on_failure: warn, raise or ignore.
-        eps: rounding of f; 30 of it are allowed.
-        coupled: the samples are said to be one problem.
-        of: which solve, for the message.
+        eps: the rounding unit of f; a change of 30·eps is allowed on top.
+        coupled: True if the samples are solved as one problem.
+        of: the name of the solve, for the message.
     """
     differs = change > 0.1 * stop.rtol + 30 * eps
 

@@ -1,4 +1,4 @@
-"""GradientRule: owns the solve, and decides how the gradient gets through it."""
+"""GradientRule: runs the solve, and decides how the gradient gets through it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from equilibria.core.trees import map_tensors, tensors_in
 
 @runtime_checkable
 class ForwardSolve(Protocol):
-    """What a rule reads of a ``Method``: how the forward solve is done, and what to do when one fails."""
+    """The fields of a ``Method`` that a rule reads: settings of the forward solve, and the reaction to a failure."""
 
     @property
     def solver(self) -> Solver:
@@ -35,29 +35,29 @@ class ForwardSolve(Protocol):
 
     @property
     def coupled(self) -> bool:
-        """True if f mixes the samples: then the whole state is one problem."""
+        """True if f mixes the samples, so that the whole state is one problem."""
         ...
 
     @property
     def on_failure(self) -> OnFailure:
-        """What happens when a solve, forward or backward, does not converge."""
+        """The reaction to a forward or backward solve that does not converge."""
         ...
 
     @property
     def keep(self) -> tuple[int, ...]:
-        """The solve keeps its state after each of these numbers of steps, in ``Solution.iterates``."""
+        """Numbers of steps after which the solve stores its state in ``Solution.iterates``."""
         ...
 
 
 class GradientRule(ABC):
-    """Owns the solve and decides how the gradient gets through it. Subclasses are frozen dataclasses."""
+    """Runs the solve and decides how the gradient gets through it. Subclasses are frozen dataclasses."""
 
     @abstractmethod
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution of z = f(z) from z0; its ``z`` carries the gradient."""
 
     def with_budget(self, factor: int) -> GradientRule:
-        """The rule with ``factor`` times its own budget of VJPs; here the rule itself, which has none."""
+        """The rule with ``factor`` times its own budget of VJPs; by default the rule itself, which has no budget."""
         return self
 
 
@@ -76,11 +76,11 @@ def solve_without_graph(
     Args:
         f: the map.
         z0: the start.
-        method: how to solve.
-        solver: in place of the method's.
-        stop: in place of the method's.
-        keep_history: evaluate all samples to the end and keep the solver's history of them.
-        forward_mode: the rule has its own way for the tangents that f reads; otherwise they are refused.
+        method: settings of the solve.
+        solver: replaces the method's solver.
+        stop: replaces the method's stop.
+        keep_history: keep all samples in the batch to the end, and return the solver's history of them.
+        forward_mode: True if the rule handles tangents that f reads; otherwise they raise a RuntimeError.
     """
     _check_no_transform()
     if not forward_mode:
@@ -95,9 +95,9 @@ def solve_without_graph(
             keep=method.keep,
             drop_converged=not keep_history,
         )
-    if not keep_history:  # many states; the backward pass needs the room
+    if not keep_history:  # it holds many states, and the backward pass needs the memory
         solution = dataclasses.replace(solution, history=None)
-    # Autocast caches weights that were cast without a graph; the graph-carrying evaluation must not meet them.
+    # Autocast caches weights that were cast without a graph; the evaluation with graph must not reuse them.
     torch.clear_autocast_cache()
     return solution
 
@@ -109,13 +109,13 @@ _UNSUPPORTED = (
 
 
 def _check_no_transform() -> None:
-    """Raise a RuntimeError inside torch.func.grad, vjp, jvp, vmap and what is made of them."""
+    """Raise a RuntimeError inside torch.func.grad, vjp, jvp, vmap and their compositions."""
     if is_transformed():
         raise RuntimeError(_UNSUPPORTED)
 
 
 def _check_no_tangent(f: Map, z0: State) -> None:
-    """Raise a RuntimeError if f reads a dual tensor of ``torch.autograd.forward_ad``; it costs one evaluation then."""
+    """Raise a RuntimeError if f reads a dual tensor; inside a ``dual_level`` the check costs one evaluation of f."""
     if not is_forward_mode():
         return
     with torch.no_grad():

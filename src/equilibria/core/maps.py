@@ -1,4 +1,4 @@
-"""Maps: what solvers, gradient rules and stability measures may ask of f.
+"""Map: the interface through which solvers, gradient rules and stability measures use f.
 
 Letters: B batch, R chosen samples. State ``z``, map ``f``, Jacobian ``J``, cotangent ``u``.
 """
@@ -24,68 +24,68 @@ from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 
 
 class Map(ABC):
-    """f: State -> State. Only the call must be written; every other method has a default that is right for any f."""
+    """f: State -> State. Only ``__call__`` must be written; the default of every other method suits any f."""
 
     @abstractmethod
     def __call__(self, z: State) -> State:
         """f(z)."""
 
     def jvp(self, z: State, v: State) -> State:
-        """J(z)·v, here by ``torch.func.jvp``."""
+        """J(z)·v, by default with ``torch.func.jvp``."""
         return torch.func.jvp(self.__call__, (z,), (v,))[1]
 
     def linearise(self, z: State, *, create_graph: bool = False) -> Linearised:
-        """f(z) with graph, and products with Jᵀ there: one evaluation of f.
+        """f(z) with graph, and VJPs at z: one evaluation of f.
 
         Args:
-            z: the point; it is a constant of the result.
-            create_graph: the products shall be differentiable themselves.
+            z: the point, which the result treats as a constant.
+            create_graph: make the VJPs differentiable themselves.
         """
         return linearised(self, z, create_graph=create_graph)
 
     def eager(self) -> Map:
-        """The map without compilation, which alone shows what it reads and can be differentiated twice."""
+        """The map without compilation: compiled code hides the tensors that it reads and has no second derivative."""
         return self
 
     def reads(self) -> tuple[Tensor, ...]:
-        """The tensors that f depends on and can be given in another form, for ``torch.func``; here none are known."""
+        """The tensors that f reads and that ``given`` can replace, for ``torch.func``; by default none."""
         return ()
 
     def given(self, tensors: Sequence[Tensor]) -> Map:
-        """The map that reads these tensors in the place of ``reads()``."""
+        """The map with these tensors instead of ``reads()``."""
         return self
 
     def pinned(self) -> Map:
-        """The map of what it reads now, whatever is put into its place until a backward pass asks for it again."""
+        """The map bound to the tensors that it reads now, so that a later backward pass evaluates the same f."""
         return self
 
     def rows(self, index: Int[Tensor, " R"]) -> Map | None:
-        """The map of these samples alone, in this order; here None, which says that there is no such map.
+        """The map of these samples alone, in this order, or None (the default) if f cannot drop samples.
 
-        A solver uses it to leave converged samples out. Whether it is None may not depend on ``index``, which can be
-        empty.
+        The loop uses it to drop converged samples. ``index`` may be empty, and must not decide whether the result is
+        None.
         """
         return None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linearised:
-    """f at one point: its value, with the graph to everything that f reads, and vector–Jacobian products (VJPs)."""
+    """f at one point: its value, with a graph to all tensors that f reads, and vector–Jacobian products (VJPs)."""
 
     value: State
-    """f(z), every leaf in the dtype of z's leaf."""
+    """f(z), each leaf in the dtype of the same leaf of z."""
     start: tuple[GradientEdge, ...]
-    """Where the leaves of z enter the graph, which keeps z itself only if f needs it again."""
+    """The edges at which the leaves of z enter the graph; unlike z itself, they hold no values in memory."""
     anchor: Tensor
-    """The one leaf of the graph that is not an input of f."""
+    """An extra leaf of the graph, so that f(z) has a graph even if no tensor that f reads requires a gradient."""
     autocast: Autocast
     create_graph: bool = False
     compiled: bool = False
-    """True if f was compiled: its backward pass must not overwrite the tensors that it saved for the next VJP."""
+    """True if f was compiled: its backward pass must then preserve its saved tensors for the next VJP."""
     arrival: Arrival = dataclasses.field(default_factory=lambda: Arrival())
-    """What is done with the cotangent of z at the end of a backward pass."""
+    """Receives the cotangent of z at the end of a backward pass."""
     again: Callable[[], Linearised] | None = None
-    """Evaluates f once more for VJPs alone, where that makes them cheaper."""
+    """Evaluates f once more for cheaper VJPs; None where that would not help."""
 
     @property
     def constant(self) -> bool:
@@ -102,7 +102,7 @@ class Linearised:
         reached = [(fz, c.to(fz.dtype)) for fz, c in zip(values, cotangents, strict=True) if fz.requires_grad]
         if not reached:
             return map_tensors(torch.zeros_like, u)
-        with self.autocast.on(), _kept_whole() if self.compiled else contextlib.nullcontext():
+        with self.autocast.on(), _without_donated_buffers() if self.compiled else contextlib.nullcontext():
             products = torch.autograd.grad(
                 [fz for fz, _ in reached],
                 self.start,
@@ -124,14 +124,14 @@ def linearised(f: Callable[[State], State], z: State, *, create_graph: bool = Fa
 
 
 def linearised_through(f: Callable[[State], State], z: State, autocast: Autocast) -> Linearised:
-    """f(z) with graph, as ``linearised`` gives it, but z keeps its own graph and its tangent, and Jᵀu depends on z."""
+    """Like ``linearised``, but z keeps its graph and its tangent, so that Jᵀu can be differentiated by z."""
     return _linearised(f, z, Arrival(passed_on=True), autocast, create_graph=True)
 
 
 def _linearised(
     f: Callable[[State], State], z: State, arrival: Arrival, autocast: Autocast, *, create_graph: bool
 ) -> Linearised:
-    layout = Layout.of(z, coupled=True)  # the structure alone is needed, and any leaf has one
+    layout = Layout.of(z, coupled=True)  # only the structure is needed, and coupled=True accepts leaves of any shape
     with torch.enable_grad(), autocast.on():
         anchor = torch.zeros((), device=layout.device, requires_grad=True)
         leaves = _Begin.apply(arrival, anchor, *tensors_in(z))
@@ -148,12 +148,12 @@ def _linearised(
 
 
 def linearised_for_products(f: Callable[[State], State], z: State, autocast: Autocast) -> Linearised:
-    """The linearisation of a compiled f of which only z requires a gradient."""
-    with autocast.on(), _kept_whole():
+    """The linearisation of a compiled f in which only z requires a gradient, so that a VJP computes nothing else."""
+    with autocast.on(), _without_donated_buffers():
         return dataclasses.replace(linearised(f, z), compiled=True)
 
 
-def _kept_whole() -> contextlib.AbstractContextManager[Any]:
+def _without_donated_buffers() -> contextlib.AbstractContextManager[Any]:
     """Disable donated buffers: a compiled backward runs once per VJP and must not overwrite its saved tensors.
 
     The setting is read when f is compiled and at each backward pass, in the thread where that runs.
@@ -162,20 +162,20 @@ def _kept_whole() -> contextlib.AbstractContextManager[Any]:
 
 
 class Arrival:
-    """Where the cotangents of z's leaves arrive when a backward pass goes through the whole graph of f(z).
+    """Receives the cotangents of z's leaves when a backward pass has gone through the whole graph of f(z).
 
     Args:
-        passed_on: z has a graph of its own, and they go on to it.
+        passed_on: True to pass the cotangents on to the graph of z, if z has one.
     """
 
     def __init__(self, *, passed_on: bool = False) -> None:
         self.awaited: Callable[[tuple[Tensor | None, ...]], None] | None = None
-        """Called once with Jᵀu, leaf by leaf, where u is what f(z) received; then forgotten. None stands for zeros."""
+        """A callback for one call: it gets Jᵀu leaf by leaf, None for zeros, where u is the cotangent of f(z)."""
         self.passed_on = passed_on
 
     def arrived(self, cotangents: tuple[Tensor | None, ...]) -> None:
-        """Hand the cotangents on to whoever waits for them."""
-        if all(cotangent is None for cotangent in cotangents):  # a backward pass on its way to other tensors
+        """Call ``awaited`` with the cotangents, and forget it."""
+        if all(cotangent is None for cotangent in cotangents):  # this pass computes the gradients of other tensors
             return
         awaited, self.awaited = self.awaited, None
         if awaited is not None:
@@ -183,7 +183,7 @@ class Arrival:
 
 
 class _Begin(torch.autograd.Function):
-    """The leaves of z, as the place where the graph of f(z) begins: a backward pass tells ``Arrival`` and ends here."""
+    """Identity on the leaves of z, where the graph of f(z) begins; its backward notifies ``Arrival``."""
 
     @staticmethod
     def forward(ctx: Any, arrival: Arrival, anchor: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -203,7 +203,7 @@ class _Begin(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class FunctionMap(Map):
-    """Any callable as a map."""
+    """A map made of any callable."""
 
     function: Callable[..., State]
     operands: tuple[Any, ...] = ()
@@ -227,7 +227,7 @@ class FunctionMap(Map):
 
 
 def as_map(f: Callable[[State], State]) -> Map:
-    """``f`` as a ``Map``: itself if it is one, else a ``FunctionMap``; the one door for plain callables.
+    """``f`` as a ``Map``: itself if it is one, else a ``FunctionMap``. Every plain callable becomes a map here.
 
     Raises:
         TypeError: f cannot be called.

@@ -1,4 +1,4 @@
-"""Norms of rows whose squares may be too small or too large for their dtype.
+"""Norms of rows that are accurate even where squares under- or overflow.
 
 Letters: B batch, N flattened state.
 """
@@ -13,15 +13,15 @@ from torch import Tensor
 
 
 def row_norm(x: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
-    """Euclidean norm of each row; of a state of 1e-30 in float32 as well, whose squares would be 0."""
-    if x.is_cuda and x.dtype == torch.float32:  # without asking the device how large the numbers are
+    """Euclidean norm of each row, accurate even where squares under- or overflow (1e-30 in float32)."""
+    if x.is_cuda and x.dtype == torch.float32:  # float64 needs no look at the numbers, which would wait for the device
         return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype)
     norm = torch.linalg.vector_norm(x, dim=1)
     if x.shape[1] == 1 or x.device.type != "cpu" or not len(x):
         return norm
     small = _SMALL[x.dtype]
     least, most = (float(bound) for bound in norm.detach().aminmax())
-    if least > small and most < math.inf:  # not so if one is NaN
+    if least > small and most < math.inf:  # False if a number is NaN
         return norm
     largest = x.detach().abs().amax(dim=1, keepdim=True)
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
@@ -32,4 +32,4 @@ def row_norm(x: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
 _SMALL = {
     dtype: math.sqrt(torch.finfo(dtype).tiny / torch.finfo(dtype).eps) for dtype in (torch.float32, torch.float64)
 }
-"""Below this the squares lose digits."""
+"""A computed norm below this may come from squares that have lost digits."""

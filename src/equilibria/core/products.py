@@ -1,4 +1,4 @@
-"""Products J(z)·v: by forward mode, by double backward, or by finite differences.
+"""Jacobian–vector products J(z)·v: by forward mode, by double backward, or by finite differences.
 
 Letters: B batch, N flattened state. Map ``f``, Jacobian ``J`` at ``z``.
 """
@@ -13,18 +13,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 JVP = Literal["auto", "forward", "double", "differences"]
-"""How J·v is computed; "auto" takes the first way that f allows, in this order."""
+"""How J·v is computed; "auto" takes the first way, in this order, that works for f."""
 WAYS = ("auto", "forward", "double", "differences")
 
 _Rows = Float[Tensor, "B N"]
 
 
 class Products:
-    """J(z)·v at one point after the other, on rows.
+    """J(z)·v on rows, at one point after the other; successive v at one point share the work that only z needs.
 
     Args:
         f: the map.
-        forward: J(z)·v by forward mode, which f may not allow.
+        forward: J(z)·v by forward mode; raises an error if an operation of f has none.
         how: the way; "auto" remembers the first one that works.
     """
 
@@ -50,7 +50,7 @@ class Products:
                 del self._ways[0]
 
     def _double(self, z: _Rows, v: _Rows) -> _Rows:
-        """J·v as the derivative of u ↦ Jᵀu, which is linear: no operation of f needs a forward-mode derivative."""
+        """J·v as the derivative of the linear u ↦ Jᵀu: no operation of f needs a forward-mode derivative."""
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             if self._pullback is None:

@@ -1,7 +1,7 @@
-"""What the loop knows of each sample: whether it is done, and the iterate that will be returned.
+"""The progress of each sample in a solve: its status so far, and the iterate that will be returned.
 
-On a GPU the loop learns one iteration late that all samples are done, and evaluates f once more for nothing; done
-samples stay where they are, so the results are the same, and the device never waits for the host.
+On a GPU the loop learns one iteration late that all samples are done, and evaluates f once too often. In return it
+never waits for the current step. The results are the same, since samples that are done do not move.
 
 Letters: B batch, R samples that are still evaluated, L leaves of the state, N flattened state, K evaluations of f.
 """
@@ -23,7 +23,7 @@ from equilibria.core.trees import take_rows
 WORTH = 0.75
 """The batch is compacted when at most this fraction of it is still active."""
 ROUNDING = 10
-"""A sample has converged, too, when its residual is at most this many eps times its first residual."""
+"""A sample has also converged when its residual is at most this many eps times its first residual."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,23 +42,23 @@ class Progress:
 
     def __init__(self, z: Float[Tensor, "B N"], stop: Stop, layout: Layout) -> None:
         self._stop, self._layout = stop, layout
-        self._z, self._fz = z, z.new_tensor(math.nan).expand_as(z)  # until f(z) is finite somewhere, f(z) is NaN
+        self._z, self._fz = z, z.new_tensor(math.nan).expand_as(z)  # f(z) stays NaN until it is finite once
         self._residual = torch.full((len(z),), math.inf, dtype=z.dtype, device=z.device)
         counter = torch.int16 if stop.max_evals < 1 << 15 else torch.int64
         self._steps = torch.zeros(len(z), dtype=counter, device=z.device)
         self._steps_of_all = 0
         self._active = torch.ones(len(z), dtype=torch.bool, device=z.device)
         self._broken = torch.zeros(len(z), dtype=torch.bool, device=z.device)
-        """Samples that are not finite."""
+        """True for samples that are not finite any more."""
         self.moving, self._count = len(z) > 0, len(z)
         self._floor: Tensor | None = None
         self._highest_floor = math.inf
         self._samples, self._flags = torch.arange(len(z), device=z.device), _Flags(late=z.is_cuda)
         self._trace: list[tuple[Tensor, Tensor]] = []
-        self._left_out: list[tuple[Tensor, Outcome]] = []
+        self._dropped: list[tuple[Tensor, Outcome]] = []
 
     def update(self, z: Float[Tensor, "R N"], fz: Float[Tensor, "R N"], r: Float[Tensor, "R N"]) -> Bool[Tensor, " R"]:
-        """Record the new pair (z, f(z)), with r = f(z) − z; returns which samples are still active."""
+        """Record the new pair (z, f(z)), with r = f(z) − z; returns True for samples that are still active."""
         residual, size = (self._stop.norms(x.detach(), self._layout) for x in (r, fz))
         ratio = residual / size  # NaN where something is not finite, and where both are 0
         met = _all(self._met(residual, size, ratio))
@@ -72,7 +72,7 @@ class Progress:
         return self._active
 
     def _met(self, residual: Tensor, size: Tensor, ratio: Tensor) -> Bool[Tensor, "R ..."]:
-        """Which ‖r‖ count as converged, leaf by leaf; NaN does not."""
+        """True where ‖r‖ counts as converged, leaf by leaf; NaN never does."""
         stop = self._stop
         if self._floor is None:
             self._floor = ROUNDING * torch.finfo(residual.dtype).eps * residual
@@ -90,16 +90,16 @@ class Progress:
         return self._count == len(self._samples)
 
     def _only_better(self, z: Tensor, fz: Tensor, ratio: Tensor, met: Tensor) -> bool:
-        """True if every sample has improved and none is done, as in most steps: then little has to be noted."""
+        """If every sample has improved and none is done, as in most steps, store the pair and return True."""
         better = ratio < self._residual if self._stop.best else torch.isfinite(ratio)
-        # NaN is neither better nor open, whatever the other leaves are: it is the largest of them.
+        # A NaN in one leaf makes the ratio NaN, which is neither smaller than the last one nor finite.
         if _any(~better | met):
             return False
         self._note(z, fz, ratio, ratio)
         return True
 
     def _advance(self, z: Tensor, fz: Tensor, ratio: Tensor, met: Tensor) -> None:
-        """Record a pair that is finite in all samples. A sample that is done keeps the residual with which it was."""
+        """Record a pair that is finite in all samples. A sample that was done before keeps its residual."""
         active, stop = self._active, self._stop
         improved = active & ((ratio < self._residual) | met) if stop.best else active
         self._active = active & ~met
@@ -113,12 +113,12 @@ class Progress:
             self._note(chosen(improved[:, None], z, self._z), chosen(improved[:, None], fz, self._fz), residual, shown)
 
     def _note(self, z: Tensor, fz: Tensor, residual: Tensor, shown: Tensor) -> None:
-        """Take a pair as the best one of each sample; while every sample improves, it is kept without a copy."""
+        """Store a pair as the best one of every sample, and ``shown`` in the trace."""
         self._z, self._fz, self._residual = z, fz, residual
         self._trace.append((self._samples, shown))
 
     def _record(self, z: Tensor, fz: Tensor, residual: Tensor, size: Tensor, met: Tensor) -> None:
-        """Record a pair of which nothing is known, without asking the device for anything but two numbers."""
+        """Record any pair, finite or not; at most two numbers are read back from the device."""
         active, stop = self._active, self._stop
         ratio = relative(residual, size)
         finite = _all(torch.isfinite(residual) & torch.isfinite(size))
@@ -134,7 +134,7 @@ class Progress:
         self.moving = self._count > 0
         if any_stale:
             rows = improved[:, None]
-            self._z = torch.where(rows, z, self._z)  # one after the other, so that the old one is released
+            self._z = torch.where(rows, z, self._z)  # releases the old z before the new f(z) is made
             self._fz = torch.where(rows, fz, self._fz)
         else:
             self._z, self._fz = z, fz
@@ -149,12 +149,12 @@ class Progress:
 
     @property
     def converged(self) -> bool:
-        """True if every sample has converged; known at once on a CPU alone."""
+        """True if every sample has converged; up to date only on a CPU."""
         return not self.moving and not _any(self._broken)
 
     @property
     def worth_compacting(self) -> bool:
-        """True if enough samples are done for the others to continue without them."""
+        """True if enough samples are done to drop them from the batch."""
         return self._count <= WORTH * len(self._samples)
 
     def still_active(self) -> Int[Tensor, " R"]:
@@ -162,10 +162,10 @@ class Progress:
         return self._active.nonzero()[:, 0]
 
     def take(self, index: Int[Tensor, " R"]) -> Bool[Tensor, " R"]:
-        """Continue with these samples, which are all active; what is known of the others is kept."""
+        """Continue with these samples, all of them active; the outcomes of the others are stored."""
         done = (~self._active).nonzero()[:, 0]
         current = self._current()
-        self._left_out.append((self._samples[done], take_rows(current, done)))
+        self._dropped.append((self._samples[done], take_rows(current, done)))
         kept = take_rows(current, index)
         self._z, self._fz, self._residual = kept.z, kept.fz, kept.residual
         self._steps, self._steps_of_all, self._broken = kept.steps.to(self._steps.dtype), 0, self._broken[index]
@@ -176,16 +176,16 @@ class Progress:
 
     def outcome(self) -> Outcome:
         """The outcome of all samples, in their order."""
-        if not self._left_out:
+        if not self._dropped:
             return self._current()
-        places, parts = zip(*self._left_out, (self._samples, self._current()), strict=True)
+        places, parts = zip(*self._dropped, (self._samples, self._current()), strict=True)
         order = torch.cat(places).argsort()
         names = [field.name for field in dataclasses.fields(Outcome)]
         return Outcome(**{name: torch.cat([getattr(part, name) for part in parts])[order] for name in names})
 
     def trace(self, residual: Float[Tensor, " B"]) -> tuple[Float[Tensor, " B"], ...]:
-        """The relative residuals after each step; a sample that was left out repeats its last one, ``residual``."""
-        if not self._left_out:
+        """The relative residuals after each evaluation; a dropped sample repeats its last one, ``residual``."""
+        if not self._dropped:
             return tuple(relative for _, relative in self._trace)
         return tuple(residual.index_copy(0, samples, relative) for samples, relative in self._trace)
 
@@ -207,8 +207,8 @@ def relative(norm: Tensor, size: Tensor) -> Float[Tensor, " R"]:
 def chosen(mask: Bool[Tensor, "R 1"], x: Float[Tensor, "R N"], y: Float[Tensor, "R N"]) -> Float[Tensor, "R N"]:
     """x where the mask is true, else y."""
     if x.shape[1] == 1 and x.device.type == "cpu" and not (x.requires_grad or y.requires_grad):
-        # A mask without pattern makes ``where`` mispredict every second number; this is five times as fast. Weights 0
-        # and 1 give x and y themselves, unless something is not finite or overflows, which the sum shows.
+        # On a random mask ``where`` mispredicts every second branch; ``lerp`` is five times as fast. With weights 0 and
+        # 1 it returns y and x exactly, unless a number is not finite or overflows, and the sum reveals that.
         mixed = torch.lerp(y, x, mask.view(torch.uint8).to(x.dtype))
         if _is_finite(mixed):
             return mixed
@@ -216,12 +216,12 @@ def chosen(mask: Bool[Tensor, "R 1"], x: Float[Tensor, "R N"], y: Float[Tensor, 
 
 
 def _status(active: Tensor, broken: Tensor) -> Int[Tensor, " R"]:
-    """Who is not active any more has converged or is broken."""
+    """One ``Status`` per sample: an active one has spent the budget, a broken one is not finite, others converged."""
     return int(Status.BUDGET_SPENT) * active.long() + int(Status.NONFINITE) * broken.long()
 
 
 def _largest(x: Tensor) -> Float[Tensor, " R"]:
-    """One number per sample of one per leaf."""
+    """The largest number of each sample, where there is one per leaf."""
     return x if x.ndim == 1 else x.amax(dim=1)
 
 
@@ -231,27 +231,27 @@ def _all(flags: Tensor) -> Bool[Tensor, " R"]:
 
 
 def _any(flags: Bool[Tensor, " R"]) -> bool:
-    """``flags.any()``, forty times as fast on a CPU."""
+    """``flags.any()`` as a bool, forty times as fast on a CPU."""
     return len(flags) > 0 and bool(flags.view(torch.uint8).amax())
 
 
 def _is_finite(x: Tensor) -> bool:
-    """True only if every number is finite."""
+    """True only if every number is finite; False also where their sum overflows."""
     return math.isfinite(x.sum())
 
 
 class _Flags:
-    """Reads flags of the device; ``late`` reads those of the call before, while the device computes on."""
+    """Reads flags from the device; if ``late``, those of the previous call, so that the device need not be idle."""
 
     def __init__(self, *, late: bool) -> None:
         self.late = late
         self._before: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def read(self, flags: Int[Tensor, " 2"]) -> list[int]:
-        """Whether a copy is needed, and the number of active samples.
+        """``[1 if a copy is needed else 0, number of active samples]``.
 
-        Late: always says that a copy is needed, which is safe, and gives the count of the previous call; the first
-        call gives ``sys.maxsize``.
+        If ``late``, always reports that a copy is needed, which is safe, and the count of the previous call; the first
+        call reports ``sys.maxsize``.
         """
         if not self.late:
             return flags.tolist()

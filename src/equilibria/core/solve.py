@@ -25,10 +25,10 @@ from equilibria.core.stop import Status, Stop
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Solution:
-    """What a solve gives back. Per-sample fields have the batch as first axis."""
+    """The result of a solve. Per-sample fields have the batch as first axis."""
 
     z: State
-    """The solution; from a gradient rule it is the differentiable one."""
+    """The solution; differentiable if it comes from a gradient rule."""
     fz: State
     """f at the iterate that the loop returned; it may share its memory with z."""
     residual: Float[Tensor, " B"]
@@ -36,18 +36,18 @@ class Solution:
     status: Int[Tensor, " B"]
     """One ``Status`` per sample."""
     steps: Int[Tensor, " B"]
-    """Steps that each sample took before it was done."""
+    """Number of steps that each sample took before it was done."""
     evals: int
-    """Evaluations of f, Jacobian–vector products included; a gradient rule adds those that carry its graph."""
+    """Number of evaluations of f (NFE), J·v products included; a gradient rule adds its evaluations with graph."""
     residuals: tuple[tuple[Tensor, ...], ...]
-    """The rows of ``trace``, each in one or more parts: put together only where it is asked for."""
+    """The rows of ``trace``, each in one or more parts, which ``trace`` concatenates."""
     history: History = None
     """The solver's last history (Shine reads Broyden's inverse from it). If samples were dropped during the solve, it
     covers only those still active at the end."""
     iterates: tuple[State, ...] = ()
-    """The states that the solve had after the numbers of steps in ``keep``; only ``Unroll`` gives them a gradient."""
+    """The states after the numbers of steps in ``keep``; only ``Unroll`` gives them a gradient."""
     adjoint: list[Solution] = dataclasses.field(default_factory=list)
-    """Each backward pass appends the solution of its own solve, also to copies that ``dataclasses.replace`` makes."""
+    """Each backward pass appends the solution of its adjoint solve; ``dataclasses.replace`` shares the list."""
 
     @property
     def converged(self) -> Bool[Tensor, " B"]:
@@ -83,27 +83,26 @@ def solve(
     keep: Sequence[int] = (),
     drop_converged: bool = True,
 ) -> Solution:
-    """The fixed point z = f(z) of each sample, found by ``solver`` from ``z0``; no gradient rule.
+    """The fixed point z = f(z) of each sample, found by ``solver`` from ``z0``, without a gradient rule.
 
-    Every sample is its own problem, unless they are ``coupled``: it has its own residual, status and step count, is
-    never moved again once it is done, and gets the same answer alone as in any batch. Operations are recorded by
-    autograd if gradients are enabled, as anywhere in PyTorch; call it under ``torch.no_grad()``, or through a gradient
-    rule, to avoid that.
+    Unless ``coupled``, every sample is its own problem: it has its own residual, status and step count, is never moved
+    again once it is done, and gets the same answer alone as in any batch. Autograd records all steps if gradients are
+    enabled, as anywhere in PyTorch; to avoid that, call it under ``torch.no_grad()`` or through a gradient rule.
 
     Args:
-        f: the map; it must give the same bits when called twice, and treat samples independently or be ``coupled``.
+        f: the map; it must give the same bits when called twice, and treat samples independently unless ``coupled``.
         z0: the start, finite: a tensor ``[B *shape]`` or a tree of such tensors.
         solver: proposes the iterates.
         stop: tolerances and budget.
         coupled: f mixes the samples, so that the whole state is one problem: one residual, status and step count, in
-            fields of length 1. Nothing is frozen before all is done, and the leaves of z0 may have any shape.
-        keep: numbers of steps after which the state is kept in ``Solution.iterates``; a sample that was done before
+            fields of length 1. No part is frozen before the whole is done, and the leaves of z0 may have any shape.
+        keep: numbers of steps after which the state is stored in ``Solution.iterates``; a sample that was done before
             has its last state there.
         drop_converged: if f supports it (``Map.rows``), converged samples leave the batch once at least a quarter of
             it has converged. False keeps all of them, so that the history covers the whole batch; so does ``keep``.
 
     Warns:
-        RuntimeWarning: f computes in half precision, and the tolerance is below what that resolves.
+        RuntimeWarning: f computes in half precision, and the tolerance is below its rounding.
 
     Raises:
         ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes structure, shape, dtype or
@@ -117,7 +116,7 @@ def solve(
     evaluate = Evaluator(as_map(f), layout, stop.max_evals)
     _warn_of_rounding(evaluate.computes_in, stop)
     z = layout.pack(z0)
-    del z0  # a state that would be kept for nothing
+    del z0  # it would stay in memory during the solve
     with evaluate.autocast.off():
         parts = z, solver, stop, layout, evaluate
         block = rows_per_block(z, solver, evaluate) if drop_converged else len(z)
@@ -129,7 +128,7 @@ def solve(
             batch.update(z, fz, last=last)
             if last or not batch.moving:
                 break
-            del z, fz  # states that nobody needs while f is evaluated
+            del z, fz  # free both states before f is evaluated again
             if may_drop:
                 batch.drop_converged()
             z = batch.step()
@@ -151,16 +150,16 @@ def solve(
 
 
 def check_keep(keep: Sequence[int]) -> None:
-    """Raise a ValueError unless these are rising numbers of steps."""
-    rising = all(a < b for a, b in itertools.pairwise(keep))
-    if not rising or any(not isinstance(step, int) or step < 1 for step in keep):
-        raise ValueError(f"keep={tuple(keep)}: these are numbers of steps, rising, from 1 on; try keep=(5, 10).")
+    """Raise a ValueError unless these are increasing numbers of steps."""
+    increasing = all(a < b for a, b in itertools.pairwise(keep))
+    if not increasing or any(not isinstance(step, int) or step < 1 for step in keep):
+        raise ValueError(f"keep={tuple(keep)}: these must be increasing numbers of steps from 1 on; try keep=(5, 10).")
 
 
 def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         level = torch.finfo(dtype).eps / 2
-        # A leaf that is measured together with wider ones may be small beside them, so only states of one dtype count.
+        # Beside wider leaves a half-precision leaf may be small, so only a state of one dtype is warned about.
         if set(dtypes) == {dtype} and 0 < stop.rtol < level:
             warnings.warn(
                 f"Stop(rtol={stop.rtol:g}) is below what {str(dtype)[6:]} resolves: residuals of an f that computes in "

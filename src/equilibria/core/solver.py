@@ -1,4 +1,4 @@
-"""Solver: what proposes the next iterate of a solve, and the point from which it does.
+"""Solver: proposes the next iterate of a solve, given an ``Iterate``.
 
 Letters: B batch, N flattened state. State ``z``, map ``f``, residual ``r``.
 """
@@ -16,7 +16,7 @@ from equilibria.core.evaluator import Evaluator
 from equilibria.core.trees import take_rows
 
 History = Any
-"""What a solver remembers from one step to the next; each solver has a type of its own for it."""
+"""The data that a solver carries from one step to the next; each solver has its own type."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,16 +29,16 @@ class Iterate:
     r: Float[Tensor, "B N"]
     """The residual f(z) − z."""
     active: Bool[Tensor, " B"]
-    """False for the samples that are done: a step does not move them."""
+    """False for the samples that are done, which a step does not move."""
 
 
 class Solver(ABC):
     """Proposes the next iterate, and nothing else. Subclasses are frozen dataclasses of hyper-parameters."""
 
     cost: ClassVar[int] = 1
-    """Fewest evaluations that one step and the test of its result take."""
+    """Least number of evaluations for one step and the test of its result."""
     by_row: ClassVar[bool] = False
-    """A step treats every row by itself and does not evaluate f: then a large batch can be stepped part by part."""
+    """True if a step treats every row by itself and does not evaluate f: then a batch can be stepped in blocks."""
 
     @abstractmethod
     def init(self, z: Float[Tensor, "B N"]) -> History:
@@ -46,8 +46,8 @@ class Solver(ABC):
 
     @abstractmethod
     def step(self, f: Evaluator, at: Iterate, history: History) -> tuple[Float[Tensor, "B N"], History]:
-        """The next iterate and the new history. Every further evaluation of f is counted."""
+        """The next iterate and the new history. Each call of ``f`` counts as an evaluation."""
 
     def select(self, history: History, rows: Int[Tensor, " R"]) -> History:
-        """The history of these samples alone, in ascending order; here of tensors with the batch as first axis."""
+        """The history of these samples alone, in ascending order. The default suits any tree of batch-first tensors."""
         return take_rows(history, rows)

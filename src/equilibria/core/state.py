@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from equilibria.core.trees import inverse, memory_order
 
 State = Any
-"""A tensor ``[B *shape]``, or a dict, tuple, named tuple or list of states, nested as one likes.
+"""A tensor ``[B *shape]``, or a dict, tuple, named tuple or list of states, nested to any depth.
 
 Leaves are real and floating, lie on one device and have one batch size; their shapes and dtypes may differ. Where f
 couples the samples, the leaves may have any shape.
@@ -30,18 +30,18 @@ couples the samples, the leaves may have any shape.
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """One tensor of a state, without the batch axis that it may have."""
+    """One tensor of a state, described without its batch axis."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     order: tuple[int, ...]
     """The axes in the order in which they lie in memory, the batch first."""
     size: int
-    """Numbers per row."""
+    """Number of entries per row."""
     plain: bool
-    """True if the axes lie in memory in their own order."""
+    """True if the tensor lies in memory in the order of its axes."""
     coupled: bool
-    """True if the tensor is one row, and has no batch axis."""
+    """True if the tensor is one row and has no batch axis."""
 
     @classmethod
     def of(cls, tensor: Tensor, *, coupled: bool) -> _Leaf:
@@ -87,9 +87,9 @@ class Layout:
     spec: pytree.TreeSpec
     device: torch.device
     dtype: torch.dtype
-    """That of the rows: float32, or float64 if a leaf has it."""
+    """The dtype of the rows: float64 if a leaf has it, else float32."""
     single: bool
-    """True if the state is one tensor, and no tree."""
+    """True if the state is one tensor and not a tree."""
     exact: bool
     """True if every leaf has the dtype of the rows, so that unpacking rounds nothing."""
     coupled: bool = False
@@ -105,7 +105,7 @@ class Layout:
 
         Raises:
             TypeError: a leaf is not a real floating tensor.
-            ValueError: a leaf has no batch axis, the leaves differ in batch size or device, or there is no number.
+            ValueError: a leaf has no batch axis, a sample is empty, or the leaves differ in batch size or device.
         """
         tensors, spec = pytree.tree_flatten(z0)
         _check_leaves(z0, tensors, coupled=coupled)
@@ -122,7 +122,7 @@ class Layout:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers per row in each leaf; they add up to N."""
+        """Number of entries per row of each leaf; they add up to N."""
         return tuple(leaf.size for leaf in self.leaves)
 
     def widened(self) -> Layout:
@@ -131,19 +131,19 @@ class Layout:
         return dataclasses.replace(self, leaves=leaves, exact=True)
 
     def divisible(self) -> Layout:
-        """The layout of many such states side by side: what was one row, coupled or not, is one sample of a batch."""
+        """The layout of a batch of such states, in which each row, coupled or not, is one sample."""
         leaves = tuple(dataclasses.replace(leaf, coupled=False) for leaf in self.leaves)
         return dataclasses.replace(self, leaves=leaves, coupled=False)
 
     def pack(self, z: State) -> Float[Tensor, "B N"]:
-        """The state as rows in ``dtype``; of a single leaf a view where its dtype and memory order allow it."""
+        """The state as rows in ``dtype``; a single leaf is a view where its dtype and memory order allow."""
         if self.single:
             return self.leaves[0].flat(z, self.dtype)
         parts = [leaf.flat(t, self.dtype) for leaf, t in zip(self.leaves, pytree.tree_leaves(z), strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def unpack(self, flat: Float[Tensor, "B N"]) -> State:
-        """The state that ``flat`` holds; of a single leaf a view if it has the dtype of the rows."""
+        """The state that ``flat`` holds; a single leaf is a view if it has the dtype of the rows."""
         if self.single:
             return self.leaves[0].shaped(flat)
         pieces = zip(self.leaves, flat.split(self.sizes, dim=1), strict=True)
@@ -153,7 +153,7 @@ class Layout:
         """The value of f with the entries of its dicts in the order of z0.
 
         Raises:
-            TypeError: it is built in another way than z0.
+            TypeError: its structure differs from that of z0.
         """
         if self.single and isinstance(value, Tensor):
             return value
@@ -177,25 +177,25 @@ class Layout:
         return pytree.tree_unflatten(cast, self.spec)
 
     def described(self) -> str:
-        """The kinds of containers and the shapes of the leaves, for messages."""
-        return described(pytree.tree_unflatten([_Shape(leaf.shape, leaf.coupled) for leaf in self.leaves], self.spec))
+        """The structure of the state, with the shapes of its leaves, for messages."""
+        return described(pytree.tree_unflatten([_Dims(leaf.shape, leaf.coupled) for leaf in self.leaves], self.spec))
 
 
 def described(value: Any, *, coupled: bool = False) -> str:
-    """What a value is made of, in one line: {'a': (B, 3), 'b': (B, 2)}."""
+    """The structure of a value in one line: {'a': (B, 3), 'b': (B, 2)}."""
     if isinstance(value, Tensor):
-        return str(_Shape(tuple(value.shape if coupled else value.shape[1:]), coupled))
+        return str(_Dims(tuple(value.shape if coupled else value.shape[1:]), coupled))
     if isinstance(value, dict):
         parts = (f"{key!r}: {described(part, coupled=coupled)}" for key, part in value.items())
         return "{" + ", ".join(parts) + "}"
     if isinstance(value, tuple | list):
         ends = "[]" if isinstance(value, list) else "()"
         return ends[0] + ", ".join(described(part, coupled=coupled) for part in value) + ends[1]
-    return str(value) if isinstance(value, _Shape) else type(value).__name__
+    return str(value) if isinstance(value, _Dims) else type(value).__name__
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
+class _Dims:
     """The shape of a leaf, as messages show it."""
 
     shape: tuple[int, ...]
@@ -261,7 +261,7 @@ def _check_batch(tensors: Sequence[Tensor]) -> None:
     if len(batches) > 1:
         raise ValueError(
             f"the leaves of z0 hold {', '.join(map(str, sorted(batches)))} samples; all leaves have the same batch "
-            "size, as their first axis. If they are one problem together, say coupled=True."
+            "size, as their first axis. If they form one problem together, pass coupled=True."
         )
 
 
@@ -286,5 +286,5 @@ def _check_leaf(name: str, leaf: Any, *, coupled: bool) -> None:
         )
     if not coupled and 0 in leaf.shape[1:]:
         raise ValueError(
-            f"{name} has shape {tuple(leaf.shape)}, in which a sample has no number; give every sample at least one."
+            f"{name} has shape {tuple(leaf.shape)}, so that a sample is empty; give every sample at least one number."
         )

@@ -25,16 +25,16 @@ NORMS = ("l2", "max")
 class Stop:
     """When a sample is done: ‖r‖ ≤ rtol·‖f(z)‖ + atol with r = f(z) − z, or the budget is spent.
 
-    It is done too when ‖r‖ ≤ 10·eps·(‖r‖ at the start), eps that of float32 or of float64 if the state has it: a
-    fixed point 0, to which no tolerance relative to ‖f(z)‖ leads, is recognised by that. With ``rtol = atol = 0``
+    A sample is also done when ‖r‖ ≤ 10·eps·(‖r‖ at the start), with the eps of float64 if the state has it, else of
+    float32. That recognises a fixed point 0, which no tolerance relative to ‖f(z)‖ can. With ``rtol = atol = 0``
     nothing ever counts as converged and the whole budget is used: a network of fixed depth.
     """
 
     rtol: float = 1e-3
     """Tolerance relative to ‖f(z)‖, per sample."""
     atol: float = 0.0
-    """Absolute tolerance, in the unit of the state's norm, per sample. It belongs to the scale of a state: 1e-6 would
-    call every state of the size 1e-8 converged."""
+    """Absolute tolerance, in the unit of the state's norm, per sample. Choose it for the scale of the state: 1e-6
+    would call any state of size 1e-8 converged."""
     max_evals: int = 30
     """Budget of the solve in evaluations of f, the same unit for every solver; a whole number ≥ 1."""
     best: bool = True
@@ -42,8 +42,8 @@ class Stop:
     norm: Literal["l2", "max"] | Callable[[Any], Any] = "l2"
     """‖·‖ of one sample: Euclidean, largest magnitude, or a function of a state that returns one number per sample."""
     per_leaf: bool = False
-    """Measure each tensor of the state by itself, so that a small one is not hidden by a large one: a sample is done
-    when all of its leaves are, and its residual is the largest of theirs."""
+    """Measure each tensor of the state by itself, so that a large one cannot hide a small one: a sample is done when
+    all of its leaves are, and its residual is the largest of theirs."""
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -64,7 +64,7 @@ class Stop:
             )
 
     def norms(self, x: Float[Tensor, "B N"], layout: Layout) -> Float[Tensor, " B"] | Float[Tensor, "B L"]:
-        """‖·‖ of each row, or of each leaf in it."""
+        """‖·‖ of each row, or with ``per_leaf`` of each leaf of each row."""
         if callable(self.norm):
             found = self.norm(layout.unpack(x))
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -101,10 +101,10 @@ class Status(enum.IntEnum):
 _ADVICE = {
     Status.CONVERGED: "The residual is below rtol·‖f(z)‖ + atol, or at the rounding of its first value.",
     Status.BUDGET_SPENT: (
-        "The budget was spent before the tolerance was met, and the iterate that the stop asks for was returned: raise "
+        "The budget was spent before the tolerance was met, and the iterate chosen by Stop.best was returned: raise "
         "max_evals, loosen rtol (bfloat16 reaches about 1e-2), or make f more contractive (weight norm, Jacobian "
-        "penalty; see stability.spectral_radius); see that f gives the same bits twice, with no dropout inside; and if "
-        "f mixes the samples of the batch, say coupled=True."
+        "penalty; see stability.spectral_radius); check that f gives the same bits twice (no dropout inside); and if "
+        "f mixes the samples of the batch, pass coupled=True."
     ),
     Status.NONFINITE: (
         "f or the solver's step became NaN or infinite, and the best iterate with a finite f was returned, or the "

@@ -1,6 +1,6 @@
-"""What is running around us: the transforms of ``torch.func`` and the older vmap of ``torch.autograd``.
+"""Queries about the running transforms of ``torch.func``, the older vmap of ``torch.autograd``, and backward passes.
 
-PyTorch has no public names for these questions. Tried with 2.13.
+PyTorch has no public functions for them. Tested with 2.13.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_transformed() -> bool:
-    """True while a transform of torch.func (grad, vjp, jvp, vmap or one made of them) is running."""
+    """True while a transform of torch.func (grad, vjp, jvp, vmap or a composition) is running."""
     return _functorch.peek_interpreter_stack() is not None
 
 
@@ -26,7 +27,7 @@ def is_batched() -> bool:
 
 
 def forward_modes() -> int:
-    """How many torch.func.jvp are nested here."""
+    """The number of nested torch.func.jvp that are running."""
     return _count(_functorch.TransformType.Jvp)
 
 
@@ -35,7 +36,7 @@ def _count(kind: Any) -> int:
 
 
 def is_of_transform(tensor: Tensor) -> bool:
-    """True for a tensor that a transform of torch.func follows."""
+    """True for a tensor that a transform of torch.func tracks."""
     return _functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -45,12 +46,12 @@ def is_forward_mode() -> bool:
 
 
 def is_many(cotangent: Tensor) -> bool:
-    """True if a backward pass runs for many cotangents at once, by either vmap."""
+    """True if a backward pass runs for many cotangents at once, under either vmap."""
     return is_transformed() or _functorch.is_legacy_batchedtensor(cotangent)
 
 
 def by_older_vmap(of_all: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """``of_all`` of the copies that ``is_grads_batched=True`` makes one tensor of, with the copies as first axis."""
+    """Apply ``of_all`` to a tensor of ``is_grads_batched=True``, unwrapped so that the axis of its copies is first."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     copies = torch._remove_batch_dim(tensor, level, 1, 0)  # pyright: ignore[reportPrivateImportUsage]
@@ -58,15 +59,20 @@ def by_older_vmap(of_all: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 def task() -> int:
-    """The number of the backward pass that is running; -1 outside any."""
+    """The number of the running backward pass; -1 if none is running."""
     return torch._C._current_graph_task_id()
 
 
 def is_last() -> bool:
-    """True if the backward pass that is running releases the graph, so that no other can follow."""
+    """True if the running backward pass releases the graph, so that no other can follow."""
     return not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def will_run(node: Node) -> bool:
+    """True if the backward pass that is running goes through this node, which is not a leaf."""
+    return torch._C._will_engine_execute_node(node)
+
+
 def at_the_end(call: Callable[[], None]) -> None:
-    """Call at the end of the backward pass that is running; forgotten if that fails."""
+    """Run ``call`` at the end of the running backward pass; it is dropped if that pass fails."""
     torch.autograd.Variable._execution_engine.queue_callback(call)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Trees of tensors: the few functions on them that the library needs, so that no other file walks through one.
+"""Functions on trees of tensors.
 
 A tree is a tensor, or a dict, tuple, named tuple, list or dataclass of trees; other leaves stay as they are.
 
@@ -21,9 +21,9 @@ def map_tensors(change: Callable[[Tensor], Tensor], tree: Any, *, strict: bool =
     """The tree with every tensor in it changed, also inside dataclasses; all other leaves stay as they are.
 
     Args:
-        change: gives the new tensor for each.
+        change: maps each tensor to its replacement.
         tree: dicts, tuples, lists, dataclasses and other containers that PyTorch knows.
-        strict: raise a TypeError for a leaf in which there may be tensors that cannot be found.
+        strict: raise a TypeError for a leaf of unknown type, which may hide tensors.
     """
 
     def changed(leaf: Any) -> Any:
@@ -54,13 +54,13 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def with_tensors(tree: Any, tensors: Iterable[Tensor]) -> Any:
-    """The tree with other tensors in the places of its own, in order."""
+    """The tree with its tensors replaced by ``tensors``, in order."""
     following = iter(tensors)
     return map_tensors(lambda _: next(following), tree)
 
 
 def map_pairs(combine: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Any:
-    """The tree whose tensors are ``combine`` of the tensors of two trees that are built alike."""
+    """The tree of ``combine(a, b)`` for each pair of tensors of two trees with the same structure."""
     return combine(a, b) if isinstance(a, Tensor) else pytree.tree_map(combine, a, b)
 
 
@@ -68,7 +68,7 @@ def take_rows(tree: Any, index: Int[Tensor, " R"]) -> Any:
     """The samples ``index`` of every tensor in the tree, in this order; each keeps the order of its axes in memory.
 
     Raises:
-        TypeError: the tree holds a value in which there may be tensors that cannot be found.
+        TypeError: the tree holds a value of unknown type, which may hide tensors.
     """
     return map_tensors(lambda tensor: _rows_of(tensor, index), tree, strict=True)
 
@@ -82,7 +82,7 @@ def _rows_of(tensor: Tensor, index: Int[Tensor, " R"]) -> Tensor:
 
 
 def memory_order(tensor: Tensor, axes: Sequence[int]) -> tuple[int, ...]:
-    """These axes by falling stride; axes that could stand anywhere keep their places."""
+    """These axes by decreasing stride; axes of equal stride keep their order."""
     return tuple(sorted(axes, key=lambda axis: -tensor.stride(axis)))
 
 

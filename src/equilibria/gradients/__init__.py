@@ -1,4 +1,4 @@
-"""Gradient rules: one per file. ``CATALOGUE`` enters each in the conformance suite."""
+"""Gradient rules: one per file. The conformance suite runs on every entry of ``CATALOGUE``."""
 
 from equilibria.gradients.implicit import Implicit
 from equilibria.gradients.neumann import Neumann

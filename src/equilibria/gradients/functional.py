@@ -1,7 +1,7 @@
-"""Fixed points inside ``torch.func``: grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and what is made of them.
+"""Fixed points inside ``torch.func``: grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and their compositions.
 
-A transform sees only what a function is given, so that all that f reads is given here. The gradient and the tangent of
-a fixed point are fixed points of linear maps, which go through the same Function again.
+A transform sees only the arguments of a function, so here every tensor that f reads is an argument. The gradient and
+the tangent of a fixed point are fixed points of linear maps, which go through the same ``Function`` again.
 
 Letters: B batch, N flattened state, V copies under vmap. Map ``F`` on rows, its operands, its Jacobian ``J`` by x.
 """
@@ -31,14 +31,14 @@ from equilibria.gradients.linearise import solve_linear, solve_rows
 
 
 def solved(f: Map, z0: State, method: ForwardSolve, *, solver: Solver, stop: Stop) -> Solution:
-    """The solution of z = f(z) inside a transform; its z can be transformed further.
+    """The solution of z = f(z) inside a transform; its z can be transformed again.
 
     Args:
         f: the map.
         z0: the start.
-        method: of the forward solve.
-        solver: of the linear systems.
-        stop: of the linear systems.
+        method: settings of the forward solve.
+        solver: for the linear systems.
+        stop: for the linear systems.
 
     Raises:
         RuntimeError: two forward modes are nested, or f reads a tensor that it was not given.
@@ -58,7 +58,7 @@ def solved(f: Map, z0: State, method: ForwardSolve, *, solver: Solver, stop: Sto
         layout=layout,
         solver=method.solver,
         stop=method.stop,
-        on_failure=method.on_failure if is_batched() else "ignore",  # elsewhere the one who asked for it tells
+        on_failure=method.on_failure if is_batched() else "ignore",  # outside vmap ``Method.run`` reports
         of="The forward solve",
         keep=method.keep,
         linear_solver=solver,
@@ -90,7 +90,7 @@ class System:
     stop: Stop
     on_failure: OnFailure
     of: str
-    """Which solve, for messages."""
+    """The name of the solve, for messages."""
     linear_solver: Solver
     linear_stop: Stop
     linear_on_failure: OnFailure
@@ -98,10 +98,10 @@ class System:
     linear: bool = False
     """True if ``function`` is L; the start x0 is then the offset as well."""
     evals: list[int] = dataclasses.field(default_factory=list)
-    """Filled by the solve, at whatever depth of transforms it runs."""
+    """Each solve appends its number of evaluations, at whatever depth of transforms it runs."""
 
     def solve(self, x0: Float[Tensor, "B N"], operands: Sequence[Tensor]) -> Solution:
-        """The solution of rows, without graph and tangents."""
+        """The solution as rows, without graph or tangents."""
 
         def f(x: Tensor) -> Tensor:
             return self.function(x, *operands)
@@ -144,7 +144,7 @@ class System:
         )
 
     def copies(self, count: int, dims: tuple[int | None, ...]) -> System:
-        """``count`` such systems as one, whose operands have a first axis for them where ``dims`` says 0."""
+        """``count`` such systems as one; operands with 0 in ``dims`` have a first axis for them, others are shared."""
         many = torch.func.vmap(self.function, in_dims=(0, *dims))
 
         def function(x: Float[Tensor, "VB N"], *operands: Tensor) -> Float[Tensor, "VB N"]:
@@ -161,7 +161,7 @@ class _Solved(torch.autograd.Function):
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(mode=False):
             found = system.solve(x0.detach(), [operand.detach() for operand in operands])
         x = found.z if system.linear else found.fz
-        # The engine may not hand out one tensor twice.
+        # A tensor may not be two outputs of one Function.
         return x.clone(), found.residual, found.status, found.steps, found.trace, *(i.clone() for i in found.iterates)
 
     @staticmethod
@@ -213,7 +213,7 @@ class _Solved(torch.autograd.Function):
 
 
 def jvp(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Any, ...]) -> Tensor:
-    """The derivative of f along ``tangents``, as that of its linear pullback, since two forward modes do not nest."""
+    """The derivative of f along ``tangents``, by two VJPs, since two forward modes do not nest."""
     value, pull = torch.func.vjp(f, *primals)[:2]
     return torch.func.vjp(pull, torch.zeros_like(value))[1](tangents)[0]
 
@@ -243,13 +243,13 @@ def _check_levels() -> None:
 
 
 def _check_given(f: Map, z0: State, reads: Sequence[Tensor]) -> None:
-    """Raise a RuntimeError if f closes over a tensor that a transform follows or that requires a gradient."""
+    """Raise a RuntimeError if f closes over a tensor that a transform tracks or that requires a gradient."""
     unknown = Unknown(z0, reads)
     with unknown:
         f.given(reads)(z0)
     if unknown.found:
         raise RuntimeError(
-            f"f reads a tensor of shape {tuple(unknown.found[0].shape)} that it closes over, and inside torch.func "
-            "gradients and batches reach only what f is given: pass it as an operand, fixed_point(f, z0, x, weight) "
+            f"f closes over a tensor of shape {tuple(unknown.found[0].shape)}, and inside torch.func gradients and "
+            "batches reach only the arguments of f: pass it as an operand, fixed_point(f, z0, x, weight) "
             "with f(z, x, weight), or use an Equilibrium with torch.func.functional_call."
         )

@@ -1,7 +1,7 @@
 """Derivatives of higher order and forward mode of a fixed point: each is a linear fixed point itself.
 
-The gradient u = Jᵀu + g and the tangent w = Jw + h are fixed points of maps that are made of f. So they are solved and
-differentiated as z = f(z) was, and that again, as often as one likes.
+The gradient u = Jᵀu + g and the tangent w = Jw + h are fixed points of maps made from f, so they are solved and
+differentiated like z = f(z) itself, to any order.
 
 Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u``; tangent ``w`` of z*, ``h`` of f(z*).
 """
@@ -29,7 +29,7 @@ from equilibria.core.transforms import at_the_end, task
 from equilibria.gradients.linearise import Edge
 
 _Crossing = tuple[Any, int, Edge]
-"""A node, which of its edges, and where that leads."""
+"""A node, the number of one of its edges, and the target of that edge."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class AdjointMap(Map):
 
 
 class TangentMap(Map):
-    """w ↦ Jw + h, on rows: Jw is the derivative of u ↦ Jᵀu, so that f needs no derivative of forward mode."""
+    """w ↦ Jw + h, on rows: Jw is the derivative of u ↦ Jᵀu, so f needs no forward-mode derivative."""
 
     def __init__(self, linearised: Linearised, layout: Layout, h: Float[Tensor, "B N"]) -> None:
         self._h = h
@@ -74,7 +74,7 @@ class TangentMap(Map):
 
 
 def through(f: Map, z: Float[Tensor, "B N"], tangent: Sequence[Tensor], layout: Layout, like: Linearised) -> Linearised:
-    """f linearised at a z* that keeps its graph and is given its tangent."""
+    """f linearised at z*, which keeps its graph and gets its tangent, if there is one."""
     if tangent:
         z = forward_ad.make_dual(z, tangent[0])
     return linearised_through(f.eager(), layout.unpack(z), like.autocast)
@@ -82,7 +82,7 @@ def through(f: Map, z: Float[Tensor, "B N"], tangent: Sequence[Tensor], layout: 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowsMethod:
-    """How a linear system of rows is solved, as a rule reads it."""
+    """The settings of a linear solve on rows, with the fields that a rule reads (``ForwardSolve``)."""
 
     solver: Solver
     stop: Stop
@@ -92,21 +92,21 @@ class RowsMethod:
 
 
 def deliver(there: Linearised, layout: Layout, u: Float[Tensor, "B N"], below: Edge, *, alike: bool) -> Tensor:
-    """Make a backward pass that goes through one graph of f(z*) hand on the gradients of another one.
+    """Make the running backward pass, which goes through one graph of f(z*), pass on the gradients of another graph.
 
-    The graph of the forward pass begins at a z* that is a constant, so what it gives cannot be differentiated by z*.
-    The other one begins at the differentiable z*. Both lead to the tensors that f reads, by the same edges; where the
-    running backward pass crosses one, a hook puts the gradient of the other graph in the place of its own.
+    The graph of the forward pass begins at a constant z*, so its gradients cannot be differentiated by z*. The other
+    graph begins at the differentiable z*. Both lead to the tensors that f reads, along the same edges; where the
+    running backward pass crosses such an edge, a hook replaces its gradient by that of the other graph.
 
     Args:
         there: f linearised at the differentiable z*.
-        layout: of the state.
-        u: the cotangent of f(z*), differentiable.
+        layout: the layout of the state.
+        u: the cotangent of f(z*), with graph.
         below: the edge to the graph that the running backward pass goes through.
-        alike: both graphs lead to the same tensors; otherwise the running one may lead to more.
+        alike: True if both graphs lead to the same tensors; otherwise the running one may lead to more.
 
     Returns:
-        The cotangent for that graph.
+        The cotangent for the running graph.
     """
     with torch.enable_grad():
         value = layout.pack(there.value)
@@ -115,7 +115,7 @@ def deliver(there: Linearised, layout: Layout, u: Float[Tensor, "B N"], below: E
     root = tuple(get_gradient_edge(value))
     own, seen = _nodes(below[0], ()), _nodes(root[0], [edge.node for edge in there.start])
     shared = own & seen
-    if root[0] in shared:  # f(z) is a tensor that it reads
+    if root[0] in shared:  # f returns a tensor that it reads
         wanted, gradients = {root}, {root: u}
     else:
         leaving = _crossings(seen - shared, shared)
@@ -134,10 +134,10 @@ def deliver(there: Linearised, layout: Layout, u: Float[Tensor, "B N"], below: E
 
 
 def _partial(there: Linearised, value: Tensor, leaving: Sequence[_Crossing], u: Tensor) -> dict[Edge, Tensor]:
-    """The gradients along the edges that leave the graph of f(z*), each by what f reads itself and by nothing else.
+    """The gradients along the edges that leave the graph of f(z*): partial derivatives by the tensors that f reads.
 
-    What is read may depend on other things that are read, and z* depends on all of them. So a hook takes the gradients
-    out of the backward pass where they leave the graph.
+    The tensors that f reads may depend on each other, and z* depends on all of them. So a hook takes each gradient out
+    of the backward pass where it leaves the graph.
     """
     if not leaving:
         return {}
@@ -152,13 +152,13 @@ def _partial(there: Linearised, value: Tensor, leaving: Sequence[_Crossing], u: 
                 create_graph=torch.is_grad_enabled(),
                 allow_unused=True,
             )
-    finally:  # closed for good it would drop a term of every later derivative
+    finally:  # left False, it would drop a term of every later derivative
         there.arrival.passed_on = True
     return taker.found
 
 
 class _Crossed(ABC):
-    """Changes what nodes hand on along some of their edges, in one backward pass.
+    """Changes the gradients that nodes pass on along some of their edges, in one backward pass.
 
     If one fixed point is nested in another, both may change the gradients of the same node. The inner one acts first.
     """
@@ -169,11 +169,11 @@ class _Crossed(ABC):
         self._edges = _by_node(crossings)
         self._handles: dict[Any, Any] = {}
         self._task: int | None = None
-        """The backward pass; products inside a solve inside it pass the same nodes."""
+        """The backward pass to change; VJPs of a solve inside it run through the same nodes and stay unchanged."""
 
     @abstractmethod
-    def changed(self, handed: list[Tensor | None], edges: dict[int, Edge]) -> None:
-        """Change what a node hands on, in place, given where some of its edges lead."""
+    def changed(self, outgoing: list[Tensor | None], edges: dict[int, Edge]) -> None:
+        """Change the gradients that a node passes on, in place; ``edges`` maps edge numbers to their targets."""
 
     def begin(self) -> None:
         """Register with all nodes."""
@@ -187,20 +187,20 @@ class _Crossed(ABC):
         self._active.append(weakref.ref(self))
 
     def end(self) -> None:
-        """Leave no trace."""
+        """Remove all hooks."""
         _Crossed._active[:] = [other for other in self._active if other() not in (self, None)]
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}
 
     def _register(self, node: Any) -> None:
-        this, edges = weakref.ref(self), self._edges[node]  # a node must not keep what keeps the node
+        this, edges = weakref.ref(self), self._edges[node]  # weak, since this object keeps the nodes alive
 
-        def hook(handed: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
+        def hook(outgoing: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
             crossed = this()
             if crossed is None or crossed._task != task():
                 return None
-            replaced = list(handed)
+            replaced = list(outgoing)
             crossed.changed(replaced, edges)
             return tuple(replaced)
 
@@ -215,10 +215,10 @@ class _Taker(_Crossed):
         self.found: dict[Edge, Tensor] = {}
         self._root = get_gradient_edge(value).node
 
-    def changed(self, handed: list[Tensor | None], edges: dict[int, Edge]) -> None:
+    def changed(self, outgoing: list[Tensor | None], edges: dict[int, Edge]) -> None:
         """Take the gradients along these edges, so that none reaches the nodes below."""
         for i, edge in edges.items():
-            gradient, handed[i] = handed[i], None
+            gradient, outgoing[i] = outgoing[i], None
             if gradient is not None:
                 self.found[edge] = self.found[edge] + gradient if edge in self.found else gradient
 
@@ -237,7 +237,7 @@ class _Taker(_Crossed):
 
 
 class _Delivery(_Crossed):
-    """Puts gradients into the backward pass that is running; it lives as long as that."""
+    """Puts gradients into the running backward pass, and ends with it."""
 
     def __init__(self, gradients: dict[Edge, Tensor], crossings: Sequence[_Crossing]) -> None:
         super().__init__(crossings)
@@ -246,13 +246,13 @@ class _Delivery(_Crossed):
         self.begin()
         at_the_end(self.end)
 
-    def changed(self, handed: list[Tensor | None], edges: dict[int, Edge]) -> None:
-        """The gradient goes along the first of the edges that reach a tensor, zeros along the others."""
+    def changed(self, outgoing: list[Tensor | None], edges: dict[int, Edge]) -> None:
+        """The first of the edges that reach a tensor gets its gradient, and the others get zeros."""
         for i, edge in edges.items():
-            own = handed[i]
+            own = outgoing[i]
             if own is not None:
                 gradient = self._gradients.pop(edge, None)
-                handed[i] = torch.zeros_like(own) if gradient is None else gradient
+                outgoing[i] = torch.zeros_like(own) if gradient is None else gradient
 
 
 def _crossings(nodes: set[Any], shared: set[Any]) -> list[_Crossing]:
@@ -268,7 +268,7 @@ def _by_node(crossings: Sequence[_Crossing]) -> dict[Any, dict[int, Edge]]:
 
 
 def _nodes(root: Any, barrier: Sequence[Any]) -> set[Any]:
-    """All nodes below and including ``root``, down to the ``barrier``."""
+    """All nodes from ``root`` down to the ``barrier``, which is excluded."""
     found, pending = set(barrier), [root]
     while pending:
         node = pending.pop()

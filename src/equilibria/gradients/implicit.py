@@ -42,10 +42,10 @@ from equilibria.solvers.anderson import Anderson
 class Implicit(GradientRule):
     """dL/dθ = uᵀ ∂f/∂θ with u = Jᵀu + g at z*: Bai, Kolter, Koltun (2019), theorem 1.
 
-    The forward solve keeps no graph; one evaluation f(z*) with graph, and what f reads, is all the memory. The adjoint
-    system is solved for g/‖g‖ from u = g/‖g‖, so that tolerances are relative to ‖g‖ and neither cost nor accuracy
-    depends on the scale of the loss. The error of the gradient is of the order of the two residuals, whether or not
-    the solves converged. Each backward pass appends its solution to ``Solution.adjoint``.
+    The forward solve keeps no graph; it stores one evaluation f(z*) with graph and the tensors that f reads. The
+    adjoint system is solved for g/‖g‖ from u = g/‖g‖, so that tolerances are relative to ‖g‖ and neither cost nor
+    accuracy depends on the scale of the loss. The error of the gradient is of the order of the two residuals, whether
+    or not the solves converged. Each backward pass appends its solution to ``Solution.adjoint``.
 
     Derivatives of every order exist. Under ``create_graph=True`` u is the fixed point of u ↦ Jᵀu + g, differentiated by
     this same rule; in forward mode the tangent of z* is the fixed point of w ↦ Jw + h. Each order costs one more solve
@@ -53,9 +53,9 @@ class Implicit(GradientRule):
     """
 
     solver: Solver = Anderson()
-    """For the adjoint system."""
+    """Solves the adjoint system."""
     stop: Stop = Stop()
-    """For the adjoint system; its budget counts VJPs, its tolerances are in units of ‖g‖."""
+    """Tolerances of the adjoint system, in units of ‖g‖, and its budget, in VJPs."""
 
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution, with f(z*) as its differentiable z."""
@@ -70,8 +70,8 @@ class Implicit(GradientRule):
 
 
 def _attached(rule: Implicit, f: Map, solution: Solution, method: ForwardSolve, *, checked: bool = True) -> Solution:
-    """The solution of z = f(z), given without graph, with a z that is differentiable at every order."""
-    # Nothing of the solution but its list of adjoint solutions is kept until the backward pass.
+    """``solution``, which has no graph, with a z that can be differentiated to any order."""
+    # Only the list of adjoint solutions is kept until the backward pass, not the solution.
     systems = _Systems(rule, method.on_failure, solution.adjoint)
     return attached(f, solution, systems.adjoint, method, systems, checked=checked)
 
@@ -97,11 +97,11 @@ class _Systems(Orders):
         return deliver(there, point.layout, u, below, alike=point.alike)
 
     def tangent(self, point: Point, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        """w = Jw + h, differentiable backwards."""
+        """w = Jw + h, with graph."""
         rule, layout = self.rule, point.layout
         there = through(point.f, z, (), layout, point.linearised)
         _, h = split_dual(there.value, layout)
-        assert h is not None  # asked for where f(z*) has a tangent
+        assert h is not None  # called only if f(z*) has a tangent
         with forward_ad._set_fwd_grad_enabled(mode=False), point.linearised.autocast.off():
             system = TangentMap(there, layout, h)
             with torch.no_grad():
@@ -118,10 +118,10 @@ class _Systems(Orders):
         return found
 
     def _differentiable(self, system: Map, found: Solution, layout: Layout) -> Float[Tensor, "B N"]:
-        """The solution of a linear system of rows, with the derivatives that this rule gives to a fixed point.
+        """The solution of a linear system of rows, differentiable by this same rule.
 
-        Its J is that of f at f(z*) and no longer at z*, so that its value differs by as much as the forward solve was
-        inexact; that was told.
+        J is taken at f(z*) here, and at z* in the solve. So the value differs by about the error of the forward solve,
+        which has been reported already, and is not checked.
         """
         rule = self.rule
         method = RowsMethod(solver=rule.solver, stop=rule.stop, on_failure=self.on_failure)

@@ -1,4 +1,4 @@
-"""What the rules around one f(z*) share: an identity whose backward pass replaces the gradient.
+"""The common part of rules around one f(z*): an identity whose backward pass replaces the gradient.
 
 Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u`` = (I − J)⁻ᵀ g.
 """
@@ -24,11 +24,11 @@ from equilibria.core.solve import Solution, solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
-from equilibria.core.transforms import by_older_vmap, is_forward_mode, is_last, is_many, is_transformed
+from equilibria.core.transforms import by_older_vmap, is_forward_mode, is_last, is_many, is_transformed, will_run
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 
 Edge = Any
-"""A node of autograd's graph and which of its outputs is meant, as ``next_functions`` gives them."""
+"""A node of autograd's graph and the number of one of its outputs, as in ``next_functions``."""
 
 Adjoint = Callable[["Point", Float[Tensor, "B N"]], Float[Tensor, "B N"]]
 """Maps the cotangent g of the output to the cotangent that f(z*) receives, both as rows in float32 or wider."""
@@ -42,21 +42,21 @@ class Point:
     layout: Layout
     f: Map
     copies: int | None = None
-    """Of the batch, where many cotangents come at once (``is_grads_batched``); the rows are then those of all."""
+    """Number of cotangents that arrive at once (``is_grads_batched``), with their rows stacked; None for one."""
     alike: bool = True
-    """False if f was compiled for its graph, which then leads to all that it was given, used or not."""
+    """False if f was compiled: its graph then leads to all tensors that f was given, used or not."""
     tangent: list[Tensor] = dataclasses.field(default_factory=list)
-    """That of z*, as rows, if f reads tangents of forward mode."""
+    """The tangent of z* as rows, if f reads tangents of forward mode; otherwise empty."""
 
     def vjp(self, u: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        """Jᵀu; computed in the dtypes of the state, returned in that of the rows."""
+        """Jᵀu; computed in the dtypes of the state, returned in the dtype of the rows."""
         if self.copies is None:
             return self._vjp(u)
         return torch.func.vmap(self._vjp)(u.unflatten(0, (self.copies, -1))).flatten(0, 1)
 
     @property
     def solved_layout(self) -> Layout:
-        """That of the rows of a solve: of all copies."""
+        """The layout of the rows of an adjoint solve, which stacks all copies."""
         return self.layout if self.copies is None else self.layout.divisible()
 
     def _vjp(self, u: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
@@ -64,11 +64,11 @@ class Point:
 
 
 class Orders(ABC):
-    """What a rule needs for derivatives of every order: backwards again, and forwards."""
+    """How a rule provides derivatives of higher order, and forward mode."""
 
     @abstractmethod
     def again(self, point: Point, z: Float[Tensor, "B N"], g: Float[Tensor, "B N"], below: Edge) -> Tensor:
-        """The cotangent of f(z*), after it has seen to differentiable gradients of all that f reads.
+        """The cotangent of f(z*), with graph; it also makes the gradients of all tensors that f reads differentiable.
 
         Args:
             point: f linearised at z*, a constant.
@@ -79,7 +79,7 @@ class Orders(ABC):
 
     @abstractmethod
     def tangent(self, point: Point, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        """w = Jw + h: the tangent of z, where h is that of f(z*) for constant z*, which is not zero."""
+        """w = Jw + h: the tangent of z*, where h ≠ 0 is the tangent of f(z*) for constant z*."""
 
 
 def attached(
@@ -91,15 +91,15 @@ def attached(
     *,
     checked: bool = True,
 ) -> Solution:
-    """The solution with a differentiable z = f(z*): g goes through ``adjoint``, then through that f.
+    """The solution with a differentiable z = f(z*): g goes through ``adjoint``, then through the graph of f(z*).
 
     Args:
         f: the map.
         solution: its fixed point, without graph.
-        adjoint: the backward pass of the first order.
-        method: of the solve.
-        orders: derivatives of higher order and forward mode; None to refuse them.
-        checked: say that f(z*), evaluated once more here, is not what it was in the solve.
+        adjoint: the backward pass for first derivatives.
+        method: settings of the solve.
+        orders: provides derivatives of higher order and forward mode; None to refuse them.
+        checked: report if f(z*), evaluated once more here, differs from its value in the solve.
     """
     dual = orders is not None and is_forward_mode()
     if not torch.is_grad_enabled() and not dual:
@@ -113,7 +113,7 @@ def attached(
     if checked and is_heard(method.stop, method.on_failure):
         with torch.no_grad():
             check_again(method, change(layout.pack(known), recorded(solution, layout), method.stop, layout), known)
-    # The same bits as the f(z*) without graph, whose memory is released.
+    # The same bits as the f(z*) of the solve, whose memory is released.
     out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1)
     primal, h = split_dual(fz, layout) if dual else (fz, None)
     if constant or not torch.is_grad_enabled():  # no graph is kept, no adjoint solved
@@ -129,7 +129,7 @@ def attached(
 
 
 def split_dual(state: State, layout: Layout) -> tuple[State, Float[Tensor, "B N"] | None]:
-    """The state without its tangents, and these as rows; None if no leaf has one."""
+    """The state without its tangents, and the tangents as rows, or None if no leaf has one."""
     pairs = [forward_ad.unpack_dual(leaf) for leaf in tensors_in(state)]
     primal = with_tensors(state, (pair.primal for pair in pairs))
     if all(pair.tangent is None for pair in pairs):
@@ -139,21 +139,21 @@ def split_dual(state: State, layout: Layout) -> tuple[State, Float[Tensor, "B N"
 
 
 def check_again(method: ForwardSolve, changed: Float[Tensor, " B"], state: State) -> None:
-    """Say that f(z*), evaluated once more after the solve, differs from what it was there."""
+    """Report if f(z*), evaluated once more after the solve, differs from its value there."""
     eps = rounding(tensors_in(state))
     of, coupled = "The forward solve", method.coupled
     check_repeats(changed, method.stop, method.on_failure, eps=eps, coupled=coupled, of=of)
 
 
 def recorded(solution: Solution, layout: Layout) -> Solution:
-    """The solution with rows in the place of states."""
+    """The solution with its states packed into rows."""
     return dataclasses.replace(solution, z=layout.pack(solution.z), fz=layout.pack(solution.fz))
 
 
 def change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: Layout) -> Float[Tensor, " B"]:
-    """How far f(z), evaluated again, is from a solve of rows: in its value or in its residual, relative to f(z).
+    """How much f(z), evaluated ``again``, differs from a solve of rows, in value or in residual, relative to ‖f(z)‖.
 
-    Both are needed: the value that is recorded of a sample is from the last evaluation, its residual from the one at
+    Both are needed: a sample's recorded value is from the last evaluation, and its residual from the evaluation at
     which it was done.
     """
     value = relative(row_norm(again - solved.fz), row_norm(solved.fz))
@@ -164,11 +164,11 @@ def change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: La
 def check_arrival(
     point: Point, g: Float[Tensor, "B N"], solved: Solution, stop: Stop, on_failure: OnFailure, *, of: str
 ) -> None:
-    """Say at the end of the backward pass, where Jᵀu arrives, that Jᵀu + g is not what it was in the solve."""
+    """At the end of the backward pass, when Jᵀu arrives, report if Jᵀu + g differs from its value in the solve."""
     if not is_heard(stop, on_failure) or point.copies is not None:
         return
     layout, wide = point.layout, point.layout.widened()
-    # Without graph: a backward pass that never arrives would keep its graph alive in a circle.
+    # Detached, since a graph kept here would keep itself alive in a cycle if no backward pass ever arrived.
     value, g = map_tensors(Tensor.detach, point.linearised.value), g.detach()
 
     def check(products: tuple[Tensor | None, ...]) -> None:
@@ -178,11 +178,15 @@ def check_arrival(
             changed = change(layout.pack(with_tensors(value, given)) + g, solved, stop, wide)
         check_repeats(changed, stop, on_failure, eps=rounding(values), coupled=layout.coupled, of=of)
 
-    point.linearised.arrival.awaited = check
+    begin = point.linearised.start[0].node
+    if will_run(begin):
+        point.linearised.arrival.awaited = check
+    else:  # torch.autograd.grad for other tensors, or a compiled f: Jᵀu does not arrive, and takes one more VJP
+        check(tuple(tensors_in(point.linearised.vjp(layout.unpack(solved.z)))))
 
 
 def rounding(tensors: Sequence[Tensor]) -> float:
-    """The largest eps of their dtypes, and of the dtype that autocast computes in."""
+    """The largest eps of the tensors' dtypes and, under autocast, of its dtype."""
     dtypes = {tensor.dtype for tensor in tensors}
     kind = next(iter(tensors)).device.type
     if torch.is_autocast_enabled(kind):
@@ -192,7 +196,7 @@ def rounding(tensors: Sequence[Tensor]) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OnStates(Map):
-    """A map of rows as one of states."""
+    """A map of rows as a map of states."""
 
     rows_map: Map
     layout: Layout
@@ -228,7 +232,7 @@ class _Replace(torch.autograd.Function):
         if orders is not None and (torch.is_grad_enabled() or is_forward_mode()):
             with point.linearised.autocast.off():
                 return orders.again(point, z, g, ctx.next_functions[0]), None, None, None
-        if is_last():  # what f reads would be kept for nothing while the adjoint is solved
+        if is_last():  # free what f reads during the adjoint solve
             ctx.point = point = dataclasses.replace(point, f=_Released())
         with torch.no_grad(), point.linearised.autocast.off():
             there = dataclasses.replace(point, linearised=point.linearised.for_products())
@@ -237,15 +241,18 @@ class _Replace(torch.autograd.Function):
 
 
 class _Released(Map):
-    """In the place of a map that no derivative will ask for."""
+    """Stands in for a map that no derivative will evaluate."""
 
     def __call__(self, z: State) -> State:
-        raise RuntimeError("The graph of this fixed point was released by a backward pass; give it retain_graph=True.")
+        raise RuntimeError(
+            "The graph of this fixed point was released by a backward pass; pass retain_graph=True to that pass."
+        )
 
 
 _BATCHED = (
-    "Many cotangents at once (is_grads_batched=True, vectorize=True) do not go together with create_graph=True or "
-    "forward mode through a solve: take them one by one, or use torch.func with what f reads given as operands."
+    "Many cotangents at once (is_grads_batched=True, vectorize=True) cannot be combined with create_graph=True or "
+    "forward mode through a solve: take them one by one, or use torch.func and pass the tensors that f reads as "
+    "operands."
 )
 
 
@@ -293,11 +300,11 @@ class _Refuse(torch.autograd.Function):
 
 
 def differentiated_once(tensors: Sequence[Tensor], *, behind: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The results of a backward pass, made to refuse a second one.
+    """The results of a backward pass, made to raise an error if they are differentiated.
 
-    ``once_differentiable`` does so only where the cotangent requires a gradient, which that of a loss does not.
-    ``behind`` holds what the results depend on, the cotangent included: autograd passes over nodes that do not lead to
-    what it is asked for, and this one must lie on the way to all of them.
+    ``once_differentiable`` does so only if the cotangent requires a gradient, and the cotangent of a loss does not.
+    ``behind`` holds the tensors on which the results depend, the cotangent included: autograd skips nodes that do not
+    lead to the requested inputs, and this node must lie on the way to all of them.
     """
     if not torch.is_grad_enabled():
         return tuple(tensors)
@@ -316,7 +323,7 @@ def solve_linear(
     """u = L(u) + g from u = g, solved for g/‖g‖ so that its tolerances are in units of ‖g‖; a solution of rows.
 
     u is kept in float32 or wider; half-precision products are rounded, u itself is not. A sample whose g is not finite
-    gets NaN and leaves the others alone.
+    gets NaN and does not affect the others.
     """
     size = row_norm(g)[:, None]
     sound = torch.isfinite(size)
@@ -330,7 +337,7 @@ def solve_linear(
 def solve_rows(
     f: Map, z0: Float[Tensor, "B N"], layout: Layout, solver: Solver, stop: Stop, *, keep: Sequence[int] = ()
 ) -> Solution:
-    """A solve of rows, by a norm that may have to see the leaves of the state in them."""
+    """A solve of rows; if the norm of ``stop`` needs the leaves of the state, the rows are unpacked for it."""
     if not needs_leaves(stop):
         return solve(f, z0, solver, stop, keep=keep)
     wide = layout.widened()
@@ -340,11 +347,11 @@ def solve_rows(
 
 
 def needs_leaves(stop: Stop) -> bool:
-    """True if the norm is of the leaves of a state, and not of its rows."""
+    """True if the norm is computed from the leaves of a state and not from its rows."""
     return stop.per_leaf or callable(stop.norm)
 
 
 def as_state(point: Point, adjoint: Solution) -> Solution:
-    """The adjoint solution with states in the place of rows, as ``Solution.adjoint`` keeps it."""
+    """The adjoint solution with its rows unpacked into states, as ``Solution.adjoint`` keeps it."""
     layout = point.solved_layout
     return dataclasses.replace(adjoint, z=layout.unpack(adjoint.z), fz=layout.unpack(adjoint.fz))

@@ -24,7 +24,7 @@ class Neumann(GradientRule):
     """
 
     terms: int
-    """k ≥ 0: VJPs."""
+    """k ≥ 0, the number of VJPs."""
 
     def __post_init__(self) -> None:
         if self.terms < 0:
@@ -33,7 +33,7 @@ class Neumann(GradientRule):
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution, with f(z*) as its differentiable z."""
         solution = solve_without_graph(f, z0, method)
-        solved = solution.adjoint  # nothing else of the solution is kept until the backward pass
+        solved = solution.adjoint  # only this list is kept until the backward pass, not the solution
 
         def adjoint(point: Point, g: Tensor) -> Tensor:
             if self.terms == 0:

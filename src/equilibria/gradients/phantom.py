@@ -27,7 +27,7 @@ class Phantom(GradientRule):
     """
 
     steps: int = 1
-    """k ≥ 1: tracked steps."""
+    """k ≥ 1, the number of tracked steps."""
     damping: float = 1.0
     """λ in (0, 1]."""
 

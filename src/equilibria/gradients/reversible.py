@@ -33,11 +33,11 @@ ACCURACY = 1e-3
 class ReversibleGradient(GradientRule):
     """The exact gradient of the iterate that ``Reversible`` returns, in memory that does not grow with its steps.
 
-    Each step is inverted from its result, evaluated once more with graph, and its products accumulated: S. McCallum,
+    Each step is inverted from its result and evaluated once more with graph, and its VJPs are added up: S. McCallum,
     K. Arora, J. Foster (2025). Undoing a step multiplies rounding errors by 1/|1 − β| at least, and by up to 1/(1 − β)²
-    where J has eigenvalues near 1. So a dtype in which the budgeted number of steps cannot be undone even at the lower
-    rate is refused beforehand; and a backward pass that does not arrive at the start it came from, to a relative 1e-3,
-    is an error and never a wrong gradient. ``Stop.best`` is ignored: the last iterate is returned.
+    where J has eigenvalues near 1. So a dtype that cannot undo the budgeted number of steps even at the lower rate is
+    refused beforehand, and a backward pass that misses its start by more than a relative 1e-3 raises an error instead
+    of returning a wrong gradient. ``Stop.best`` is ignored: the last iterate is returned.
     """
 
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
@@ -52,7 +52,7 @@ class ReversibleGradient(GradientRule):
         _check_budget(
             solver, stop, max((leaf.dtype for leaf in layout.leaves), key=lambda dtype: torch.finfo(dtype).eps)
         )
-        f = f.eager()  # compiled code does not say what it reads
+        f = f.eager()  # compiled code hides the tensors that it reads
         constants, last = Constants(), dataclasses.replace(stop, best=False)
         solution = solve_without_graph(FunctionMap(constants.of(f)), z0, method, stop=last, keep_history=True)
         if not torch.is_grad_enabled():
@@ -86,7 +86,7 @@ def _check_budget(solver: Reversible, stop: Stop, dtype: torch.dtype) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Path:
-    """What is needed to walk the iteration backwards."""
+    """The data for walking the iteration backwards."""
 
     f: Map
     layout: Layout
@@ -96,7 +96,7 @@ class _Path:
     status: Int[Tensor, "B 1"]
     autocast: Autocast
     known: tuple[int, ...]
-    """The identities of the constants, in their order."""
+    """The ``id`` of each constant, in order."""
 
 
 class _Undo(torch.autograd.Function):
@@ -125,16 +125,16 @@ class _Undo(torch.autograd.Function):
 
 
 def _walk_back(path: _Path, z: Tensor, z_bar: Tensor, constants: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The start as it was reconstructed, its gradient and those of the constants, from that of z_N."""
+    """The reconstructed start, its gradient and the gradients of the constants, from the gradient of z_N."""
     beta, y = path.relaxation, path.y
     y_bar, sums = torch.zeros_like(z_bar), [torch.zeros_like(c) for c in constants]
     for n in reversed(range(int(path.steps.max()))):
         # A sample that had stopped before step n keeps its values: its seed is zero and its state stays.
         live = path.steps > n
-        f_y, at_y = _products(path, y, torch.where(live, beta * z_bar, 0.0), constants, sums)
+        f_y, at_y = _value_and_vjp(path, y, torch.where(live, beta * z_bar, 0.0), constants, sums)
         z = torch.where(live, (z - beta * f_y) / (1 - beta), z)
         y_bar = y_bar + at_y
-        f_z, at_z = _products(path, z, torch.where(live, beta * y_bar, 0.0), constants, sums)
+        f_z, at_z = _value_and_vjp(path, z, torch.where(live, beta * y_bar, 0.0), constants, sums)
         y = torch.where(live, (y - beta * f_z) / (1 - beta), y)
         z_bar = torch.where(live, (1 - beta) * z_bar + at_z, z_bar)
         y_bar = torch.where(live, (1 - beta) * y_bar, y_bar)
@@ -142,7 +142,7 @@ def _walk_back(path: _Path, z: Tensor, z_bar: Tensor, constants: list[Tensor]) -
 
 
 def _check_arrival(miss: Tensor, z: Tensor, path: _Path) -> None:
-    """Raise a RuntimeError unless the reverse pass ends at the start: what it lost, the gradient has lost too."""
+    """Raise a RuntimeError if the reverse pass misses the start, since the gradient is then as inaccurate."""
     lost = float((row_norm(miss) / row_norm(z).clamp_min(1e-30)).nan_to_num(nan=math.inf).max())
     if lost > ACCURACY:
         raise RuntimeError(
@@ -152,7 +152,7 @@ def _check_arrival(miss: Tensor, z: Tensor, path: _Path) -> None:
         )
 
 
-def _products(
+def _value_and_vjp(
     path: _Path, point: Tensor, seed: Tensor, constants: list[Tensor], sums: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """f(point) and Jᵀ·seed there; the VJPs of the constants are added to ``sums``."""
@@ -173,10 +173,10 @@ def _products(
 
 
 def _check_seen(value: Tensor, constants: list[Tensor]) -> None:
-    """Every leaf below ``value`` must be one of these, or its gradient would be lost without a word."""
+    """Raise a RuntimeError if a parameter below ``value`` is not among the constants: its gradient would be lost."""
     found = {id(constant) for constant in constants}
     for leaf in leaves_below([value]):
-        # Only the point itself is a leaf that is no constant, and it is no parameter.
+        # The point itself is a leaf and not a constant, but it is not a parameter either.
         if id(leaf) not in found and isinstance(leaf, torch.nn.Parameter):
             raise RuntimeError(
                 f"ReversibleGradient cannot see a parameter of shape {tuple(leaf.shape)} that f uses (a compiled "

@@ -19,9 +19,9 @@ from equilibria.solvers.broyden import Broyden, BroydenHistory
 class Shine(GradientRule):
     """u = −Hᵀg with the H ≈ (J − I)⁻¹ that Broyden's method left behind: no VJP at all.
 
-    Z. Ramzi et al., "SHINE: SHaring the INverse Estimate" (ICLR 2022). Approximate: H knows the directions that the
-    forward solve explored. Needs ``Broyden`` as forward solver, whose ``rank`` is raised to the budget: after a
-    restart H would have forgotten the samples that were done before.
+    Z. Ramzi et al., "SHINE: SHaring the INverse Estimate" (ICLR 2022). Approximate: H knows only the directions that
+    the forward solve explored. Needs ``Broyden`` as forward solver, whose ``rank`` is raised to the budget: a restart
+    would erase what H knows about samples that were done before it.
     """
 
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:

@@ -20,12 +20,12 @@ from equilibria.core.trees import map_tensors
 
 @dataclasses.dataclass(frozen=True)
 class Recomputed(Map):
-    """f, evaluated again in the backward pass; products with J are differentiated as they are."""
+    """f with checkpoints: it is evaluated again in the backward pass. Products with J are not checkpointed."""
 
     f: Map
 
     def __call__(self, z: State) -> State:
-        """f(z), of which only z is kept."""
+        """f(z); only z is kept for the backward pass."""
         return checkpoint(self.f, z, use_reentrant=False)
 
     def jvp(self, z: State, v: State) -> State:
@@ -39,7 +39,7 @@ class Unroll(GradientRule):
 
     With ``Picard()`` and ``Stop(rtol=0, atol=0, max_evals=L + 1, best=False)`` it is a weight-tied network of depth L.
     The gradient converges as the residual falls from its first value: from a start near the solution, few steps meet
-    the tolerance and the gradient has hardly begun to converge. That is warned of (see ``Method.on_failure``); a stop
+    the tolerance and the gradient has hardly begun to converge. A warning says so (see ``Method.on_failure``); a stop
     without tolerance takes all its steps.
     """
 
@@ -59,19 +59,19 @@ class Unroll(GradientRule):
         derived = torch.is_grad_enabled() or forward_ad._current_level >= 0
         if derived and is_heard(method.stop, method.on_failure):
             _check_steps(solution, method)
-        # What is kept for reports must not keep the graph alive.
+        # Fields that serve reports only must not keep the graph alive.
         return dataclasses.replace(solution, fz=map_tensors(Tensor.detach, solution.fz), history=None)
 
 
 UNCONVERGED = 1e-2
-"""A gradient whose error is about this large, relative to it, is warned of."""
+"""Relative error of a gradient, as estimated, above which a warning is given."""
 
 
 def _check_steps(solution: Solution, method: ForwardSolve) -> None:
-    """Say that samples met the tolerance before their gradient had converged.
+    """Report samples that met the tolerance before their gradient had converged.
 
-    Derivatives with respect to the constants of f begin at zero, and lose their error at the rate of the residual: what
-    is left of the first residual is about what is wrong with the gradient.
+    Derivatives with respect to the constants of f begin at zero and converge at the rate of the residual, so the last
+    residual divided by the first is about the relative error of the gradient.
     """
     first, last = solution.trace[0].detach(), solution.residual.detach()
     error = torch.where(solution.steps > 0, last / first.where(first > 0, torch.ones_like(first)), 1.0)

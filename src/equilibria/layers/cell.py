@@ -22,17 +22,17 @@ from equilibria.core.trees import map_tensors, take_rows, tensors_in, with_tenso
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a cell computes once per forward pass, with graph, and what stays constant during the solve."""
+    """The values that a cell computes once per forward pass, with graph, and that stay constant during the solve."""
 
     shared: Any = ()
-    """What all samples share, such as effective weights; never divided."""
+    """Values that all samples share, such as effective weights; they stay whole when samples are dropped."""
     rows: Any = None
-    """A tree (dicts, tuples, lists, dataclasses) of tensors with the batch as first axis, whatever their order in
-    memory: converged samples leave it. None if nothing is known of single samples."""
+    """A tree (dicts, tuples, lists, dataclasses) of tensors with the batch as first axis, in any order in memory, from
+    which converged samples are dropped. None if the values cannot be divided by samples."""
     kept: Any = None
-    """What ``start`` and ``remember`` read; f does not."""
+    """Values that ``start`` and ``remember`` read, but f does not."""
     droppable: bool = True
-    """False where leaving samples out costs more than it saves."""
+    """False where dropping samples costs more than it saves."""
 
 
 class Cell(nn.Module, ABC):
@@ -42,19 +42,19 @@ class Cell(nn.Module, ABC):
     """
 
     def prepare(self, *inputs: Any, **options: Any) -> Prepared:
-        """Everything that does not depend on z, with graph: once per forward pass. Here the inputs as they are."""
+        """Compute what does not depend on z, with graph, once per forward pass; by default the inputs are passed on."""
         if options:
             raise TypeError(
-                f"{type(self).__name__} has no option {', '.join(sorted(options))}; leave it out, or give the cell a "
-                "prepare that knows it."
+                f"{type(self).__name__} has no option {', '.join(sorted(options))}; leave it out, or add it to "
+                "the cell's prepare."
             )
         return Prepared(shared=inputs)
 
     def start(self, prepared: Prepared) -> State:
-        """The first iterate z0: here zeros like the first input, if that is one floating tensor.
+        """The first iterate z0; by default zeros like the first input, which must then be one floating tensor.
 
         Raises:
-            TypeError: it is not; the layer has to be called with ``start=``.
+            TypeError: the first input is no floating tensor; call the layer with ``start=``.
         """
         first = prepared.shared[0] if isinstance(prepared.shared, tuple) and prepared.shared else None
         if isinstance(first, Tensor) and first.is_floating_point():
@@ -74,11 +74,11 @@ class Cell(nn.Module, ABC):
         """f(z): pure, so that the same inputs give the same bits."""
 
     def output(self, z: State) -> Any:
-        """What the layers after this one read of the state: here all of it."""
+        """The part of the state that later layers read; by default all of it."""
         return z
 
     def remember(self, z: State, prepared: Prepared) -> Any:
-        """What the next segment of the same streams needs of this one: here None; see ``SequenceCell``."""
+        """The memory for the next segment of the same streams; by default None, see ``SequenceCell``."""
         return None
 
 
@@ -101,10 +101,10 @@ def _kind(value: Any) -> str:
 
 
 class ModuleCell(Cell):
-    """Any ``nn.Module`` f(z, *inputs) as a cell; samples that have converged stay in the batch.
+    """A cell made of any ``nn.Module`` f(z, *inputs); its converged samples stay in the batch.
 
     Args:
-        module: the map. It must give the same bits when called twice, so no dropout that draws inside it.
+        module: the map. It must give the same bits when called twice, so it may draw no dropout masks.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -117,7 +117,7 @@ class ModuleCell(Cell):
 
 
 def as_cell(module: nn.Module) -> Cell:
-    """``module`` as a ``Cell``: itself if it is one, else a ``ModuleCell``; the one door for plain modules.
+    """``module`` as a ``Cell``: itself if it is one, else a ``ModuleCell``. Every plain module becomes a cell here.
 
     Raises:
         TypeError: it is not an ``nn.Module``.
@@ -134,10 +134,11 @@ def as_cell(module: nn.Module) -> Cell:
 
 
 class Buffers:
-    """What a cell keeps beside its parameters, such as the running statistics of batch norm, during a forward pass.
+    """The buffers of a cell during a forward pass, such as the running statistics of batch norm.
 
-    Every evaluation of f begins with the buffers that the forward pass began with, so that f gives the same bits twice;
-    what the last one made of them is kept by the cell: one update per forward pass, at the equilibrium.
+    Every evaluation of f starts from the buffers as they were before the forward pass, so that f gives the same bits
+    twice. At the end the cell keeps the buffers of the last evaluation: one update per forward pass, at the
+    equilibrium.
     """
 
     def __init__(self, cell: Cell) -> None:
@@ -147,19 +148,19 @@ class Buffers:
 
     @classmethod
     def of(cls, cell: Cell) -> Buffers | None:
-        """Those of a cell in training; None if it has none, or must leave them as they are."""
+        """The buffers of a cell in training; None in evaluation, and for a cell without buffers."""
         return cls(cell) if cell.training and any(True for _ in cell.buffers()) else None
 
-    def fresh(self) -> dict[str, Tensor]:
-        """Copies for one evaluation."""
+    def copies(self) -> dict[str, Tensor]:
+        """Copies of the first buffers, for one evaluation."""
         self._last = {name: buffer.clone() for name, buffer in self._first.items()}
         return self._last
 
     def keep(self) -> None:
-        """Give the cell what the last evaluation made of them."""
+        """Write the buffers of the last evaluation into the cell."""
         with torch.no_grad():
             for name, buffer in self._last.items():
-                # Batch norm does not say that it has written, and a GPU is not asked.
+                # Batch norm does not mark what it has written, and a comparison on a GPU would wait for it.
                 if buffer.device.type != "cpu" or not torch.equal(buffer, self._first[name]):
                     self._own[name].copy_(buffer)
 
@@ -172,13 +173,13 @@ class CellMap(Map):
     prepared: Prepared
     buffers: Buffers | None = None
     weights: dict[str, Tensor] | None = None
-    """In the place of the cell's parameters and buffers; None for its own."""
+    """Replacements for the cell's parameters and buffers; None for its own."""
     past_compilation: bool = False
-    """f as it is written, though the cell is compiled."""
+    """True to run the code of f as it is written, even if the cell is compiled."""
 
     def __call__(self, z: State) -> State:
         """f(z), compiled if the cell is."""
-        held = (self.weights or {}) | (self.buffers.fresh() if self.buffers is not None else {})
+        held = (self.weights or {}) | (self.buffers.copies() if self.buffers is not None else {})
         if not held:
             return (self.cell.forward if self.past_compilation else self.cell)(z, self.prepared)
         if not self.past_compilation:
@@ -195,13 +196,13 @@ class CellMap(Map):
         return self.eager().jvp(z, v) if self._compiled else super().jvp(z, v)
 
     def linearise(self, z: State, *, create_graph: bool = False) -> Linearised:
-        """f(z) with graph; of a compiled cell VJPs come from a graph of z alone, if there can be one.
+        """f(z) with graph; VJPs of a compiled cell use a second compiled graph, in which only z requires a gradient.
 
-        The backward pass of compiled code computes the gradients of all its inputs, whatever is asked for.
+        The reason: the backward pass of compiled code computes the gradients of all its inputs, requested or not.
         """
         if not self._compiled:
             return linearised(self, z, create_graph=create_graph)
-        # On a GPU a graph of z alone was never tried; compiled code has no second derivative anywhere.
+        # The second graph was never tested on a GPU, and compiled code has no second derivative on any device.
         if create_graph or any(parameter.is_cuda for parameter in self.cell.parameters()):
             return linearised(self.eager(), z, create_graph=create_graph)
         parameters = {name: parameter.detach() for name, parameter in self.cell.named_parameters()}
@@ -211,19 +212,19 @@ class CellMap(Map):
         return dataclasses.replace(point, again=partial(linearised_for_products, alone, z, point.autocast))
 
     def reads(self) -> tuple[Tensor, ...]:
-        """What was prepared, and the cell's parameters and buffers."""
+        """The prepared tensors, then the cell's parameters and buffers."""
         own = self.pinned()
         return *tensors_in(own.prepared), *own._weights.values()
 
     def given(self, tensors: Sequence[Tensor]) -> CellMap:
-        """The map of a cell with other weights, on inputs that were prepared otherwise; without compilation."""
+        """The uncompiled map with these prepared tensors, parameters and buffers."""
         own = self.pinned()
         prepared = with_tensors(own.prepared, tensors)
         weights = dict(zip(own._weights, tensors[len(tensors_in(own.prepared)) :], strict=True))
         return dataclasses.replace(own, prepared=prepared, weights=weights)
 
     def pinned(self) -> CellMap:
-        """The map with the weights that the cell has now; ``functional_call`` restores the old ones when it returns."""
+        """The uncompiled map bound to the weights of this moment, which ``functional_call`` may later replace."""
         prepared = dataclasses.replace(self.prepared, kept=None)
         return dataclasses.replace(self, prepared=prepared, weights=self._weights, past_compilation=True)
 
@@ -234,7 +235,7 @@ class CellMap(Map):
         return dict((*self.cell.named_parameters(), *self.cell.named_buffers()))
 
     def rows(self, index: Int[Tensor, " R"]) -> CellMap | None:
-        """f for these samples, if the cell prepares them one by one."""
+        """f for these samples; None if what the cell prepares cannot be divided by samples."""
         if self.prepared.rows is None or not self.prepared.droppable:
             return None
         prepared = dataclasses.replace(self.prepared, rows=take_rows(self.prepared.rows, index), kept=None)
@@ -246,7 +247,7 @@ class CellMap(Map):
 
 
 class _Forward(nn.Module):
-    """A cell, past its compiled call."""
+    """A cell whose ``forward`` is called directly, without compiled code."""
 
     def __init__(self, cell: Cell) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Variational dropout: masks drawn once per forward pass and constant during the solve.
 
-A mask drawn inside f would make f another map at every call, and no map has a fixed point then (Gal and Ghahramani
-2016 share one mask over time for other reasons; here it is shared over the iterations of the solver too).
+A mask drawn inside f would make f a different map at every call, and an iteration of it has no fixed point (Gal and
+Ghahramani 2016 share one mask over time for other reasons; here the iterations of the solver share it, too).
 
 A batch may be computed in parts, on several processes or one after the other. Every part then draws for the whole batch
 from the same state of the generator and keeps its own rows: the result is that of one process, whatever the number of
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class BatchSlice:
-    """The rows ``first``, ``first`` + 1, … of a batch of ``total``."""
+    """The rows ``first``, ``first`` + 1, … of a batch of ``total`` rows."""
 
     first: int
     total: int
@@ -32,15 +32,15 @@ def batch_draw(
     """The random tensor ``draw(shape)`` of a batch, or of one part of it.
 
     Args:
-        draw: gives random numbers of a shape.
-        shape: of the tensor that comes back.
-        part: which rows of the whole batch these are; None for a batch of its own.
+        draw: returns random numbers of a given shape.
+        shape: the shape of the result.
+        part: the rows of the whole batch to return; None if the batch is not divided.
         rows: the axis of the samples.
     """
     if part is None:
         return draw(shape)
     whole = draw([*shape[:rows], part.total, *shape[rows + 1 :]])
-    return whole.narrow(rows, part.first, shape[rows]).clone()  # a view would keep all of it
+    return whole.narrow(rows, part.first, shape[rows]).clone()  # a view would keep the whole batch alive
 
 
 def dropout_mask(
@@ -55,12 +55,12 @@ def dropout_mask(
     """A mask of ``shape`` with entries 0 (probability ``rate``) or 1/(1 − rate); None where nothing is dropped.
 
     Args:
-        shape: with a 1 where the mask is shared, as in (B, 1, D) for whole channels.
-        rate: the share that is dropped, 0 ≤ rate < 1.
-        training: the module's mode; in evaluation nothing is dropped.
+        shape: the shape of the mask, with 1 for axes along which it is constant, as in (B, 1, D) for whole channels.
+        rate: the probability of dropping an entry, 0 ≤ rate < 1.
+        training: the mode of the module; in evaluation nothing is dropped.
         like: gives dtype and device.
         rows: the axis of the samples; None for a mask that all of them share.
-        part: which rows of the whole batch these are.
+        part: the rows of the whole batch to return.
     """
     if rate == 0 or not training:
         return None
@@ -73,7 +73,7 @@ def dropout_mask(
 
 
 def masked(x: Float[Tensor, "*shape"], mask: Tensor | None) -> Float[Tensor, "*shape"]:
-    """x ⊙ mask, or x where there is no mask."""
+    """x ⊙ mask, or x if there is no mask."""
     return x if mask is None else x * mask
 
 

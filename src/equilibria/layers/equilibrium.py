@@ -21,7 +21,7 @@ from equilibria.layers.sequence import sequence_cell
 
 
 def check_gathered(cell: nn.Module) -> None:
-    """Raise a ValueError if parameters inside f are sharded over processes that may evaluate it differently often."""
+    """Raise a ValueError if parameters inside f are sharded: processes may need different numbers of evaluations."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     for name, parameter in cell.named_parameters():
@@ -44,7 +44,7 @@ class Equilibrium(Layer):
         eval_stop: tolerances and budget in ``eval()`` mode; ``stop`` if None.
         coupled: the cell mixes the samples of the batch, so that the whole state is one problem.
         on_failure: "warn", "raise" or "ignore" when a solve, forward or backward, does not converge.
-        keep: the solve keeps its state after each of these numbers of steps, in ``Solution.iterates``.
+        keep: numbers of steps after which the solve stores its state in ``Solution.iterates``.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Equilibrium(Layer):
         """The equilibrium under ``inputs``.
 
         Args:
-            inputs: those of the cell's ``prepare``, or of the module after z.
-            start: the first iterate, such as the equilibrium of a similar input; it decides on the cost alone, as long
-                as there is one equilibrium. None for the cell's own.
-            method: how to solve this time, in training and in evaluation alike; None for the layer's own way.
-            options: those of the cell's ``prepare``.
+            inputs: arguments of the cell's ``prepare``, or of the module after z.
+            start: the first iterate, such as the equilibrium of a similar input; if there is only one equilibrium, it
+                affects the cost alone. None for the cell's own.
+            method: the method of this call, in training and in evaluation alike; None for the layer's own.
+            options: options of the cell's ``prepare``.
 
         Raises:
             ValueError: ``start`` has another shape than the state, or is not finite.
@@ -113,7 +113,7 @@ class Equilibrium(Layer):
         return sequence_cell(self.cell).cache(batch, **choices)
 
     def extra_repr(self) -> str:
-        """Solver, stopping rule and gradient rule; what else differs from its default."""
+        """Solver, stopping rule and gradient rule, and every other setting that differs from its default."""
         method = self.method
         said = f"solver={method.solver}, stop={method.stop}, gradient={method.gradient}, eval_stop={self.eval_stop}"
         more = {name: getattr(method, name) for name in ("coupled", "on_failure", "keep")}

@@ -1,4 +1,4 @@
-"""Unrolled, Stack: the explicit networks of the same cells."""
+"""Unrolled, Stack: explicit networks made of the same cells."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from equilibria.layers.sequence import SequenceCell, sequence_cell
 class Unrolled(Layer):
     """The explicit, weight-tied network of depth L: z_l = f(z_{l−1}; inputs), z_0 = start, with back-propagation.
 
-    All layers of a sequence cell read one memory, that of the last state, so that for L → ∞ it is the equilibrium. Two
-    segments joined by it are therefore not quite one long one, as they are for ``Stack``.
+    All layers of a sequence cell read the same memory, made from the last state, so that the network tends to the
+    equilibrium as L → ∞. At finite depth two segments joined by memory are therefore not exactly one long segment; for
+    ``Stack`` they are.
 
     Args:
         cell: the map f: a ``Cell``, or any ``nn.Module`` f(z, *inputs).
-        depth: L, evaluations of f.
+        depth: L, the number of evaluations of f.
         checkpoint: keep only the states and evaluate f again in the backward pass (T. Chen et al. 2016).
-        auxiliary_every: in training, give the outputs of layers k, 2k, … ≤ L too, for auxiliary losses; 0 for none.
+        auxiliary_every: k: in training, also return the outputs of layers k, 2k, … for auxiliary losses; 0 for none.
     """
 
     def __init__(self, cell: nn.Module, depth: int, *, checkpoint: bool = False, auxiliary_every: int = 0) -> None:
@@ -34,8 +35,8 @@ class Unrolled(Layer):
             raise ValueError(f"Unrolled(depth={depth}): a network has at least one layer; try depth=12.")
         if not 0 <= auxiliary_every <= depth:
             raise ValueError(
-                f"Unrolled(depth={depth}, auxiliary_every={auxiliary_every}): one of the {depth} layers at least has "
-                "an auxiliary output, or none with 0; try a fifth of the depth."
+                f"Unrolled(depth={depth}, auxiliary_every={auxiliary_every}): auxiliary_every lies between 0 (no "
+                "auxiliary outputs) and the depth; try a fifth of the depth."
             )
         self.cell = as_cell(cell)
         self.depth, self.checkpoint, self.auxiliary_every = depth, checkpoint, auxiliary_every
@@ -70,11 +71,11 @@ class Unrolled(Layer):
 
     def cache(self, batch: int, **choices: Any) -> Any:
         """A memory for generation; see ``SequenceCell.cache``."""
-        choices["warm"] = False  # a network of fixed depth begins where it was trained to begin
+        choices["warm"] = False  # a network of fixed depth starts where it was trained to start
         return sequence_cell(self.cell).cache(batch, **choices)
 
     def extra_repr(self) -> str:
-        """Depth."""
+        """The depth and the other settings."""
         return f"depth={self.depth}, checkpoint={self.checkpoint}, auxiliary_every={self.auxiliary_every}"
 
 
@@ -82,11 +83,12 @@ class Stack(Layer):
     """The explicit network of L cells, each applied once: z_l = f_l(z_{l−1}; inputs).
 
     The inputs enter every cell through its ``prepare``, and z_0 is the start of the first. A cell may occur several
-    times: then its layers share their weights, and draw dropout masks of their own.
+    times: then its layers share their weights, but draw separate dropout masks.
 
-    Sequence cells have one memory each, in a tuple. A layer remembers its input z_{l−1}, whose keys and values are
-    those it sees (Dai et al. 2019, eq. 3), so that two segments joined by memory are one long one. A cell whose f
-    carries on what it computed itself, such as a TrellisCell with "scan", would need more than its input.
+    Sequence cells have one memory each, in a tuple. A layer remembers its input z_{l−1}, from which its keys and values
+    are computed (Dai et al. 2019, eq. 3), so that two segments joined by memory are one long segment. A cell whose f
+    reads its own result at earlier times, such as a TrellisCell with "scan", would have to remember more than its
+    input.
 
     Args:
         cells: f_1, …, f_L: cells, or any modules f_l(z, *inputs); either all are sequence cells or none is.
@@ -118,7 +120,7 @@ class Stack(Layer):
         depth: int | None = None,
         **options: Any,
     ) -> LayerOutput:
-        """The last layer's state under ``inputs``; of sequence cells these are x and a tuple of memories, or None.
+        """The last layer's state under ``inputs``; for sequence cells these are x and a tuple of memories, or None.
 
         ``depth`` is the number of layers this time, the first ones; those after them remember nothing.
         """
@@ -166,5 +168,5 @@ def layers_used(depth: int | None, layers: int) -> int:
 def _applied(cell: Cell, z: State, prepared: Prepared, *, checkpoint: bool) -> State:
     if not checkpoint or not is_grad_enabled():
         return cell(z, prepared)
-    # f draws no random numbers, so there is no state of a generator to bring back.
+    # f draws no random numbers, so no state of a generator has to be restored.
     return recomputed(cell, z, prepared, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore

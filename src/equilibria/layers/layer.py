@@ -1,4 +1,4 @@
-"""Layer and LayerOutput: what every layer of states is called with, and what it gives back."""
+"""Layer and LayerOutput: the interface of every layer, and its result."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from equilibria.fixed_point import Method
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerOutput:
-    """What a layer gives back, equilibrium or explicit."""
+    """The result of a layer, equilibrium or explicit."""
 
     output: Any
-    """What the layers after this one read of z; it carries the gradient."""
+    """The part of z that later layers read; it carries the gradient."""
     z: State
     """The state, which carries the gradient."""
     f: Map
     """The map whose fixed point was sought (Stack: the last layer's), for stability measures."""
     solution: Solution | None
-    """How the solve went; None from a layer that solves nothing."""
+    """The result of the solve; None from a layer that solves nothing."""
     memory: Any = None
-    """For the next segment of the same streams; None from a cell that remembers nothing."""
+    """The memory for the next segment of the same streams; None from a cell that remembers nothing."""
     auxiliary: tuple[Any, ...] = ()
-    """The outputs of layers in between, for auxiliary losses, from an explicit network that was asked for them."""
+    """Outputs of intermediate layers for auxiliary losses (``Unrolled(auxiliary_every=…)``); empty otherwise."""
 
 
 class Layer(nn.Module, ABC):
@@ -40,15 +40,15 @@ class Layer(nn.Module, ABC):
         """The state under ``inputs``.
 
         Args:
-            inputs: as the layer's cell takes them; of a sequence layer x and the memory of the segment before.
-            method: how to solve this time; None for the layer's own way. A layer that solves nothing has none.
-            options: those of the cell's ``prepare``.
+            inputs: the inputs of the layer's cell; for a sequence cell x and the memory of the previous segment.
+            method: the method of this call; None for the layer's own. A layer that solves nothing accepts none.
+            options: options of the cell's ``prepare``.
         """
 
     def cache(
         self, batch: int, *, length: int | None = None, padding: Any = None, memory: Any = None, warm: bool = False
     ) -> Any:
-        """A memory for generation; here a TypeError, since this layer keeps no past. See ``SequenceCell.cache``."""
+        """A memory for generation; see ``SequenceCell.cache``. By default a TypeError: the layer keeps no past."""
         raise TypeError(
             f"{type(self).__name__} keeps no past position by position, so it has no cache for generation; use a layer "
             "around a SequenceCell, such as TransformerCell or TrellisCell."

@@ -19,16 +19,16 @@ INITS: tuple[Init, ...] = ("default_fan_in", "normal")
 
 
 class NormedLinear(nn.Module):
-    """The parameters of x ↦ W x (+ b); it computes W and leaves the product to its owner.
+    """The parameters of x ↦ W x (+ b); it computes W, and its owner computes the product.
 
     Args:
-        inputs: width of x.
-        outputs: width of W x.
-        bias: whether there is a b; it starts at 0.
-        normed: W = g·v/‖v‖ row by row, with g started at ‖v‖; otherwise W is the parameter itself.
+        inputs: the width of x.
+        outputs: the width of W x.
+        bias: add b, which starts at 0.
+        normed: W = g·v/‖v‖ row by row, where g starts at ‖v‖; otherwise W is the parameter itself.
         init: W from U(±1/√inputs) ("default_fan_in") or from N(0, std²) ("normal"), drawn before W is split into g
-            and v, so that it is what the name says.
-        std: of "normal".
+            and v, so that W itself has this distribution.
+        std: the standard deviation of "normal".
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class NormedLinear(nn.Module):
         """W, with graph.
 
         Args:
-            kept: False where an entry of v, in its first columns, is dropped before it is normalised (DropConnect).
-            rate: the share that is dropped; what is kept is multiplied by 1/(1 − rate).
+            kept: False for the entries of the first columns of v to drop before normalisation (DropConnect).
+            rate: the share that is dropped; the other entries of these columns are multiplied by 1/(1 − rate).
         """
         if kept is not None:
             return _Dropped.apply(self.direction, self.gain, kept, 1 / (1 - rate))  # pyright: ignore
@@ -58,18 +58,17 @@ class NormedLinear(nn.Module):
         return self.direction * (self.gain / torch.linalg.vector_norm(self.direction, dim=1)).unsqueeze(1)
 
     def extra_repr(self) -> str:
-        """Sizes and kind."""
+        """The sizes, and whether there are a bias and weight normalisation."""
         outputs, inputs = self.direction.shape
         return f"inputs={inputs}, outputs={outputs}, bias={self.bias is not None}, normed={self.gain is not None}"
 
 
 class Held:
-    """What a module computes from its parameters alone, kept from one generated position to the next.
+    """The cached result of a computation from a module's parameters alone, reused for every generated position.
 
-    It is computed again when a parameter was changed in place by an optimiser or ``load_state_dict``, replaced, cast or
-    moved. Only what PyTorch does not count as a change goes unnoticed, until ``renew``: writing through
-    ``parameter.data``, and the step of an optimiser with ``fused=True``. Copies and pickles of the module begin without
-    it.
+    It is recomputed when a parameter was changed in place by an optimiser or ``load_state_dict``, replaced, cast or
+    moved. Two changes that PyTorch does not count go unnoticed until ``renew``: writing through ``parameter.data``, and
+    the step of an optimiser with ``fused=True``. Copies and pickles of the module start with an empty cache.
     """
 
     def __init__(self) -> None:
@@ -78,7 +77,7 @@ class Held:
     def of(self, module: nn.Module, compute: Callable[[], Any], *choices: Any) -> Any:
         """``compute()``, or its last value if parameters, autocast and ``choices`` are the same."""
         parameters = list(module.parameters())
-        if any(p.is_inference() for p in parameters):  # of inference mode: they count no changes
+        if any(p.is_inference() for p in parameters):  # tensors of inference mode do not count changes
             return compute()
         versions = [(id(p), p._version, p.dtype, p.device) for p in parameters]
         devices = {p.device.type for p in parameters}
@@ -103,11 +102,11 @@ class Held:
 
 
 ROWS = 512
-"""Rows of v that are copied at a time."""
+"""Number of rows of v that are copied at a time."""
 
 
 class _Dropped(torch.autograd.Function):
-    """W of a v of which entries were dropped, without a copy of v that autograd would keep."""
+    """W from a v with dropped entries; autograd keeps no second copy of v."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, gain: Tensor | None, kept: Tensor, scale: float) -> Tensor:
@@ -127,10 +126,10 @@ class _Dropped(torch.autograd.Function):
 def _gradients(
     grad: Tensor, v: Tensor, gain: Tensor | None, kept: Tensor, norm: Tensor | None, *, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Of v and of the gain."""
+    """The gradients of v and of the gain."""
     if gain is None or norm is None:
         return _drop(grad.clone(), kept, scale), None
-    if torch.is_grad_enabled():  # a second derivative is wanted, and may keep its products
+    if torch.is_grad_enabled():  # for a second derivative: recorded by autograd, with its intermediate results
         v = _drop(v.clone(), kept, scale)
         size = torch.linalg.vector_norm(v, dim=1)
         inner = (grad * v).sum(dim=1) / size
@@ -147,6 +146,6 @@ def _gradients(
 
 
 def _drop(v: Tensor, kept: Tensor, scale: float) -> Tensor:
-    """In place: the first columns, where they are not kept, become 0."""
+    """Multiply the first columns of v by ``kept``·``scale``, in place."""
     v[:, : kept.shape[1]].mul_(kept).mul_(scale)
     return v

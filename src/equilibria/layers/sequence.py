@@ -1,4 +1,4 @@
-"""SequenceCell: a cell on sequences, which remembers one segment for the next and can generate position by position.
+"""SequenceCell: a cell on sequences, with memory from segment to segment and generation position by position.
 
 Letters: B batch, T time, D width.
 """
@@ -18,7 +18,7 @@ from equilibria.layers.cell import Cell, Prepared
 from equilibria.layers.dropout import BatchSlice
 
 Memory = Any
-"""What a cell remembers of one segment for the next: a tree of detached tensors with the batch first, or None."""
+"""The memory of one segment for the next: a tree of detached tensors with the batch first, or None."""
 
 
 class SequenceCell(Cell, ABC):
@@ -33,14 +33,14 @@ class SequenceCell(Cell, ABC):
         warm: bool = False,
         part: BatchSlice | None = None,
     ) -> Prepared:
-        """Everything that does not depend on z, with graph: once per forward pass.
+        """Compute what does not depend on z, with graph, once per forward pass.
 
         Args:
             x: the input.
-            memory: of the segment before, or a cache; None where the streams begin.
-            warm: start from what is remembered, near z* if neighbours resemble each other, instead of the cell's own
-                start.
-            part: which rows of the whole batch these are, for random numbers.
+            memory: memory of the previous segment, or a cache; None where the streams begin.
+            warm: start from the remembered state instead of the cell's own start; it is near z* if neighbouring
+                positions resemble each other.
+            part: the rows of the whole batch that x holds, for random numbers.
         """
 
     @abstractmethod
@@ -48,7 +48,7 @@ class SequenceCell(Cell, ABC):
         """The first iterate z0."""
 
     def begin(self, prepared: Prepared, given: State | None) -> State:
-        """The first iterate of a solve: ``given`` by the caller, in the shape of ``start(prepared)``, or that."""
+        """The first iterate of a solve: ``given``, in the shape of ``start(prepared)``, or else ``start(prepared)``."""
         own = self.start(prepared)
         if given is None:
             return own
@@ -63,7 +63,7 @@ class SequenceCell(Cell, ABC):
 
     @abstractmethod
     def remember(self, z: State, prepared: Prepared) -> Memory:
-        """What the next segment of the same streams needs of this one, detached."""
+        """The memory for the next segment of the same streams, detached."""
 
     def cache(
         self,
@@ -74,24 +74,24 @@ class SequenceCell(Cell, ABC):
         memory: Memory = None,
         warm: bool = False,
     ) -> Memory:
-        """A memory for generation, position by position and without gradients: here ``memory`` as it is.
+        """A memory for generating position by position, without gradients; by default ``memory`` itself.
 
-        A cell that can do better keeps what it computes of each position once (see ``TransformerCell.cache``).
+        A cell may override it to compute the values of each position only once (see ``TransformerCell.cache``).
 
         Args:
-            batch: rows.
-            length: positions that are remembered; None for those of the cell.
-            padding: positions at which the text of each row has not begun, for rows of different lengths.
-            memory: of what came before.
-            warm: start a position from the state of the one before it.
+            batch: number of streams.
+            length: number of positions to remember; None for the cell's own.
+            padding: number of positions before the text of each stream begins, for texts of different lengths.
+            memory: the memory of the text before.
+            warm: start each position from the state of the previous one.
 
         Raises:
-            ValueError: the cell cannot tell where each row begins.
+            ValueError: padding is given, and the cell does not support it.
         """
         if padding is not None:
             raise ValueError(
-                f"rows of different lengths need a memory that knows where each begins, and {type(self).__name__} has "
-                "none; give rows of one length, or one row at a time."
+                f"texts of different lengths need a cache that skips padding, and {type(self).__name__} has none; give "
+                "texts of one length, or one text at a time."
             )
         return memory
 
@@ -117,7 +117,7 @@ def check_width(x: Tensor, width: int) -> None:
 
 
 def check_streams(streams: int, x: Tensor) -> None:
-    """Raise a ValueError if a memory is of another number of streams than the input."""
+    """Raise a ValueError unless the memory and the input have the same number of streams."""
     if streams != len(x):
         raise ValueError(
             f"the memory is of {streams} streams and the input of {len(x)}; a memory continues the streams that it "
@@ -126,34 +126,34 @@ def check_streams(streams: int, x: Tensor) -> None:
 
 
 def check_cache_use(cell: nn.Module) -> None:
-    """Raise a ValueError if a cache is used where autograd records, or where something would be dropped."""
+    """Raise a ValueError if a cache is used while autograd records, or in training mode."""
     if torch.is_grad_enabled():
         raise ValueError("a cache has no gradient; use it under torch.no_grad().")
     _check_evaluation(cell)
 
 
 def check_new_cache(cell: nn.Module, batch: int, *, kind: type, memory: Any, padding: Tensor | None) -> None:
-    """Raise a ValueError if a cache could not be exact.
+    """Raise a ValueError if a new cache could not be exact.
 
     Args:
-        cell: in evaluation mode.
-        batch: rows, at least one.
-        kind: of the memory that the cell gives without cache.
-        memory: of that kind, or None.
-        padding: in front of the rows; only without memory.
+        cell: the cell, in evaluation mode.
+        batch: number of streams, at least one.
+        kind: the type of the memory that the cell returns without a cache.
+        memory: a memory of that type, or None.
+        padding: number of positions before the text of each stream begins; only without a memory.
     """
     if batch < 1:
-        raise ValueError(f"cache(batch={batch}): a cache is for at least one row.")
+        raise ValueError(f"cache(batch={batch}): a cache is for at least one stream.")
     _check_evaluation(cell)
     if memory is not None and not isinstance(memory, kind):
         raise ValueError(
             f"the memory is a {type(memory).__name__}, and a cache is made from a {kind.__name__}, as a solve without "
-            "cache gives it; where there is a cache already, continue with that."
+            "cache returns it; if you have a cache already, continue with that."
         )
     if memory is not None and padding is not None:
         raise ValueError(
-            "padding stands before the text of a row, and the memory would stand before the padding; give rows of one "
-            "length, or no memory."
+            "padding stands before the text of a stream, so no memory can come right before the text; give texts of "
+            "one length, or no memory."
         )
 
 

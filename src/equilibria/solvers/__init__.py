@@ -1,4 +1,4 @@
-"""Solvers: one update rule per file. ``CATALOGUE`` enters each in the conformance suite."""
+"""Solvers: one update rule per file. The conformance suite runs on every entry of ``CATALOGUE``."""
 
 from equilibria.solvers.anderson import Anderson
 from equilibria.solvers.broyden import Broyden

@@ -35,11 +35,11 @@ from equilibria.solvers.history import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AndersonHistory:
-    """The last residual, and the differences between successive pairs, oldest overwritten first."""
+    """The last residual, and the differences between successive pairs (z, f(z)); the oldest is overwritten first."""
 
     step: int
     plain: Float[Tensor, "B N"]
-    """z + β·r, where plain iteration would have gone from the last point."""
+    """z + β·r, the plain step from the last point."""
     r: Float[Tensor, "B N"]
     moves: Float[Tensor, "B W N"]
     """Δz_i + β·Δr_i."""
@@ -59,18 +59,18 @@ class Anderson(Solver):
     eq. 2.2). Deviations: (1) the ridge λ is relative to the length of each difference, so that it neither stops
     convergence near the solution nor depends on the scale of the state, and as it grows the step becomes plain
     iteration; (2) the Gram matrix is kept in float64 and gains one row per step; (3) a state of N numbers has at most N
-    differences, since more of them are dependent.
+    differences, since more would be linearly dependent.
     """
 
     window: int = 6
-    """Number of pairs (z, f(z)) that are combined, at most N + 1; memory is 2·window states."""
+    """Number of pairs (z, f(z)) that are combined, at most N + 1; 2·window states are stored."""
     mixing: float = 1.0
     """β: how far the step goes along the combined residual."""
     ridge: float = 1e-7
     """λ: relative Tikhonov regularisation of the least-squares problem."""
     history_dtype: torch.dtype | None = None
-    """Dtype of the window: ``torch.bfloat16`` halves its memory, and the algebra stays as it is. None for that of the
-    algebra."""
+    """Dtype of the window: ``torch.bfloat16`` halves its memory, and the algebra keeps its own dtype. None for the
+    dtype of the algebra."""
 
     by_row: ClassVar[bool] = True
 
@@ -84,7 +84,7 @@ class Anderson(Solver):
         check_history_dtype("Anderson", self.history_dtype)
 
     def init(self, z: Float[Tensor, "B N"]) -> AndersonHistory:
-        """Empty differences."""
+        """A history without differences."""
         size = min(self.window - 1, z.shape[1]) if z.shape[1] > 1 else 0  # see ``_secant``
         gram = torch.zeros(len(z), size, size, dtype=small_dtype(z), device=z.device)
         return AndersonHistory(
@@ -98,7 +98,7 @@ class Anderson(Solver):
         )
 
     def step(self, f: Evaluator, at: Iterate, history: AndersonHistory) -> tuple[Tensor, AndersonHistory]:
-        """The mixture of the window; plain iteration from the first pair."""
+        """The combination of the window; the first step is a plain one."""
         h, r = history, at.r
         plain = at.z.lerp(at.fz, self.mixing) if self.mixing != 1.0 else at.fz
         if r.shape[1] == 1:
@@ -110,7 +110,7 @@ class Anderson(Solver):
         dr = stored_difference(h.dr, slot, r, h.r)
         moves = stored_difference(h.moves, slot, plain, h.plain)
         along = inner(dr[:, :used], r).to(h.gram.dtype)
-        # Δr_iᵀΔr = Δr_iᵀr − Δr_iᵀr₋, both known, but for the new one with itself: one pass over the window is saved.
+        # Δr_iᵀΔr = Δr_iᵀr − Δr_iᵀr₋, both known except for the newest Δr: this saves one pass over the window.
         row = along - h.along[:, :used]
         newest = vector_at(dr, slot, r.dtype)
         square = dot(newest, newest).to(row.dtype)[:, None]
@@ -128,7 +128,7 @@ class Anderson(Solver):
         return combine(-gamma, moves[:, :used], onto=plain), following
 
     def _secant(self, h: AndersonHistory, plain: Tensor, r: Tensor) -> tuple[Tensor, AndersonHistory]:
-        """The step of samples of one number: the only difference determines γ, and no window is needed."""
+        """The step for samples of one number: the latest difference determines γ, so no window is needed."""
         following = dataclasses.replace(h, step=h.step + 1, plain=plain, r=r)
         if h.step == 0:
             return plain, following

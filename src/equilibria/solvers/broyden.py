@@ -1,6 +1,6 @@
-"""Broyden's method, by its steps alone.
+"""Broyden's method, stored as its steps alone.
 
-Letters: B batch, N flattened state, W steps that are kept.
+Letters: B batch, N flattened state, W stored steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from equilibria.solvers.history import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BroydenHistory:
-    """The steps s_0, …, s_k of which −H = F_{k−1} ⋯ F_0 is made, F_j = I + w_j s_{j+1} s_jᵀ."""
+    """The steps s_0, …, s_k, which define −H = F_{k−1} ⋯ F_0 with F_j = I + w_j s_{j+1} s_jᵀ."""
 
     count: int
     """k + 1; 0 before the first step."""
@@ -68,13 +68,13 @@ class BroydenHistory:
         return combine(self.weights[:, :k] * b[..., 0], self.steps[:, :k], onto=x)
 
     def _system(self, k: int) -> Float[Tensor, "B k k"]:
-        """Entry (j, i) of the unit lower triangle: −w_j s_jᵀs_{i+1}; what lies above the diagonal is not read."""
+        """Entry (j, i) of the unit lower triangle: −w_j s_jᵀs_{i+1}; entries above the diagonal are not read."""
         return self.weights[:, :k, None] * -self.gram[:, :k, 1 : k + 1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseHistory:
-    """−H itself, of samples of a few numbers, and the last point."""
+    """−H itself, for samples of a few numbers, and the last point."""
 
     inverse: Float[Tensor, "B N N"]
     z: Float[Tensor, "B N"]
@@ -93,26 +93,25 @@ class DenseHistory:
 class Broyden(Solver):
     """z ← z − H·r,  H ← H + (Δz − HΔr)(HᵀΔz)ᵀ / (Δzᵀ HΔr),  r = f(z) − z,  H₀ = −I.
 
-    Good Broyden in inverse form: C. G. Broyden (Math. Comp. 19, 1965); as in Bai, Kolter, Koltun (2019, §3.1.3). It is
-    carried out by the steps alone: C. T. Kelley, "Iterative Methods for Linear and Nonlinear Equations" (1995, §7.3).
-    Since each step s is −H·r, the next one is q/(1 − sᵀq/‖s‖²) with q = −H·r by the old H, and H is a product of
-    I + s₊sᵀ/‖s‖². Deviations: (1) all products with H come from two passes over the steps and a triangular system in
-    float64, of their inner products; (2) after ``rank`` updates H is −I again, and the next step is a plain one;
-    (3) an update whose denominator is below 1e-12 of its terms, or not finite, is skipped for that sample; (4) no line
-    search.
+    Good Broyden in inverse form: C. G. Broyden (Math. Comp. 19, 1965); as in Bai, Kolter, Koltun (2019, §3.1.3). Only
+    the steps are stored: C. T. Kelley, "Iterative Methods for Linear and Nonlinear Equations" (1995, §7.3). Since each
+    step s is −H·r, the next one is q/(1 − sᵀq/‖s‖²) with q = −H·r by the old H, and H is a product of I + s₊sᵀ/‖s‖².
+    Deviations: (1) a product with H takes two passes over the steps and a triangular system of their inner products in
+    float64; (2) after ``rank`` updates H is reset to −I, and the next step is a plain one; (3) an update whose
+    denominator is below 1e-12 of its terms, or not finite, is skipped for that sample; (4) no line search.
     """
 
     rank: int = 20
-    """Updates of H before it is −I again; rank + 1 states are kept."""
+    """Number of updates before H is reset to −I; rank + 1 states are stored."""
     history_dtype: torch.dtype | None = None
     """Dtype of the steps: ``torch.bfloat16`` halves their memory, and the iterate moves by the rounded step. None for
-    that of the algebra."""
+    the dtype of the algebra."""
 
     by_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"Broyden(rank={self.rank}): at least 1 update is kept; try 20, or use Picard().")
+            raise ValueError(f"Broyden(rank={self.rank}): at least 1 update is needed; try 20, or use Picard().")
         check_history_dtype("Broyden", self.history_dtype)
 
     def init(self, z: Float[Tensor, "B N"]) -> BroydenHistory | DenseHistory:
@@ -125,7 +124,7 @@ class Broyden(Solver):
         return BroydenHistory(count=0, steps=steps, gram=gram, weights=gram[:, 0].clone())
 
     def step(self, f: Evaluator, at: Iterate, history: History) -> tuple[Tensor, History]:
-        """z − H·r after the update of H; plain iteration from the first point."""
+        """z − H·r after the update of H; the first step is a plain one."""
         if isinstance(history, DenseHistory):
             return _dense_step(at, history)
         h, z = history, at.z
@@ -160,7 +159,7 @@ def _dense_step(at: Iterate, h: DenseHistory) -> tuple[Tensor, DenseHistory]:
     s, moved = at.z - h.z, h.apply(at.r - h.r)  # before the first step s is 0, and H stays −I
     terms = s * moved
     along = -terms.sum(dim=1, keepdim=True)
-    if s.shape[1] > 1:  # of one number the terms cannot cancel
+    if s.shape[1] > 1:  # a single term cannot cancel
         sound = along.abs() > 1e-12 * terms.abs().sum(dim=1, keepdim=True)
         along = along * sound  # 0 skips the update
     inverse = h.inverse + quotient((s + moved)[:, :, None] * h.apply_transposed(s)[:, None, :], along[:, :, None])
@@ -168,7 +167,7 @@ def _dense_step(at: Iterate, h: DenseHistory) -> tuple[Tensor, DenseHistory]:
 
 
 def _times(matrices: Float[Tensor, "B N N"], x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-    """The product of each sample, column by column: faster for small matrices than one product per sample."""
+    """The matrix–vector product of each sample, column by column: for small matrices faster than ``bmm``."""
     columns = zip(matrices.unbind(2), x.split(1, dim=1), strict=True)
     return functools.reduce(torch.add, (column * number for column, number in columns))
 

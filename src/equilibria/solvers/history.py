@@ -31,7 +31,7 @@ def vector_at(window: Float[Tensor, "B W N"], slot: int, dtype: torch.dtype) -> 
 def stored_difference(
     window: Float[Tensor, "B W N"], slot: int, x: Float[Tensor, "B N"], y: Float[Tensor, "B N"]
 ) -> Float[Tensor, "B W N"]:
-    """The window with x − y at ``slot``, like ``stored``, and without a copy of it."""
+    """The window with x − y at ``slot``, like ``stored``, but without a temporary for x − y."""
     if torch.is_grad_enabled() and (window.requires_grad or x.requires_grad or y.requires_grad):
         return stored(window, slot, x - y)
     torch.sub(x, y, out=window[:, slot])
@@ -48,7 +48,7 @@ def check_history_dtype(owner: str, dtype: torch.dtype | None) -> None:
 
 
 def selected(window: Float[Tensor, "B W N"], rows: Int[Tensor, " R"]) -> Float[Tensor, "R W N"]:
-    """The vectors of these samples, in ascending order: moved to the front in place, so that no room is taken."""
+    """The vectors of these samples, in ascending order: moved to the front in place, so that no memory is allocated."""
     for place, row in enumerate(rows.tolist()):
         if place != row:
             window[place] = window[row]
@@ -67,7 +67,7 @@ def inner(window: Float[Tensor, "B W N"], x: Float[Tensor, "B N"]) -> Float[Tens
 def combine(
     weights: Float[Tensor, "B W"], window: Float[Tensor, "B W N"], *, onto: Float[Tensor, "B N"] | None = None
 ) -> Float[Tensor, "B N"]:
-    """Σ_i weights_i · window_i + ``onto``, in the dtype of the latter."""
+    """Σ_i weights_i · window_i + ``onto``, in the dtype of ``onto`` if it is given, else of the window."""
     if onto is not None and onto.dtype != window.dtype:
         out = None if torch.is_grad_enabled() else torch.empty_like(onto)
         for weight, row in zip(weights.to(onto.dtype).unbind(1), window.unbind(1), strict=True):
@@ -83,7 +83,7 @@ def dot(x: Float[Tensor, "B N"], y: Float[Tensor, "B N"]) -> Float[Tensor, " B"]
 
 
 def small_dtype(x: Tensor) -> torch.dtype:
-    """float64 for the W×W systems, where the device has it."""
+    """The dtype of the W×W systems: float64 where the device has it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
@@ -98,14 +98,14 @@ def bordered(gram: Float[Tensor, "B W W"], slot: int, row: Float[Tensor, "B used
 def ridge_solve(
     gram: Float[Tensor, "B W W"], target: Float[Tensor, "B W"], *, ridge: float, tiny: bool = False
 ) -> Float[Tensor, "B W"]:
-    """argmin over c of cᵀGc − 2cᵀt + λ Σ_i G_ii c_i², for each sample; zero where the column is empty.
+    """argmin over c of cᵀGc − 2cᵀt + λ Σ_i G_ii c_i², for each sample; zero in empty columns.
 
     The system is scaled to a unit diagonal first, so that the ridge λ acts on every column alike, whatever its length.
-    If the samples are ``tiny``, the systems are eliminated by a few operations over the whole batch.
+    ``tiny`` systems are solved by elimination, in a few operations over the whole batch.
     """
     diagonal = gram.diagonal(dim1=1, dim2=2)
     filled = diagonal > 0
-    scale = torch.where(filled, diagonal, 1.0).rsqrt()  # of an empty column too it is a plain number, with a gradient
+    scale = torch.where(filled, diagonal, 1.0).rsqrt()  # finite, and so is its gradient, even for an empty column
     regular = gram * scale[:, :, None] * scale[:, None, :]
     regular = regular + torch.diag_embed(torch.where(filled, ridge, 1.0).to(gram.dtype))
     if tiny:
@@ -118,7 +118,7 @@ def ridge_solve(
 
 
 TINY = 4
-"""A sample of at most so many numbers is tiny: one linear system per sample would take most of the time."""
+"""A sample of at most this many numbers is tiny: a ``solve`` per sample would take most of the time of a step."""
 
 
 def eliminated(system: Float[Tensor, "B W W"], target: Float[Tensor, "B W"]) -> Float[Tensor, "B W"]:
@@ -142,5 +142,5 @@ def quotient(x: Tensor, y: Tensor) -> Tensor:
     """x / y, and 0 where y is 0."""
     if x.requires_grad or y.requires_grad:
         zero = y == 0
-        return torch.where(zero, 0.0, x / torch.where(zero, 1.0, y))  # its gradient is finite, too
+        return torch.where(zero, 0.0, x / torch.where(zero, 1.0, y))  # the inner ``where`` keeps the gradient finite
     return torch.nan_to_num_(x / y, nan=0.0, posinf=0.0, neginf=0.0)

@@ -25,19 +25,19 @@ class NewtonKrylov(Solver):
     """z ← z + d,  (I − J(z)) d = f(z) − z solved by GMRES to a relative accuracy η.
 
     D. A. Knoll and D. E. Keyes (J. Comput. Phys. 193, 2004); GMRES of Y. Saad and M. H. Schultz (1986). Products with J
-    are those of ``Map.jvp`` and count as evaluations; the budget is charged ``inner + 1`` per step whether or not all
-    are needed, so that no sample's budget depends on its batch. Deviations: (1) each sample stops its own inner
-    iteration; (2) Gram–Schmidt is classical and done twice; (3) the small least-squares problem is solved again at
-    every inner iteration instead of by Givens rotations; (4) no restart and no line search.
+    come from ``Map.jvp`` and count as evaluations; every step is charged ``inner + 1`` of them, needed or not, so that
+    no sample's budget depends on its batch. Deviations: (1) each sample stops its own inner iteration; (2) Gram–Schmidt
+    is classical and done twice; (3) the small least-squares problem is solved again at every inner iteration instead of
+    by Givens rotations; (4) no restart and no line search.
     """
 
     inner: int = 10
-    """Largest number of GMRES iterations per Newton step; memory is inner + 1 states."""
+    """Largest number of GMRES iterations per Newton step; inner + 1 states are stored."""
     forcing: float = 0.1
     """η in (0, 1): relative accuracy of each linear solve."""
     jvp: JVP = "auto"
-    """How J·v is computed: "forward" mode, "double" backward, finite "differences", accurate to about √eps, or "auto"
-    for the first of them that f allows."""
+    """How J·v is computed: "forward" mode, "double" backward, finite "differences" (accurate to about √eps), or "auto"
+    for the first of them that works for f."""
     cost: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class NewtonKrylov(Solver):
 
 
 def _gmres(f: Evaluator, at: Iterate, *, iterations: int, forcing: float, how: JVP) -> Tensor:
-    """The d of the Krylov space of I − J(z) and r that makes ‖(I − J)d − r‖ smallest."""
+    """The d in the Krylov space of I − J(z) and r that minimises ‖(I − J)d − r‖."""
     z, r = at.z, at.r
     size = row_norm(r)
     searching = at.active & (size > 0)
@@ -71,7 +71,7 @@ def _gmres(f: Evaluator, at: Iterate, *, iterations: int, forcing: float, how: J
         w = basis[k] - f.jvp(z, basis[k], how=how)
         w, column = _orthogonalised(w, torch.stack(basis, dim=1))
         length = row_norm(w)
-        # A sample whose inner solve is done adds zero columns and zero vectors: its answer stands.
+        # A sample whose inner solve is done adds zero columns and zero vectors, so its answer no longer changes.
         column = torch.cat([column, length[:, None]], dim=1) * searching[:, None]
         hessenberg = _with_column(hessenberg, k, column)
         y, misfit = _least_squares(hessenberg[:, : k + 2, : k + 1], size)

@@ -20,7 +20,7 @@ class Picard(Solver):
     """
 
     damping: float = 1.0
-    """λ in (0, 1]; 1 is plain iteration, that is a weight-tied network."""
+    """λ in (0, 1]; 1 is plain iteration, which is a weight-tied network."""
 
     by_row: ClassVar[bool] = True
 

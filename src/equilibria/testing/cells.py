@@ -49,7 +49,7 @@ class CellSuite:
         return self.make().to(dtype).train(training)
 
     def _prepared(self, cell: Cell, inputs: tuple[Any, ...]) -> Prepared:
-        """What the cell prepares; a sequence cell with a past."""
+        """The prepared values of the cell; those of a sequence cell include a past."""
         return cell.prepare(*inputs)
 
     def _state(self, cell: Cell, prepared: Prepared) -> State:
@@ -62,7 +62,7 @@ class CellSuite:
         return cell, prepared, self._state(cell, prepared)
 
     def test_f_gives_the_same_bits_twice(self) -> None:
-        """And draws no random numbers, in training either."""
+        """It also draws no random numbers, not even in training."""
         cell, prepared, z = self._point(training=True)
         before = torch.get_rng_state()
         first, second = cell(z, prepared), cell(map_tensors(torch.clone, z), prepared)
@@ -70,7 +70,7 @@ class CellSuite:
         assert torch.equal(before, torch.get_rng_state())
 
     def test_f_does_not_change_its_argument(self) -> None:
-        """Nor does ``prepare`` change the inputs."""
+        """z has the same bits after the call."""
         cell, prepared, z = self._point(training=True)
         copies = map_tensors(torch.clone, z)
         cell(z, prepared)
@@ -90,7 +90,7 @@ class CellSuite:
             cell.output(fz)
 
     def test_evaluation_draws_nothing(self) -> None:
-        """Twice the same, random numbers untouched."""
+        """Two evaluations agree, and the random generator is untouched."""
         cell, inputs = self._cell(), self.inputs(BATCH)
         before = torch.get_rng_state()
         first, second = (cell(self._start(cell, inputs), cell.prepare(*inputs)) for _ in range(2))
@@ -110,7 +110,7 @@ class CellSuite:
         assert_states_close(alone, take_rows(cell(z, prepared), index), tolerance=1e-13)
 
     def test_chosen_samples_have_the_values_that_they_have_in_the_batch(self) -> None:
-        """What is prepared may be divided by samples, once and again, if the cell says so."""
+        """The prepared values can be narrowed to samples, repeatedly, if the cell supports it."""
         cell, prepared, z = self._point(training=True, batch=4)
         self._check_rows(cell, prepared, z)
 
@@ -128,7 +128,7 @@ class CellSuite:
             assert_states_close(twice(take_rows(z, index)), whole, tolerance=1e-12)
 
     def test_every_parameter_and_input_gets_a_gradient(self) -> None:
-        """Finite and not zero; in particular z does."""
+        """All gradients are finite and not zero, those of z included."""
         cell = self._cell(training=True)
         inputs = self.inputs(BATCH)
         floating = [leaf for leaf in tensors_in(inputs) if leaf.is_floating_point()]
@@ -145,7 +145,7 @@ class CellSuite:
             assert tensor.grad.abs().max() > 0, name
 
     def test_forward_mode_is_the_derivative(self) -> None:
-        """J·v, against finite differences."""
+        """J·v agrees with finite differences."""
         if not self.forward_mode:
             pytest.skip("the cell has no forward-mode derivative")
         cell, prepared, z = self._point(training=True)
@@ -155,7 +155,7 @@ class CellSuite:
         assert_states_close(f.jvp(z, v), expected, tolerance=1e-6)
 
     def test_second_derivatives(self) -> None:
-        """As a Jacobian penalty needs them."""
+        """They agree with finite differences; a Jacobian penalty needs them."""
         if not self.twice_differentiable:
             pytest.skip("the cell has no second derivative")
         cell, prepared, z = self._point(training=True)
@@ -168,7 +168,7 @@ class CellSuite:
         assert torch.autograd.gradgradcheck(f, (flat,), atol=1e-4, fast_mode=True)
 
     def test_copies_and_pickles_after_use(self) -> None:
-        """With the same values, and no tensor of a forward pass kept on a module."""
+        """Copies give the same values, and no module keeps a tensor of a forward pass."""
         cell, inputs = self._cell(), self.inputs(BATCH)
         start = self._start(cell, inputs)
         fz = cell(start, cell.prepare(*inputs))

@@ -34,16 +34,16 @@ class GradientSuite:
     """
 
     accuracy: ClassVar[float] = 1e-9
-    """Relative error of the gradient that the method owes, against a long unroll; inf for a rough rule."""
+    """Largest relative error of the gradient against a long unroll; inf for a rough rule."""
     twice: ClassVar[bool | None] = False
-    """True for a rule whose result may be differentiated again; False if that must be an error; None for no promise."""
+    """True for a rule with second derivatives; False if they must be an error; None if nothing is promised."""
     twice_accuracy: ClassVar[float] = 1e-9
-    """Relative error of the second derivative that a rule owes which may be differentiated again."""
+    """Largest relative error of the second derivative, for a rule with ``twice = True``."""
     leaves_no_graph: ClassVar[bool] = True
-    """False where the solver itself needs derivatives of f, and their graph."""
+    """False for a solver that itself needs derivatives of f, and keeps their graph."""
 
     def make(self) -> Method:
-        """The rule with a solver and a tight stop that suit it."""
+        """The rule with a solver and a tight stop that suit it, as a ``Method``."""
         raise NotImplementedError
 
     def _run(
@@ -59,12 +59,12 @@ class GradientSuite:
         return dataclasses.replace(method, stop=stop, on_failure=on_failure).run(as_map(f), z0)
 
     def test_equals_a_long_unroll(self) -> None:
-        """For a tensor state."""
+        """The gradient for a state of one tensor."""
         weight, x, f = tanh_map()
         self._check_against_unroll(f, torch.zeros_like(x), [weight, x])
 
     def test_equals_a_long_unroll_on_a_tree(self) -> None:
-        """For a state of three tensors of different shapes."""
+        """The gradient for a state of three tensors of different shapes."""
         f, z0, tensors = _tree()
         self._check_against_unroll(f, z0, tensors)
 
@@ -123,7 +123,7 @@ class GradientSuite:
         return None
 
     def test_has_a_gradient_converged_or_not(self) -> None:
-        """After few steps too."""
+        """The gradient after a few steps is finite and not zero."""
         weight, x, f = tanh_map()
         for stop in (Stop(rtol=0, atol=0, max_evals=5), Stop(rtol=0.5, max_evals=9)):
             z = self._run(f, torch.zeros_like(x), stop).z
@@ -132,7 +132,7 @@ class GradientSuite:
             assert g.abs().max() > 0
 
     def test_without_gradients_nothing_is_tracked(self) -> None:
-        """Under ``no_grad`` the same value without a graph."""
+        """Under ``no_grad`` the value is the same and has no graph."""
         _, x, f = tanh_map()
         with torch.no_grad():
             solution = self._run(f, torch.zeros_like(x))
@@ -141,7 +141,7 @@ class GradientSuite:
         assert_close(solution.z, tracked.z.detach(), rtol=0, atol=1e-11)
 
     def test_repeated_backward_and_two_forwards_before_one_backward(self) -> None:
-        """As with any operation of PyTorch."""
+        """They work as with any operation of PyTorch."""
         weight, x, f = tanh_map()
         z = self._run(f, torch.zeros_like(x)).z
         first = torch.autograd.grad(z.sum(), weight, retain_graph=True)[0]
@@ -172,7 +172,7 @@ class GradientSuite:
             assert all(sentinel() is None for sentinel in alive)
 
     def test_a_second_derivative_is_right_or_an_error(self) -> None:
-        """However it is asked for: autograd skips what does not lead to the inputs that are named."""
+        """This holds on every path: autograd skips nodes that do not lead to the requested inputs."""
         if self.twice is None:
             pytest.skip("the method promises nothing about second derivatives")
         weight, x, f = tanh_map()
@@ -197,7 +197,7 @@ class GradientSuite:
             penalty.backward()
 
     def test_a_failure_is_heard(self) -> None:
-        """A forward solve without enough budget warns, raises or is ignored, as it is told to."""
+        """A forward solve without enough budget warns or raises, as ``on_failure`` says."""
         _, x, f = tanh_map()
         stop = Stop(rtol=1e-12, max_evals=5)
         with pytest.warns(ConvergenceWarning, match="forward solve: 0 of 3 samples converged"):
@@ -206,7 +206,7 @@ class GradientSuite:
             self._run(f, torch.zeros_like(x), stop, on_failure="raise")
 
     def test_a_nan_sample_is_reported_and_contained(self) -> None:
-        """The other samples are not touched."""
+        """The status of the sample is NONFINITE, and the other samples stay finite."""
         _, x, f = tanh_map()
         x.data[1] = torch.nan
         solution = self._run(f, torch.zeros_like(x))
@@ -220,7 +220,7 @@ class GradientSuite:
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
     def test_on_a_gpu_as_on_the_cpu(self) -> None:
-        """The same gradient."""
+        """The gradients agree."""
         weight, x, f = tanh_map()
         (expected,) = torch.autograd.grad(self._run(f, torch.zeros_like(x)).z.sin().sum(), weight)
         w, y = (t.detach().cuda().requires_grad_() for t in (weight, x))
@@ -255,7 +255,7 @@ def _tree() -> tuple[Callable[[State], State], State, list[Tensor]]:
 
 
 class _Sentinel:
-    """Something that lives as long as the graph."""
+    """An object that lives as long as the graph."""
 
 
 class _Watched(torch.autograd.Function):

@@ -27,7 +27,7 @@ ALL = slice(None)
 
 
 class Problem(ABC):
-    """One map with its fixed points, a sample per row."""
+    """One map with its fixed points, one per sample."""
 
     name: str
     contractive: bool
@@ -35,7 +35,7 @@ class Problem(ABC):
 
     @abstractmethod
     def map(self, dtype: torch.dtype = torch.float64, rows: Rows = ALL) -> Callable[[State], State]:
-        """f in ``dtype`` for some of the samples."""
+        """f in ``dtype`` for the samples ``rows``."""
 
     @abstractmethod
     def start(self, dtype: torch.dtype = torch.float64, rows: Rows = ALL) -> State:
@@ -64,7 +64,7 @@ class Problem(ABC):
 
 
 def rows_times(z: Float[Tensor, "B N"], weight: Float[Tensor, "M N"]) -> Float[Tensor, "B M"]:
-    """z Wᵀ with the same bits for a row whatever the other rows are (a matrix product changes its kernel with B)."""
+    """z Wᵀ, where the bits of a row do not depend on the batch (a matrix product changes its kernel with B)."""
     return (z[:, None, :] * weight).sum(dim=2)
 
 
@@ -79,7 +79,7 @@ class MatrixProblem(Problem):
     linear: bool = False
 
     def map(self, dtype: torch.dtype = torch.float64, rows: Rows = ALL) -> Callable[[State], State]:
-        """f in ``dtype`` for some of the samples."""
+        """f in ``dtype`` for the samples ``rows``."""
         weight, x = self.weight.to(dtype), self.x[rows].to(dtype)
         if self.linear:
             return lambda z: rows_times(z, weight) + x
@@ -109,7 +109,7 @@ class TreeProblem(Problem):
         coarse' = tanh(D coarse + down(E fine) + x_coarse)
         token'  = tanh(F token + G mean(coarse) + x_token)
 
-    with matrices on the channels.
+    The matrices act on the channels.
     """
 
     weights: dict[str, Tensor]
@@ -131,7 +131,7 @@ class TreeProblem(Problem):
         return cls(weights=weights, x=x)
 
     def map(self, dtype: torch.dtype = torch.float64, rows: Rows = ALL) -> Callable[[State], State]:
-        """f in ``dtype`` for some of the samples."""
+        """f in ``dtype`` for the samples ``rows``."""
         return self.mapped({name: w.to(dtype) for name, w in self.weights.items()}, self._input(dtype, rows))
 
     @staticmethod
@@ -185,7 +185,7 @@ def _with_radius(matrix: Float[Tensor, "N N"], radius: float) -> Float[Tensor, "
 
 @functools.cache
 def problems() -> dict[str, Problem]:
-    """All problems by name; samples are of mixed difficulty within each."""
+    """All problems by name; each has samples of mixed difficulty."""
     n, batch = 24, 5
     mixed = torch.tensor([0.1, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64)[:, None]
     rotation = torch.linalg.qr(_gaussian(n, n, seed=2))[0]

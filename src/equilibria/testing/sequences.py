@@ -23,12 +23,12 @@ from equilibria.testing.cells import BATCH, CellSuite, cast
 
 
 class SequenceCellSuite(CellSuite):
-    """The laws of a ``SequenceCell`` besides: causality, memory and generation. ``inputs`` takes a time as well."""
+    """Adds the laws of a ``SequenceCell``: causality, memory and generation. ``inputs`` takes a time as well."""
 
     segment_law_of_the_map: ClassVar[bool] = True
-    """False for a cell whose f carries on what it computed itself: then only its equilibrium has the law."""
+    """False for a cell whose f reads its own result at earlier times: then the law holds only at equilibrium."""
     padded_cache: ClassVar[bool] = True
-    """False for a cell whose ``cache`` cannot tell where rows of different lengths begin."""
+    """False for a cell whose ``cache`` does not support texts of different lengths."""
     time: ClassVar[int] = 4
 
     def make(self) -> SequenceCell:
@@ -36,7 +36,7 @@ class SequenceCellSuite(CellSuite):
         raise NotImplementedError
 
     def make_contraction(self) -> SequenceCell | None:
-        """A cell with one equilibrium that Anderson's method finds to 1e-13; None if that is not to be had."""
+        """A cell with one equilibrium that Anderson's method finds to 1e-13; None if there is no such cell."""
         return None
 
     def inputs(self, batch: int, time: int | None = None) -> tuple[Tensor]:
@@ -55,7 +55,7 @@ class SequenceCellSuite(CellSuite):
 
     @pytest.mark.parametrize("remembering", [False, True])
     def test_causal(self, remembering: bool) -> None:
-        """What lies later changes nothing before."""
+        """Later positions do not affect earlier ones."""
         cell: Any = self._cell()
         (x,) = self.inputs(BATCH)
         memory = self._past(cell) if remembering else None
@@ -70,7 +70,7 @@ class SequenceCellSuite(CellSuite):
             assert not torch.allclose(after[:, t], before[:, t])
 
     def test_chosen_samples_with_a_cache(self) -> None:
-        """A cache is a tree with the batch first, of rows that may begin at different positions."""
+        """A cache is a batch-first tree, whose streams may begin at different positions."""
         if not self.padded_cache:
             pytest.skip("the cell has no cache of its own")
         cell: Any = self._cell()
@@ -80,7 +80,7 @@ class SequenceCellSuite(CellSuite):
             self._check_rows(cell, prepared, self._state(cell, prepared))
 
     def test_memory_is_a_detached_tree_with_the_batch_first(self) -> None:
-        """The memory of some streams is these rows of the memory."""
+        """The memory of some streams equals the same rows of the memory of all."""
         cell: Any = self._cell()
         (x,) = self.inputs(3)
         prepared = cell.prepare(x)
@@ -92,7 +92,7 @@ class SequenceCellSuite(CellSuite):
             assert_close(a, b.detach(), rtol=0, atol=1e-13)
 
     def test_warm_starts_are_states_and_change_nothing_but_the_cost(self) -> None:
-        """From another start the same equilibrium is found."""
+        """Both starts lead to the same equilibrium."""
         cell: Any = self._cell()
         (x,) = self.inputs(BATCH)
         for memory in (None, self._past(cell)):
@@ -109,7 +109,7 @@ class SequenceCellSuite(CellSuite):
         assert_close(found[0].z, found[1].z, rtol=1e-6, atol=1e-7)
 
     def test_segment_law_of_the_map(self) -> None:
-        """f of two segments at once is f of the first, and f of the second after the first was remembered."""
+        """f of two segments at once equals f of the first, then f of the second with the memory of the first."""
         if not self.segment_law_of_the_map:
             pytest.skip("the law holds for the equilibrium alone")
         cell: Any = self._cell()
@@ -122,7 +122,7 @@ class SequenceCellSuite(CellSuite):
         assert_close(torch.cat([first, second], dim=1), joint, rtol=0, atol=1e-12)
 
     def test_segment_law_of_the_equilibrium(self) -> None:
-        """Solved in pieces of 1, 2 and 1 positions with memory or with a cache, or at once: the same equilibrium."""
+        """Solving in pieces of 1, 2 and 1 positions, with memory or a cache, gives the equilibrium of the whole."""
         contraction = self.make_contraction()
         if contraction is None:
             pytest.skip("the suite knows no contraction of this cell")

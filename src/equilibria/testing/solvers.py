@@ -30,7 +30,7 @@ class SolverSuite:
     needs_contraction: ClassVar[bool] = False
     """True for a solver that converges only where plain iteration does."""
     pays_for_whole_steps: ClassVar[bool] = False
-    """True for a solver that takes evaluations out of the budget which it did not use (``Evaluator.forfeit``)."""
+    """True for a solver that charges evaluations which it did not make (``Evaluator.forfeit``)."""
 
     def make(self) -> Solver:
         """The solver to be tested."""
@@ -45,7 +45,7 @@ class SolverSuite:
     @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
     @pytest.mark.parametrize("name", NAMES)
     def test_finds_the_known_fixed_point(self, name: str, dtype: torch.dtype) -> None:
-        """To the tolerance, and the residual that it reports is the true one."""
+        """The error meets the tolerance, and the reported residual is the true one."""
         problem, tolerance = self._problem(name), TOLERANCE[dtype]
         f, stop = problem.map(dtype), Stop(rtol=tolerance, atol=0, max_evals=400)
         with torch.no_grad():
@@ -61,7 +61,7 @@ class SolverSuite:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_a_sample_alone_is_as_in_a_batch(self, name: str) -> None:
-        """Same answer and same number of steps."""
+        """It has the same answer and the same number of steps."""
         problem, stop, dtype = self._problem(name), Stop(rtol=1e-4, atol=0, max_evals=300), torch.float32
         self._alone_as_together(problem, stop, dtype, tolerance=1e-6)
 
@@ -123,7 +123,7 @@ class SolverSuite:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("name", [NAMES[0], NAMES[3]])
     def test_half_precision_states(self, name: str, dtype: torch.dtype) -> None:
-        """They converge to what their dtype resolves, and stay in it."""
+        """They converge to the rounding of their dtype, and keep the dtype."""
         problem = self._problem(name)
         with torch.no_grad():
             solution = solve(problem.map(dtype), problem.start(dtype), self.make(), Stop(rtol=2e-2, max_evals=60))
@@ -132,7 +132,7 @@ class SolverSuite:
 
     @pytest.mark.parametrize("name", [NAMES[1], NAMES[3]])
     def test_a_start_at_the_solution_costs_one_evaluation(self, name: str) -> None:
-        """It is recognised at once, and not moved."""
+        """It is recognised at once and not moved."""
         problem = self._problem(name)
         with torch.no_grad():
             solution = solve(problem.map(), problem.exact, self.make(), Stop(rtol=1e-6))

@@ -24,34 +24,34 @@ from equilibria.layers.linear import Init, NormedLinear
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionWeights:
-    """What depends on the parameters alone, with graph."""
+    """Values that depend on the parameters alone, with graph."""
 
     qkv: Float[Tensor, "D 3*D"]
-    """Effective weight of queries, keys and values, transposed, with 1/√C inside the queries' part."""
+    """Effective weights of queries, keys and values, transposed, the queries' part multiplied by 1/√C."""
     scale: Float[Tensor, " 3*D"]
     """1/√C for the queries, 1 for keys and values."""
     bias: Float[Tensor, " 3*D"]
     """u/√C for the queries, 0 for keys and values."""
     out: Float[Tensor, "D D"]
-    """Effective weight of the output."""
+    """Effective weights of the output."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionShared:
-    """What all samples share during a solve, with graph."""
+    """Values that all samples share during a solve, with graph."""
 
     weights: AttentionWeights
-    """Of the parameters."""
+    """The effective weights."""
     positions: Any
     """The shared part of the position term."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionRows:
-    """What each sample has of its own during a solve, with graph where it depends on the input."""
+    """Values that each sample has of its own during a solve, with graph where they depend on the input."""
 
     injection: Float[Tensor, "B T E"] | None
-    """U, with the bias u of the queries and their 1/√C inside; None without an injection."""
+    """U plus the bias u of the queries, the queries' part multiplied by 1/√C; None without an injection."""
     past: Float[Tensor, "B 2 H M C"] | KeyValueCache | None
     """Keys and values of the memory."""
     positions: Any
@@ -65,14 +65,14 @@ class Attention(nn.Module):
 
     Args:
         width: D, channels of states and inputs.
-        heads: H, which share the width.
-        positions: gives the position term and the mask.
-        dropout: share of the attention weights that is dropped.
-        weight_norm: W_qkv and W_o are weight-normed.
-        norm: the heads pass through a layer norm before W_o.
-        affine: that norm has a gain and a bias.
+        heads: H, which divide the width evenly.
+        positions: computes the position term and the mask.
+        dropout: the share of the attention weights to drop.
+        weight_norm: normalise the weights W_qkv and W_o.
+        norm: apply a layer norm to the heads before W_o.
+        affine: give that norm a gain and a bias.
         init: how the matrices start.
-        std: of init "normal", and of u.
+        std: the standard deviation of u, and of the matrices with init "normal".
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Attention(nn.Module):
     def weights(self) -> AttentionWeights:
         """The effective weights, with graph."""
         width, qkv = self.u.numel(), self.qkv.effective()
-        # u and 1/√C concern queries only: both go into what is added to and multiplied with them anyway.
+        # u and 1/√C concern only the queries: they are folded into their bias and weights.
         scale = torch.ones(3 * width, dtype=qkv.dtype, device=qkv.device)
         scale[:width] = 1 / math.sqrt(width // self.heads)
         return AttentionWeights(
@@ -124,12 +124,12 @@ class Attention(nn.Module):
 
         Args:
             x: gives batch, length, dtype and device.
-            injection: U = x W_in + b_in; None for none.
+            injection: U = x W_in + b_in; None for no injection.
             past: keys and values of the memory, as ``keys_and_values`` gives them, or a cache of them.
-            weights: of these parameters.
-            table: the table of ``positions`` for the past and x, or for more; made if None.
-            key_padding_mask: True for padding keys, which a query of their row sees only at its own position.
-            part: which rows of the whole batch these are.
+            weights: the result of ``weights``.
+            table: the table of ``positions`` for the past and x, or for more keys; computed if None.
+            key_padding_mask: True for padding keys, which a query of their stream sees only at its own position.
+            part: the rows of the whole batch that x holds.
         """
         batch, time, _ = x.shape
         length = past.seen if isinstance(past, KeyValueCache) else 0 if past is None else past.shape[3]

@@ -1,6 +1,6 @@
 """Keys and values of past positions, one slot each, for generation: each is projected once.
 
-Letters: B batch, T time (new positions), K keys that are seen, H heads, C width of a head, S slots.
+Letters: B batch, T time (new positions), K visible keys, H heads, C width of a head, S slots.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch.autograd import forward_ad
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeyValueCache:
-    """A tree of batch-first tensors: slots, filled from the left, of which those up to ``end`` hold the past.
+    """A tree of batch-first tensors: slots, filled from the left; those before ``end`` hold the past.
 
     The slots are written in place and shared by successive versions of the cache. A version that has a successor
-    already, or is used with gradients, is copied first: so each version keeps its content, and only the newest one is
+    already, or is used with gradients, is copied first: every version keeps its content, and only the newest one is
     fast.
     """
 
@@ -27,13 +27,13 @@ class KeyValueCache:
     written: list[int]
     """One-element list shared by all versions of the cache: the number of slots written."""
     length: int
-    """Past positions that are seen at most."""
+    """Largest number of past positions that a new position sees."""
     end: int
-    """Slots that hold the past."""
+    """Number of slots written by this version and those before it."""
     moved: int
     """Position of the first slot in the text: how far the slots have slid."""
     padding: Int[Tensor, " B"] | None
-    """Positions before the text of each row begins, which no query sees; None without any."""
+    """Number of positions before the text of each stream begins, which no query sees; None if all are 0."""
     padded: int
     """The largest of them."""
 
@@ -41,7 +41,7 @@ class KeyValueCache:
     def empty(
         cls, *, heads: int, batch: int, width: int, length: int, padding: Int[Tensor, " B"] | None, like: Tensor
     ) -> KeyValueCache:
-        """No past yet; ``width`` is C, ``like`` gives dtype and device."""
+        """A cache without a past; ``width`` is C, ``like`` gives dtype and device."""
         slots = _batch_first(like.new_empty(2, heads, batch, 0, width))
         padded = 0 if padding is None else int(padding.max())
         return cls(
@@ -56,7 +56,7 @@ class KeyValueCache:
 
     @property
     def seen(self) -> int:
-        """Past positions that new ones see."""
+        """Number of past positions that new positions see."""
         return min(self.end, self.length)
 
     def with_room(self, time: int) -> KeyValueCache:
@@ -67,7 +67,7 @@ class KeyValueCache:
         if self._newest and self.end + time <= self.slots.shape[3]:
             return self
         past = self.past
-        # As many slots again as are kept: the copy is paid for by that many tokens.
+        # Room in proportion to the slots that are copied spreads the cost of the copy over as many tokens.
         room = max(time, min(self.length, max(64, 2 * self.seen)))
         slots = _batch_first(torch.cat([past, past.new_zeros(*past.shape[:3], room, past.shape[4])], dim=3))
         moved = self.moved + self.end - self.seen
@@ -86,26 +86,26 @@ class KeyValueCache:
     def _heads_first(self) -> Float[Tensor, "2 H B S C"]:
         return self.slots.permute(1, 2, 0, 3, 4)
 
-    def joined(self, present: Float[Tensor, "2 H B T C"]) -> Float[Tensor, "2 H B K C"]:
-        """Keys and values of the past and the present side by side: where that is allowed, a view of the slots."""
-        end = self.end + present.shape[3]
-        tangent = forward_ad.unpack_dual(present).tangent  # of a Jacobian–vector product
+    def joined(self, new: Float[Tensor, "2 H B T C"]) -> Float[Tensor, "2 H B K C"]:
+        """Keys and values of the past, then the ``new`` ones; a view of the slots where possible."""
+        end = self.end + new.shape[3]
+        tangent = forward_ad.unpack_dual(new).tangent  # of a Jacobian–vector product
         if tangent is not None or torch.is_grad_enabled() or not self._newest:
-            return torch.cat([self.past, present], dim=3)
+            return torch.cat([self.past, new], dim=3)
         slots = self._heads_first
-        slots[:, :, :, self.end : end].copy_(present)
+        slots[:, :, :, self.end : end].copy_(new)
         return slots[:, :, :, self.end - self.seen : end]
 
-    def advanced(self, present: Float[Tensor, "2 H B T C"]) -> KeyValueCache:
-        """The cache in which the present has become past."""
-        time = present.shape[3]
+    def advanced(self, new: Float[Tensor, "2 H B T C"]) -> KeyValueCache:
+        """The cache with the ``new`` keys and values added to its past."""
+        time = new.shape[3]
         cache = self.with_room(time)
-        cache._heads_first[:, :, :, cache.end : cache.end + time].copy_(present)
+        cache._heads_first[:, :, :, cache.end : cache.end + time].copy_(new)
         cache.written[0] = cache.end + time
         return dataclasses.replace(cache, end=cache.end + time)
 
     def key_padding_mask(self, time: int) -> Bool[Tensor, "B K"] | None:
-        """True for keys before the text of a row begins, those of ``time`` new positions included; None without any."""
+        """True for visible keys before the text of their stream, ``time`` new ones included; None if there are none."""
         first = self.moved + self.end - self.seen
         if self.padding is None or self.padded <= first:
             return None

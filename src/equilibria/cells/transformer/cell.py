@@ -1,7 +1,7 @@
 """The cell of the DEQ-Transformer: one block of relative attention with memory, and a feed-forward network.
 
-The input enters through an injection into queries, keys and values (Bai, Kolter and Koltun 2019, §4.2). All that does
-not depend on z is computed in ``prepare``: effective weights, injection, the keys and values of the memory, the
+The input enters through an injection into queries, keys and values (Bai, Kolter and Koltun 2019, §4.2). Everything that
+does not depend on z is computed in ``prepare``: effective weights, injection, the keys and values of the memory, the
 position term, the masks. One call of f is then six matrix products (seven with relative positions). Without injection
 and with the options of ``explicit`` it is a layer of Transformer-XL (Dai et al. 2019).
 
@@ -36,7 +36,7 @@ from equilibria.layers.linear import INITS, Held, Init, NormedLinear
 from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_streams, check_width
 
 WINDOW = 1000
-"""Positions that a query sees, itself included, where a window of 0 leaves the number to the cell."""
+"""Number of positions that a query sees, itself included, if ``TransformerConfig.window`` is 0."""
 _CHOICES = {"norm": ("post", "pre", "pre-normalised"), "positions": ("relative", "decay"), "init": INITS}
 
 
@@ -51,33 +51,33 @@ class TransformerConfig:
     inner: int = 512
     """I, width of the feed-forward network."""
     memory: int = 64
-    """M, positions of the past that are remembered between segments; 0 for none."""
+    """M, the number of past positions that are remembered between segments; 0 for none."""
     window: int = 0
-    """How many positions back a query sees, itself included; 0 means 1000."""
+    """Number of positions that a query sees, itself included; 0 means 1000."""
     positions: Literal["relative", "decay"] = "relative"
     """The term of Transformer-XL ("relative"), or a learned bias per head and distance ("decay"), quick to train."""
     longest: int = 1024
     """Only with "decay": the number of distances that have a bias; memory and segment together may not be longer."""
     norm: Literal["post", "pre", "pre-normalised"] = "post"
-    """Where layer norm stands: "post" (the paper), "pre" (the textbook), or "pre-normalised" (see the cell)."""
+    """Where the layer norms are: "post" (the paper), "pre" (the textbook), or "pre-normalised" (see the cell)."""
     dropout: float = 0.0
     """Share of channels dropped from attention output, inner layer, feed-forward output and position table."""
     attention_dropout: float = 0.0
     """Share of attention weights dropped."""
     weight_norm: bool = True
-    """The five matrices inside f are weight-normed; without it f stops being solvable in long runs."""
+    """Normalise the weights of the five matrices in f; without it solves cease to converge in long runs."""
     init: Init = "default_fan_in"
-    """How these matrices start: from U(±1/√fan_in), or "normal", from N(0, std²)."""
+    """How these matrices start: from U(±1/√fan_in) ("default_fan_in"), or from N(0, std²) ("normal")."""
     std: float = 0.01
-    """Of the injection and of the biases u and v, which start from N(0, std²), and of init "normal"."""
+    """Standard deviation from which the injection, the biases u and v, and matrices with init "normal" start."""
     injection: bool = True
-    """The input is added to queries, keys and values; if not, it is the first state, of an explicit layer."""
+    """Add the input to queries, keys and values; otherwise it is the first state, as in an explicit layer."""
     affine: bool = False
-    """The layer norms have a gain and a bias."""
+    """Give the layer norms a gain and a bias."""
     attention_norm: bool = False
-    """One more layer norm stands before the output matrix of the attention."""
+    """Apply one more layer norm before the output matrix of the attention."""
     variational: bool = True
-    """A dropout mask of channels holds for all positions; otherwise each position has its own."""
+    """Use one dropout mask of channels for all positions; otherwise each position has its own."""
 
     def __post_init__(self) -> None:
         check_at_least(self, width=1, heads=1, inner=1, longest=1, memory=0, window=0)
@@ -98,7 +98,7 @@ class TransformerConfig:
 
     @property
     def outputs(self) -> int:
-        """D, channels of what the layers after this one read: the whole state."""
+        """D, the number of channels that later layers read: the whole state."""
         return self.width
 
     def build(self) -> TransformerCell:
@@ -115,8 +115,8 @@ class TransformerCell(SequenceCell):
         pre             a = z + Attention(LN(c)),      f = a + FFN(LN(a))
         pre-normalised  a = LN(z + Attention(LN(c))),  f = a + FFN(a)
 
-    With "pre", J = I + …, so that only a solver that needs no contraction, or a Jacobian penalty, makes it a good
-    equilibrium; the residual of "pre-normalised" is bounded.
+    With "pre", J = I + …: it needs a solver that does not rely on a contraction, or a Jacobian penalty. The residual of
+    "pre-normalised" is bounded.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -139,7 +139,7 @@ class TransformerCell(SequenceCell):
         )
         self.inner = NormedLinear(inputs=width, outputs=config.inner, normed=config.weight_norm, **kind)
         self.outer = NormedLinear(inputs=config.inner, outputs=width, normed=config.weight_norm, **kind)
-        # The first norm stands before the feed-forward network, the second at the end or at the beginning of f.
+        # The first norm comes before the feed-forward network, the second at the end or at the beginning of f.
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=config.affine) for _ in range(2))
 
     def prepare(
@@ -174,7 +174,7 @@ class TransformerCell(SequenceCell):
             weights, table = self._of_generation(memory)
             past = memory.past.with_room(time)
             key_padding_mask = past.key_padding_mask(time)
-            table = table if time == 1 else None  # it reaches back from one new position only
+            table = table if time == 1 else None  # the table is for a single new position
             memory = dataclasses.replace(memory, past=past)
         else:
             weights = self._weights()
@@ -211,7 +211,7 @@ class TransformerCell(SequenceCell):
     def start(self, prepared: Prepared) -> Float[Tensor, "B T D"]:
         """Zero; without injection the input; if warm, the last state of the memory at all positions.
 
-        In generation, if asked for, the state of the position before.
+        In generation with ``cache(warm=True)``, the state of the previous position.
         """
         return prepared.kept.start
 
@@ -230,7 +230,7 @@ class TransformerCell(SequenceCell):
         return masked(self.norms[1](f) if post else f, rows.valid)
 
     def remember(self, z: Float[Tensor, "B T D"], prepared: Prepared) -> TransformerMemory | TransformerCache | None:
-        """The last M positions of [Z0; z] and of [U0; U], detached; a cache, with the keys and values of z."""
+        """The last M positions of [Z0; z] and of [U0; U], detached; with a cache, the cache extended by z."""
         kept: TransformerKept = prepared.kept
         length, memory = self.config.memory, kept.memory
         if isinstance(memory, TransformerCache):
@@ -251,16 +251,16 @@ class TransformerCell(SequenceCell):
     ) -> TransformerCache:
         """A memory of up to ``length`` positions (M if None) whose keys and values are computed once, for generation.
 
-        It stands wherever a ``TransformerMemory`` does, without gradients: by the exactness law, what is solved from it
-        position by position is the equilibrium of the whole text, as far as its length and the window reach. The cache
-        holds no weights; the cell keeps those that it computed last (see ``Held``).
+        It can replace a ``TransformerMemory``, without gradients: by the exactness law, solving from it position by
+        position gives the equilibrium of the whole text, as far as its length and the window reach. The cache holds no
+        weights; the cell keeps those that it computed last (see ``Held``).
 
         Args:
-            batch: rows.
-            length: positions that are remembered.
-            padding: positions at which the text of each row has not begun; f is 0 there, and no query sees them.
-            memory: of what came before.
-            warm: start each single position from the state of the one before it, instead of zero: worth a try where
+            batch: number of streams.
+            length: number of positions to remember.
+            padding: number of positions before the text of each stream begins; f is 0 there, and no query sees them.
+            memory: the memory of the text before.
+            warm: start each single position from the state of the previous one instead of zero. It can help where
                 neighbours resemble each other; on text it saved nothing.
         """
         config = self.config

@@ -1,7 +1,7 @@
-"""How attention knows where things are: two kinds of position term, each with the causal window built in.
+"""Position terms of attention, relative or decaying, each with the causal window built in.
 
-Each kind is a module with the parameters. Its ``prepare`` gives what one solve needs, and its ``forward`` turns queries
-and keys into the scores A + mask with as few passes over the (H, B, T, K) scores as possible.
+Each kind is a module with its parameters. Its ``prepare`` computes the values for one solve, and its ``forward`` turns
+queries and keys into the scores A + mask with as few passes over the (H, B, T, K) scores as possible.
 
 Letters: B batch, T time (queries), M memory, K = M + T keys, D width, H heads, C = D/H width of a head, N = H·B, heads
 first. Query i sees key j iff 0 ≤ M + i − j < window.
@@ -35,19 +35,19 @@ def relative_shift(raw: Float[Tensor, "N T K1"]) -> Float[Tensor, "N T K"]:
     """The entries raw[n, i, 1 + j + (T−1−i)] at (n, i, j): scores by distance become scores by key (Dai et al. 2019).
 
     ``raw`` holds a column of padding before the distances K−1, …, 0, so K1 = K + 1. Read as one long row without its
-    first T numbers and cut into rows of K, it is shifted as wanted for j ≤ M + i; what lands at later j is meaningless.
-    No number is moved.
+    first T numbers and cut into rows of K, it is shifted as wanted for j ≤ M + i; entries at later j are meaningless.
+    The result is a view.
     """
     _, queries, columns = raw.shape
     return raw.flatten(1)[:, queries:].unflatten(1, (queries, columns - 1))
 
 
 class Positions(nn.Module, ABC):
-    """A position term: what depends on parameters and distances alone, and the scores that it gives."""
+    """A position term: a table that depends on parameters and distances alone, and the scores computed with it."""
 
     @abstractmethod
     def table(self, *, queries: int, memory: int, like: Tensor) -> Tensor:
-        """The term by distance, with graph; a table for more keys serves for fewer."""
+        """The term by distance, with graph; a table for more keys can be used for fewer."""
 
     @abstractmethod
     def prepare(
@@ -64,32 +64,32 @@ class Positions(nn.Module, ABC):
         """The position term for ``queries`` after ``memory`` keys, with graph.
 
         Args:
-            u: the bias that the queries already have.
-            batch: samples.
+            u: the bias that is already added to the queries.
+            batch: number of samples.
             queries: T.
             memory: M.
             like: gives dtype and device.
-            table: as ``table`` gives it for these keys or more; made if None.
-            key_padding_mask: True for padding keys, which a query of their row sees only at its own position.
+            table: the result of ``table`` for these keys or more; computed if None.
+            key_padding_mask: True for padding keys, which a query of their stream sees only at its own position.
         """
 
     @abstractmethod
     def forward(
         self, q: Float[Tensor, "N T C"], k: Float[Tensor, "N K C"], prepared: Prepared
     ) -> Float[Tensor, "N T K"]:
-        """The scores, masked; q already has u and 1/√C inside."""
+        """The masked scores; q already contains u and 1/√C."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RelativeTerm:
-    """What all samples share of the term of ``RelativePositions``."""
+    """The part of ``RelativePositions``' term that all samples share."""
 
     table: Float[Tensor, "H C K1"]
-    """P by distance, K−1 … 0, after a column of zeros: the padding that ``relative_shift`` needs, for nothing."""
+    """P by distance, K−1 … 0, after a column of zeros, the padding that ``relative_shift`` needs."""
     shift: Float[Tensor, "H 1 C"]
     """(v − u)/√C."""
     visible: Float[Tensor, "1 1"]
-    """0, in place of a mask where every query sees every key."""
+    """0, the mask where every query sees every key."""
 
 
 class RelativePositions(Positions):
@@ -98,12 +98,12 @@ class RelativePositions(Positions):
     Args:
         width: D.
         heads: H.
-        window: keys that a query sees, itself included.
-        dropout: share of the channels of R that is dropped.
-        variational: the same channels at all distances, or others at each.
-        weight_norm: whether W_r is weight-normed.
+        window: number of keys that a query sees, itself included.
+        dropout: the share of the channels of R to drop.
+        variational: drop the same channels at all distances; otherwise each distance has its own.
+        weight_norm: normalise the weights W_r.
         init: how W_r starts.
-        std: of init "normal", and of v.
+        std: the standard deviation of v, and of W_r with init "normal".
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class RelativePositions(Positions):
         self.project = NormedLinear(inputs=width, outputs=width, bias=False, normed=weight_norm, init=init, std=std)
 
     def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H C K1"]:
-        """P for the distances K−1, …, 0 after a column of zeros, with graph; one for more keys serves for fewer."""
+        """P for the distances K−1, …, 0 after a column of zeros, with graph; one for more keys also serves fewer."""
         keys, (heads, width) = memory + queries, self.v.shape
         rows = sinusoids(keys, heads * width, like)
         shape = (1 if self.variational else keys, heads * width)
@@ -143,14 +143,15 @@ class RelativePositions(Positions):
         table: Tensor | None = None,
         key_padding_mask: Bool[Tensor, "B K"] | None = None,
     ) -> Prepared:
-        """Shared: a ``RelativeTerm``. Rows: the mask [B T K1], 0 or −∞, or None where all is seen.
+        """Shared: a ``RelativeTerm``. Rows: the mask [B T K1], 0 or −∞, or None where every query sees every key.
 
-        The mask is −∞ wherever ``relative_shift`` brings what a query must not see: no pass over the scores is spent.
+        The mask is −∞ at the entries that ``relative_shift`` moves to keys which a query must not see, so that masking
+        takes no extra pass over the scores.
         """
         keys = memory + queries
         table = self.table(queries=queries, memory=memory, like=like) if table is None else table
         term = RelativeTerm(
-            # What the first column holds is never read: the shift drops it, or the mask is −∞ there.
+            # The values in the first column do not matter: the shift drops them, or the mask is −∞ there.
             table=table[:, :, -keys - 1 :],
             shift=((self.v - u) / math.sqrt(u.shape[1])).unsqueeze(1),
             visible=like.new_zeros(1, 1),
@@ -181,7 +182,7 @@ class RelativePositions(Positions):
             return None
         query = torch.arange(queries, device=like.device)[:, None]
         column = torch.arange(-1, keys, device=like.device)  # −1 is the padding
-        # Row i of the shifted scores begins at column T−1−i; what lies before it belongs to no pair (i, j ≤ M+i).
+        # Row i of the shifted scores begins at column T−1−i; earlier columns belong to no pair (i, j ≤ M+i).
         visible = (column >= queries - 1 - query) & (keys - 1 - column < self.window) & (column >= 0)
         key = column - (queries - 1 - query)
         visible = visible.expand(batch, -1, -1)
@@ -201,7 +202,7 @@ class DecayPositions(Positions):
         self.bias = nn.Parameter(-slopes(heads)[:, None] * torch.arange(longest))
 
     def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H K"]:
-        """b for the distances K−1, …, 0, with graph; one for more keys serves for fewer."""
+        """b for the distances K−1, …, 0, with graph; one for more keys also serves fewer."""
         keys = memory + queries
         if keys > self.longest:
             raise ValueError(
@@ -225,7 +226,7 @@ class DecayPositions(Positions):
         """Rows: the bias b [B H T K], heads first in memory, and −∞ where query i does not see key j."""
         keys = memory + queries
         row = self.table(queries=queries, memory=memory, like=like) if table is None else table[:, -keys:]
-        # One row per head, distances K−1 … 0, then T−1 places that lie in the future: query i reads K of them.
+        # One row per head: distances K−1 … 0, then T−1 future places. Query i reads K consecutive entries.
         row = nn.functional.pad(row, (0, queries - 1), value=-math.inf)
         if keys > self.window:
             far = torch.arange(row.shape[1], device=like.device) < keys - self.window
@@ -244,7 +245,7 @@ class DecayPositions(Positions):
 
 
 def slopes(heads: int) -> Float[Tensor, " heads"]:
-    """How fast each head forgets at first: 2, 0.7, 0.2, 0.05 for four heads, else a geometric row from 2 to 0.05."""
+    """Initial decay rate of each head: 2, 0.7, 0.2, 0.05 for four heads, else geometric from 2 to 0.05."""
     if heads == 4:
         return torch.tensor([2, 0.7, 0.2, 0.05])
     return torch.logspace(math.log10(2), math.log10(0.05), heads) if heads > 1 else torch.tensor([math.sqrt(0.1)])

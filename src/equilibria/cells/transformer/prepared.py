@@ -1,4 +1,4 @@
-"""What a ``TransformerCell`` computes once per solve, and what it remembers of one segment for the next.
+"""The values that a ``TransformerCell`` computes once per solve, and its memory and cache.
 
 Letters: B batch, T time, M memory, D width, I inner width.
 """
@@ -22,7 +22,7 @@ class TransformerMemory:
 
     z: Float[Tensor, "B M D"]
     u: Float[Tensor, "B M 3*D"] | None
-    """None where nothing is injected."""
+    """None without an injection."""
 
     @classmethod
     def joined(cls, past: TransformerMemory | None, z: Tensor, u: Tensor | None, *, length: int) -> TransformerMemory:
@@ -47,7 +47,7 @@ class TransformerCache:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TransformerWeights:
-    """What depends on the parameters alone, with graph."""
+    """Values that depend on the parameters alone, with graph."""
 
     attention: AttentionWeights
     inner: Float[Tensor, "I D"]
@@ -57,7 +57,7 @@ class TransformerWeights:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TransformerShared:
-    """What all samples share during a solve."""
+    """Values that all samples share during a solve."""
 
     weights: TransformerWeights
     attention: Any
@@ -66,7 +66,7 @@ class TransformerShared:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TransformerRows:
-    """What each sample has of its own during a solve, with graph where it depends on the input."""
+    """Values that each sample has of its own during a solve, with graph where they depend on the input."""
 
     attention: AttentionRows
     drop_attention: Float[Tensor, "B _ D"] | None
@@ -74,17 +74,17 @@ class TransformerRows:
     drop_inner: Float[Tensor, "B _ I"] | None
     drop_outer: Float[Tensor, "B _ D"] | None
     valid: Float[Tensor, "B T 1"] | None
-    """0 at positions before the text of a row begins, where f is 0; None without any."""
+    """0 at positions before the text of a stream begins, where f is 0; None if there are none."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TransformerKept:
-    """What ``start`` and ``remember`` read."""
+    """Values that ``start`` and ``remember`` read."""
 
     start: Float[Tensor, "B T D"]
     """The first iterate."""
     injection: Float[Tensor, "B T 3*D"] | None
-    """U as it is remembered."""
+    """U, detached, for the memory."""
     weights: TransformerWeights
     memory: TransformerMemory | TransformerCache | None
-    """As it came."""
+    """The memory or cache that the cell was given."""

@@ -1,8 +1,8 @@
 """The cell of TrellisNet: a causal convolution over two times, and the gates of an LSTM.
 
 S. Bai, J. Z. Kolter, V. Koltun, "Trellis Networks for Sequence Modeling" (2019); as an equilibrium, Bai, Kolter and
-Koltun 2019, §4.1. All that does not depend on z is computed in ``prepare``: effective weights, the injection of the
-input, what the last state of the past adds to the first time, the masks. One call of f is one matrix product.
+Koltun 2019, §4.1. Everything that does not depend on z is computed in ``prepare``: effective weights, the injection of
+the input, the contribution of the past to the first time, the masks. One call of f is one matrix product.
 
 Letters: B batch, T time, E channels of the input, H channels of h and of c, O channels of the output; H2 = 2·H.
 """
@@ -37,27 +37,27 @@ _CHOICES = {"recurrence": ("delayed", "scan"), "injection_init": INITS}
 
 @dataclasses.dataclass(frozen=True)
 class TrellisConfig:
-    """The hyper-parameters of a ``TrellisCell``: kernels of two times, without dilation, as in all its language models.
+    """The hyper-parameters of a ``TrellisCell``: kernels of two times, without dilation, as in the language models.
 
-    The state has 2·(hidden + outputs) channels: as many of h as of c.
+    The state has 2·(hidden + outputs) channels, half of them of h and half of c.
     """
 
     width: int = 400
     """E, channels of the input."""
     hidden: int = 1000
-    """Channels of h that stay inside the cell."""
+    """Number of channels of h that stay inside the cell."""
     outputs: int = 400
-    """O, channels of h, the last ones, that the layers after this one read."""
+    """O, the number of channels of h, the last ones, that later layers read."""
     dropout: float = 0.0
     """Share of the channels of h that is dropped inside the cell: the same at all times and in all iterations."""
     weight_dropout: float = 0.0
     """Share of the weights of the past, W⁰ and X⁰, that is dropped per step (DropConnect)."""
     weight_norm: bool = True
-    """The two matrices are weight-normed."""
+    """Normalise the weights of the two matrices."""
     carry_input: bool = True
-    """A segment sees the last input of the one before, as it does its state; TrellisNet's code reads 0."""
+    """A segment reads the last input of the previous one, as it reads its state; TrellisNet's code reads 0."""
     recurrence: Literal["delayed", "scan"] = "delayed"
-    """The c_{t−1} of c_t: that of the iterate ("delayed", TrellisNet), or that of the same evaluation ("scan")."""
+    """The c_{t−1} in c_t comes from the iterate ("delayed", TrellisNet) or from the same evaluation ("scan")."""
     std: float = 0.01
     """The weights of h and the bias start from N(0, std²)."""
     injection_init: Init = "default_fan_in"
@@ -87,16 +87,16 @@ class TrellisCell(SequenceCell):
         i, o, g, f = σ, σ, tanh, σ of  W⁰ ĥ_{t−1} + W¹ ĥ_t + X⁰ x_{t−1} + X¹ x_t + b
         c'_t = f ⊙ c_{t−1} + i ⊙ g,    h'_t = o ⊙ tanh c'_t
 
-    Left of the first time stand the last h, c and x of the past, or zeros. Layer ℓ of TrellisNet is the ℓ-th iterate
+    Before the first time come the last h, c and x of the past, or zeros. Layer ℓ of TrellisNet is the ℓ-th iterate
     from zero. With W¹ = 0 the equilibrium is the LSTM (Bai, Kolter, Koltun, "Trellis Networks", theorem 1).
 
-    With ``recurrence="delayed"`` c_{t−1} is that of the iterate, as in TrellisNet: what c carries needs an iteration a
-    time step. With "scan" it is c'_{t−1}, so that it is carried to all times in one evaluation. Both maps have the same
-    equilibria, since there c' = c; their networks of finite depth differ.
+    With ``recurrence="delayed"`` c_{t−1} is that of the iterate, as in TrellisNet, so information in c needs one
+    iteration per time step. With "scan" it is c'_{t−1}, and one evaluation carries it to all times. Both maps have the
+    same equilibria, since c' = c there; their networks of finite depth differ.
 
-    Deviations from the authors' code: (1) one bias instead of two that are added; (2) the input is carried over the
-    borders of segments like h and c, so that two segments joined by memory are one long one; ``carry_input=False`` has
-    their zero.
+    Deviations from the authors' code: (1) one bias instead of the sum of two; (2) the input is carried over the border
+    of segments like h and c, so that two segments joined by memory are one long segment; ``carry_input=False`` reads 0
+    there, as the authors do.
     """
 
     def __init__(self, config: TrellisConfig) -> None:
@@ -118,7 +118,7 @@ class TrellisCell(SequenceCell):
         warm: bool = False,
         part: BatchSlice | None = None,
     ) -> Prepared:
-        """Shared: the weights. Rows: injection, the share of the past, and the masks."""
+        """Shared: the weights. Rows: the injection, the contribution of the past, and the masks."""
         cache, valid = None, None
         if isinstance(memory, TrellisCache):
             cache, memory = memory, memory.memory
@@ -134,7 +134,7 @@ class TrellisCell(SequenceCell):
         pairs = torch.cat([torch.cat([before, x[:, :-1]], dim=1), x], dim=-1)
         injection = functional.linear(pairs, weights.input, self.state.bias)
         h = masked(h, drop)
-        if x.shape[1] == 1 and memory is not None:  # as in generation: then W⁰ has nothing more to do
+        if x.shape[1] == 1 and memory is not None:  # as in generation: here W⁰ acts on the past alone
             injection = injection + functional.linear(h, weights.state[:, :channels])
         starts_warm = warm if cache is None else cache.warm and x.shape[1] == 1
         kept = TrellisKept(
@@ -183,9 +183,9 @@ class TrellisCell(SequenceCell):
         return z[..., self.config.hidden : self.config.channels]
 
     def remember(self, z: Float[Tensor, "B T H2"], prepared: Prepared) -> TrellisMemory | TrellisCache:
-        """h, c and x at the last time, detached; a cache, with them."""
+        """h, c and x at the last time, detached; with a cache, the cache that holds them."""
         kept: TrellisKept = prepared.kept
-        memory = TrellisMemory(z=z[:, -1:].detach().clone(), x=kept.last)  # a view would keep all of z
+        memory = TrellisMemory(z=z[:, -1:].detach().clone(), x=kept.last)  # a view would keep all of z alive
         if kept.cache is None:
             return memory
         padding = kept.cache.padding
@@ -205,15 +205,15 @@ class TrellisCell(SequenceCell):
     ) -> TrellisCache:
         """The memory for generation: one state per stream, exact for text of any length.
 
-        It stands wherever a ``TrellisMemory`` does, without gradients. The input is always carried, as from time to
-        time inside a segment.
+        It can replace a ``TrellisMemory``, without gradients. It always carries the input over, as happens inside a
+        segment.
 
         Args:
-            batch: rows.
-            length: None: there is no number of positions that could be chosen.
-            padding: positions at which the text of each row has not begun; f is 0 there.
-            memory: of what came before.
-            warm: start each single position from the state of the one before it, instead of zero.
+            batch: number of streams.
+            length: must be None, since a trellis remembers one state and not a number of positions.
+            padding: number of positions before the text of each stream begins; f is 0 there.
+            memory: the memory of the text before.
+            warm: start each single position from the state of the previous one instead of zero.
         """
         check_new_cache(self, batch, kind=TrellisMemory, memory=memory, padding=padding)
         if length is not None:
@@ -247,7 +247,7 @@ class TrellisCell(SequenceCell):
 
 
 def _valid(padding: Tensor | None, x: Tensor) -> Float[Tensor, "B T 1"] | None:
-    """1 where the text of a row has begun, 0 before; None if all have."""
+    """1 where the text of a stream has begun, 0 before; None without padding."""
     if padding is None:
         return None
     times = torch.arange(x.shape[1], device=x.device)

@@ -1,6 +1,6 @@
 """The linear recurrence c_t = a_t c_{t−1} + b_t at all times at once, as one differentiable operation.
 
-As a chain of PyTorch operations it would be three nodes of the graph a time step; here it is one node, whose backward
+As a chain of PyTorch operations it would be three graph nodes per time step; here it is one node, whose backward
 pass is the same recurrence from right to left.
 
 Letters: B batch, T time, C channels.
@@ -19,13 +19,13 @@ def scan(a: Float[Tensor, "B T C"], b: Float[Tensor, "B T C"], first: Float[Tens
     """c_t = a_t c_{t−1} + b_t for t = 0 … T − 1, with c_{−1} = ``first``; differentiable twice, and forwards."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), first.dtype)
     a, b, first = a.to(dtype), b.to(dtype), first.to(dtype)
-    if torch.compiler.is_compiling():  # which does not know what a Function does forwards
+    if torch.compiler.is_compiling():  # torch.compile does not know the forward-mode rule of a Function
         return _doubling(a, b, first, reverse=False)
     return _Scan.apply(a, b, first, False)  # pyright: ignore
 
 
 class _Scan(torch.autograd.Function):
-    """From left to right; with ``reverse``, c_t = a_t c_{t+1} + b_t from c_T = first."""
+    """The recurrence from left to right; with ``reverse``, c_t = a_t c_{t+1} + b_t from c_T = first."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, first: Tensor, reverse: bool) -> Tensor:
@@ -42,7 +42,7 @@ class _Scan(torch.autograd.Function):
         """db_t = g_t + a_{t+1} db_{t+1}, da_t = db_t c_{t−1}, dc_{−1} = a_0 db_0."""
         (grad,), (a, c, first) = grads, ctx.saved_tensors
         end = torch.zeros_like(first)
-        # The other way round, so the a that leads away from t is that of its other neighbour.
+        # db runs in the other direction, so its factor at t is the a of the neighbour that comes after t.
         db = _Scan.apply(_neighbour(a, end, right=not ctx.reverse), grad, end, not ctx.reverse)
         edge = slice(-1, None) if ctx.reverse else slice(0, 1)
         return db * _neighbour(c, first, right=ctx.reverse), db, a[:, edge] * db[:, edge], None  # pyright: ignore
@@ -59,7 +59,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        """Another axis is more samples."""
+        """A further axis is folded into the batch."""
         *tensors, reverse = inputs
         pairs = zip(tensors, in_dims[:3], strict=True)
         rows = [t.expand(info.batch_size, *t.shape) if axis is None else t.movedim(axis, 0) for t, axis in pairs]
@@ -85,7 +85,7 @@ def _doubling(a: Tensor, b: Tensor, first: Tensor, *, reverse: bool) -> Tensor:
     """log₂ T large operations, each over all times (Hillis and Steele 1986): for a GPU."""
     if reverse:
         return _doubling(a.flip(1), b.flip(1), first, reverse=False).flip(1)
-    # After a pass with distance d, (a_t, b_t) maps c_{t−2d} to c_t; before the beginning stands c_{−1}, with a = 0.
+    # After a pass with distance d, (a_t, b_t) maps c_{t−2d} to c_t; c_{−1} is put in front, with a = 0.
     a, b = torch.cat([torch.zeros_like(first), a], dim=1), torch.cat([first, b], dim=1)
     distance = 1
     while distance < b.shape[1]:

@@ -50,6 +50,8 @@ with _without_backend():
 LONGEST = 40
 """Characters of a text in a figure at most."""
 BLUE, ORANGE, GREEN, GREY = "#0b62a4", "#d1580b", "#12805c", "#8a8f98"
+COLOURS = (BLUE, ORANGE, GREEN, "#8e44ad", "#b8860b", "#555b64")
+"""Of the runs that are compared."""
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -76,6 +78,15 @@ def draw(record: Record) -> list[Drawing]:
     return [drawing for drawing in drawings if drawing is not None]
 
 
+def draw_together(records: Sequence[Record]) -> list[Drawing]:
+    """The losses of several runs on the same axes: those of the validations, and those of the training."""
+    drawings = []
+    for name, caption, paint in COMPARISONS:
+        drawings.append(_drawn(name, caption, lambda axes, paint=paint: paint(axes, records)))
+        gc.collect()
+    return [drawing for drawing in drawings if drawing is not None]
+
+
 def save(drawings: Sequence[Drawing], folder: Path) -> None:
     """Each figure as a PNG in ``folder``."""
     for drawing in drawings:
@@ -83,11 +94,15 @@ def save(drawings: Sequence[Drawing], folder: Path) -> None:
 
 
 def _draw(record: Record, name: str, caption: str, paint: Callable[[Axes, Record], bool]) -> Drawing | None:
+    return _drawn(name, caption, lambda axes: paint(axes, record))
+
+
+def _drawn(name: str, caption: str, paint: Callable[[Axes], bool]) -> Drawing | None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.4), dpi=200, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        if not paint(axes, record):
+        if not paint(axes):
             return None
         _spell(axes)
         file = io.BytesIO()
@@ -273,4 +288,39 @@ FIGURES: tuple[tuple[str, str, Callable[[Axes, Record], bool]], ...] = (
         "cell unrolled to a fixed number of layers and differentiated by backpropagation.",
         _memory,
     ),
+)
+
+
+def _validations(axes: Axes, records: Sequence[Record]) -> bool:
+    """The validation losses of several runs."""
+    return _side_by_side(axes, records, lambda axes, record, colour: _dots(axes, record.log.dots["valid"], *colour))
+
+
+def _trainings(axes: Axes, records: Sequence[Record]) -> bool:
+    """The training losses of several runs."""
+    return _side_by_side(axes, records, lambda axes, record, colour: _curve(axes, record.log.curves["loss"], *colour))
+
+
+def _side_by_side(
+    axes: Axes, records: Sequence[Record], paint: Callable[[Axes, Record, tuple[str, str]], None]
+) -> bool:
+    for place, record in enumerate(records):
+        paint(axes, record, (COLOURS[place % len(COLOURS)], _label(str(record.path))))
+    if not axes.lines:
+        return False
+    unit = records[0].unit
+    if formats.measure(unit)[0] != "bits":
+        axes.set_yscale("log")
+    longest = max(record.step for record in records)
+    axes.set_xlabel("training step")
+    axes.set_xlim(-0.02 * max(longest, 1), 1.02 * max(longest, 1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.count(value)))
+    axes.set_ylabel(formats.measure(unit)[1])
+    axes.legend(loc="upper right", fontsize=8)
+    return True
+
+
+COMPARISONS: tuple[tuple[str, str, Callable[[Axes, Sequence[Record]], bool]], ...] = (
+    ("validation", "The validation losses, each measured as the table says.", _validations),
+    ("training", "The training losses: single steps pale, their running means as lines.", _trainings),
 )

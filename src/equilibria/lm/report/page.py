@@ -6,11 +6,16 @@ import base64
 import dataclasses
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib import resources
+from string import Template
 from typing import Any
 
 from equilibria.lm.report import formats
 from equilibria.lm.report.record import Record
 from equilibria.lm.report.summary import Row
+
+GENERATOR = '<meta name="generator" content="equilibria">'
+"""Occurs in every page."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,46 +30,6 @@ class Drawing:
     """The picture."""
 
 
-CSS = """
-:root { color-scheme: light; --ink: #1d2127; --soft: #5b626d; --line: #e3e6ea; --blue: #0b62a4; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
-  "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 28px 64px; }
-h1 { font-size: 32px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
-h2 { font-size: 20px; margin: 44px 0 12px; }
-h3 { font-size: 15px; margin: 0 0 4px; }
-p { margin: 0 0 8px; }
-.soft { color: var(--soft); }
-.notice { border-left: 4px solid #d1580b; background: #fdf4ee; padding: 10px 14px; margin: 16px 0 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: 7px 18px 7px 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 500; color: var(--soft); white-space: nowrap; }
-td { overflow-wrap: anywhere; }
-.summary td:nth-child(2) { font-weight: 600; white-space: nowrap; }
-.summary td:nth-child(3) { color: var(--soft); }
-.grid { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 34px 40px; }
-figure { margin: 0; }
-figure img { width: 100%; height: auto; display: block; }
-figcaption { color: var(--soft); font-size: 14px; line-height: 1.45; margin-top: 6px; }
-pre { margin: 0; padding: 18px 20px; background: #f6f7f9; border-radius: 6px; white-space: pre-wrap;
-  overflow-wrap: anywhere; font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre b { color: var(--blue); font-weight: 600; }
-.settings table { font-size: 14px; }
-.settings th, .settings td { padding: 4px 14px 4px 0; }
-.settings th { width: 42%; }
-footer { margin-top: 48px; padding-top: 12px; border-top: 1px solid var(--line); font-size: 14px; }
-@media (max-width: 760px) {
-  main { padding: 24px 16px 40px; }
-  h1 { font-size: 26px; }
-  .grid { grid-template-columns: minmax(0, 1fr); }
-  .summary tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line); }
-  .summary th, .summary td { display: block; padding: 0; border: 0; white-space: normal; }
-}
-@media print { .grid, pre { break-inside: avoid; } }
-"""
-
-
 def render(
     record: Record, *, state: str, summary: Sequence[Row], drawings: Sequence[Drawing], sample: tuple[str, str] | None
 ) -> str:
@@ -73,38 +38,39 @@ def render(
         f"<h1>{escape(record.name)}</h1>",
         f'<p class="soft">{escape(_what(record))}, in <code>{escape(str(record.path))}</code>.</p>',
         f'<p class="{"soft" if record.finished else "notice"}">{escape(state)}</p>',
-        _summary(summary),
-        _figures(drawings),
+        table([[row.label, row.value, row.beside] for row in summary], title="Summary", style="summary"),
+        figures(drawings),
         _sample(sample),
         _settings(record.experiment),
     ]
-    title = escape(f"{record.name} · equilibria")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + '\n<footer class="soft">Written by <code>equilibria report</code>. The pictures lie beside this page as PNG '
-        "files, too.</footer>\n</main>\n</body>\n</html>\n"
-    )
+    return filled(record.name, body, remark=" The pictures lie beside this page as PNG files, too.")
+
+
+def filled(title: str, body: Iterable[str], *, remark: str = "") -> str:
+    """The page of page.html; ``body`` and ``remark`` are HTML, and empty parts are left out."""
+    text = resources.files(__package__ or "").joinpath("page.html").read_text(encoding="utf-8")
+    parts = "\n".join(part for part in body if part)
+    return Template(text).substitute(title=escape(title), body=parts, remark=remark)
+
+
+def table(rows: Sequence[Sequence[str]], *, title: str, style: str, heads: Sequence[str] = ()) -> str:
+    """A titled table as HTML, the first cell of each row being its name; nothing without rows."""
+    if not rows:
+        return ""
+    lines = [f"<tr><td></td>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"] if heads else []
+    for name, *cells in rows:
+        lines.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    inside = "\n".join(lines)
+    return f'<h2>{escape(title)}</h2>\n<div class="wide"><table class="{style}">\n{inside}\n</table></div>'
 
 
 def _what(record: Record) -> str:
-    words = formats.network(record.experiment.get("model") or {})
-    return words[0].upper() + words[1:]
+    text = formats.network(record.experiment.get("model") or {})
+    return text[0].upper() + text[1:]
 
 
-def _summary(summary: Sequence[Row]) -> str:
-    if not summary:
-        return ""
-    lines = "\n".join(
-        f"<tr><th>{escape(row.label)}</th><td>{escape(row.value)}</td><td>{escape(row.beside)}</td></tr>"
-        for row in summary
-    )
-    return f'<h2>Summary</h2>\n<table class="summary">\n{lines}\n</table>'
-
-
-def _figures(drawings: Sequence[Drawing]) -> str:
+def figures(drawings: Sequence[Drawing]) -> str:
+    """The figures as HTML; nothing without any."""
     if not drawings:
         return ""
     return '<h2>Figures</h2>\n<div class="grid">\n' + "\n".join(_figure(drawing) for drawing in drawings) + "\n</div>"
@@ -164,17 +130,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
             yield prefix + key, str(value.get("kind", ""))
             yield from _flat(value, f"{key}.")
         else:
-            yield prefix + key, _words(value)
+            yield prefix + key, words(value)
 
 
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
     """A value as one reads it: an object as Kind(field=value), None as "none"."""
     if isinstance(value, dict):
-        words = {key: f"({_words(part)})" if isinstance(part, list) else _words(part) for key, part in value.items()}
-        fields = ", ".join(f"{key}={part}" for key, part in words.items() if key != "kind")
+        parts = {key: f"({words(part)})" if isinstance(part, list) else words(part) for key, part in value.items()}
+        fields = ", ".join(f"{key}={part}" for key, part in parts.items() if key != "kind")
         return f"{value.get('kind', '')}({fields})"
     if isinstance(value, list):
-        return ", ".join(_words(part) for part in value)
+        return ", ".join(words(part) for part in value)
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return str(value)

@@ -58,7 +58,13 @@ def capture(
 
 
 def restore(
-    checkpoint: Checkpoint, model: LanguageModel, optimiser: Optimizer, *, streams: int, ranks: Ranks = ALONE
+    checkpoint: Checkpoint,
+    model: LanguageModel,
+    optimiser: Optimizer,
+    *,
+    streams: int,
+    depth: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Memory:
     """Restore weights, optimiser and random generators from a checkpoint; returns the memory of this rank's streams.
 
@@ -70,6 +76,7 @@ def restore(
         model: the model, which is changed in place.
         optimiser: its optimiser, which is changed in place.
         streams: number of streams of this rank.
+        depth: number of layers that the last step before the checkpoint used; None for all.
         ranks: the processes that train together.
 
     Raises:
@@ -77,7 +84,7 @@ def restore(
     """
     load_weights(model, checkpoint.optimiser.get("weights", checkpoint.model))
     optimiser.load_state_dict(_sharded_as(optimiser, checkpoint.optimiser["optimiser"]))
-    memory = _memory(checkpoint, model, streams=streams, ranks=ranks)
+    memory = _memory(checkpoint, model, streams=streams, depth=depth, ranks=ranks)
     set_random_state(checkpoint.optimiser["random"], device_of(model))
     for name, now in circumstances(model).items():
         before = checkpoint.state.get(name, now)
@@ -125,13 +132,13 @@ def _read(value: Any) -> Any:
     return whole(value) if isinstance(value, Piece) else value
 
 
-def _memory(checkpoint: Checkpoint, model: LanguageModel, *, streams: int, ranks: Ranks) -> Memory:
+def _memory(checkpoint: Checkpoint, model: LanguageModel, *, streams: int, depth: int | None, ranks: Ranks) -> Memory:
     """The stored tensors in the structure of the cell's memory, which is found by reading one token."""
     if not checkpoint.memory:
         return None
     token = torch.zeros(streams, 1, dtype=torch.long, device=device_of(model))
     with eval_mode(model):
-        template = model(token, token, None).memory
+        template = model(token, token, None, depth=depth).memory
     reshard(model)
     try:
         return owned(rebuild(template, {name: ranks.my_rows(all_) for name, all_ in checkpoint.memory.items()}))

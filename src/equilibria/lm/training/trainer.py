@@ -225,7 +225,8 @@ class Trainer:
         self.keeper.write(kept, best=None if best is None else best["step"])
 
     def _go_back_to(self, found: Checkpoint) -> None:
-        self.memory = restore(found, self.model, self.optimiser, streams=self.streams, ranks=self.ranks)
+        depth = self.experiment.stages[self.experiment.stage_at(max(0, found.step - 1))].depth
+        self.memory = restore(found, self.model, self.optimiser, streams=self.streams, depth=depth, ranks=self.ranks)
         self.steps_done = found.step
         self.validations.restore(found.state)
         self.policy.factor = found.state.get("budget_factor", 1)

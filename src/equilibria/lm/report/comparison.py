@@ -1,0 +1,72 @@
+"""compared: several runs on one page, with what differs between their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from equilibria.lm.report import page, summary
+from equilibria.lm.report.page import Drawing
+from equilibria.lm.report.record import Record
+from equilibria.lm.report.summary import Row
+
+NOTHING = "–"
+"""Stands for a number that a run has not measured."""
+
+
+def compared(records: Sequence[Record], drawings: Sequence[Drawing]) -> str:
+    """The page about several runs: one column per run, the figures, and the settings that are not the same."""
+    names = [record.name for record in records]
+    heads = [str(record.path) for record in records]
+    body = [
+        f"<h1>{escape(', '.join(dict.fromkeys(names)))}</h1>",
+        f'<p class="soft">{len(records)} runs side by side.</p>',
+        _warning(records),
+        page.table(rows(records), title="Summary", style="comparison", heads=heads),
+        page.figures(drawings),
+        page.table(differences(records), title="Settings that differ", style="comparison", heads=heads),
+    ]
+    return page.filled("Runs compared", body)
+
+
+def rows(records: Sequence[Record]) -> list[list[str]]:
+    """The rows of the summaries of all runs, each with one cell per run."""
+    columns = [{row.label: row for row in summary.rows(record)} for record in records]
+    labels = dict.fromkeys(label for column in columns for label in column)
+    found = [["State", *(summary.state(record) for record in records)]]
+    for label in labels:
+        found.append([label, *(_cell(column.get(label)) for column in columns)])
+    return found
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return NOTHING
+    return f"{row.value} ({row.beside})" if row.beside else row.value
+
+
+def differences(records: Sequence[Record]) -> list[list[str]]:
+    """The settings in which the experiments differ, by their paths, with one cell per run."""
+    trees = [dict(_leaves(record.experiment)) for record in records]
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    table = [[name, *(tree.get(name, NOTHING) for tree in trees)] for name in names]
+    return [row for row in table if len(set(row[1:])) > 1]
+
+
+def _warning(records: Sequence[Record]) -> str:
+    """A notice if the losses are not those of the same text."""
+    texts = {str((record.last("start") or {}).get("corpus")) for record in records}
+    if len(texts) < 2:
+        return ""
+    return '<p class="notice">These runs read different corpora, so their losses cannot be compared.</p>'
+
+
+def _leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
+        pairs = [(str(place), part) for place, part in enumerate(value)]
+    else:
+        return [(name, page.words(value))]
+    return [leaf for key, part in pairs for leaf in _leaves(part, f"{name}.{key}" if name else str(key))]
