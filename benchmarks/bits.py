@@ -162,8 +162,16 @@ def trained(experiment: Any, label: str = "") -> tuple[Any, Recorded]:
 
 
 def validated(trainer: Any) -> Recorded:
-    """Nats of the validation text."""
-    return [("validation", torch.tensor([trainer.validate().nats_per_token], dtype=torch.float64))]
+    """The nll per token of the validation text."""
+    return [("validation", torch.tensor([_nll_per_token(trainer.validate())], dtype=torch.float64))]
+
+
+def _nll_per_token(evaluation: Any) -> float:
+    """The score by its present name, or by the one that older commits gave it."""
+    for name in ("nll_per_token", "nats_per_token"):
+        if hasattr(evaluation, name):
+            return getattr(evaluation, name)
+    raise AttributeError(f"{type(evaluation).__name__} has no nll_per_token.")
 
 
 def generated(trainer: Any, *, length: int = 32, warm: bool = False, label: str = "") -> Recorded:

@@ -37,7 +37,7 @@ def scored(name: str) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "steps": max(event["step"] for event in events),
         "seconds": max(event.get("seconds") or 0 for event in events),
-        "nats": score.nats_per_token,
+        "nats": score.nll_per_token,
         "accuracy": score.accuracy,
         "symbols": score.tokens,
         "forward": score.forward,

@@ -23,7 +23,7 @@ from steps import compare, table
 from equilibria import Anderson, Broyden, Equilibrium, Implicit, Method, Phantom, Stop
 from equilibria.lm.corpora import Segment, Segments
 from equilibria.lm.model import Explicit, LanguageModel
-from equilibria.lm.model.modes import evaluating
+from equilibria.lm.model.modes import eval_mode
 from equilibria.lm.runs.trained import load
 from equilibria.lm.training.compilation import compile_cells
 
@@ -80,7 +80,7 @@ def starts(model: LanguageModel, segments: list[Segment]) -> list[dict[str, Any]
     assert isinstance(layer, Equilibrium)
     for mode in ("training", "evaluation"):
         found: dict[str, list[int]] = {}
-        with evaluating(model):
+        with eval_mode(model):
             layer.train(mode == "training")  # dropout inside the layer alone
             past = model(segments[0].tokens, segments[0].targets)
             for segment in segments[1:]:
@@ -148,7 +148,7 @@ if __name__ == "__main__":
 
     def past(model: LanguageModel) -> Any:
         """The memory of the segment before."""
-        with evaluating(model):
+        with eval_mode(model):
             return model(several[0].tokens, several[0].targets).memory
 
     found = compare(by_name, several[1], past, base=BASES[0], repeats=given.repeats)

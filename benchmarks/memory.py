@@ -28,9 +28,9 @@ def peak(method: Method) -> int:
     tokens = torch.randint(100, (experiment.training.batches.batch_size, experiment.training.batches.segment_length))
     with torch.no_grad():
         memory = model(tokens, tokens).memory
-    model(tokens, tokens, memory).nats.mean().backward()  # the gradients themselves are there from now on
+    model(tokens, tokens, memory).nll.mean().backward()  # the gradients themselves are there from now on
     with PeakMemory() as measured:
-        model(tokens, tokens, memory).nats.mean().backward()
+        model(tokens, tokens, memory).nll.mean().backward()
     return measured.peak
 
 

@@ -33,7 +33,7 @@ from equilibria.core.maps import as_map
 from equilibria.layers.layer import check_no_method
 from equilibria.lm.corpora import Segment, Segments
 from equilibria.lm.model import LanguageModel
-from equilibria.lm.model.modes import evaluating
+from equilibria.lm.model.modes import eval_mode
 from equilibria.lm.runs.trained import load
 from equilibria.peak_memory import PeakMemory
 
@@ -68,7 +68,7 @@ def step(model: LanguageModel, segment: Segment, memory: Any) -> float:
     """Seconds of a forward and a backward pass, with the same masks whoever computes."""
     torch.manual_seed(0)
     began = time.perf_counter()
-    model(segment.tokens, segment.targets, memory).nats.mean().backward()
+    model(segment.tokens, segment.targets, memory).nll.mean().backward()
     return time.perf_counter() - began
 
 
@@ -81,7 +81,7 @@ def measure(runs: list[Path], data: Path, rounds: int) -> list[dict[str, Any]]:
         stream = Segments(
             loaded.corpus.train, batch_size=training.batches.batch_size, length=training.batches.segment_length
         )
-        with evaluating(loaded.model):
+        with eval_mode(loaded.model):
             memory = loaded.model(stream.at(0).tokens, stream.at(0).targets).memory
         segment = stream.at(1)
         for name, solver in SOLVERS.items():

@@ -88,7 +88,7 @@ def worker(rank: int, store: str, results: Any) -> None:
         for name, layer in small_layers().items():
             unit = sum(p.nbytes for p in TransformerCell(SMALL).parameters())
             model = Model(layer)
-            replica = Ranks(rank=rank, size=2, parallel=parallel).spread(model, half=False)
+            replica = Ranks(rank=rank, size=2, parallel=parallel).spread(model, bfloat16=False)
             x = torch.randn(4, 16, SMALL.width, requires_grad=True)
             reduced = [0]
             if parallel == "ddp":

@@ -14,7 +14,7 @@ from torch import Tensor
 from equilibria.layers.layer import LayerOutput
 from equilibria.lm.corpora import Segment
 from equilibria.lm.model import LanguageModel, LanguageOutput
-from equilibria.lm.model.modes import evaluating
+from equilibria.lm.model.modes import eval_mode
 from equilibria.peak_memory import PeakMemory
 
 MIB = 2**20
@@ -70,7 +70,7 @@ class _Call:
     def training_step(self) -> LanguageOutput:
         """Forward and backward, with the loss of the training."""
         output = self.forward()
-        loss = output.nats.mean()
+        loss = output.nll.mean()
         (loss if output.extra is None else loss + output.extra).backward()
         return output
 
@@ -106,7 +106,7 @@ def _needs(name: str, call: _Call) -> dict[str, Any]:
         row |= {"forward": solves[0].evals, "backward": sum(solve.evals for solve in solves[1:])}
         row["converged"] = float(torch.cat([solve.converged for solve in solves]).double().mean())
     del output
-    with evaluating(call.model):
+    with eval_mode(call.model):
         x = call.model.embedding(call.segment.tokens)
     torch.manual_seed(0)
     row["layer_mib"], _ = _peak(lambda: call.layer_step(x))
@@ -118,7 +118,7 @@ def _time_once(row: dict[str, Any], call: _Call, *, seed: int) -> None:
     """One more time of each kind."""
     torch.manual_seed(seed)  # the same masks for all
     row["train_seconds"].append(_seconds(call.training_step))
-    with evaluating(call.model):
+    with eval_mode(call.model):
         row["inference_seconds"].append(_seconds(call.forward))
         if seed == 0:
             solution = call.forward().solution

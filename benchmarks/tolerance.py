@@ -34,7 +34,7 @@ def gradient(model, segments, method: Method):
     with torch.no_grad():
         memory = model(first.tokens, first.targets, method=PAST).memory
     output = model(second.tokens, second.targets, memory, method=method)
-    found = torch.autograd.grad(output.nats.mean(), list(model.parameters()))
+    found = torch.autograd.grad(output.nll.mean(), list(model.parameters()))
     return torch.cat([g.double().flatten() for g in found]), output.solution
 
 

@@ -34,7 +34,7 @@ from equilibria.lm.experiments import (
     network_of,
 )
 from equilibria.lm.model import Explicit, LanguageModel
-from equilibria.lm.model.modes import evaluating
+from equilibria.lm.model.modes import eval_mode
 from equilibria.lm.recipes import ptb_trellis
 from equilibria.lm.runs import Run
 from equilibria.lm.runs.trained import load, with_data
@@ -117,7 +117,7 @@ def measure(data: Path, run: Path, *, repeats: int, rtol: float) -> list[dict[st
     )
     past, segment = next(batches), next(batches)
     models = {network.name: built(network, experiment.model, weights, stop, words) for network in NETWORKS}
-    with evaluating(loaded.model):
+    with eval_mode(loaded.model):
         memory = loaded.model(past.tokens, past.targets).memory
     warm = [network.name for network in NETWORKS if network.warm]
     rows = compare(models, segment, lambda _: memory, base=f"{DEPTH} layers", repeats=repeats, warm=warm)
@@ -138,7 +138,7 @@ def starts(data: Path, run: Path, *, rtol: float) -> list[dict[str, Any]]:
         config, words = ptb_trellis().model, loaded.model.vocabulary_size
         model = built(network, config, loaded.model.state_dict(), stop, words)
         cell: Any = model.layer.cell
-        with evaluating(model):
+        with eval_mode(model):
             before = model(past.tokens, past.targets).layer
             prepared = cell.prepare(model.embedding(segment.tokens), before.memory)
             zero = cell.start(prepared)

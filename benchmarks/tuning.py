@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from equilibria import Anderson, Broyden, Equilibrium, Implicit, Method, Picard, Solver, Stop
 from equilibria.lm.corpora import Segments
-from equilibria.lm.model.modes import evaluating
+from equilibria.lm.model.modes import eval_mode
 from equilibria.lm.runs.trained import load
 
 SOLVERS: dict[str, Solver] = {
@@ -47,7 +47,7 @@ def segments_of(loaded: Any, count: int) -> list[tuple[Any, Any]]:
         loaded.corpus.valid, batch_size=training.batches.batch_size, length=training.batches.segment_length
     )
     found, memory = [], None
-    with evaluating(model):
+    with eval_mode(model):
         for index in range(count + 1):
             segment = stream.at(index)
             if index > 0:

@@ -23,8 +23,8 @@ model = LanguageConfig(cell=cell, std=0.2).build(
 )
 optimiser, memory = torch.optim.Adam(model.parameters(), lr=1e-2), None
 for segment, _ in zip(Segments(stream, batch_size=8, length=32), range(100), strict=False):
-    output = model(segment.tokens, segment.targets, None if segment.fresh else memory)
-    output.nats.mean().backward()
+    output = model(segment.tokens, segment.targets, None if segment.resets else memory)
+    output.nll.mean().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
     optimiser.zero_grad()

@@ -75,7 +75,7 @@ class TestHead:
     @either
     def test_probabilities_sum_to_one(self, config, tied):
         embedding, head = built(config, tied)
-        sums = head(states(), embedding).exp().sum(-1)
+        sums = head.logits(states(), embedding).exp().sum(-1)
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-12)
 
     @every
@@ -83,19 +83,19 @@ class TestHead:
     def test_nats_are_in_the_order_of_the_tokens(self, config, tied):
         embedding, head = built(config, tied)
         h, targets = states(), tokens()
-        expected = -head(h, embedding).gather(-1, targets[..., None]).squeeze(-1)
-        nats = head.nats(h, targets, embedding)
+        expected = -head.logits(h, embedding).gather(-1, targets[..., None]).squeeze(-1)
+        nats = head.nll(h, targets, embedding)
         torch.testing.assert_close(nats, expected, rtol=0, atol=1e-12)
         order = torch.randperm(T)
         torch.testing.assert_close(
-            head.nats(h[:, order], targets[:, order], embedding), nats[:, order], rtol=0, atol=1e-12
+            head.nll(h[:, order], targets[:, order], embedding), nats[:, order], rtol=0, atol=1e-12
         )
 
     @every
     def test_tied_is_the_equation(self, config):
         embedding, head = built(config)
         h = states(1, 2)
-        out = head(h, embedding)
+        out = head.logits(h, embedding)
         for position in range(2):
             torch.testing.assert_close(out[0, position], dense(config, embedding, head, h[0, position]))
 
@@ -107,23 +107,23 @@ class TestHead:
             plain.bias.copy_(torch.cat([head.bias[: V - 2], head.slot_bias]))
         h, targets = states(), tokens()
         nothing = Embedding(vocabulary_size=V, width=D)
-        torch.testing.assert_close(head.nats(h, targets, embedding), plain.nats(h, targets, nothing))
+        torch.testing.assert_close(head.nll(h, targets, embedding), plain.nll(h, targets, nothing))
 
     def test_untied_is_torchs(self):
         embedding, head = built(CONFIGS["published"], tied=False)
         h, targets = states(), tokens()
         flat = h.flatten(0, 1)
         torch.testing.assert_close(
-            head.nats(h, targets, embedding).flatten(), -head.softmax(flat, targets.flatten()).output
+            head.nll(h, targets, embedding).flatten(), -head.softmax(flat, targets.flatten()).output
         )
-        torch.testing.assert_close(head(h, embedding).flatten(0, 1), head.softmax.log_prob(flat))
+        torch.testing.assert_close(head.logits(h, embedding).flatten(0, 1), head.softmax.log_prob(flat))
 
     @pytest.mark.parametrize("name", ["published", "one table", "one projection"])
     def test_gradients_of_nats(self, name):
         embedding, head = built(CONFIGS[name])
         h, targets = states(1, 5).requires_grad_(), torch.tensor([[22, 0, 7, 20, 5]])
         inputs = (h, *embedding.parameters(), *head.parameters())
-        assert torch.autograd.gradcheck(lambda *_: head.nats(h, targets, embedding), inputs)
+        assert torch.autograd.gradcheck(lambda *_: head.nll(h, targets, embedding), inputs)
 
     @pytest.mark.parametrize("config", [CONFIGS["published"], CONFIGS["one projection"]])
     @either
@@ -131,7 +131,7 @@ class TestHead:
     def test_a_cluster_without_target_gets_gradient_zero(self, config, tied, word):
         embedding, head = built(config, tied)
         ids = torch.full((B, T), word)
-        head.nats(embedding(ids), ids, embedding).mean().backward()
+        head.nll(embedding(ids), ids, embedding).mean().backward()
         for name, parameter in (*embedding.named_parameters(), *head.named_parameters()):
             assert parameter.grad is not None, name
             assert torch.isfinite(parameter.grad).all(), name
@@ -143,14 +143,14 @@ class TestHead:
     def test_log_softmax_is_in_float32_at_least(self, tied):
         embedding, head = built(CONFIGS["published"], tied)
         h, targets = states(), tokens()
-        exact = head.nats(h, targets, embedding)
+        exact = head.nll(h, targets, embedding)
         for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
             small, low = copy.deepcopy(embedding).to(dtype), copy.deepcopy(head).to(dtype)
-            assert low(h.to(dtype), small).dtype == expected
-            assert low.nats(h.to(dtype), targets, small).dtype == expected
-        sums = head.bfloat16()(h.bfloat16(), embedding.bfloat16()).exp().sum(-1)
+            assert low.logits(h.to(dtype), small).dtype == expected
+            assert low.nll(h.to(dtype), targets, small).dtype == expected
+        sums = head.bfloat16().logits(h.bfloat16(), embedding.bfloat16()).exp().sum(-1)
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)  # 4e-3 would be bfloat16's
-        nats = head.nats(h.bfloat16(), targets, embedding)
+        nats = head.nll(h.bfloat16(), targets, embedding)
         torch.testing.assert_close(nats, exact.float(), rtol=0.05, atol=0.2)
 
     @either
@@ -161,8 +161,8 @@ class TestHead:
         ids, targets = tokens(), tokens()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             h = embedding(ids).to(dtype)
-            nats = head.nats(h, targets, embedding)
-            sums = head(h, embedding).exp().sum(-1)
+            nats = head.nll(h, targets, embedding)
+            sums = head.logits(h, embedding).exp().sum(-1)
         nats.mean().backward()
         assert nats.dtype == torch.float32
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
@@ -173,13 +173,13 @@ class TestHead:
     def test_cuda_gives_the_same(self, tied):
         embedding, head = built(CONFIGS["published"], tied)
         ids = tokens() % 9  # two clusters stay empty
-        expected = head.nats(embedding(ids), ids, embedding).detach()
+        expected = head.nll(embedding(ids), ids, embedding).detach()
         embedding, head, ids = embedding.cuda(), head.cuda(), ids.cuda()
-        nats = head.nats(embedding(ids), ids, embedding)
+        nats = head.nll(embedding(ids), ids, embedding)
         torch.testing.assert_close(nats.detach().cpu(), expected)
         embedding, head = embedding.float(), head.float()
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            nats = head.nats(embedding(ids), ids, embedding)
+            nats = head.nll(embedding(ids), ids, embedding)
         nats.mean().backward()
         torch.testing.assert_close(nats.detach().cpu(), expected.float(), rtol=0.1, atol=0.5)
 
@@ -190,7 +190,7 @@ class TestHead:
             with pytest.raises(IndexError):
                 embedding(ids)
             with pytest.raises(IndexError):
-                head.nats(states(), ids, embedding)
+                head.nll(states(), ids, embedding)
 
 
 class TestEmbedding:
@@ -281,10 +281,10 @@ class TestSplitCrossEntropy:
             within = (h @ table[begin:end].T + bias[begin:end]).softmax(-1)
             expected.append(first[..., 5 + slot : 6 + slot] * within)
         expected = torch.cat(expected, dim=-1)
-        torch.testing.assert_close(head(h, embedding).exp(), expected)
+        torch.testing.assert_close(head.logits(h, embedding).exp(), expected)
         targets = torch.tensor([[0, 6, 15, V - 1]])
         torch.testing.assert_close(
-            head.nats(h, targets, embedding), -expected.gather(-1, targets[..., None])[..., 0].log()
+            head.nll(h, targets, embedding), -expected.gather(-1, targets[..., None])[..., 0].log()
         )
 
     @pytest.mark.parametrize(("tied", "init"), [(True, "normal"), (True, "uniform"), (False, "uniform")])
@@ -335,31 +335,31 @@ class TestTies:
         for pair in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.float().double()):
             parameter = pair["embedding"].get_parameter(tie)
             h, every_word = states(1, 1), torch.arange(V)[None]
-            vectors, out = pair["embedding"](every_word), pair["head"](h, pair["embedding"])
+            vectors, out = pair["embedding"](every_word), pair["head"].logits(h, pair["embedding"])
             parameter.grad = torch.randn_like(parameter)
             value = parameter.detach().clone()
             torch.optim.SGD([parameter], lr=0.1).step()
             torch.testing.assert_close(parameter.detach(), value - 0.1 * parameter.grad)
             assert not torch.allclose(pair["embedding"](every_word), vectors)
-            assert not torch.allclose(pair["head"](h, pair["embedding"]), out)
+            assert not torch.allclose(pair["head"].logits(h, pair["embedding"]), out)
 
     def test_the_first_projection_is_not_tied(self):
         embedding, head = built(CONFIGS["published"])
         h = states()
-        out = head(h, embedding)
+        out = head.logits(h, embedding)
         with torch.no_grad():
             embedding.projections[0].zero_()
-        assert torch.equal(head(h, embedding), out)
+        assert torch.equal(head.logits(h, embedding), out)
 
     @every
     @either
     def test_state_dict_carries_everything(self, config, tied):
         first, other = (torch.nn.ModuleList(built(config, tied)) for _ in range(2))
         h, targets = states(), tokens()
-        expected = first[1].nats(h, targets, first[0])
-        assert not torch.allclose(other[1].nats(h, targets, other[0]), expected)
+        expected = first[1].nll(h, targets, first[0])
+        assert not torch.allclose(other[1].nll(h, targets, other[0]), expected)
         other.load_state_dict(first.state_dict())
-        assert torch.equal(other[1].nats(h, targets, other[0]), expected)
+        assert torch.equal(other[1].nll(h, targets, other[0]), expected)
 
     @either
     def test_initial_values(self, tied):
@@ -397,7 +397,7 @@ class TestSizes:
         targets = words.view(4, 16)
         h = torch.randn(4, 16, 16, requires_grad=True)
         with Largest() as largest:
-            head.nats(h, targets, embedding).mean().backward()
+            head.nll(h, targets, embedding).mean().backward()
         assert largest.seen == 64 * 20_003
         with Largest() as largest:
             embedding(targets)
@@ -451,7 +451,7 @@ class TestOutputDropout:
         out = head.dropped(h)
         torch.manual_seed(1)
         assert torch.equal(out, dropped(h, rate=0.5, training=True, kind=kind))
-        for call in (lambda h: head(h, embedding), lambda h: head.nats(h, targets, embedding)):
+        for call in (lambda h: head.logits(h, embedding), lambda h: head.nll(h, targets, embedding)):
             assert torch.equal(call(out), call(out))  # which is a step of its own, done before
             assert not torch.allclose(call(out), call(h))
         assert head.eval().dropped(h) is h

@@ -76,13 +76,13 @@ def test_foreign_folders_and_files_are_refused_unopened(tmp_path, monkeypatch):
     (folder / "optimiser.pt").write_bytes(pickle.dumps(Evil()))
     (tmp_path / "model.pt").write_bytes(pickle.dumps(Evil()))
     for path in (folder, tmp_path / "model.pt", tmp_path / "absent"):
-        with pytest.raises(CheckpointError, match="no checkpoint of this library"):
+        with pytest.raises(CheckpointError, match="not a checkpoint of this library"):
             checkpoint.load(path)
     (folder / "state.json").write_text('{"step": 3}')
-    with pytest.raises(CheckpointError, match="no checkpoint of this library"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of this library"):
         checkpoint.load(folder)
     (folder / "state.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match="no checkpoint of this library"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of this library"):
         checkpoint.load(folder)
     assert not (tmp_path / "evil").exists()
 
@@ -91,7 +91,7 @@ def test_even_with_a_true_checksum_only_plain_tensors_are_unpickled(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     bad = Checkpoint(step=1, model={"w": torch.ones(1)}, memory={}, optimiser={"evil": Evil()}, state={})
     folder = checkpoint.save(tmp_path, bad)
-    with pytest.raises(CheckpointError, match=r"optimiser\.pt holds something else than tensors and plain values"):
+    with pytest.raises(CheckpointError, match=r"optimiser\.pt holds something other than tensors and plain values"):
         checkpoint.load(folder)
     assert not (tmp_path / "evil").exists()
 

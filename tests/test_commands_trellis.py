@@ -65,7 +65,7 @@ def test_a_memory_without_a_length_is_not_called_none(place, capsys):
     assert len(printed(capsys, "generate", "runs/trellis", "--prompt", "ab", "--length", "40")) == 2 + 40 + 1
     for verb in (("evaluate",), ("generate", "--prompt", "ab")):
         sentence = fails(capsys, verb[0], "runs/trellis", *verb[1:], "--memory-length", "5")
-        assert "a TrellisConfig has no number of positions that it remembers" in sentence
+        assert "the memory of a TrellisConfig has no length" in sentence
 
 
 def test_an_overlap_is_named_wherever_a_score_is(place, capsys):

@@ -111,8 +111,8 @@ def test_every_corpus_resumes(corpus):
         ):
             assert torch.equal(first.tokens, second.tokens)
             assert torch.equal(first.targets, second.targets)
-            assert (first.fresh, first.epoch, first.index, first.position) == (
-                second.fresh,
+            assert (first.resets, first.epoch, first.index, first.position) == (
+                second.resets,
                 second.epoch,
                 second.index,
                 second.position,

@@ -212,7 +212,7 @@ def test_two_stages_of_one_name_are_refused():
 
 @pytest.mark.parametrize("jitter", [-1, 8, 30])
 def test_a_budget_that_falls_short_of_nothing_is_refused(jitter):
-    with pytest.raises(ValueError, match=rf"budget_jitter={jitter}\).*a budget of 8 evaluations falls short by 0 to 7"):
+    with pytest.raises(ValueError, match=rf"budget_jitter={jitter}\).*a budget of 8 .* can be reduced by 0 to 7"):
         with_stage(experiment(), 1, budget_jitter=jitter)
     assert with_stage(experiment(), 1, budget_jitter=7).stages[1].budget_jitter == 7
 
@@ -257,8 +257,8 @@ def test_a_model_that_solves_nothing_has_stages_without_a_method(model):
 
 def test_a_stage_of_an_equilibrium_has_a_method():
     sentence = (
-        r"^Stage\('shallow', method=None\) of an equilibrium: it has to know how to solve; give method=Method\(solver, "
-        r"stop, gradient\), or network_of\(depth\) for a shallow stage\.$"
+        r"^Stage\('shallow', method=None\) of an equilibrium: a method says how to solve it; give "
+        r"method=Method\(solver, stop, gradient\), or network_of\(depth\) for a shallow stage\.$"
     )
     with pytest.raises(ValueError, match=sentence):
         with_stage(experiment(), 0, method=None)

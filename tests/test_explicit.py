@@ -74,7 +74,7 @@ def test_a_shallow_stage_trains_the_first_layers_and_a_resumed_run_knows_which(t
             shutil.rmtree(later)
     loaded = equilibria.load(run.path, checkpoint="last")
     assert (loaded.stage.name, loaded.model.layer.depth) == ("shallow", 3)
-    assert math.isfinite(evaluate(loaded.model, corpus().valid, segment_length=20).nats_per_token)
+    assert math.isfinite(evaluate(loaded.model, corpus().valid, segment_length=20).nll_per_token)
     assert len(loaded.generate("a", 5)) == 5
     again = Trainer(value, run, corpus())
     assert again.resume() == 4
@@ -112,8 +112,8 @@ def test_the_tied_twin_is_the_equilibrium_set_to_that_many_iterations():
         parts = zip(networks, memories, choices, strict=True)
         found = [network(segment, segment, past, **choice) for network, past, choice in parts]
         memories = [output.memory for output in found]
-        torch.testing.assert_close(found[0].nats, found[1].nats, rtol=0, atol=1e-6)
-        assert torch.allclose(found[0].nats, found[2].nats, rtol=0, atol=1e-6) == (place == 0)
+        torch.testing.assert_close(found[0].nll, found[1].nll, rtol=0, atol=1e-6)
+        assert torch.allclose(found[0].nll, found[2].nll, rtol=0, atol=1e-6) == (place == 0)
 
 
 @WAYS
@@ -136,6 +136,7 @@ class PlainConfig:
     """A cell of one's own: it knows nothing of Transformers."""
 
     width: int = 8
+    outputs: int = 8
 
     def build(self) -> Cell:
         raise NotImplementedError

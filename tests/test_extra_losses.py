@@ -116,7 +116,7 @@ class TestModel:
     def test_of_every_head(self, head):
         model, ids, targets = built(dataclasses.replace(DEEP, **head)), tokens(), tokens()
         found = outputs(model, ids, 6)
-        nats = [model.head.nats(found[layer - 1], targets, model.embedding) for layer in (3, 6)]
+        nats = [model.head.nll(found[layer - 1], targets, model.embedding) for layer in (3, 6)]
         torch.testing.assert_close(model(ids, targets).extra, 0.25 * sum(n.mean() for n in nats))
 
     @pytest.mark.parametrize("weights", [{"auxiliary": 0.25}, {"activation": 2.0}, {"temporal_activation": 1.0}])
@@ -127,7 +127,7 @@ class TestModel:
         found = [h[:, SKIP:] for h in outputs(model, ids, 7)]
         expected = {
             "auxiliary": lambda: (
-                0.25 * sum(model.head.nats(found[i], targets[:, SKIP:], model.embedding).mean() for i in (2, 5))
+                0.25 * sum(model.head.nll(found[i], targets[:, SKIP:], model.embedding).mean() for i in (2, 5))
             ),
             "activation": lambda: 2 * found[-1].square().mean(),
             "temporal_activation": lambda: (found[-1][:, 1:] - found[-1][:, :-1]).square().mean(),
@@ -160,7 +160,7 @@ class TestModel:
         found = outputs(model, ids, 6)
         torch.manual_seed(2)
         model.head.dropped(found[0])  # the mask of the output itself
-        nats = [model.head.nats(model.head.dropped(found[i]), targets, model.embedding) for i in (2, 5)]
+        nats = [model.head.nll(model.head.dropped(found[i]), targets, model.embedding) for i in (2, 5)]
         torch.testing.assert_close(extra, 0.25 * sum(n.mean() for n in nats))
 
     def test_training_only(self):
@@ -180,7 +180,7 @@ class TestModel:
         for losses in (ExtraLosses(), ExtraLosses(activation=2, temporal_activation=1, auxiliary=0.1)):
             torch.manual_seed(1)
             model = built(dataclasses.replace(config, losses=losses))
-            found.append(model(ids, targets).nats)
+            found.append(model(ids, targets).nll)
         assert torch.equal(*found)
 
     def test_gradient_reaches_the_layers_in_between(self):
@@ -188,8 +188,8 @@ class TestModel:
         model, ids, targets = built(DEEP), tokens(), tokens()
         out = model(ids, targets)
         weight = model.layer.cell.state.direction
-        (whole,) = torch.autograd.grad(out.nats.mean() + out.extra, weight, retain_graph=True)
-        (main,) = torch.autograd.grad(out.nats.mean(), weight, retain_graph=True)
+        (whole,) = torch.autograd.grad(out.nll.mean() + out.extra, weight, retain_graph=True)
+        (main,) = torch.autograd.grad(out.nll.mean(), weight, retain_graph=True)
         (extra,) = torch.autograd.grad(out.extra, weight)
         torch.testing.assert_close(whole, main + extra)
         assert extra.norm() > 1e-3 * main.norm()

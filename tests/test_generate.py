@@ -8,7 +8,7 @@ import torch
 from equilibria import Anderson, Implicit, Method, Stop
 from equilibria.cells import TransformerConfig
 from equilibria.lm.model import LanguageConfig, generate, stream
-from equilibria.lm.model.generate import likeliest
+from equilibria.lm.model.generate import top_k_top_p_mask
 
 V, B = 13, 3
 
@@ -83,17 +83,20 @@ class TestCandidates:
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.05, 0.35], [0.25, 0.25, 0.25, 0.25]]))
 
     def test_top_k(self):
-        assert likeliest(self.logits, top_k=2).tolist() == [[False, True, False, True], [True, True, False, False]]
-        assert likeliest(self.logits, top_k=9).all()
+        assert top_k_top_p_mask(self.logits, top_k=2).tolist() == [
+            [False, True, False, True],
+            [True, True, False, False],
+        ]
+        assert top_k_top_p_mask(self.logits, top_k=9).all()
 
     def test_top_p(self):
-        assert likeliest(self.logits, top_p=0.5)[0].tolist() == [False, True, False, False]
-        assert likeliest(self.logits, top_p=0.6)[0].tolist() == [False, True, False, True]
-        assert likeliest(self.logits, top_p=0.9)[0].tolist() == [True, True, False, True]
-        assert likeliest(self.logits, top_p=1.0).all()
+        assert top_k_top_p_mask(self.logits, top_p=0.5)[0].tolist() == [False, True, False, False]
+        assert top_k_top_p_mask(self.logits, top_p=0.6)[0].tolist() == [False, True, False, True]
+        assert top_k_top_p_mask(self.logits, top_p=0.9)[0].tolist() == [True, True, False, True]
+        assert top_k_top_p_mask(self.logits, top_p=1.0).all()
 
     def test_both(self):
-        assert likeliest(self.logits, top_k=3, top_p=0.6).sum(1).tolist() == [2, 3]
+        assert top_k_top_p_mask(self.logits, top_k=3, top_p=0.6).sum(1).tolist() == [2, 3]
 
     def test_frequencies(self):
         class Fixed(torch.nn.Module):
@@ -188,5 +191,5 @@ def test_refuses_prompts():
 
 @pytest.mark.parametrize("wrong", [torch.zeros(5, dtype=torch.long), torch.zeros(1, 5), torch.ones(1, 5).bool()])
 def test_refuses_prompts_of_another_shape_or_type(unhooked, wrong):
-    with pytest.raises(ValueError, match=r"must be \[rows, tokens\] of torch.int64"):
+    with pytest.raises(ValueError, match=r"must be \[prompts, tokens\] of torch.int64"):
         generate(built(), wrong, length=2)

@@ -21,6 +21,7 @@ from equilibria.lm.model import (
     MixtureConfig,
     SoftmaxHead,
 )
+from equilibria.lm.model.heads import Head
 
 # Small models with random weights are solved here, and whether their solves converge is not the subject.
 pytestmark = pytest.mark.filterwarnings("ignore::equilibria.ConvergenceWarning")
@@ -116,9 +117,9 @@ def test_nats_are_the_cross_entropy_of_the_logits():
     ids, targets = tokens(), tokens()
     out = model(ids, targets)
     logits, _ = model.logits(ids)
-    assert out.nats.shape == (B, T)
+    assert out.nll.shape == (B, T)
     expected = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(B, T)
-    torch.testing.assert_close(out.nats, expected)
+    torch.testing.assert_close(out.nll, expected)
     torch.testing.assert_close(model.read(out.layer.z), logits)
     assert out.solution is out.layer.solution
 
@@ -127,12 +128,12 @@ def test_nats_are_the_cross_entropy_of_the_logits():
 def test_nats_are_computed_in_float32_at_least():
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         out = built().to(dtype)(tokens(), tokens())
-        assert out.nats.dtype == expected
-        assert torch.isfinite(out.nats).all()
+        assert out.nll.dtype == expected
+        assert torch.isfinite(out.nll).all()
 
 
 def test_a_fresh_model_knows_nothing():
-    assert abs(float(built()(tokens(), tokens()).nats.mean().detach()) - math.log(V)) < 0.2
+    assert abs(float(built()(tokens(), tokens()).nll.mean().detach()) - math.log(V)) < 0.2
 
 
 class TestTied:
@@ -151,7 +152,7 @@ class TestTied:
     def test_gradient_has_both_parts(self):
         model = built()
         unused = torch.full((B, T), V - 1)  # a token that is read and never a target gets gradient by both ways
-        model(unused, torch.zeros_like(unused)).nats.mean().backward()
+        model(unused, torch.zeros_like(unused)).nll.mean().backward()
         assert (model.embedding.weight.grad.abs().amax(dim=1) > 0).all()
 
     def test_untied(self):
@@ -168,7 +169,7 @@ def test_output_dropout_is_by_channel():
     assert torch.equal(out, out[:, :1].expand_as(out))
     assert set(out.unique().tolist()) == {0.0, 2.0}
     embedding = Embedding(vocabulary_size=16, width=16)
-    assert torch.equal(head(out, embedding), out)  # what is dropped is dropped once
+    assert torch.equal(head.logits(out, embedding), out)  # what is dropped is dropped once
     assert torch.equal(head.eval().dropped(out), out)
 
 
@@ -197,7 +198,7 @@ def test_options_reach_embedding_and_head(head):
     ids = tokens()
     model.eval()
     torch.testing.assert_close(
-        model(ids, ids).nats, -model.logits(ids)[0].log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        model(ids, ids).nll, -model.logits(ids)[0].log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     )
 
 
@@ -206,8 +207,8 @@ def test_the_output_is_dropped_once(head):
     model, ids = built(dataclasses.replace(CONFIG, dropout=0.5, input_dropout=0.0, std=1.0, **head)), tokens()
     h = model.layer(model.embedding(ids)).output
     calls = {
-        "nats": (lambda: model(ids, ids).nats, lambda h: model.head.nats(h, ids, model.embedding)),
-        "logits": (lambda: model.logits(ids)[0], lambda h: model.head(h, model.embedding)),
+        "nll": (lambda: model(ids, ids).nll, lambda h: model.head.nll(h, ids, model.embedding)),
+        "logits": (lambda: model.logits(ids)[0], lambda h: model.head.logits(h, model.embedding)),
     }
     for name, (whole, read) in calls.items():
         torch.manual_seed(1)
@@ -217,21 +218,18 @@ def test_the_output_is_dropped_once(head):
         assert not torch.allclose(out, read(h)), name
 
 
-def test_a_head_of_ones_own_may_drop_nothing(unhooked):
-    class Own(torch.nn.Module):
-        def dropped(self, h, part=None):
-            return h
-
-        def nats(self, h, targets, embedding):
+def test_a_head_of_ones_own(unhooked):
+    class Own(Head):
+        def nll(self, h, targets, embedding):
             return h.sum(-1)
 
-        def forward(self, h, embedding):
+        def logits(self, h, embedding):
             return h
 
     layer = built().layer
-    model = LanguageModel(Embedding(vocabulary_size=V, width=16), layer, Own())
+    model = LanguageModel(Embedding(vocabulary_size=V, width=16), layer, Own(dropout=0.0))
     out = model(tokens(), tokens())
-    torch.testing.assert_close(out.nats, out.layer.z.sum(-1))
+    torch.testing.assert_close(out.nll, out.layer.z.sum(-1))
     assert torch.equal(model.read(out.layer.z), out.layer.z)
 
 
@@ -239,18 +237,18 @@ class TestSkip:
     """Positions that are read and not scored."""
 
     @pytest.mark.parametrize("config", [CONFIG, LanguageConfig(cell=TRELLIS)])
-    def test_leaves_the_nats_of_the_others(self, config):
+    def test_leaves_the_nll_of_the_others(self, config):
         model, ids, targets = built(config).eval(), tokens(), tokens()
         joint, late = model(ids, targets), model(ids, targets, skip=2)
-        assert late.nats.shape == (B, T - 2)
-        assert torch.equal(late.nats, joint.nats[:, 2:])
+        assert late.nll.shape == (B, T - 2)
+        assert torch.equal(late.nll, joint.nll[:, 2:])
         assert torch.equal(late.layer.z, joint.layer.z)
 
     def test_no_loss_reaches_the_head_from_them(self):
         model, ids = built(dataclasses.replace(CONFIG, tied=False)), tokens()
         targets = torch.full((B, T), 1)
         targets[:, :4] = 9
-        model(ids, targets, skip=4).nats.sum().backward()
+        model(ids, targets, skip=4).nll.sum().backward()
         assert (model.head.bias.grad[9] > 0).all()  # never a target that is scored
         assert (model.head.bias.grad[1] < 0).all()
 
@@ -273,7 +271,7 @@ class TestTrellis:
         torch.testing.assert_close(logits, torch.nn.functional.linear(h, model.embedding.weight, model.head.bias))
         torch.testing.assert_close(model.logits(ids, last=True)[0], logits[:, -1:])
         again = model(ids, targets, memory)
-        assert not torch.allclose(again.nats, out.nats)
+        assert not torch.allclose(again.nll, out.nll)
 
     def test_generates(self):
         model = built(LanguageConfig(cell=TRELLIS, std=0.5), method=Method(Anderson(), Stop(rtol=1e-6, max_evals=60)))
@@ -285,7 +283,7 @@ class TestTrellis:
         untied = built(LanguageConfig(cell=cell, tied=False))
         clusters = built(LanguageConfig(cell=cell, tied=False, adaptive=AdaptiveConfig(cutoffs=(4,), division=2)))
         for model in (mixture, untied, clusters):
-            model(tokens(), tokens()).nats.mean().backward()
+            model(tokens(), tokens()).nll.mean().backward()
             assert all(p.grad is not None for p in model.parameters())
         assert untied.head.weight.shape == (V, 5)
 
@@ -304,7 +302,7 @@ class TestTrellis:
         )
         model = built(config)
         out = model(tokens(), tokens(), model(tokens(), tokens()).memory, skip=2)
-        (out.nats.mean() + out.extra).backward()
+        (out.nll.mean() + out.extra).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.abs().sum() > 0, name
@@ -318,7 +316,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("fields", "sentence"),
         [
-            ({"adaptive": AdaptiveConfig(cutoffs=(4,)), "mixture": MixtureConfig()}, "give one of them"),
+            ({"adaptive": AdaptiveConfig(cutoffs=(4,)), "mixture": MixtureConfig()}, "give one of the two"),
             ({"cell": narrow}, r"width 8 with 5 outputs.*tied=False or a MixtureConfig"),
             ({"cell": narrow, "adaptive": AdaptiveConfig(cutoffs=(4,))}, "width 8 with 5 outputs"),
         ],
@@ -385,7 +383,7 @@ def test_every_parameter_gets_a_gradient():
     for _ in range(2):
         out = model(tokens(), tokens(), memory)
         memory = out.memory
-    out.nats.mean().backward()
+    out.nll.mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -397,10 +395,10 @@ def test_memory_carries_the_past():
         model.layer.cell.inject.direction.mul_(100)  # a strong input makes a fresh cell a contraction
     tight = Method(Anderson(), Stop(rtol=1e-13, atol=1e-13, max_evals=100), Implicit())
     ids, targets = tokens(8), tokens(8)
-    joint = model(ids, targets, method=tight).nats
+    joint = model(ids, targets, method=tight).nll
     first = model(ids[:, :5], targets[:, :5], method=tight)
     second = model(ids[:, 5:], targets[:, 5:], first.memory, method=tight)
-    torch.testing.assert_close(torch.cat([first.nats, second.nats], dim=1), joint, rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.cat([first.nll, second.nll], dim=1), joint, rtol=0, atol=1e-10)
 
 
 def test_evaluation_has_its_own_stop():
@@ -429,7 +427,7 @@ def test_learns():
     ids = (torch.arange(T + 1) + torch.arange(B)[:, None]) % V
     for _ in range(60):
         optimiser.zero_grad()
-        loss = model(ids[:, :-1], ids[:, 1:]).nats.mean()
+        loss = model(ids[:, :-1], ids[:, 1:]).nll.mean()
         loss.backward()
         optimiser.step()
     assert float(loss.detach()) < 0.1

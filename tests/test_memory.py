@@ -78,10 +78,10 @@ def test_the_memory_of_a_step_grows_with_the_solve_only_if_it_is_unrolled(rule):
         method = model.layer.method
         if rule == "unroll":
             method = dataclasses.replace(method, gradient=Unroll())
-        model(tokens, tokens, method=method).nats.mean().backward()
+        model(tokens, tokens, method=method).nll.mean().backward()
         model.zero_grad()
         with PeakMemory() as memory:
-            model(tokens, tokens, method=method).nats.mean().backward()
+            model(tokens, tokens, method=method).nll.mean().backward()
         return memory.peak
 
     peaks = [peak(evals) for evals in (8, 16, 32)]
@@ -106,7 +106,7 @@ def test_the_comparison_changes_nothing():
     segments = iter(trainer._segments())
     trainer.step(next(segments))
     layer = trainer.model.layer
-    trainer.model(torch.zeros(4, 5, dtype=torch.long), torch.zeros(4, 5, dtype=torch.long)).nats.sum().backward()
+    trainer.model(torch.zeros(4, 5, dtype=torch.long), torch.zeros(4, 5, dtype=torch.long)).nll.sum().backward()
     trainer.model.eval()
     trainer.model.head.train()  # each part's own mode, not the root's
     modes = [module.training for module in trainer.model.modules()]
@@ -147,7 +147,7 @@ def test_the_comparison_solves_as_a_step_of_the_stage_would(warm):
 def segment_of(tokens):
     from equilibria.lm.corpora import Segment
 
-    return Segment(tokens=tokens, targets=tokens, fresh=True, epoch=0, index=0, position=0)
+    return Segment(tokens=tokens, targets=tokens, resets=True, epoch=0, index=0, position=0)
 
 
 @pytest.mark.gpu

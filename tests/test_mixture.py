@@ -34,7 +34,7 @@ def test_is_the_equation(tied):
     embedding, head = built(tied)
     h = states()
     table = embedding.weight if tied else head.weight
-    out = head(h, embedding)
+    out = head.logits(h, embedding)
     for b in range(B):
         for t in range(T):
             prior = (head.prior.weight @ h[b, t] + head.prior.bias).softmax(0)
@@ -46,15 +46,15 @@ def test_is_the_equation(tied):
 @either
 def test_probabilities_sum_to_one(tied):
     embedding, head = built(tied)
-    sums = head(states(), embedding).exp().sum(-1)
+    sums = head.logits(states(), embedding).exp().sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-12)
 
 
 def test_nats_are_the_log_probabilities_of_the_targets():
     embedding, head = built()
     h, targets = states(), torch.randint(V, (B, T))
-    expected = -head(h, embedding).gather(-1, targets[..., None])[..., 0]
-    torch.testing.assert_close(head.nats(h, targets, embedding), expected, rtol=0, atol=1e-12)
+    expected = -head.logits(h, embedding).gather(-1, targets[..., None])[..., 0]
+    torch.testing.assert_close(head.nll(h, targets, embedding), expected, rtol=0, atol=1e-12)
 
 
 def test_equal_experts_are_one_softmax():
@@ -66,7 +66,7 @@ def test_equal_experts_are_one_softmax():
     plain.bias.data.copy_(head.bias.detach())
     h, targets = states(), torch.randint(V, (B, T))
     one = torch.nn.functional.linear(h, head.latent.weight[:D], head.latent.bias[:D]).tanh()
-    torch.testing.assert_close(head.nats(h, targets, embedding), plain.nats(one, targets, embedding))
+    torch.testing.assert_close(head.nll(h, targets, embedding), plain.nll(one, targets, embedding))
 
 
 def test_is_no_softmax_of_low_rank():
@@ -75,12 +75,12 @@ def test_is_no_softmax_of_low_rank():
     with torch.no_grad():
         head.prior.weight.mul_(4)
         head.latent.weight.mul_(4)
-    log_p = head(states(1, 200), embedding)[0]
+    log_p = head.logits(states(1, 200), embedding)[0]
     centred = log_p - log_p.mean(dim=1, keepdim=True)
     assert torch.linalg.matrix_rank(centred, rtol=1e-6) > 10
     plain = SoftmaxHead(width=2, vocabulary_size=V, tied=False).double()
     torch.nn.init.normal_(plain.weight)
-    logits = plain(torch.randn(1, 200, 2, dtype=torch.float64), embedding)[0]
+    logits = plain.logits(torch.randn(1, 200, 2, dtype=torch.float64), embedding)[0]
     assert torch.linalg.matrix_rank(logits - logits.mean(dim=1, keepdim=True), rtol=1e-6) <= 3
 
 
@@ -89,17 +89,17 @@ def test_gradients(tied):
     embedding, head = built(tied)
     h, targets = states(1, 3).requires_grad_(), torch.randint(V, (1, 3))
     inputs = (h, *(embedding.parameters() if tied else ()), *head.parameters())
-    assert torch.autograd.gradcheck(lambda *_: head.nats(h, targets, embedding), inputs)
+    assert torch.autograd.gradcheck(lambda *_: head.nll(h, targets, embedding), inputs)
 
 
 class TestPrecision:
     def test_is_float32_at_least(self):
         embedding, head = built()
         h, targets = states(), torch.randint(V, (B, T))
-        exact = head.nats(h, targets, embedding)
+        exact = head.nll(h, targets, embedding)
         for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
             small, low = copy.deepcopy(embedding).to(dtype), copy.deepcopy(head).to(dtype)
-            nats, log_p = low.nats(h.to(dtype), targets, small), low(h.to(dtype), small)
+            nats, log_p = low.nll(h.to(dtype), targets, small), low.logits(h.to(dtype), small)
             assert nats.dtype == log_p.dtype == expected
             sums = log_p.exp().sum(-1)
             torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
@@ -109,7 +109,7 @@ class TestPrecision:
         embedding, head = built()
         embedding, head = embedding.float(), head.float()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            nats = head.nats(states().float(), torch.randint(V, (B, T)), embedding)
+            nats = head.nll(states().float(), torch.randint(V, (B, T)), embedding)
         nats.mean().backward()
         assert nats.dtype == torch.float32
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in head.parameters())
@@ -120,7 +120,7 @@ class TestPrecision:
         with torch.no_grad():
             head.bias[0] = -100
         h, targets = states(), torch.zeros(B, T, dtype=torch.long)
-        nats = head.nats(h, targets, embedding)
+        nats = head.nll(h, targets, embedding)
         assert (nats > 50).all()
         nats.sum().backward()
         assert abs(float(head.bias.grad[0]) + B * T) < 1e-6
@@ -134,18 +134,18 @@ class TestDropout:
         assert torch.equal(out, out[:, :1].expand_as(out))
         assert set(out.unique().tolist()) == {0.0, 2.0}
         assert head.eval().dropped(h) is h
-        assert torch.equal(head.train()(h, embedding), head(h, embedding))
+        assert torch.equal(head.train().logits(h, embedding), head.logits(h, embedding))
 
     def test_of_the_latents_is_the_same_at_all_positions_and_each_experts_own(self):
         embedding, head = built(latent_dropout=0.5)
         h = states(1, 1).expand(64, T, O)
-        out = head.train()(h, embedding)
+        out = head.train().logits(h, embedding)
         assert torch.equal(out, out[:, :1].expand_as(out))
         assert len(out[:, 0].detach().unique(dim=0)) > 60
-        every = head.eval()(h, embedding)
+        every = head.eval().logits(h, embedding)
         torch.testing.assert_close(every, every[:1, :1].expand_as(every))
         torch.manual_seed(1)
-        mixed = head.train()(h[:1, :1], embedding)[0, 0]
+        mixed = head.train().logits(h[:1, :1], embedding)[0, 0]
         torch.manual_seed(1)
         mask = torch.empty(1, 1, K * D, dtype=torch.float64).bernoulli_(0.5).div_(0.5)[0, 0]
         latents = ((head.latent.weight @ h[0, 0] + head.latent.bias) * mask).view(K, D).tanh()
@@ -182,7 +182,7 @@ class TestConfig:
         losses = []
         for _ in range(100):
             optimiser.zero_grad()
-            loss = model(ids[:, :-1], ids[:, 1:]).nats.mean()
+            loss = model(ids[:, :-1], ids[:, 1:]).nll.mean()
             loss.backward()
             optimiser.step()
             losses.append(float(loss.detach()))

@@ -188,7 +188,7 @@ def scored(monkeypatch, *losses):
 
     def fake(model, *given, **chosen):
         weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return dataclasses.replace(evaluate(model, *given, **chosen), nats_per_token=next(remaining))
+        return dataclasses.replace(evaluate(model, *given, **chosen), nll_per_token=next(remaining))
 
     monkeypatch.setattr("equilibria.lm.training.validation.evaluate", fake)
     return weights

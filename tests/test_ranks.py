@@ -118,11 +118,11 @@ def test_parts_of_a_batch_train_like_the_batch(parts):
 
 
 def test_what_cannot_be_divided_is_refused():
-    with pytest.raises(ValueError, match="share the rows evenly"):
-        Ranks(size=3).share_of(8, name="batch_size")
+    with pytest.raises(ValueError, match="share the batch evenly"):
+        Ranks(size=3).share_of(8)
     with pytest.raises(ValueError, match="divides the batch size"):
         experiment(accumulate=3)
-    with pytest.raises(ValueError, match="averages are not kept in shards"):
+    with pytest.raises(ValueError, match="averaged weights cannot be sharded"):
         experiment(parallel="fsdp", optimiser="asgd", decay=NonMonotone())
 
 

@@ -186,9 +186,9 @@ def test_what_has_no_influence_may_change_on_the_way(tmp_path, uninterrupted, ca
         resumed, _ = finished(tmp_path / "run", changed, resume=True)
     assert all(torch.allclose(resumed[name], uninterrupted[0][name], atol=1e-4) for name in resumed)
     assert Run(tmp_path / "run").experiment() == changed
-    assert "trained with threads = 1 and go on with 2" in caplog.text
-    assert "--training.threads 1 avoids that" in caplog.text
-    with pytest.raises(ValueError, match=r"training\.optimisation\.clip = 0\.25 and is to be continued with 1\.0"):
+    assert "trained with threads = 1 and the training continues with 2" in caplog.text
+    assert "--training.threads 1 avoids this" in caplog.text
+    with pytest.raises(ValueError, match=r"training\.optimisation\.clip = 0\.25 and cannot be continued with 1\.0"):
         finished(
             tmp_path / "run",
             dataclasses.replace(changed, training=changed.training.changed(clip=1.0)),
@@ -204,7 +204,7 @@ def test_another_device_is_named(tmp_path, caplog):
     checkpoint.save(tmp_path / "run" / "checkpoints", elsewhere)
     with caplog.at_level(logging.WARNING):
         Trainer(experiment(), Run(tmp_path / "run"), corpus()).resume()
-    assert "trained with device = cuda and go on with cpu" in caplog.text
+    assert "trained with device = cuda and the training continues with cpu" in caplog.text
 
 
 def test_a_folder_of_text_may_have_moved(tmp_path):
@@ -221,7 +221,7 @@ def test_if_all_are_damaged_the_run_is_refused(tmp_path):
         finished(tmp_path / "run", on_event=killed_after(25))
     for folder in checkpoint.all_in(tmp_path / "run" / "checkpoints"):
         (folder / "optimiser.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no good one beside it"):
+    with pytest.raises(CheckpointError, match="no good one in this run"):
         finished(tmp_path / "run", resume=True)
 
 

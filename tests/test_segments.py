@@ -71,7 +71,7 @@ def test_episodes_are_whole_and_fresh(batch_size, world_size, episode, extra):
     starts = []
     for rank in range(world_size):
         for piece in Segments(stream, batch_size=batch_size, rank=rank, world_size=world_size).one_epoch():
-            assert piece.fresh
+            assert piece.resets
             assert torch.equal(piece.tokens, piece.tokens[:, :1] + torch.arange(episode))
             starts += piece.tokens[:, 0].tolist()
     assert sorted(starts) == [episode * i for i in range((rows + extra) // rows * rows)]
@@ -80,7 +80,7 @@ def test_episodes_are_whole_and_fresh(batch_size, world_size, episode, extra):
 def test_memory_is_reset_at_the_start_of_an_epoch_only():
     segments = Segments(counting(10), batch_size=2, length=2)  # rows of 5: segments of 2, 2, 1
     pieces = list(itertools.islice(segments, 7))
-    assert [piece.fresh for piece in pieces] == [True, False, False, True, False, False, True]
+    assert [piece.resets for piece in pieces] == [True, False, False, True, False, False, True]
     assert [piece.epoch for piece in pieces] == [0, 0, 0, 1, 1, 1, 2]
     assert [piece.index for piece in pieces] == [0, 1, 2, 0, 1, 2, 0]
     assert [piece.position for piece in pieces] == list(range(7))
@@ -126,7 +126,7 @@ def test_a_segment_with_overlap_reads_the_end_of_the_one_before_again_and_rememb
     ]
     assert [piece.skip for piece in pieces] == [0, 3, 3, 3]
     assert [piece.scored for piece in pieces] == [10, 4, 4, 2]
-    assert all(piece.fresh for piece in pieces)
+    assert all(piece.resets for piece in pieces)
     assert [piece.skip for piece in Segments(counting(20), batch_size=2, length=5).one_epoch()] == [0, 0]
 
 
@@ -148,8 +148,8 @@ def test_an_overlap_of_episodes_is_refused():
     ("numbers", "sentence"),
     [
         ({"batch_size": 0}, r"batch_size=0\): it must be at least 1"),
-        ({"batch_size": 11}, "11 rows take at least 11 tokens and the stream has 10; try batch_size=10"),
-        ({"batch_size": 3, "world_size": 4}, "12 rows take at least 12 tokens and the stream has 10; try batch_size=2"),
+        ({"batch_size": 11}, "11 streams need at least 11 tokens and the text has 10; try batch_size=10"),
+        ({"batch_size": 3, "world_size": 4}, "12 streams need at least 12 tokens .*; try batch_size=2"),
         ({"batch_size": 1, "world_size": 11}, "or fewer processes"),
         ({"batch_size": 1, "rank": 2, "world_size": 2}, "ranks are 0 … 1"),
         ({"batch_size": 1, "position": -1}, r"position=-1\): it must be at least 0"),
@@ -165,5 +165,5 @@ def test_numbers_that_cannot_be_are_refused(numbers, sentence):
 
 
 def test_too_few_episodes_are_refused():
-    with pytest.raises(ValueError, match="3 rows take at least 3 episodes and the stream has 2; try batch_size=2"):
+    with pytest.raises(ValueError, match="3 streams need at least 3 episodes and the text has 2; try batch_size=2"):
         Segments(counting(10, episode=5), batch_size=3)

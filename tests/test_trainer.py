@@ -113,7 +113,7 @@ def test_a_step_is_the_textbook_step():
     torch.manual_seed(3)
     output = twin.model(segment.tokens, segment.targets, method=value.stages[0].method)
     penalty = jacobian_penalty(output.layer.f, output.layer.z.detach()).mean()
-    (output.nats.mean() + 0.5 * penalty).backward()
+    (output.nll.mean() + 0.5 * penalty).backward()
     parameters = list(twin.model.parameters())
     norm = torch.stack([p.grad.norm() for p in parameters]).norm()
     optimiser = torch.optim.Adam(parameters, lr=learning_rate(1, peak=1e-2, warmup=3, total=17))
@@ -173,7 +173,7 @@ def test_the_models_own_losses_are_added_to_the_loss_and_logged_apart():
     output = twin.model(segment.tokens, segment.targets, method=plain.stages[0].method)
     states = output.layer.output
     extra = 0.7 * states.square().mean() + 0.3 * states.diff(dim=1).square().mean()
-    (output.nats.mean() + extra).backward()
+    (output.nll.mean() + extra).backward()
     extra = extra.detach()
     norm = torch.stack([p.grad.norm() for p in twin.model.parameters()]).norm()
     assert nothing.extra is None
@@ -202,7 +202,7 @@ def test_segments_with_overlap_are_read_without_memory_and_scored_in_part():
     torch.manual_seed(1)
     twin.step(first)
     torch.manual_seed(1)
-    nats = twin.model(second.tokens, second.targets, None, method=value.stages[0].method).nats.detach()
+    nats = twin.model(second.tokens, second.targets, None, method=value.stages[0].method).nll.detach()
     assert float(steps[1].loss) == pytest.approx(float(nats[:, 15:].mean()), rel=1e-5)
     assert float(steps[1].loss) != pytest.approx(float(nats.mean()), rel=1e-5)
     found = trainer.validate()
@@ -218,13 +218,13 @@ def test_an_evaluation_with_overlap_scores_every_token_once_with_the_past_of_its
     for start in range(0, 199, 10):
         piece = slice(start, start + 30)
         with torch.no_grad():
-            scores = model(tokens[:, piece], valid.targets[None, piece]).nats
+            scores = model(tokens[:, piece], valid.targets[None, piece]).nll
         nats += float(scores[:, 20 if start else 0 :].sum())
         if start + 30 >= 199:
             break
     assert (found.tokens, found.setting.overlap, found.setting.segment_length) == (199, 20, 30)
-    assert found.nats_per_token == pytest.approx(nats / 199, rel=1e-5)
-    assert found.nats_per_token != pytest.approx(evaluate(model, valid, segment_length=30).nats_per_token, rel=1e-6)
+    assert found.nll_per_token == pytest.approx(nats / 199, rel=1e-5)
+    assert found.nll_per_token != pytest.approx(evaluate(model, valid, segment_length=30).nll_per_token, rel=1e-6)
 
 
 def test_the_command_reads_with_the_overlap_of_the_training_or_another(tmp_path, monkeypatch, capsys):
@@ -272,7 +272,7 @@ def test_a_trellis_is_trained_validated_and_measured(tmp_path, overlap):
     resumed = Trainer(value, run, corpus())
     assert resumed.resume() == 18
     assert same_bits(trained_weights(resumed), trained_weights(trainer))
-    with pytest.raises(UsageError, match="a TrellisConfig has no number of positions that it remembers"):
+    with pytest.raises(UsageError, match="the memory of a TrellisConfig has no length"):
         with_memory(value, 3)
 
 
@@ -409,10 +409,10 @@ def test_evaluation_counts_every_token_once_and_carries_memory():
     with torch.no_grad():
         for segment in Segments(valid, batch_size=1, length=25).one_epoch():
             output = trainer.model(segment.tokens, segment.targets, memory)
-            nats, memory = nats + float(output.nats.sum()), output.memory
-    assert one_piece.nats_per_token == pytest.approx(nats / 199, rel=1e-6)
-    assert one_piece.perplexity == pytest.approx(math.exp(one_piece.nats_per_token))
-    assert one_piece.bits == pytest.approx(one_piece.nats_per_token / math.log(2))
+            nats, memory = nats + float(output.nll.sum()), output.memory
+    assert one_piece.nll_per_token == pytest.approx(nats / 199, rel=1e-6)
+    assert one_piece.perplexity == pytest.approx(math.exp(one_piece.nll_per_token))
+    assert one_piece.bits == pytest.approx(one_piece.nll_per_token / math.log(2))
     assert one_piece.accuracy is None
     assert evaluate(trainer.model, valid, batch_size=2, segment_length=25, max_segments=2).tokens == 100
 
@@ -527,7 +527,7 @@ def test_a_model_called_after_the_training_solves_as_in_the_last_stage():
         for chosen in (None, method):
             torch.manual_seed(3)
             outputs.append(trainer.model(segment.tokens, segment.targets, trainer.memory, method=chosen))
-        assert torch.equal(outputs[0].nats, outputs[1].nats)
+        assert torch.equal(outputs[0].nll, outputs[1].nll)
         assert outputs[0].solution.evals == outputs[1].solution.evals == (7 if mode else 10)
 
 
@@ -579,13 +579,13 @@ def test_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
         Run.start(path, experiment())
     assert Run.start(path, experiment(), resume=True).experiment() == experiment()
-    with pytest.raises(ValueError, match=r"training\.seed = 0 and is to be continued with 7"):
+    with pytest.raises(ValueError, match=r"training\.seed = 0 and cannot be continued with 7"):
         Run.start(path, experiment(seed=7), resume=True)
     with pytest.raises(ValueError, match="one of the two"):
         Run.start(path, experiment(), resume=True, overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="exists and is no run"):
+    with pytest.raises(ValueError, match="exists and is not a run"):
         Run.start(tmp_path / "mine", experiment())
     with pytest.raises(FileNotFoundError, match="holds no run"):
         Run.open(tmp_path / "mine")
@@ -608,7 +608,7 @@ def test_only_a_run_is_overwritten(tmp_path):
     assert run.experiment().training.seed == new.experiment().training.seed == 7
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="exists and is no run"):
+    with pytest.raises(ValueError, match="exists and is not a run"):
         Run.start(tmp_path / "mine", experiment(), overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
@@ -635,7 +635,7 @@ def test_stages_that_solve_alike_have_one_best_checkpoint(tmp_path, monkeypatch)
     scores = iter([1.0, 0.9, *(5 + place for place in range(20))])  # worse and worse from the switch on
     monkeypatch.setattr(
         "equilibria.lm.training.validation.evaluate",
-        lambda *given, **chosen: dataclasses.replace(evaluate(*given, **chosen), nats_per_token=next(scores)),
+        lambda *given, **chosen: dataclasses.replace(evaluate(*given, **chosen), nll_per_token=next(scores)),
     )
     run = Run.start(tmp_path / "run", value)
     Trainer(value, run, corpus()).fit()

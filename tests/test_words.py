@@ -25,10 +25,15 @@ SCOPE = (
     "src/equilibria/layers",
     "src/equilibria/cells",
     "src/equilibria/testing",
+    "src/equilibria/peak_memory.py",
+    *(f"src/equilibria/lm/{part}.py" for part in ("__init__", "device", "evaluation", "ranks", "suggestions")),
+    *(f"src/equilibria/lm/{part}" for part in ("model", "corpora", "experiments", "runs", "training", "recipes")),
 )
 """Python and Markdown files that are checked, and folders of them. Add a part of the tree once its prose is revised."""
 
-ALLOWED: dict[tuple[str, str], str] = {}
+ALLOWED: dict[tuple[str, str], str] = {
+    ("src/equilibria/lm/training/log.py", "nats"): "the field of an event, which readers of metrics.jsonl know",
+}
 """Exceptions on purpose, {(file, name of the rule): reason}. The test fails if one of them is not needed."""
 
 

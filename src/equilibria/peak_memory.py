@@ -1,4 +1,4 @@
-"""PeakMemory: how much memory a piece of code needs at its worst moment."""
+"""PeakMemory: the peak memory of a piece of code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory:
-    """A context manager that measures the peak of live tensor memory above what was live at entry.
+    """A context manager that measures the peak of live tensor memory, in bytes, relative to its value at entry.
 
-    On the CPU every operator is watched, and the storages that operators return are counted until they are freed:
-    what an operator needs for itself while it runs is not seen. On a GPU it is ``torch.cuda.max_memory_allocated``.
+    On the CPU it counts the storages that operators return until they are freed; temporary memory inside an operator is
+    not counted. On a GPU it uses ``torch.cuda.max_memory_allocated``.
 
         with PeakMemory() as memory:
-            model(tokens, targets).nats.mean().backward()
+            model(tokens, targets).nll.mean().backward()
         print(memory.peak)
+
+    Args:
+        device: the device whose memory is measured.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -43,14 +46,14 @@ class PeakMemory:
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment so far, above what was live at entry."""
+        """The peak so far, in bytes above the value at entry."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._entry
         return self._watch.peak
 
 
 class _Watch(TorchDispatchMode):
-    """Counts the bytes of every storage that an operator returns and that none was given."""
+    """Counts the bytes of each storage that an operator returns and that is not the storage of an earlier tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +64,7 @@ class _Watch(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         for storage in _storages((args, kwargs)):
-            self._note(storage, size=0)  # was there before, or is counted already
+            self._note(storage, size=0)  # existed before entry, or is counted already
         out = func(*args, **(kwargs or {}))
         for storage in _storages(out):
             self._note(storage, size=storage.nbytes())

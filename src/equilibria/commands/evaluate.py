@@ -101,7 +101,7 @@ def _object(result: Evaluation, loaded: Trained, options: Options) -> dict[str, 
         "unit": loaded.language.unit,
         "split": None if loaded.is_file else options.split,
         "data": None if options.data is None else str(options.data),
-        "nats": result.nats_per_token,
+        "nats": result.nll_per_token,
         "bits": result.bits,
         "perplexity": result.perplexity,
         "accuracy": result.accuracy,
@@ -164,13 +164,13 @@ def _method(loaded: Trained, options: Options) -> Method | None:
 
 
 def _scores(result: Evaluation, unit: str) -> list[Row]:
-    nats, bits = f"{result.nats_per_token:.4f} nats", f"{result.bits:.4f} bits per {unit}"
+    nats, bits = f"{result.nll_per_token:.4f} nats", f"{result.bits:.4f} bits per {unit}"
     if unit == "word":
         first = Row("Score", f"perplexity {result.perplexity:.2f}", f"{nats}, {bits}")
     elif unit == "character":
         first = Row("Score", bits, f"{nats}, perplexity {result.perplexity:.3f}")
     else:
-        first = Row("Score", f"{result.nats_per_token:.3e} nats per {unit}", "mean over every place of the sequence")
+        first = Row("Score", f"{result.nll_per_token:.3e} nats per {unit}", "mean over every place of the sequence")
     answers = [] if result.accuracy is None else [Row("Right answers", formats.percent(result.accuracy))]
     return [first, *answers]
 

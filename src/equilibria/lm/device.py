@@ -1,4 +1,4 @@
-"""Where a model is, and where it is to go."""
+"""Devices: choosing one, the device of a model, and moving a segment to it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from equilibria.lm.corpora import Segment
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is a GPU if there is one.
+    """The device ``name``; "auto" is a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,7 +27,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the parameters are."""
+    """The device of the model's parameters."""
     return next(model.parameters()).device
 
 

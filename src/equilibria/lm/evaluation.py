@@ -24,51 +24,51 @@ from equilibria.layers.equilibrium import Equilibrium
 from equilibria.lm.corpora import SYMBOLS, Segment, Segments, Stream
 from equilibria.lm.device import device_of, to
 from equilibria.lm.model import LanguageModel, LanguageOutput
-from equilibria.lm.model.modes import evaluating
-from equilibria.lm.ranks import ALONE, Ranks, let_go
+from equilibria.lm.model.modes import eval_mode
+from equilibria.lm.ranks import ALONE, Ranks, reshard
 from equilibria.stability import spectral_radius
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a score depends on besides weights and text: it belongs beside every perplexity."""
+    """The settings on which a score depends, besides weights and text; report them with every perplexity."""
 
     batch_size: int
-    """Rows that were read side by side; each begins without a past."""
+    """Streams that were read side by side; each begins without a past."""
     segment_length: int
-    """Tokens of each row in one solve."""
+    """Tokens of each stream per solve."""
     overlap: int
-    """Tokens that a segment shares with the one before, in the place of a memory; 0 for memory."""
+    """Tokens that a segment shares with the previous one, instead of a memory; 0 if the memory was carried."""
     max_segments: int | None
-    """The first segments only; None for all."""
+    """Number of segments to which the evaluation was limited; None for all."""
     memory_length: int | None
-    """Positions of the past that the cell remembers; None for a layer whose memory has no length, 0 with overlap."""
+    """Past positions that the cell remembers; 0 with overlap, None for a layer whose memory has no length."""
     max_evals: int | None
     """Budget of a solve in evaluations of f; None for a layer that solves nothing."""
     rtol: float | None
-    """Relative tolerance of a solve, likewise."""
+    """Relative tolerance of a solve; None for a layer that solves nothing."""
     atol: float | None
-    """Absolute tolerance of a solve, likewise; with both 0 the budget is the depth of a network."""
+    """Absolute tolerance of a solve, or None likewise; with both 0 the budget is the depth of a network."""
     tokens: int
     """Tokens that were scored."""
     stream_tokens: int
-    """Tokens that the stream has."""
+    """Tokens in the stream."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a model scores on a stream, and what its solves cost. Means are weighted by tokens."""
+    """The score of a model on a stream, and the cost of its solves. Means are weighted by tokens."""
 
-    nats_per_token: float
-    """Mean loss, natural logarithm."""
+    nll_per_token: float
+    """Mean negative log-likelihood per token, in nats."""
     setting: Setting
-    """How it was measured."""
+    """The settings of the measurement."""
     forward: dict[str, float] | None
     """Means over the solves: evals, residual (relative), converged (share of samples), steps; None without solves."""
     accuracy: float | None
-    """Share of the answers of made-up tasks that are right, of the last ten targets of each episode; None for text."""
+    """Share of right answers among the last ten targets of each episode of a synthetic task; None for text."""
     seconds: float
-    """Time it took."""
+    """Duration of the evaluation."""
 
     @property
     def tokens(self) -> int:
@@ -78,26 +78,26 @@ class Evaluation:
     @property
     def bits(self) -> float:
         """Bits per token."""
-        return self.nats_per_token / math.log(2)
+        return self.nll_per_token / math.log(2)
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token)."""
-        return math.exp(min(self.nats_per_token, 700.0))
+        """exp(nll per token), for at most 700 nats."""
+        return math.exp(min(self.nll_per_token, 700.0))
 
     @property
     def evals(self) -> float | None:
-        """Mean evaluations of f a segment."""
+        """Mean number of evaluations of f per segment; None without solves."""
         return self.forward["evals"] if self.forward else None
 
     @property
     def residual(self) -> float | None:
-        """Mean relative residual."""
+        """Mean relative residual; None without solves."""
         return self.forward["residual"] if self.forward else None
 
     @property
     def converged(self) -> float | None:
-        """Share of samples that met the tolerance."""
+        """Share of samples that met the tolerance; None without solves."""
         return self.forward["converged"] if self.forward else None
 
 
@@ -114,23 +114,26 @@ def evaluate(
     depth: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """The mean loss in evaluation mode, without gradients.
+    """The score of the model on the stream, in evaluation mode and without gradients.
 
-    Exact is the score with ``batch_size=1``. With more, as in the published ones, the stream is cut to a multiple of
-    it, and each row begins without a past.
+    The score is exact with ``batch_size=1``. With a larger batch, as in published scores, the stream is cut into that
+    many parts of equal length, each of which begins without a past; a remainder is not scored.
 
     Args:
-        model: in any mode; the mode is restored.
-        stream: what is scored.
-        batch_size: rows that are read side by side.
-        segment_length: tokens of each row in one solve; streams of episodes need none.
-        overlap: tokens that a segment shares with the one before, read anew and not scored; with 0 the memory is
+        model: the model, in any mode; the mode is restored.
+        stream: the text or the episodes to score.
+        batch_size: number of parts of the stream that are read side by side.
+        segment_length: tokens of each part per solve; not needed for streams of episodes.
+        overlap: tokens that a segment shares with the previous one, read again and not scored; with 0 the memory is
             carried instead.
-        max_segments: read only the first ones; None for all.
-        method: how to solve; None for the model's own way in evaluation.
-        warm: start each solve from what is remembered of the segment before.
-        depth: layers of an explicit network that are used; None for all.
-        ranks: share the rows where these can be divided evenly; otherwise each reads them all.
+        max_segments: read at most this many segments; None for all.
+        method: the method of the solves; None for the model's own in evaluation.
+        warm: start each solve from the last state in the memory.
+        depth: number of layers of an explicit network to use; None for all.
+        ranks: processes that share the batch if it can be divided evenly; otherwise each reads all of it.
+
+    Raises:
+        ValueError: an argument is out of its range, or the stream is too short for the batch.
     """
     if max_segments is not None and max_segments < 1:
         raise ValueError(f"evaluate(max_segments={max_segments}): at least 1 segment is scored; None scores them all.")
@@ -146,14 +149,14 @@ def evaluate(
     )
     began, device = time.perf_counter(), device_of(model)
     totals, memory = _Totals(answers=None if stream.episode is None else min(SYMBOLS, stream.episode)), None
-    with evaluating(model):
+    with eval_mode(model):
         for segment in itertools.islice(segments.one_epoch(), max_segments):
             segment = to(segment, device)
-            past, options = None if segment.fresh else memory, {"method": method, "warm": warm, "depth": depth}
+            past, options = None if segment.resets else memory, {"method": method, "warm": warm, "depth": depth}
             output = model(segment.tokens, segment.targets, past, skip=segment.skip, **options)
             memory = output.memory
             totals.add(model, segment, output)
-    let_go(model)
+    reshard(model)
     totals.share(ranks)
     setting = Setting(
         batch_size=batch_size,
@@ -168,7 +171,7 @@ def evaluate(
 
 
 def _layer_setting(layer: nn.Module, method: Method | None, *, carried: bool) -> dict[str, Any]:
-    """Memory, budget and tolerances of a layer in evaluation, each None where it has none."""
+    """Memory length, budget and tolerances of a layer in evaluation, by the names of ``Setting``."""
     configs = (getattr(cell, "config", None) for cell in layer.modules() if isinstance(cell, Cell))
     lengths = (getattr(config, "memory", None) for config in configs)
     longest = max((length for length in lengths if isinstance(length, int)), default=None)
@@ -177,7 +180,9 @@ def _layer_setting(layer: nn.Module, method: Method | None, *, carried: bool) ->
     stop = None if method is None else method.stop
     return {
         "memory_length": longest if carried or longest is None else 0,
-        **{name: getattr(stop, name, None) for name in ("max_evals", "rtol", "atol")},
+        "max_evals": None if stop is None else stop.max_evals,
+        "rtol": None if stop is None else stop.rtol,
+        "atol": None if stop is None else stop.atol,
     }
 
 
@@ -186,17 +191,17 @@ class _Totals:
 
     def __init__(self, *, answers: int | None) -> None:
         self._answers = answers
-        self._nats, self.tokens, self._right, self._asked = 0.0, 0, 0, 0
+        self._nll, self.tokens, self._right, self._asked = 0.0, 0, 0, 0
         self._forward: dict[str, tuple[float, int]] = {}
 
     def add(self, model: LanguageModel, segment: Segment, output: LanguageOutput) -> None:
         count = segment.scored
         self.tokens += count
-        self._nats += float(output.nats.double().sum())
+        self._nll += float(output.nll.double().sum())
         if output.solution is not None:
             for name, value in summary(output.solution).items():
                 total, weight = self._forward.get(name, (0.0, 0))
-                known = math.isfinite(value)  # a residual that was never finite has no mean
+                known = math.isfinite(value)  # a residual that is never finite is left out of the mean
                 self._forward[name] = (total + count * value, weight + count) if known else (total, weight)
         if self._answers is not None:
             guesses = model.read(output.layer.output[:, -self._answers :]).argmax(dim=-1)
@@ -205,12 +210,12 @@ class _Totals:
             self._asked += targets.numel()
 
     def share(self, ranks: Ranks) -> None:
-        """Take the sums of all ranks in the place of one's own."""
+        """Replace this rank's sums by those over all ranks."""
         if ranks.alone:
             return
-        own = {"nats": self._nats, "tokens": self.tokens, "right": self._right, "asked": self._asked}
+        own = {"nll": self._nll, "tokens": self.tokens, "right": self._right, "asked": self._asked}
         every = ranks.of_all((own, self._forward))
-        self._nats, self.tokens = (sum(one[name] for one, _ in every) for name in ("nats", "tokens"))
+        self._nll, self.tokens = (sum(one[name] for one, _ in every) for name in ("nll", "tokens"))
         self._right, self._asked = (sum(one[name] for one, _ in every) for name in ("right", "asked"))
         forwards = [forward for _, forward in every]
         self._forward = {
@@ -220,7 +225,7 @@ class _Totals:
 
     def evaluation(self, setting: Setting, *, seconds: float) -> Evaluation:
         return Evaluation(
-            nats_per_token=self._nats / self.tokens,
+            nll_per_token=self._nll / self.tokens,
             setting=setting,
             forward={name: total / (weight or math.nan) for name, (total, weight) in self._forward.items()} or None,
             accuracy=self._right / self._asked if self._asked else None,
@@ -238,14 +243,22 @@ def jacobian_radius(
     method: Method | None = None,
     warm: bool = False,
 ) -> Float[Tensor, " B"]:
-    """The spectral radius of the cell's Jacobian where the solves of the stream's first segment end, one a row.
+    """The spectral radius of the cell's Jacobian at the final states of the first segment, one value per stream.
 
-    That is at the equilibria where the solves converge, and in a stage of fixed depth at the output of that network.
+    These are equilibria if the solves converge, and the output of the network in a stage of fixed depth. Above 1 plain
+    iteration diverges; far above 1 every solver has difficulties. The random probes are the same in every call.
 
-    Above 1 plain iteration diverges there; far above 1 every solver has trouble. The probes are always the same.
+    Args:
+        model: a model whose layer is an ``Equilibrium``.
+        stream: the text; its first segment is read.
+        batch_size: number of parts of the stream that are read side by side.
+        segment_length: tokens of each part.
+        iterations: power iterations.
+        method: the method of the solve; None for the model's own in evaluation.
+        warm: as in ``evaluate``.
 
     Raises:
-        TypeError: the model is no equilibrium.
+        TypeError: the model's layer is not an ``Equilibrium``.
     """
     if not isinstance(model.layer, Equilibrium):
         raise TypeError(
@@ -253,16 +266,16 @@ def jacobian_radius(
         )
     device = device_of(model)
     segment = to(Segments(stream, batch_size=batch_size, length=segment_length).at(0), device)
-    with evaluating(model):
+    with eval_mode(model):
         layer = model(segment.tokens, segment.targets, method=method, warm=warm).layer
         generator = torch.Generator(device).manual_seed(0)
         return spectral_radius(layer.f, layer.z, iterations=iterations, generator=generator)
 
 
 def summary(solution: Solution) -> dict[str, float]:
-    """Cost and success of a solve as plain numbers; reading them waits for the device.
+    """Evaluations, mean residual, share of converged samples and mean steps of a solve; waits for the device.
 
-    The residual is the mean of the samples that have a finite one, NaN if none has.
+    The residual is the mean over the samples whose residual is finite, NaN if there are none.
     """
     residual = solution.residual.double()
     return {
@@ -274,6 +287,6 @@ def summary(solution: Solution) -> dict[str, float]:
 
 
 def mean_summary(solutions: Sequence[Solution]) -> dict[str, float] | None:
-    """The mean of their summaries, None of none."""
+    """The mean of the summaries of several solves; None if there are no solves."""
     found = [summary(solution) for solution in solutions]
     return {name: statistics.fmean(one[name] for one in found) for name in found[0]} if found else None

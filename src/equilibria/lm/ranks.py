@@ -1,7 +1,7 @@
-"""Ranks: the processes that train one model together, and what they tell each other.
+"""Ranks: the processes that train one model together, and their communication.
 
-Nothing here is called between the first and the last iteration of a solve: ranks need different numbers of iterations,
-and one that waits for another inside a solve would wait for ever.
+Nothing here is called during a solve: ranks need different numbers of iterations, and a rank that waited for another
+inside a solve would wait forever.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -23,32 +23,33 @@ from torch.nn.parallel import DistributedDataParallel
 Parallel = Literal["none", "ddp", "fsdp"]
 KINDS: tuple[Parallel, ...] = ("none", "ddp", "fsdp")
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-"""What torchrun tells each process."""
+"""The environment variables that torchrun sets for each process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; alone without arguments."""
+    """This process and the number of processes that train together; by default one alone."""
 
     rank: int = 0
-    """Which one this is."""
+    """The index of this process."""
     size: int = 1
-    """How many there are."""
+    """The number of processes."""
     parallel: Parallel = "none"
-    """How the model is spread over them: a replica each ("ddp"), or a shard of every parameter each ("fsdp")."""
+    """How the model is distributed: each process has a replica ("ddp"), or a shard of every parameter ("fsdp")."""
 
     @classmethod
     @contextlib.contextmanager
     def joined(cls, parallel: Parallel, device: str, *, timeout: float) -> Iterator[Ranks]:
-        """The process group of a ``torchrun``, left at the end; one process alone where there is none.
+        """Within it, the process group that ``torchrun`` started; without ``torchrun``, one process alone.
 
         Args:
-            parallel: how the model is to be spread.
-            device: where it is to be: decides between gloo and NCCL.
-            timeout: seconds after which a rank that waits for a lost one gives up.
+            parallel: how the model will be distributed.
+            device: the device of the training; decides between gloo and NCCL.
+            timeout: seconds after which a rank stops waiting for a lost one.
 
         Raises:
-            ValueError: several processes that would all do the same, or one where several were asked for.
+            ValueError: several processes would all train the same, there is no process group for ``parallel``, or the
+                port is in use.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if parallel == "none" and size == 1:
@@ -56,15 +57,15 @@ class Ranks:
             return
         if parallel == "none":
             raise ValueError(
-                f"{size} processes were started, and each would train the same; add --training.parallel ddp (a replica "
-                "each) or fsdp (a shard each)."
+                f"{size} processes were started, and each would train the same; add --training.parallel ddp (each has "
+                "a replica) or fsdp (each has a shard)."
             )
         if any(name not in os.environ for name in _WORLD):
             raise ValueError(
-                f"--training.parallel {parallel} needs processes to train with: torchrun --nproc-per-node 2 -m "
-                "equilibria train …, or leave it out to train with one."
+                f"--training.parallel {parallel} needs processes to train with: start torchrun --nproc-per-node 2 -m "
+                "equilibria train …, or leave the option out to train with one process."
             )
-        import torch.distributed.nn  # before there is a group, which its default arguments would keep for ever
+        import torch.distributed.nn  # before the group exists: its default arguments would keep the group alive
 
         on_gpu = device != "cpu" and torch.cuda.is_available()
         if on_gpu:
@@ -81,48 +82,48 @@ class Ranks:
         try:
             yield cls(rank=dist.get_rank(), size=dist.get_world_size(), parallel=parallel)
         finally:
-            _forget_the_group()
+            _drop_references_to_group()
             dist.destroy_process_group()
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes."""
+        """True for rank 0, which writes the run."""
         return self.rank == 0
 
     @property
     def alone(self) -> bool:
-        """Whether there are no others."""
+        """True if there is one process only."""
         return self.size == 1
 
-    def share_of(self, rows: int, *, parts: int = 1) -> int:
-        """Rows of a batch that each rank gets, which it computes in ``parts``.
+    def share_of(self, batch_size: int, *, parts: int = 1) -> int:
+        """The number of streams that each rank gets, to be computed in ``parts`` equal parts.
 
         Raises:
-            ValueError: they cannot be divided evenly.
+            ValueError: the batch cannot be divided evenly.
         """
-        if rows % self.size:
-            nearest = max(1, rows // self.size) * self.size
+        if batch_size % self.size:
+            nearest = max(1, batch_size // self.size) * self.size
             raise ValueError(
-                f"Training(batch_size={rows}): {self.size} processes share the rows evenly; try batch_size={nearest}, "
-                "or another number of processes."
+                f"Training(batch_size={batch_size}): {self.size} processes share the batch evenly; try "
+                f"batch_size={nearest}, or another number of processes."
             )
-        mine = rows // self.size
+        mine = batch_size // self.size
         if mine % parts:
             raise ValueError(
-                f"Training(batch_size={rows}, accumulate={parts}): each of {self.size} processes has {mine} rows, "
-                "which are divided evenly; give an accumulate that divides them."
+                f"Training(batch_size={batch_size}, accumulate={parts}): each of {self.size} processes has {mine} "
+                f"streams, which cannot be divided into {parts} equal parts; give an accumulate that divides {mine}."
             )
         return mine
 
-    def spread(self, model: nn.Module, *, half: bool) -> Callable[..., Any]:
-        """The model as training calls it: it is sharded in place, or wrapped.
+    def spread(self, model: nn.Module, *, bfloat16: bool) -> Callable[..., Any]:
+        """The model that training calls: wrapped for "ddp"; sharded in place for "fsdp"; otherwise ``model`` itself.
 
-        The layer is one unit, gathered once at the beginning of a forward pass, solve included, and let go at the end
-        of the backward pass.
+        With "fsdp" the layer is one unit: it is gathered once at the beginning of a forward pass, which includes the
+        solve, and sharded again at the end of the backward pass.
 
         Args:
-            model: with a ``layer``.
-            half: shards are gathered in bfloat16, and gradients summed in float32.
+            model: a model with the attribute ``layer``.
+            bfloat16: gather the shards in bfloat16, and sum the gradients in float32.
         """
         if self.parallel == "ddp":
             return DistributedDataParallel(model)
@@ -130,8 +131,8 @@ class Ranks:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
             policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16 if half else None,
-                reduce_dtype=torch.float32 if half else None,
+                param_dtype=torch.bfloat16 if bfloat16 else None,
+                reduce_dtype=torch.float32 if bfloat16 else None,
                 cast_forward_inputs=False,
             )
             layer = model.layer
@@ -142,9 +143,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def called(self) -> Iterator[None]:
-        """Around a call of what ``spread`` gave."""
+        """A context for each call of the model that ``spread`` returned; it silences a false alarm of FSDP."""
         with warnings.catch_warnings():
-            # The output of a layer is a view that nobody changes in place.
+            # The output of a layer is a view, but no code changes it in place.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
             yield
 
@@ -161,7 +162,10 @@ class Ranks:
         return values
 
     def means(self, *several: Mapping[str, float] | None) -> list[dict[str, float] | None]:
-        """The means over the ranks of numbers by name; of None, which is None on all ranks, None."""
+        """For each dictionary, the means over the ranks of its numbers; None for None.
+
+        All ranks pass the same names, and None at the same places.
+        """
         names = [(place, name) for place, values in enumerate(several) for name in values or ()]
         own = torch.tensor([(several[place] or {})[name] for place, name in names], dtype=torch.float64)
         if not self.alone and names:
@@ -175,7 +179,7 @@ class Ranks:
         return found
 
     def of_all(self, value: Any) -> list[Any]:
-        """What each rank has, in their order."""
+        """The value of each rank, in the order of the ranks."""
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.size
@@ -183,7 +187,7 @@ class Ranks:
         return values
 
     def of_first(self, value: Any) -> Any:
-        """What the first rank has."""
+        """The value of rank 0, on all ranks."""
         if self.alone:
             return value
         box = [value]
@@ -191,24 +195,24 @@ class Ranks:
         return box[0]
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Raise a ValueError, on all ranks, unless all of them have these values."""
+        """Raise a ValueError on all ranks unless every rank has the same ``facts``."""
         every = self.of_all(dict(facts))
         for rank, theirs in enumerate(every):
             names = [name for name in every[0].keys() | theirs.keys() if every[0].get(name) != theirs.get(name)]
             if names:
                 name = min(names)
                 raise ValueError(
-                    f"Rank {rank} has {name} = {theirs.get(name)!r} and rank 0 has {every[0].get(name)!r}: all "
-                    "processes of one training are started with the same command on the same corpus."
+                    f"Rank {rank} has {name} = {theirs.get(name)!r} and rank 0 has {every[0].get(name)!r}: start "
+                    "all processes of a training with the same command on the same corpus."
                 )
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have reached this call."""
         if not self.alone:
             dist.barrier()
 
     def rows_of_all(self, mine: Tensor) -> Tensor:
-        """The rows of all ranks, in their order."""
+        """The rows [B_total *] of all ranks, in the order of the ranks."""
         if self.alone:
             return mine
         parts = [torch.empty_like(mine) for _ in range(self.size)]
@@ -216,61 +220,78 @@ class Ranks:
         return torch.cat(parts)
 
     def my_rows(self, all_: Tensor) -> Tensor:
-        """The rows of this rank of what ``rows_of_all`` gave."""
+        """This rank's rows of the result of ``rows_of_all``."""
         each = len(all_) // self.size
         return all_[self.rank * each : (self.rank + 1) * each]
 
 
 ALONE = Ranks()
-"""One process."""
+"""One process alone."""
+
+
+@runtime_checkable
+class _Sharded(Protocol):
+    """The interface of ``DTensor`` that is used here; importing the class itself takes a second."""
+
+    device_mesh: Any
+    placements: Any
+
+    def full_tensor(self) -> Tensor: ...
+
+
+@runtime_checkable
+class _Fsdp(Protocol):
+    """The interface of ``FSDPModule`` that is used here; importing the class itself takes a second."""
+
+    def reshard(self) -> None: ...
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool, /) -> None: ...
 
 
 @contextlib.contextmanager
 def gradients_kept(model: nn.Module, replica: Any, *, last: bool) -> Iterator[None]:
-    """Within it, gradients are summed over the ranks in the ``last`` of several backward passes only."""
+    """Within it, a backward pass sums the gradients over the ranks only if it is the ``last`` of the batch."""
     if isinstance(replica, DistributedDataParallel) and not last:
         with replica.no_sync():
             yield
         return
-    if hasattr(model, "set_requires_gradient_sync"):  # an FSDPModule, which takes a second to import
-        model.set_requires_gradient_sync(last)  # pyright: ignore
+    if isinstance(model, _Fsdp):
+        model.set_requires_gradient_sync(last)
     yield
 
 
-def _forget_the_group() -> None:
-    """Nothing but torch itself holds the process group afterwards, so that it ends, threads and all, when destroyed.
+def _drop_references_to_group() -> None:
+    """Drop all references to the process group except torch's own, so that destroying it also ends its threads.
 
-    A gloo thread that still lets go of a tensor while the interpreter is taken down aborts the process: seen under
-    load, in a job that had done all its work.
+    A gloo thread that still releases a tensor while the interpreter shuts down aborts the process. This was seen under
+    load, after the job had finished its work.
     """
     for thing in gc.get_objects():
-        if type(thing).__name__ == "DeviceMesh":  # DTensor's caches keep meshes for ever
+        if type(thing).__name__ == "DeviceMesh":  # DTensor's caches never release a mesh
             getattr(thing, "_pg_registry", {}).clear()
     gc.collect()
 
 
-def let_go(model: nn.Module) -> None:
-    """Shards again what a forward pass without a backward pass has gathered."""
+def reshard(model: nn.Module) -> None:
+    """Shard the parameters again that a forward pass without backward pass has gathered."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()  # pyright: ignore
+        if isinstance(module, _Fsdp):
+            module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, gathered if it is sharded."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor itself, gathered from all ranks if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, _Sharded) else tensor
 
 
 def sharded_as(value: Tensor, target: Tensor) -> Tensor:
-    """``value``, which is whole on every rank, sharded as ``target`` is."""
-    if not is_sharded(target):
+    """``value``, which every rank has in full, sharded like ``target``."""
+    if not isinstance(target, _Sharded):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    mesh, placements = target.device_mesh, target.placements  # pyright: ignore
-    return distribute_tensor(value.to(target.device), mesh, placements, src_data_rank=None)
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
-def is_sharded(value: Any) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(value, "full_tensor")
+def is_sharded(value: object) -> bool:
+    """True for a DTensor."""
+    return isinstance(value, _Sharded)

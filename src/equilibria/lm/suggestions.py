@@ -1,4 +1,4 @@
-"""Names that were meant: what an error says about one that does not exist."""
+"""Did-you-mean suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A question, did you mean this or that, with the closest of ``known``; empty if none is close."""
+    """The question "did you mean …?" with up to three similar names of ``known``; "" if none is similar."""
     likeness = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in known}
     best = max(likeness.values(), default=0.0)
     close = [other for other in likeness if likeness[other] >= max(0.5, best - 0.05)]
@@ -16,6 +16,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_or_all(name: str, known: Iterable[str]) -> str:
-    """The question of ``nearest``, or everything that there is."""
+    """The suggestion of ``nearest``, or the list of all known names if none is similar."""
     known = sorted(known)
     return nearest(name, known) or f"there are {', '.join(known)}."

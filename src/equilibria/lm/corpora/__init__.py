@@ -1,6 +1,6 @@
-"""Corpora: text and made-up tasks as streams of tokens. They know nothing of models.
+"""Corpora: text and synthetic tasks as streams of tokens. They know nothing of models.
 
-A corpus of one's own is a function that returns a ``Corpus``; pass it wherever one of these goes.
+For a corpus of your own, write a function that returns a ``Corpus`` and pass the result wherever one is expected.
 """
 
 from equilibria.lm.corpora.copying import SYMBOLS, Copying, copying, memoryless_optimum
@@ -39,7 +39,7 @@ CATALOGUE: tuple[type[Source], ...] = (
     WikiText2,
     Copying,
 )
-"""Every source of the library."""
+"""All sources of the library."""
 
 __all__ = [
     "CATALOGUE",

@@ -1,4 +1,4 @@
-"""copying: the copy-memory task, ten symbols to be recalled after a long blank.
+"""copying: the copy-memory task. Ten symbols have to be recalled after a long blank.
 
 Letters: E episodes, T length of the blank; an episode has T + 20 tokens.
 """
@@ -18,9 +18,9 @@ from equilibria.lm.corpora.source import Source
 from equilibria.lm.corpora.vocabulary import Vocabulary
 
 SYMBOLS = 10
-"""How many symbols are to be recalled: the last targets of each episode, the only ones that need memory."""
+"""Number of symbols to recall: the last targets of each episode, the only ones that need memory."""
 _KINDS = 8
-"""Symbols to be recalled are 1 … 8; 0 is the blank and 9 asks for them."""
+"""The symbols to recall are 1 … 8; 0 is the blank, and 9 is the delimiter that asks for them."""
 
 
 def copying(
@@ -32,9 +32,9 @@ def copying(
     variant: Literal["paper", "tcn"] = "paper",
     seed: int = 0,
 ) -> Corpus:
-    """Independent episodes: the symbols a_1 … a_10, a blank, a delimiter, and silence in which a is to be repeated.
+    """Independent episodes: symbols a_1 … a_10, a blank, a delimiter, and ten steps in which a has to be repeated.
 
-    With a uniform on {1, …, 8}, blank T and 10 ≤ t < T + 20 counted from 0:
+    With a uniform on {1, …, 8} and T the length of the blank:
 
         tokens   a, 0 … 0 (T − 1 times), 9, then 0 ten times ("paper") or 9 ten times ("tcn")
         targets  0 … 0 (T + 10 times), a
@@ -43,11 +43,14 @@ def copying(
 
     Args:
         blank: T, in tokens.
-        train: episodes to learn from.
-        valid: episodes to choose by.
-        test: episodes to report.
-        variant: what follows the delimiter; equally hard for a causal model that knows positions.
-        seed: of the symbols; the three sets are drawn independently, so the size of one does not change another.
+        train: number of episodes for training.
+        valid: number of episodes for validation.
+        test: number of episodes for the test.
+        variant: the tokens after the delimiter; both are equally hard for a causal model that knows positions.
+        seed: seed of the symbols; each set has its own draw, so the size of one does not change another.
+
+    Raises:
+        ValueError: a number is below 1, or there is no such variant.
     """
     for name, value in (("blank", blank), ("train", train), ("valid", valid), ("test", test)):
         if value < 1:
@@ -73,13 +76,13 @@ def copying(
 def memoryless_optimum(blank: int) -> float:
     """The loss in nats per token of the best model without memory, 10 · ln 8 / (T + 20): 0.0495 at T = 400.
 
-    It knows from the delimiter when to answer and can only guess which of the eight symbols it was.
+    The delimiter tells it when to answer; which of the eight symbols it was it can only guess.
     """
     return SYMBOLS * math.log(_KINDS) / (blank + 2 * SYMBOLS)
 
 
 def _episodes(symbols: Int[Tensor, "E 10"], *, blank: int, after: int) -> Stream:
-    """The stream of the episodes with these symbols to recall."""
+    """The stream of the episodes in which these symbols have to be recalled."""
     episodes, length = len(symbols), blank + 2 * SYMBOLS
     tokens = torch.zeros(episodes, length, dtype=torch.int64)
     tokens[:, :SYMBOLS] = symbols
@@ -92,25 +95,25 @@ def _episodes(symbols: Int[Tensor, "E 10"], *, blank: int, after: int) -> Stream
 
 @dataclasses.dataclass(frozen=True)
 class Copying(Source):
-    """The copy-memory task: ten symbols, a long blank, and the ten symbols are to be recalled."""
+    """The copy-memory task: ten symbols, a long blank, and then the ten symbols have to be recalled."""
 
     unit: ClassVar = "symbol"
-    """What one token is."""
+    """The unit of a token."""
     blank: int = 400
     """T: steps between the symbols and their recall; a sequence has T + 20 steps."""
     train: int = 20_000
-    """Sequences to train on."""
+    """Number of sequences for training."""
     valid: int = 2_000
-    """Sequences to validate on."""
+    """Number of sequences for validation."""
     test: int = 2_000
-    """Sequences to test on."""
+    """Number of sequences for the test."""
     variant: Literal["paper", "tcn"] = "paper"
     """One delimiter (Bai, Kolter, Koltun 2019, appendix F) or eleven (Bai, Kolter, Koltun 2018)."""
     seed: int = 0
-    """Draws the sequences."""
+    """Seed of the sequences."""
 
     def load(self) -> Corpus:
-        """The corpus, drawn anew; the same seed gives the same sequences."""
+        """The corpus; the same seed always gives the same sequences."""
         return copying(
             blank=self.blank,
             train=self.train,

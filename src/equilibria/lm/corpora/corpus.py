@@ -1,4 +1,4 @@
-"""Stream and Corpus: what a model is trained, validated and tested on.
+"""Stream and Corpus: the tokens on which a model is trained, validated and tested.
 
 Letters: L length of a stream of tokens.
 """
@@ -15,19 +15,19 @@ from torch import Tensor
 from equilibria.lm.corpora.vocabulary import Vocabulary
 
 Unit = Literal["word", "character", "symbol"]
-"""What one token is: a word, a character, or a symbol of a made-up task."""
+"""The unit of a token: a word, a character, or a symbol of a synthetic task."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:
-    """A sequence of tokens and what a model should answer at each: the next token (text), or the task's answer."""
+    """A sequence of tokens with one target per token: the next token (text), or the answer of the task."""
 
     tokens: Int[Tensor, " L"]
-    """What the model reads (int64)."""
+    """The model's input (int64)."""
     targets: Int[Tensor, " L"]
-    """What it should answer at the same places (int64)."""
+    """The right answers at the same positions (int64)."""
     episode: int | None = None
-    """Length in tokens of the independent sequences that the stream consists of; None for one continuous text."""
+    """Length in tokens of the independent sequences in the stream; None for one continuous text."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "targets"):
@@ -35,12 +35,12 @@ class Stream:
             if value.ndim != 1 or value.dtype != torch.int64:
                 raise ValueError(
                     f"Stream({name}={value.dtype} of shape {list(value.shape)}): ids are a torch.int64 tensor with one "
-                    f"axis, time; try {name}.flatten().long()."
+                    f"axis; try {name}.flatten().long()."
                 )
         if len(self.tokens) != len(self.targets) or not len(self.tokens):
             raise ValueError(
-                f"Stream: {len(self.tokens)} tokens and {len(self.targets)} targets, and there must be one target a "
-                "token and at least one of each; Stream.of_text makes both from one sequence of ids."
+                f"Stream: {len(self.tokens)} tokens and {len(self.targets)} targets, and there must be one target per "
+                "token and at least one token; Stream.of_text makes both from one sequence of ids."
             )
         if self.episode is not None and (self.episode < 1 or len(self.tokens) % self.episode):
             raise ValueError(
@@ -50,21 +50,25 @@ class Stream:
 
     @classmethod
     def of_text(cls, ids: Int[Tensor, " N"]) -> Stream:
-        """The stream in which every token is asked for the next one."""
+        """The stream in which the target of each token is the next token.
+
+        Raises:
+            ValueError: the text has fewer than two tokens.
+        """
         if len(ids) < 2:
             raise ValueError(
-                f"Stream.of_text: the text has {len(ids)} token(s), and the shortest one has 2, of which the second is "
-                "the target of the first; give a longer text."
+                f"Stream.of_text: the text has {len(ids)} token(s), and needs at least 2, since each target is the "
+                "next token; give a longer text."
             )
         return cls(tokens=ids[:-1], targets=ids[1:])
 
     @property
     def ids(self) -> Int[Tensor, " N"]:
-        """The text that ``of_text`` was given: the first token and all targets."""
+        """The ids that ``of_text`` received: the first token and all targets."""
         return torch.cat([self.tokens[:1], self.targets])
 
     def __len__(self) -> int:
-        """Number of targets: what is scored."""
+        """Number of targets, all of which can be scored."""
         return len(self.tokens)
 
 
@@ -73,17 +77,17 @@ class Corpus:
     """Three streams over one vocabulary."""
 
     name: str
-    """What reports call it."""
+    """The name in reports."""
     train: Stream
-    """To learn from."""
+    """The stream for training."""
     valid: Stream
-    """To choose by."""
+    """The stream for validation: for choosing models and settings."""
     test: Stream
-    """To report, once."""
+    """The stream for the test: for the final score only."""
     vocabulary: Vocabulary
-    """What the ids mean."""
+    """The tokens of the ids."""
     unit: Unit
-    """What one token is; bits per character are reported for characters, perplexity for words."""
+    """The unit of a token; reports give bits per character for characters and perplexity for words."""
 
     def __post_init__(self) -> None:
         for split in ("train", "valid", "test"):

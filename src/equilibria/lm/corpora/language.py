@@ -1,6 +1,6 @@
-"""What a run keeps of its corpus: the vocabulary, and a sum of each split by which the same text is known again.
+"""Language: the part of a corpus that a run stores, namely the vocabulary and a checksum of each split.
 
-So a run generates without its corpus, and no other text is taken for the one that it was trained on.
+With it a run can generate without its corpus, and notices if another text is given as the one of its training.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from equilibria.lm.corpora.vocabulary import Vocabulary
 
 SPLITS = ("train", "valid", "test")
 FORMAT = 1
-"""Of corpus.json."""
+"""Format version of corpus.json."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Language:
-    """What the tokens of a run mean, and the sums of the text that it was trained, validated and tested on."""
+    """The vocabulary of a run, and checksums of the text on which it was trained, validated and tested."""
 
     name: str
-    """Of the corpus."""
+    """The name of the corpus."""
     unit: Unit
-    """What one token is."""
+    """The unit of a token."""
     vocabulary: Vocabulary
-    """What the ids mean."""
+    """The tokens of the ids."""
     sums: dict[str, str]
-    """The SHA-256 of each split as ids of that vocabulary; empty in a run of a version that kept none."""
+    """The SHA-256 of each split as ids of that vocabulary; empty in runs of versions that stored none."""
 
     @classmethod
     def of(cls, corpus: Corpus) -> Language:
-        """That of a corpus; it reads all of it."""
+        """The language of a corpus; computes the checksums, which reads the whole corpus."""
         sums = {split: _sum(getattr(corpus, split)) for split in SPLITS}
         return cls(name=corpus.name, unit=corpus.unit, vocabulary=corpus.vocabulary, sums=sums)
 
     @classmethod
     def without_sums(cls, corpus: Corpus) -> Language:
-        """That of a corpus which nothing can be compared with."""
+        """The language of a corpus without checksums, so that every text is accepted as the same."""
         return cls(name=corpus.name, unit=corpus.unit, vocabulary=corpus.vocabulary, sums={})
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The language as plain values for JSON."""
         return {
             "format": FORMAT,
             "name": self.name,
@@ -56,30 +56,30 @@ class Language:
 
     @classmethod
     def from_json(cls, value: Any) -> Language:
-        """Back from plain values.
+        """The language from the plain values of ``to_json``.
 
         Raises:
-            ValueError: they are not what ``to_json`` gave.
+            ValueError: the values do not come from ``to_json``, or were changed.
         """
         known = isinstance(value, dict) and value.get("format") == FORMAT
         if not known or value.get("unit") not in ("word", "character", "symbol"):
-            raise ValueError("it is not what this version writes")
+            raise ValueError("this version does not write such a file")
         name, sums, vocabulary = value.get("name"), value.get("sha256"), value.get("vocabulary")
         if not isinstance(name, str) or not isinstance(sums, dict) or not isinstance(vocabulary, dict):
-            raise ValueError("a name, the sums or the vocabulary is missing")
+            raise ValueError("the name, the checksums or the vocabulary is missing")
         known = Vocabulary.from_json(vocabulary)
         if set(sums) != {*SPLITS, "vocabulary"} or sums.pop("vocabulary") != _digest(known):
-            raise ValueError("its vocabulary was changed after it was written")
+            raise ValueError("the vocabulary was changed after it was written")
         if not all(isinstance(part, str) for part in sums.values()):
-            raise ValueError("a sum is no text")
+            raise ValueError("a checksum is not a string")
         return cls(name=name, unit=value["unit"], vocabulary=known, sums=sums)
 
     def changed(self, corpus: Corpus, sums: dict[str, str] | None = None) -> list[str]:
-        """The splits in which a corpus is another text than that of the run.
+        """The names of the splits whose text in ``corpus`` differs from that of the run.
 
         Args:
-            corpus: over any vocabulary.
-            sums: those of ``Language.of(corpus)``, if they are known already.
+            corpus: a corpus over any vocabulary.
+            sums: the checksums of ``Language.of(corpus)``, if they are already known.
         """
         if not self.sums:
             return []
@@ -89,33 +89,38 @@ class Language:
         return [split for split in SPLITS if found[split] != self.sums.get(split)]
 
     def check_same(self, corpus: Corpus, language: Language, *, run: str) -> None:
-        """Raise a ValueError if ``corpus``, of which ``language`` was made, is not the text with which a run began."""
+        """Raise a ValueError if the corpus is not the text with which the run began.
+
+        Args:
+            corpus: the corpus to check.
+            language: ``Language.of(corpus)``.
+            run: the name of the run, for the error.
+        """
         if changed := self.changed(corpus, language.sums):
             raise ValueError(
-                f"The text of {', '.join(changed)} is not the one with which {run} began (their SHA-256 differ), and "
-                "the run would continue with another text without a word: bring the old one back, or start a new run "
-                "with another --out."
+                f"The text of {', '.join(changed)} is not the one with which {run} began (their SHA-256 differ); "
+                "restore the old text, or start a new run with another --out."
             )
 
     def encoded(self, corpus: Corpus) -> Corpus:
-        """The corpus as ids of the run's own vocabulary.
+        """The corpus as ids of the run's vocabulary.
 
         Raises:
-            ValueError: its unit is another one, or it has a token that the run does not know, and the run has no token
-                for the unknown.
+            ValueError: the corpus has another unit, or has tokens that are not in the run's vocabulary while this has
+                no token for unknown words.
         """
         streams = self._translated(corpus)
         known = set(self.vocabulary.tokens)
         missing = [token for token in corpus.vocabulary.tokens if token not in known]
         if self.vocabulary.unknown is None and missing:
             raise ValueError(
-                f"{corpus.name} holds {', '.join(map(repr, missing[:5]))}, of which the run knows nothing, and its "
-                "vocabulary has no token for the unknown: take these out, or train on a text that has them."
+                f"{corpus.name} holds {', '.join(map(repr, missing[:5]))}, which the run's vocabulary does not have, "
+                "and it has no token for unknown words: remove these, or train on a text that has them."
             )
         return dataclasses.replace(corpus, vocabulary=self.vocabulary, **streams)
 
     def _translated(self, corpus: Corpus) -> dict[str, Stream]:
-        """Its streams as ids of the run's vocabulary; a token without one has the id after the last."""
+        """The streams of the corpus as ids of the run's vocabulary; unknown tokens without <unk> get the id V."""
         if corpus.unit != self.unit:
             raise ValueError(f"{corpus.name} consists of {corpus.unit}s, and the run was trained on {self.unit}s.")
         own = self.vocabulary
@@ -130,12 +135,12 @@ def _replaced(stream: Stream, table: Tensor) -> Stream:
 
 
 def _digest(vocabulary: Vocabulary) -> str:
-    """The SHA-256 of the tokens in their order."""
+    """The SHA-256 of the tokens in order."""
     return hashlib.sha256("\0".join(vocabulary.tokens).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _sum(stream: Stream) -> str:
-    """The SHA-256 of a stream: its tokens, its targets where they are not the next tokens, and its episodes."""
+    """The SHA-256 of a stream: tokens, episode length, and the targets unless they are the next tokens."""
     digest = hashlib.sha256(f"{stream.episode} {len(stream)}\n".encode())
     continuous = torch.equal(stream.tokens[1:], stream.targets[:-1])
     for ids in (stream.tokens, stream.targets[-1:] if continuous else stream.targets):

@@ -1,6 +1,6 @@
-"""witten_bell: what counting gets out of a text, the baseline beside which a model's loss is printed.
+"""witten_bell: the loss of an n-gram model, the baseline for the loss of a neural one.
 
-Letters: N training tokens, L validation tokens; h a context, w the token after it, k the length of h.
+Letters: N training tokens, L validation tokens, G different n-grams; h a context, w the token after it, k its length.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ def witten_bell(train_ids: Int[Tensor, " N"], valid_ids: Int[Tensor, " L"], orde
 
         p_k(w | h) = (c(h w) + n(h) · p_{k−1}(w | h')) / (c(h) + n(h))
 
-    c counts in the training text, n(h) is the number of different tokens seen after h, h' is h without its oldest
-    token; p_k = p_{k−1} for a context never seen, and p_{−1} = 1 / V. The first validation token, which a model is
-    never asked for, is not scored; those after it are, with the context that there is.
+    c counts in the training text, n(h) is the number of different tokens seen after h, and h' is h without its oldest
+    token; p_k = p_{k−1} for a context that was never seen, and p_{−1} = 1 / V. The first validation token is not
+    scored, since no model predicts it; the tokens after it are scored with the context that exists.
 
     Reference: Witten, Bell 1991, method C; Chen, Goodman 1999, section 2.4.
 
     Args:
-        train_ids: the text that is counted.
-        valid_ids: the text that is scored.
+        train_ids: the text in which n-grams are counted.
+        valid_ids: the text to score.
         order: tokens of context: 0 is the unigram model, 1 the bigram model.
         vocabulary_size: V.
+
+    Raises:
+        ValueError: a number is too small, or a text is too short.
     """
     if order < 0 or vocabulary_size < 1:
         raise ValueError(
@@ -40,14 +43,14 @@ def witten_bell(train_ids: Int[Tensor, " N"], valid_ids: Int[Tensor, " L"], orde
     p = torch.full((len(valid_ids),), 1 / vocabulary_size, dtype=torch.float64, device=valid_ids.device)
     train_contexts, valid_contexts = torch.zeros_like(train_ids), torch.zeros_like(valid_ids)
     for k in range(min(order, len(train_ids) - 1, len(valid_ids) - 1) + 1):
-        # A context is known by a number below N + L, so that numbers of (h w) fit 64 bits whatever the order.
+        # Contexts are numbered below N + L, so that the number of (h w) fits into 64 bits for every order.
         train_keys = train_contexts * vocabulary_size + train_ids[k:]
         valid_keys = valid_contexts * vocabulary_size + valid_ids[k:]
         keys, grams = torch.cat([train_keys, valid_keys]).unique(return_inverse=True)
         train_grams, valid_grams = grams.tensor_split([len(train_keys)])
         c_hw = train_grams.bincount(minlength=len(keys))
         p[k:] = _interpolate(p[k:], c_hw=c_hw, h_of=keys // vocabulary_size, grams=valid_grams)
-        # The k + 1 tokens up to one place are the context of the next.
+        # The k + 1 tokens up to a position are the context of the next position.
         train_contexts, valid_contexts = train_grams[:-1], valid_grams[:-1]
     return -p[1:].log().mean().item()
 
@@ -55,7 +58,7 @@ def witten_bell(train_ids: Int[Tensor, " N"], valid_ids: Int[Tensor, " L"], orde
 def _interpolate(
     p: Float[Tensor, " L"], *, c_hw: Int[Tensor, " G"], h_of: Int[Tensor, " G"], grams: Int[Tensor, " L"]
 ) -> Float[Tensor, " L"]:
-    """p_k from p_{k−1}, given the count c(h w) of every gram, the context h it begins with, and each place's gram."""
+    """p_k from p_{k−1}, given c(h w) and h of every n-gram, and the n-gram at every position."""
     c_h = torch.zeros(int(h_of.max()) + 1, dtype=c_hw.dtype, device=c_hw.device).index_add_(0, h_of, c_hw)
     n_h = torch.zeros_like(c_h).index_add_(0, h_of, (c_hw > 0).to(c_hw.dtype))
     c, n = c_h[h_of[grams]], n_h[h_of[grams]]

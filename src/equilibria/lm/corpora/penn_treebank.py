@@ -1,4 +1,4 @@
-"""penn_treebank, penn_treebank_characters: a million words of the Wall Street Journal, as Mikolov prepared them."""
+"""penn_treebank, penn_treebank_characters: a million words of the Wall Street Journal as prepared by Mikolov."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from equilibria.lm.corpora.source import FolderSource
 from equilibria.lm.corpora.text_folder import published
 
 PENN_TREEBANK_COUNTS = {"train": 929_589, "valid": 73_760, "test": 82_430, "vocabulary": 10_000}
-"""Tokens of the Penn Treebank as Mikolov et al. (2010) prepared it, one ``<eos>`` a line included, and its words."""
+"""Tokens of each split as prepared by Mikolov et al. (2010), with one ``<eos>`` per line, and different words."""
 PENN_TREEBANK_CHARACTER_COUNTS = {"train": 5_101_618, "valid": 399_782, "test": 449_945, "vocabulary": 50}
-"""Characters of the same three files, and their alphabet."""
+"""Characters of the same three files, and size of their alphabet."""
 
 _FILES = "the files that Mikolov prepared"
 
 
 def penn_treebank(root: Path) -> Corpus:
-    """The Penn Treebank by words, from the folder with its three files; other counts than the published are refused.
+    """The Penn Treebank by words, from the folder with its three files.
 
     Reference: Mikolov, Karafiát, Burget, Černocký, Khudanpur 2010, "Recurrent neural network based language model".
+
+    Raises:
+        ValueError: the token counts are not the published ones.
     """
     return published(
         root,
@@ -33,15 +36,18 @@ def penn_treebank(root: Path) -> Corpus:
 
 
 def penn_treebank_characters(root: Path) -> Corpus:
-    """The Penn Treebank by characters, from the same three files of words; other counts than theirs are refused.
+    """The Penn Treebank by characters, from the same three files of words.
 
-    Every character of the files is a token: blanks too, of which each line begins and ends with one, the letters of
-    ``<unk>`` and ``N``, and the end of a line, which is one symbol, as the ``<eos>`` of the words is. So reads the code
-    of TrellisNet (Bai, Kolter, Koltun 2019).
+    Every character of the files is a token, including blanks (each line begins and ends with one), the letters of
+    ``<unk>`` and ``N``, and the end of a line, which is one symbol like the ``<eos>`` of the words. The code of
+    TrellisNet (Bai, Kolter, Koltun 2019) reads the files in the same way.
 
-    Publications count 5,059K, 396K and 446K characters, of Mikolov's files ``ptb.char.*.txt``: one a line fewer, which
-    is one of the two blanks around the end of a line. Certain as that one is, it lowers the mean: the same model has
-    0.8 % fewer bits per character here.
+    Publications count 5,059K, 396K and 446K characters in Mikolov's files ``ptb.char.*.txt``: one fewer per line,
+    namely one of the two blanks around the end of a line. That blank is certain and so lowers the mean: the same model
+    has 0.8 % fewer bits per character here.
+
+    Raises:
+        ValueError: the character counts are not those of the three files.
     """
     return published(
         root,
@@ -55,13 +61,13 @@ def penn_treebank_characters(root: Path) -> Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class PennTreebank(FolderSource):
-    """The Penn Treebank by words, as Mikolov prepared it: a folder with train.txt, valid.txt and test.txt."""
+    """The Penn Treebank by words, as prepared by Mikolov: a folder with train.txt, valid.txt and test.txt."""
 
     unit: ClassVar = "word"
-    """What one token is."""
+    """The unit of a token."""
 
     def load(self) -> Corpus:
-        """The corpus, its token counts checked."""
+        """The corpus; a ValueError if its token counts are not the published ones."""
         return penn_treebank(self.folder())
 
 
@@ -70,8 +76,8 @@ class PennTreebankCharacters(FolderSource):
     """The Penn Treebank by characters, from the same three files as ``PennTreebank``."""
 
     unit: ClassVar = "character"
-    """What one token is."""
+    """The unit of a token."""
 
     def load(self) -> Corpus:
-        """The corpus, its counts checked."""
+        """The corpus; a ValueError if its character counts are not those of the files."""
         return penn_treebank_characters(self.folder())

@@ -1,6 +1,6 @@
-"""Segments: a stream in parallel rows, cut into the pieces that a model reads one after the other.
+"""Segments: a text as B parallel streams, cut into the segments that a model reads one after the other.
 
-Letters: B rows (batch), T time within a segment.
+Letters: B batch (parallel streams), T time within a segment, L length of a parallel stream.
 """
 
 from __future__ import annotations
@@ -18,100 +18,105 @@ from equilibria.lm.corpora.corpus import Stream
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segment:
-    """One piece of every row; it continues where the previous segment of the same rows ended, unless it is fresh."""
+    """T tokens of each of B streams, which continue the previous segment unless it ``resets``."""
 
     tokens: Int[Tensor, "B T"]
-    """What the model reads."""
+    """The model's input."""
     targets: Int[Tensor, "B T"]
-    """What it should answer."""
-    fresh: bool
-    """True where nothing comes before: the memory must be reset to None first."""
+    """The right answers."""
+    resets: bool
+    """True if the streams begin here: the memory must be reset to None before this segment."""
     epoch: int
-    """How often the stream had been read to its end before."""
+    """Number of complete passes over the text before this segment."""
     index: int
-    """Place in the epoch, from 0."""
+    """Index in the epoch, from 0."""
     position: int
-    """Place since the beginning of training, from 0: epoch · segments per epoch + index."""
+    """Index since the beginning of training, from 0: epoch · segments per epoch + index."""
     skip: int = 0
-    """The first positions, which are read and not scored: the segment before has scored them."""
+    """Number of positions at the beginning that are read but not scored, since the previous segment scored them."""
 
     @property
     def scored(self) -> int:
-        """How many targets are scored: those of all rows, from position ``skip`` on."""
+        """Number of targets that are scored: B · (T − skip)."""
         return self.targets[:, self.skip :].numel()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segments:
-    """B contiguous rows of a stream (a rank), read from left to right in segments of T tokens, for ever.
+    """An endless iterable of the segments of a text, epoch after epoch.
 
-    The stream is cut to ``batch_size · world_size`` rows of equal length; row r's past is row r, so nothing is
-    shuffled. The tokens left over, fewer than there are rows (times the episode), are never read, and the first tokens
-    of a row see none before them: scores to be published are taken with one row, which loses neither. The last segment
-    of an epoch is shorter where T does not divide the row, so means over segments are weighted by their tokens.
+    The text is cut into ``batch_size · world_size`` contiguous parallel streams of equal length, which are read from
+    left to right in segments of T tokens; nothing is shuffled. Tokens left over, fewer than there are streams (times
+    the length of an episode), are never read, and the first tokens of a stream have no past. So scores to be published
+    need ``batch_size=1``, which loses neither. The last segment of an epoch is shorter if T does not divide L, so means
+    over segments have to be weighted by their tokens.
 
-    With an ``overlap`` of O tokens nothing is remembered from segment to segment: each is fresh, begins T − O tokens
-    after the one before, and reads the last O tokens of that anew, without scoring them ("effective history", Bai,
-    Kolter and Koltun 2019). Deviation from their code: the first segment of a row is scored from its first token on,
-    so that each target is scored exactly once, as without overlap.
+    With an ``overlap`` of O tokens there is no memory: each segment ``resets``, begins T − O tokens after the previous
+    one, and reads the last O tokens of that again without scoring them ("effective history", Bai, Kolter and Koltun
+    2019). Deviation from their code: the first segment of a stream is scored from its first token, so that each target
+    is scored exactly once, as without overlap.
 
-    A stream of independent episodes gives rows of whole episodes and one episode a row as the segment, always fresh.
+    Of independent episodes, each parallel stream contains whole ones, a segment is one episode per stream, and every
+    segment ``resets``.
 
-    ``Segments(…, position=p)`` yields exactly what ``Segments(…)`` yields after its first p segments: p is all that a
-    resumed run needs to store.
+    ``Segments(…, position=p)`` yields exactly the segments that ``Segments(…)`` yields after its first p, so p is all
+    that a resumed run has to store.
+
+    Raises:
+        ValueError: a number is out of its range, or the text is too short for the batch.
     """
 
     stream: Stream
-    """What is read."""
+    """The text, or the episodes."""
     _: dataclasses.KW_ONLY
     batch_size: int
-    """Rows of this rank."""
+    """Number of parallel streams of this rank."""
     length: int | None = None
-    """Tokens a segment; ignored when the stream has episodes, which have a length of their own."""
+    """Tokens per segment; ignored for episodes, whose segments are whole episodes."""
     overlap: int = 0
-    """Tokens that a segment shares with the one before, in the place of a memory; 0 for memory."""
+    """Tokens that a segment shares with the previous one, instead of a memory; 0 for memory."""
     rank: int = 0
-    """Which process this is: it reads the rows rank · batch_size … (rank + 1) · batch_size − 1."""
+    """Index of this process: it reads the streams rank · batch_size … (rank + 1) · batch_size − 1."""
     world_size: int = 1
-    """How many processes share the stream."""
+    """Number of processes that share the text."""
     position: int = 0
-    """How many segments were read before."""
+    """Number of segments that were read before."""
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        if self._row_length == 0:
+        if self._stream_length == 0:
             have, needed = len(self.stream) // (self.stream.episode or 1), "tokens" if self._continuous else "episodes"
             raise ValueError(
-                f"Segments(batch_size={self.batch_size}, world_size={self.world_size}): {self._rows} rows take at "
-                f"least {self._rows} {needed} and the stream has {have}; "
+                f"Segments(batch_size={self.batch_size}, world_size={self.world_size}): {self._streams} streams need "
+                f"at least {self._streams} {needed} and the text has {have}; "
                 + (
-                    f"try batch_size={have // self.world_size}, or a longer stream."
+                    f"try batch_size={have // self.world_size}, or a longer text."
                     if have >= self.world_size
-                    else "give a longer stream, or fewer processes."
+                    else "give a longer text, or fewer processes."
                 )
             )
 
     def __len__(self) -> int:
-        """Segments per epoch."""
-        return 1 + max(0, -(-(self._row_length - self._length) // self._step))
+        """Number of segments per epoch."""
+        return 1 + max(0, -(-(self._stream_length - self._length) // self._step))
 
     def __iter__(self) -> Iterator[Segment]:
-        """The segments from ``position`` on, epoch after epoch."""
+        """The segments from ``position``, epoch after epoch, without end."""
         return map(self.at, itertools.count(self.position))
 
     def one_epoch(self) -> Iterator[Segment]:
-        """The segments from ``position`` to the end of its epoch: a whole epoch from position 0."""
+        """The segments from ``position`` to the end of its epoch; a whole epoch if ``position`` is 0."""
         return itertools.islice(self, len(self) - self.position % len(self))
 
     def at(self, position: int) -> Segment:
-        """The segment at a position, whatever was read before."""
+        """The segment at ``position``, independent of the iteration."""
         epoch, index = divmod(position, len(self))
         piece = slice(index * self._step, index * self._step + self._length)
         tokens, targets = self._table
         return Segment(
             tokens=tokens[:, piece].contiguous(),
             targets=targets[:, piece].contiguous(),
-            fresh=index == 0 or self.overlap > 0 or not self._continuous,
+            resets=index == 0 or self.overlap > 0 or not self._continuous,
             epoch=epoch,
             index=index,
             position=position,
@@ -123,36 +128,37 @@ class Segments:
         return self.stream.episode is None
 
     @property
-    def _rows(self) -> int:
+    def _streams(self) -> int:
+        """Number of parallel streams of all ranks."""
         return self.batch_size * self.world_size
 
     @property
-    def _row_length(self) -> int:
-        """Tokens a row: a whole number of episodes, or of single tokens in continuous text."""
+    def _stream_length(self) -> int:
+        """L, tokens per parallel stream: a whole number of episodes if there are episodes."""
         whole = self.stream.episode or 1
-        return len(self.stream) // whole // self._rows * whole
+        return len(self.stream) // whole // self._streams * whole
 
     @property
     def _length(self) -> int:
-        """Tokens a segment."""
+        """Tokens per segment."""
         length = self.stream.episode or self.length
         assert length is not None  # _check_numbers
         return length
 
     @property
     def _step(self) -> int:
-        """Tokens from the beginning of a segment to that of the next."""
+        """Tokens from the beginning of a segment to the beginning of the next."""
         return self._length - self.overlap
 
     @functools.cached_property
     def _table(self) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
-        """This rank's rows of tokens and of targets: views of the stream."""
+        """Tokens and targets of this rank's streams, as views of the text."""
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
 
-        def rows(ids: Tensor) -> Tensor:
-            return ids[: self._rows * self._row_length].view(self._rows, self._row_length)[mine]
+        def streams(ids: Tensor) -> Tensor:
+            return ids[: self._streams * self._stream_length].view(self._streams, self._stream_length)[mine]
 
-        return rows(self.stream.tokens), rows(self.stream.targets)
+        return streams(self.stream.tokens), streams(self.stream.targets)
 
     def _check_numbers(self) -> None:
         for name, least in (("batch_size", 1), ("world_size", 1), ("position", 0), ("overlap", 0)):
@@ -161,7 +167,7 @@ class Segments:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(
                 f"Segments(rank={self.rank}, world_size={self.world_size}): ranks are 0 … {self.world_size - 1}; "
-                "give each process its own rank and all the same world_size."
+                "give each process its own rank and all processes the same world_size."
             )
         if self._continuous and (self.length is None or self.length < 1):
             raise ValueError(
@@ -175,6 +181,6 @@ class Segments:
             )
         if self.overlap >= self._length:
             raise ValueError(
-                f"Segments(overlap={self.overlap}): segments of {self._length} tokens share less than that with the "
-                f"one before; give at most {self._length - 1}, or 0 for none."
+                f"Segments(overlap={self.overlap}): segments of {self._length} tokens share fewer than that with the "
+                f"previous one; give at most {self._length - 1}, or 0 for none."
             )

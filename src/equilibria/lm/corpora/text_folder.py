@@ -1,4 +1,4 @@
-"""text_folder, text_file: a corpus from a folder with one text file per split, or from one file that is cut."""
+"""text_folder, text_file: a corpus from a folder with one text file per split, or from one file cut into splits."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from equilibria.lm.corpora.source import FolderSource
 from equilibria.lm.corpora.vocabulary import TextUnit, Vocabulary, check_unit
 
 FILE_NAMES = ("{split}.txt", "ptb.{split}.txt", "wiki.{split}.tokens")
-"""What the file of a split may be called; the first that is there is read."""
+"""Possible names of the file of a split; the first one that exists is read."""
 
 
 def text_folder(root: Path, *, unit: TextUnit = "word", lowercase: bool = False) -> Corpus:
     """The corpus in the files ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8) of a folder.
 
-    The vocabulary is that of the training text only. A word of the other two that it lacks becomes ``<unk>`` if the
-    training text contains ``<unk>``, and is an error otherwise.
+    The vocabulary is that of the training text only. Other words in the validation or test text become ``<unk>`` if
+    the training text contains ``<unk>``, and raise an error otherwise.
 
     Args:
-        root: the folder; ``ptb.train.txt`` and ``wiki.train.tokens`` are other names that are understood.
-        unit: what a token is.
-        lowercase: fold the case. Corpora that are in lower case already lose by it: Penn Treebank's number token ``N``
-            would become the word ``n``.
+        root: the folder; names such as ``ptb.train.txt`` and ``wiki.train.tokens`` are also accepted.
+        unit: the unit of a token.
+        lowercase: convert to lower case. Not for corpora that are already in lower case: the number token ``N`` of the
+            Penn Treebank would become the word ``n``.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is empty or not UTF-8, or has unknown words; names the file.
     """
     check_unit(unit)
     train, valid, test = (_find(root.expanduser(), split) for split in ("train", "valid", "test"))
@@ -49,17 +53,17 @@ def text_folder(root: Path, *, unit: TextUnit = "word", lowercase: bool = False)
 
 
 def text_file(file: Path, *, unit: TextUnit = "character", lowercase: bool = False) -> Corpus:
-    """The corpus in one text file (UTF-8): its first 90 % for training, then 5 % for validation and 5 % for test.
+    """The corpus in one text file (UTF-8): the first 90 % for training, then 5 % for validation and 5 % for the test.
 
-    The vocabulary is that of the whole file, so that all of it can be scored.
+    The vocabulary is that of the whole file, so that the whole text can be scored.
 
     Args:
-        file: the text.
-        unit: what a token is.
-        lowercase: fold the case.
+        file: the text file.
+        unit: the unit of a token.
+        lowercase: convert to lower case.
 
     Raises:
-        ValueError: the file is not UTF-8, empty, or too short to be cut.
+        ValueError: the file is not UTF-8, empty, or too short for three splits.
     """
     check_unit(unit)
     with _naming(file):
@@ -67,7 +71,7 @@ def text_file(file: Path, *, unit: TextUnit = "character", lowercase: bool = Fal
         first, second = len(ids) * 18 // 20, len(ids) * 19 // 20
         if second - first < 2:
             raise ValueError(
-                f"the text has {len(ids)} {unit}s, and a twentieth of it is for validation: give one of at least 40."
+                f"the text has {len(ids)} {unit}s, and 5 % of it are for validation; give a text of at least 40."
             )
         train, valid, test = (Stream.of_text(part) for part in (ids[:first], ids[first:second], ids[second:]))
     return Corpus(name=file.name, train=train, valid=valid, test=test, vocabulary=vocabulary, unit=unit)
@@ -76,15 +80,19 @@ def text_file(file: Path, *, unit: TextUnit = "character", lowercase: bool = Fal
 def published(
     root: Path, *, counts: Mapping[str, int], name: str, title: str, files: str, unit: TextUnit = "word"
 ) -> Corpus:
-    """The text of a folder, which must be that of the literature.
+    """The corpus in a folder, after checking that it is the one of the literature.
 
     Args:
         root: the folder, as for ``text_folder``.
-        counts: the tokens of ``train``, ``valid`` and ``test`` and of the ``vocabulary``; of words with ``<eos>``.
-        name: what reports call the corpus.
-        title: what an error calls it.
-        files: what to get instead, for an error.
-        unit: what a token is.
+        counts: the published numbers of tokens in ``train``, ``valid``, ``test`` and the ``vocabulary``; word counts
+            include ``<eos>``.
+        name: the name of the corpus in reports.
+        title: the name of the corpus in errors.
+        files: the right files, for errors.
+        unit: the unit of a token.
+
+    Raises:
+        ValueError: a count differs.
     """
     corpus = text_folder(root, unit=unit)
     streams = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
@@ -114,13 +122,17 @@ def _find(root: Path, split: str) -> Path:
             return root / name
     present = ", ".join(sorted(path.name for path in root.iterdir())[:8])
     raise FileNotFoundError(
-        f"{root} has no file for {split}: it holds {present or 'nothing'}, and {' or '.join(names)} is read; "
-        "rename or add the file."
+        f"{root} has no file for {split}: it holds {present or 'nothing'}, and the file must be called "
+        f"{' or '.join(names)}; rename or add it."
     )
 
 
 def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
-    """The lines of a file: UTF-8, any line ends, not all blank. It is never in memory as a whole."""
+    """The lines of a UTF-8 file with any line ends, one at a time.
+
+    Raises:
+        ValueError: the file is not UTF-8, or has only blank lines.
+    """
     offset, blank = 0, True
     with path.open("rb") as file:
         for number, data in enumerate(file, 1):
@@ -138,12 +150,12 @@ def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
             offset, blank = offset + len(data), blank and not line.strip()
             yield line.lower() if lowercase else line
     if blank:
-        raise ValueError(f"the file is empty ({offset} bytes, no word), and a split needs text; check how it was made.")
+        raise ValueError(f"the file is empty ({offset} bytes, no word), and a split needs text; check the file.")
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a text is said with the name of its file."""
+    """Put the name of the file in front of any ValueError raised within it."""
     try:
         yield
     except ValueError as error:
@@ -152,12 +164,12 @@ def _naming(path: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class TextFolder(FolderSource):
-    """Text of your own: a folder with train.txt, valid.txt and test.txt, or one file that is cut 90 : 5 : 5."""
+    """Text of your own: a folder with train.txt, valid.txt and test.txt, or one file that is split 90 : 5 : 5."""
 
     unit: Literal["word", "character"] = "word"
-    """What one token is."""
+    """The unit of a token."""
     lowercase: bool = False
-    """Whether capital letters are lowered first."""
+    """True to convert the text to lower case."""
 
     def load(self) -> Corpus:
         """The corpus; its vocabulary is that of train.txt, or of the whole file."""

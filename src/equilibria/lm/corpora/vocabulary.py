@@ -1,4 +1,4 @@
-"""Vocabulary: the tokens of a language, text to ids and back.
+"""Vocabulary: the tokens of a corpus; converts text to ids and back.
 
 Letters: L length of a stream of tokens.
 """
@@ -22,27 +22,27 @@ from jaxtyping import Int
 from torch import Tensor
 
 TextUnit = Literal["word", "character"]
-"""What one token of a text is."""
+"""The unit of a token of text."""
 
 END = "<eos>"
-"""The token that ends a line of words."""
+"""The token at the end of a line of words."""
 UNKNOWN = "<unk>"
-"""The token that stands for every word outside the vocabulary; an ordinary word in corpora that already contain it."""
+"""The token for every word outside the vocabulary; in corpora that contain it, it is an ordinary word there."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a language; the id of a token is its place.
+    """The tokens of a corpus; the id of a token is its index.
 
     Characters: ``decode(encode(text)) == text``. Words are separated by whitespace and keep their case, and every line
-    ends in ``<eos>``, blank ones included; ``decode`` then returns the same words with single spaces between them and
-    each ``<eos>`` as a line break.
+    ends in ``<eos>``, also a blank one; ``decode`` then returns the same words separated by single spaces, with a line
+    break for each ``<eos>``.
     """
 
     tokens: tuple[str, ...]
     """All tokens, each once."""
     unit: TextUnit
-    """What a token is: a ``word`` or a ``character``."""
+    """The unit of a token: "word" or "character"."""
 
     def __post_init__(self) -> None:
         check_unit(self.unit)
@@ -53,7 +53,7 @@ class Vocabulary:
         if len(self._ids) < len(self.tokens):
             token, count = Counter(self.tokens).most_common(1)[0]
             raise ValueError(
-                f"Vocabulary: the token {token!r} occurs {count} times and may occur once; remove the others."
+                f"Vocabulary: the token {token!r} occurs {count} times and may occur only once; remove the others."
             )
         for token in self.tokens:
             if self.unit == "character" and len(token) != 1 and token != UNKNOWN:
@@ -71,22 +71,22 @@ class Vocabulary:
     def of_text(cls, text: str, unit: TextUnit) -> Vocabulary:
         """The vocabulary of a text.
 
-        Characters come in the order of their code points. Words come most frequent first, as adaptive softmaxes expect,
-        ties by first appearance, after ``<eos>`` with id 0.
+        Characters are in the order of their code points. Words follow ``<eos>``, which has id 0, by decreasing
+        frequency, as adaptive softmaxes expect; words of equal frequency are in the order of first appearance.
         """
         vocabulary, _ = cls.of_lines(_lines(text), unit)
         return vocabulary
 
     @classmethod
     def of_lines(cls, lines: Iterable[str], unit: TextUnit) -> tuple[Vocabulary, Int[Tensor, " L"]]:
-        """The vocabulary of a text, as of ``of_text``, and the ids of the text (int64).
+        """The vocabulary of a text, as from ``of_text``, and the ids of the text (int64).
 
-        The text is read once and takes at most some twelve bytes a token: every new token gets the next free id, and
-        the ids are renumbered at the end.
+        The text is read once and needs about twelve bytes per token: every new token gets the next free id, and the
+        ids are renumbered at the end.
 
         Args:
-            lines: each with its line feed, which the last one may lack; what iterating over a text file returns.
-            unit: what a token is.
+            lines: lines with their line feeds, which the last one may lack; for example an open text file.
+            unit: the unit of a token.
         """
         check_unit(unit)
         places, ids = _Places(), array("i")
@@ -112,35 +112,42 @@ class Vocabulary:
 
     @property
     def unknown(self) -> str | None:
-        """The token for everything outside the vocabulary, or None if such tokens are errors."""
+        """The token for all tokens outside the vocabulary; None if these raise an error."""
         return UNKNOWN if UNKNOWN in self._ids else None
 
     @property
     def end(self) -> str | None:
-        """The token that ends a line; None if there is none, as with characters, whose lines end in a line break."""
+        """The token at the end of a line; None if there is none, as for characters, whose lines end in a line feed."""
         return END if self.unit == "word" and END in self._ids else None
 
     def encode(self, text: str, *, finish: bool = True) -> Int[Tensor, " L"]:
         """The ids of a text (int64).
 
         Args:
-            text: lines end in a line feed.
-            finish: end the last line too when its line break is missing; False for a prompt that is to be continued.
+            text: the text; its lines end in line feeds.
+            finish: also end a last line without line feed; False for a prompt that will be continued.
+
+        Raises:
+            ValueError: the text has a token outside the vocabulary, which has no ``<unk>``.
         """
         return self.encode_lines(_lines(text), finish=finish)
 
     def encode_lines(self, lines: Iterable[str], *, finish: bool = True) -> Int[Tensor, " L"]:
-        """As ``encode``, of a text that is given line by line, as to ``of_lines``, and never held as a whole."""
+        """As ``encode``, for a text given line by line as in ``of_lines``, which need not fit into memory."""
         ids, place = array("i"), self._places.__getitem__
         for number, line in enumerate(lines, 1):
             try:
                 ids.extend(map(place, _tokens(line, unit=self.unit, end=self.end, finish=finish)))
-            except KeyError as error:  # the ids before it are there already
+            except KeyError as error:  # ids holds exactly the tokens before it
                 raise ValueError(self._unknown_token(error.args[0], position=len(ids), line=number)) from None
         return _tensor(ids).long()
 
     def decode(self, ids: Int[Tensor, " L"]) -> str:
-        """The text of the ids."""
+        """The text of the ids.
+
+        Raises:
+            ValueError: an id is outside 0 … V − 1.
+        """
         places = ids.tolist()
         if places and not (min(places) >= 0 and max(places) < len(self)):
             wrong = next(place for place in places if not 0 <= place < len(self))
@@ -154,12 +161,16 @@ class Vocabulary:
         return re.sub(" ?\n ?", "\n", " ".join("\n" if token == self.end else token for token in tokens))
 
     def to_json(self) -> dict[str, Any]:
-        """Itself as a plain dictionary."""
+        """The vocabulary as a plain dictionary."""
         return {"unit": self.unit, "tokens": list(self.tokens)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Vocabulary:
-        """The vocabulary that ``to_json`` described."""
+        """The vocabulary from the dictionary of ``to_json``.
+
+        Raises:
+            ValueError: the dictionary has other fields.
+        """
         tokens, unit = value.get("tokens"), value.get("unit")
         strings = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
         if set(value) != {"unit", "tokens"} or not strings or not isinstance(unit, str):
@@ -176,11 +187,11 @@ class Vocabulary:
 
     @functools.cached_property
     def _places(self) -> dict[str, int]:
-        """The id of every token; of ``<unk>`` for all others, if there is ``<unk>``."""
+        """The id of every token, and that of ``<unk>`` for all others if there is ``<unk>``."""
         return self._ids if self.unknown is None else _Known(self._ids)
 
     def _unknown_token(self, token: str, *, position: int, line: int) -> str:
-        """The sentence about the first token that the vocabulary lacks."""
+        """The error sentence for a token outside the vocabulary."""
         place = f"position {position}"
         if self.unit == "character" or self.end is not None:
             place += f", line {line}"
@@ -188,12 +199,12 @@ class Vocabulary:
         return (
             f"The {self.unit} {token!r} ({place}) is not among the {len(self)} {self.unit}s of the vocabulary, which "
             f"has no {UNKNOWN!r}{f'; the nearest are {near}' if near else ''}; "
-            f"replace it in the text, or take a vocabulary that contains it or {UNKNOWN!r}."
+            f"replace it in the text, or use a vocabulary that contains it or {UNKNOWN!r}."
         )
 
 
 class _Places(dict[str, int]):
-    """The ids of tokens in the order of their first appearance: a new one gets the next."""
+    """Ids of tokens in the order of first appearance: a new token gets the next id."""
 
     def __missing__(self, token: str) -> int:
         self[token] = place = len(self)
@@ -201,19 +212,19 @@ class _Places(dict[str, int]):
 
 
 class _Known(dict[str, int]):
-    """The ids of known tokens; the others have that of ``<unk>``, and are not remembered."""
+    """Ids of known tokens; all other tokens have the id of ``<unk>`` and are not stored."""
 
     def __missing__(self, token: str) -> int:
         return self[UNKNOWN]
 
 
 def _lines(text: str) -> Iterable[str]:
-    """The lines of a text, each with its line feed; nothing else ends a line."""
+    """The lines of a text with their line feeds; no other character ends a line."""
     return io.StringIO(text, newline="\n")
 
 
 def _tokens(line: str, *, unit: TextUnit, end: str | None, finish: bool) -> Sequence[str]:
-    """The tokens of one line: its characters, or its words and the end of the line if the vocabulary has one."""
+    """The tokens of one line: its characters, or its words and the token ``end``, if that is not None."""
     if unit == "character":
         return line
     words = line.split()
@@ -223,18 +234,18 @@ def _tokens(line: str, *, unit: TextUnit, end: str | None, finish: bool) -> Sequ
 
 
 def _tensor(ids: array[int]) -> Int[Tensor, " L"]:
-    """The numbers of an array("i"), not copied (int32)."""
+    """The numbers of an array("i") as a tensor (int32) that shares its memory."""
     return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
 
 
 def check_unit(unit: str) -> None:
-    """Refuses what is not the name of a text unit."""
+    """Raise a ValueError unless ``unit`` is "word" or "character"."""
     if unit not in typing.get_args(TextUnit):
         raise ValueError(f"unit={unit!r}: a token of text is a 'word' or a 'character'; try unit='word'.")
 
 
 def _nearest(token: str, tokens: tuple[str, ...], unit: TextUnit) -> list[str]:
-    """Up to three tokens like this one: words by spelling, characters by base letter and then by code point."""
+    """Up to three similar tokens: words by spelling, characters by base letter and then by code point."""
     if unit == "word":
         return difflib.get_close_matches(token, tokens)
 

@@ -1,4 +1,4 @@
-"""wikitext103, wikitext2: articles of Wikipedia by words, long enough for memory to matter."""
+"""wikitext103, wikitext2: articles of Wikipedia by words, long enough for a memory to help."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from equilibria.lm.corpora.source import FolderSource
 from equilibria.lm.corpora.text_folder import published
 
 WIKITEXT103_COUNTS = {"train": 103_227_021, "valid": 217_646, "test": 245_569, "vocabulary": 267_735}
-"""Tokens of WikiText-103 (Merity et al. 2017), one ``<eos>`` a line included, blank lines too, and its words."""
+"""Tokens of each split of WikiText-103 (Merity et al. 2017), with one ``<eos>`` per line, and different words."""
 WIKITEXT2_COUNTS = {"train": 2_088_628, "valid": 217_646, "test": 245_569, "vocabulary": 33_278}
-"""Tokens of WikiText-2, counted likewise; validation and test have the articles of WikiText-103."""
+"""The same numbers for WikiText-2; its validation and test texts are those of WikiText-103."""
 
 
 def wikitext103(root: Path) -> Corpus:
     """WikiText-103 from the folder with its token files ``wiki.train.tokens``, ``wiki.valid.tokens``, ….
 
-    Words are what whitespace separates, in their case; every line ends in ``<eos>``, blank ones included; ``<unk>`` is
-    a word like any other. The vocabulary is that of the training text, by decreasing frequency after ``<eos>`` = 0, as
-    adaptive softmaxes expect. Other counts than the published are refused, those of the raw variant among them.
+    Words are separated by whitespace and keep their case; every line ends in ``<eos>``, also a blank one; ``<unk>`` is
+    an ordinary word. The vocabulary is that of the training text, by decreasing frequency after ``<eos>`` = 0, as
+    adaptive softmaxes expect.
 
     Reading takes about half a minute and 1.5 GB of memory, of which the ids keep 0.8 GB.
 
     Reference: Merity, Xiong, Bradbury, Socher 2017, "Pointer sentinel mixture models".
+
+    Raises:
+        ValueError: the token counts are not the published ones, for example those of the raw variant.
     """
     return published(
         root,
@@ -37,7 +40,7 @@ def wikitext103(root: Path) -> Corpus:
 
 
 def wikitext2(root: Path) -> Corpus:
-    """WikiText-2, a fiftieth of WikiText-103 with a vocabulary of its own, read in the same way."""
+    """WikiText-2, a fiftieth of WikiText-103 with its own vocabulary, read in the same way as WikiText-103."""
     return published(
         root,
         counts=WIKITEXT2_COUNTS,
@@ -52,14 +55,14 @@ class WikiText103(FolderSource):
     """WikiText-103 by words: a folder with its three token files."""
 
     unit: ClassVar = "word"
-    """What one token is."""
+    """The unit of a token."""
     files: ClassVar[str] = "wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens"
-    """What the folder holds."""
+    """The names of the files, for errors."""
     origin: ClassVar[str] = "; `equilibria prepare wikitext103` fetches one"
-    """Where such a folder comes from."""
+    """How to get such a folder, for the error when none was named."""
 
     def load(self) -> Corpus:
-        """The corpus, its token counts checked; some half a minute."""
+        """The corpus; takes about half a minute. A ValueError if its token counts are not the published ones."""
         return wikitext103(self.folder())
 
 
@@ -68,12 +71,12 @@ class WikiText2(FolderSource):
     """WikiText-2 by words: a folder with its three token files."""
 
     unit: ClassVar = "word"
-    """What one token is."""
+    """The unit of a token."""
     files: ClassVar[str] = WikiText103.files
-    """What the folder holds."""
+    """The names of the files, for errors."""
     origin: ClassVar[str] = "; `equilibria prepare wikitext2` fetches one"
-    """Where such a folder comes from."""
+    """How to get such a folder, for the error when none was named."""
 
     def load(self) -> Corpus:
-        """The corpus, its token counts checked."""
+        """The corpus; a ValueError if its token counts are not the published ones."""
         return wikitext2(self.folder())

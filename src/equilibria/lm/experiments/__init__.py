@@ -1,4 +1,4 @@
-"""Experiments: frozen values that say everything about a training, and their JSON."""
+"""Experiments: frozen values that describe a training completely, and their JSON."""
 
 from equilibria.lm.experiments.decay import Cosine, Decay, Milestones, NonMonotone, Plateau, learning_rate
 from equilibria.lm.experiments.experiment import Experiment

@@ -1,4 +1,4 @@
-"""Checks of the numbers in the values of an experiment."""
+"""Range checks for the numbers in an experiment."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import torch
 
 LARGEST = torch.finfo(torch.float32).max
-"""Settings are multiplied with float32 weights, and PyTorch refuses a factor that float32 cannot hold."""
+"""Settings multiply float32 weights, and PyTorch raises an error for factors that do not fit into float32."""
 LARGEST_SEED = 2**63 - 1
 """The largest seed of PyTorch's generators."""
 
 
 def at_least(value: object, least: int, *names: str) -> None:
-    """Refuse numbers of a dataclass that are there and too small."""
+    """Raise a ValueError if one of the named fields of a dataclass is below ``least``; None is allowed."""
     for name in names:
         number = getattr(value, name)
         if number is not None and number < least:
@@ -22,10 +22,9 @@ def at_least(value: object, least: int, *names: str) -> None:
 
 
 def finite(value: object) -> None:
-    """Refuse floats anywhere in a tree of dataclasses that are no numbers of float32: NaN, infinity, 1e39.
+    """Raise a ValueError if a float in a tree of dataclasses is not finite in float32: NaN, infinity, 1e39.
 
-    Raises:
-        ValueError: names the field by its path from ``value``.
+    The error names the field by its path from ``value``.
     """
     for path, number in _floats(value):
         if not abs(number) <= LARGEST:
@@ -36,7 +35,7 @@ def finite(value: object) -> None:
 
 
 def _floats(value: object) -> Iterator[tuple[str, float]]:
-    """Every float in the tree, each with its path: "stages.0.penalty"."""
+    """All floats in the tree with their paths, such as "stages.0.penalty"."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
     else:
@@ -49,7 +48,7 @@ def _floats(value: object) -> Iterator[tuple[str, float]]:
 
 
 def at_most(value: object, most: float, name: str, *, advice: str) -> None:
-    """Refuse a number of a dataclass that is there and too large."""
+    """Raise a ValueError with ``advice`` if a field of a dataclass is above ``most``; None is allowed."""
     number = getattr(value, name)
     if number is not None and number > most:
         largest = "2⁶³ − 1" if most == LARGEST_SEED else f"{most:,.0f}"
@@ -57,7 +56,7 @@ def at_most(value: object, most: float, name: str, *, advice: str) -> None:
 
 
 def above_zero(value: object, *names: str) -> None:
-    """Refuse numbers of a dataclass that are there and not above zero."""
+    """Raise a ValueError unless the named fields of a dataclass are positive and finite; None is allowed."""
     for name in names:
         number = getattr(value, name)
         if number is not None and not 0 < number < float("inf"):

@@ -1,4 +1,4 @@
-"""How the learning rate falls after the warm-up: with the steps, or with what the validations say."""
+"""Decay: how the learning rate falls after the warm-up, as a function of the step or of the validation losses."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Decay(ABC):
 
     @abstractmethod
     def rate(self, step: int, *, peak: float, warmup: int, total: int, final: float, divisions: int) -> float:
-        """The rate for a step after the warm-up, for the same arguments as those of ``learning_rate``."""
+        """The rate for a step after the warm-up; the arguments are those of ``learning_rate``."""
 
     def divides(self, losses: Sequence[float]) -> bool:
-        """Whether the last of these validations, oldest first, divides the rate; by default none does."""
+        """True if the last of these validation losses, oldest first, divides the rate; by default never."""
         return False
 
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Decay):
-    """Half a cosine from the peak down towards the final learning rate; see ``learning_rate``."""
+    """Half a cosine from the peak to the final learning rate; see ``learning_rate``."""
 
     def rate(self, step: int, *, peak: float, warmup: int, total: int, final: float, divisions: int) -> float:
         """final + ½ (peak − final) (1 + cos(π (step − warmup) / (total + 1 − warmup)))."""
@@ -34,68 +34,68 @@ class Cosine(Decay):
 
 @dataclasses.dataclass(frozen=True)
 class Milestones(Decay):
-    """The peak, divided by the same number after each of some steps."""
+    """The peak, divided by the same number after each of several steps."""
 
     steps: tuple[int, ...]
-    """Steps of the whole training; the first with a lower rate is the one after."""
+    """Steps, counted over the whole training, after which the rate is divided."""
     divide: float = 10.0
-    """What the rate is divided by."""
+    """Divisor of the rate."""
 
     def __post_init__(self) -> None:
         _check(self, above={"divide": 1})
         if not self.steps or self.steps[0] < 1 or list(self.steps) != sorted(set(self.steps)):
             raise ValueError(
-                f"Milestones(steps={self.steps}): at least one step, counted from 1 and each later than the one "
+                f"Milestones(steps={self.steps}): give at least one step, counted from 1, each later than the one "
                 "before; try (1_000, 2_000), or Cosine()."
             )
 
     def rate(self, step: int, *, peak: float, warmup: int, total: int, final: float, divisions: int) -> float:
-        """peak / divide^n after n of the steps."""
+        """peak / divide^n after n of the milestones."""
         return peak / self.divide ** sum(step > milestone for milestone in self.steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class NonMonotone(Decay):
-    """The rate is divided after a validation that is worse than the best of all but the last few before it.
+    """Divides the rate after a validation that is worse than the best one at least n + 1 validations before it.
 
-    The criterion is that of NT-ASGD (Merity, Keskar and Socher 2017, algorithm 1), which begins to average where it
-    first holds; dividing plain SGD's rate by 4 wherever it holds is what the code of TrellisNet does (Bai, Kolter and
-    Koltun 2019).
+    The criterion is that of NT-ASGD (Merity, Keskar and Socher 2017, algorithm 1), which begins to average the weights
+    when it first holds. The code of TrellisNet (Bai, Kolter and Koltun 2019) divides the rate of plain SGD by 4
+    whenever it holds.
     """
 
     window: int = 10
-    """n: the validations just before the last one, which do not count: worse than min(all before those)."""
+    """n: the n validations before the last one are ignored when the best earlier one is determined."""
     divide: float = 4.0
-    """What the rate is divided by; with averaging ("asgd") it stays as it is."""
+    """Divisor of the rate; with averaging ("asgd") the rate is not divided."""
     floor: float = 0.02
-    """No division leads below this rate; a peak that is lower is never divided."""
+    """Smallest rate after a division; a peak below it is never divided."""
 
     def __post_init__(self) -> None:
         _check(self, least={"window": 1, "floor": 0}, above={"divide": 1})
 
     def rate(self, step: int, *, peak: float, warmup: int, total: int, final: float, divisions: int) -> float:
-        """peak / divide^divisions, and never below the floor."""
+        """peak / divide^divisions, but not below the floor."""
         return max(peak / self.divide**divisions, min(peak, self.floor))
 
     def divides(self, losses: Sequence[float]) -> bool:
-        """Whether there are more than n losses before the last, and it is above the least of those but n."""
+        """True if more than n losses precede the last one and it exceeds the minimum of all but the last n of them."""
         *before, loss = losses
         return len(before) > self.window and loss > min(before[: -self.window])
 
 
 @dataclasses.dataclass(frozen=True)
 class Plateau(Decay):
-    """The rate is divided when more than so many validations in a row have brought nothing.
+    """Divides the rate when more than ``patience`` validations in a row are no improvement.
 
     The rule is that of ``torch.optim.lr_scheduler.ReduceLROnPlateau`` in its relative form, without cool-down.
     """
 
     patience: int = 5
-    """Validations in a row without a better loss that are forgiven; the next one divides."""
+    """Number of validations in a row that may bring no improvement; the next such validation divides the rate."""
     divide: float = 10.0
-    """What the rate is divided by."""
+    """Divisor of the rate."""
     threshold: float = 1e-4
-    """Relative amount by which a loss must lie below the best one to be better."""
+    """Relative amount by which a loss must be below the best one to count as an improvement."""
 
     def __post_init__(self) -> None:
         _check(self, least={"patience": 0, "threshold": 0}, above={"divide": 1})
@@ -105,7 +105,7 @@ class Plateau(Decay):
         return peak / self.divide**divisions
 
     def divides(self, losses: Sequence[float]) -> bool:
-        """Whether patience ends with the last of the losses; it begins anew after each division."""
+        """True if the patience is exceeded at the last loss; the count restarts after each division."""
         best, idle, divided = math.inf, 0, False
         for loss in losses:
             better = loss < best * (1 - self.threshold)
@@ -120,25 +120,25 @@ CATALOGUE = (Cosine, Milestones, NonMonotone, Plateau)
 
 @dataclasses.dataclass(frozen=True)
 class Validated:
-    """What the validations have done to the learning rate so far."""
+    """The validation losses so far, and their effect on the learning rate."""
 
     losses: tuple[float, ...] = ()
-    """Nats of the validations that can be compared with each other, oldest first."""
+    """Mean nll of the validations that are comparable with each other, oldest first."""
     divisions: int = 0
-    """How often they have divided the rate."""
+    """Number of times that validations have divided the rate."""
 
     @classmethod
     def stored(cls, state: Mapping[str, Any] | None) -> Validated:
-        """What ``dataclasses.asdict`` made of one, from JSON; nothing yet if a checkpoint has none."""
+        """The value from the JSON of its ``dataclasses.asdict``; an empty one for None, as in old checkpoints."""
         return cls() if state is None else cls(losses=tuple(state["losses"]), divisions=state["divisions"])
 
     def after(self, loss: float, decay: Decay) -> Validated:
-        """The same after one more validation; a loss that is not finite is worse than any other."""
+        """The value after one more validation; a loss that is not finite counts as worse than any other."""
         losses = (*self.losses, loss if math.isfinite(loss) else sys.float_info.max)
         return Validated(losses=losses, divisions=self.divisions + decay.divides(losses))
 
     def without_losses(self) -> Validated:
-        """Without the losses, with which what follows cannot be compared; the rate stays divided."""
+        """The value without losses, for a model whose losses are not comparable; the divisions stay."""
         return dataclasses.replace(self, losses=())
 
 
@@ -157,23 +157,26 @@ def learning_rate(
         s ≤ warmup:  peak · s / warmup
         s > warmup:  final + ½ (peak − final) (1 + cos(π (s − warmup) / (total + 1 − warmup)))
 
-    It is set before the step, so that with a warm-up the first update has the rate peak / warmup, and it depends on
-    nothing but s, and on the number of divisions where validations divide it. ``final`` would be the rate of the step
-    after the last: a step with a rate of 0 would train nothing. Deviations from the code of Bai, Kolter and Koltun
-    (2019): theirs is set after the step (the first update has the full rate), and their cosine is measured from
-    step 0, which makes the rate jump where the warm-up ends.
+    The rate is set before the step, so with a warm-up the first update has the rate peak / warmup. It depends only on s
+    and, where validations divide it, on the number of divisions. ``final`` is the rate of step ``total`` + 1, since a
+    step with a rate of 0 would train nothing. Deviations from the code of Bai, Kolter and Koltun (2019): theirs sets
+    the rate after the step, so that the first update has the full rate, and measures the cosine from step 0, so that
+    the rate jumps at the end of the warm-up.
 
     Args:
-        step: s, counted from 1; beyond ``total`` a cosine stays ``final``.
+        step: s, counted from 1; after ``total`` a cosine stays at ``final``.
         peak: the largest rate, reached at the end of the warm-up.
         warmup: steps of the warm-up; 0 for none.
         total: steps of the whole training.
-        final: what a cosine falls towards; the other decays have no use for it.
+        final: final rate of a cosine; the other decays ignore it.
         decay: how the rate falls after the warm-up; None for ``Cosine()``.
-        divisions: how often validations have divided the rate.
+        divisions: number of times that validations have divided the rate.
+
+    Raises:
+        ValueError: ``step`` is below 1.
     """
     if step < 1:
-        raise ValueError(f"learning_rate(step={step}): steps are counted from 1; the rate is set before the step.")
+        raise ValueError(f"learning_rate(step={step}): steps are counted from 1; give the number of the next step.")
     if step <= warmup:
         return peak * step / warmup
     decay = Cosine() if decay is None else decay
@@ -181,7 +184,7 @@ def learning_rate(
 
 
 def _check(decay: Decay, *, above: dict[str, float], least: dict[str, float] | None = None) -> None:
-    """Refuse numbers out of bounds."""
+    """Raise a ValueError for fields that are not finite, not above ``above``, or below ``least``."""
     wrong = [(name, f"above {bound:g}") for name, bound in above.items() if not bound < getattr(decay, name) < math.inf]
     for name, bound in (least or {}).items():
         if not bound <= getattr(decay, name) < math.inf:

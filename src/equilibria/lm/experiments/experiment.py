@@ -1,4 +1,4 @@
-"""An experiment: one frozen tree of values that says everything about a run."""
+"""Experiment: one frozen tree of values that describes a training completely."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from equilibria.lm.suggestions import nearest_or_all
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What is trained on what, and how."""
+    """The corpus, the model and the training."""
 
     name: str
-    """What the run is called."""
+    """The name of the run."""
     corpus: Source
-    """Where the text comes from."""
+    """The corpus to load."""
     model: LanguageConfig | RecurrentConfig
-    """The sizes of the model."""
+    """The hyper-parameters of the model."""
     stages: tuple[Stage, ...]
-    """The parts of the training, in order."""
+    """The stages of the training, in order."""
     training: Training = dataclasses.field(default_factory=Training)
-    """Batches, optimiser, log and checkpoints."""
+    """Batches, optimiser, validation, log, faults and devices."""
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise ValueError("Experiment(stages=()): an experiment has at least one stage; give one Stage(…).")
+            raise ValueError("Experiment(stages=()): an experiment needs at least one stage; give Stage(…).")
         finite(self)
         self._check_methods()
         names = [stage.name for stage in self.stages]
@@ -48,12 +48,12 @@ class Experiment:
             )
 
     def _check_methods(self) -> None:
-        """Raise a ValueError unless exactly the stages of an equilibrium have a method."""
+        """Raise a ValueError unless the stages of an equilibrium have a method, and only those of a network a depth."""
         solves = self.model.solves
         for stage in self.stages:
             if solves and stage.method is None:
                 raise ValueError(
-                    f"Stage({stage.name!r}, method=None) of an equilibrium: it has to know how to solve; give "
+                    f"Stage({stage.name!r}, method=None) of an equilibrium: a method says how to solve it; give "
                     "method=Method(solver, stop, gradient), or network_of(depth) for a shallow stage."
                 )
             if not solves and stage.method is not None:
@@ -62,7 +62,7 @@ class Experiment:
                     "out."
                 )
 
-        explicit = getattr(self.model, "explicit", None)
+        explicit = self.model.explicit
         for stage in self.stages:
             if stage.depth is not None and stage.depth > (0 if explicit is None else explicit.depth):
                 layers = "no explicit network" if explicit is None else f"a network of {explicit.depth} layers"
@@ -70,11 +70,11 @@ class Experiment:
 
     @property
     def total_steps(self) -> int:
-        """Steps of all stages together."""
+        """Number of steps of all stages together."""
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, done: int) -> int:
-        """The index of the stage that the next step belongs to, after ``done`` steps; the last one at the end."""
+        """The index of the stage of step ``done`` + 1; the last stage after the end."""
         end = 0
         for index, stage in enumerate(self.stages):
             end += stage.steps
@@ -83,10 +83,10 @@ class Experiment:
         return len(self.stages) - 1
 
     def stage_named(self, name: str) -> Stage:
-        """The stage of that name.
+        """The stage with this name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no such stage.
         """
         for stage in self.stages:
             if stage.name == name:
@@ -95,9 +95,9 @@ class Experiment:
         raise ValueError(f"There is no stage {name!r} in {self.name!r}; {nearest_or_all(name, names)}")
 
     def build(self, corpus: Corpus | Language, stage: Stage | None = None) -> LanguageModel:
-        """The model with fresh weights, drawn from PyTorch's generator.
+        """The model with new weights, drawn from PyTorch's global generator.
 
-        Its own way to solve is that of ``stage``, by default the last one; a training passes that of each step.
+        Its method is that of ``stage``, by default the last one. The trainer passes a method with every step.
         """
         stage = stage or self.stages[-1]
         size, how = len(corpus.vocabulary), {"method": stage.training_method, "eval_stop": stage.eval_stop}

@@ -35,15 +35,15 @@ def to_json(experiment: Experiment) -> dict[str, JSON]:
 def from_json(data: Mapping[str, JSON], *, extra: Iterable[type] = ()) -> Experiment:
     """The experiment that ``to_json`` wrote.
 
-    Kinds are looked up in a table made of the catalogues of sources, solvers, gradient rules, decays and shapes, and
-    never imported by name.
+    Kinds are looked up in the library's catalogues of sources, solvers, gradient rules, decays and configurations;
+    nothing is imported by name.
 
     Args:
-        data: nested dicts; a field that is left out has its default.
+        data: nested dicts; missing fields have their defaults.
         extra: dataclasses from outside the library that the experiment uses.
 
     Raises:
-        ValueError: a kind or a field is unknown, or a value has the wrong type; names the nearest ones.
+        ValueError: a kind or a field is unknown, or a value has the wrong type; suggests similar names.
     """
     kinds = {**_kinds(), **{kind.__name__: kind for kind in extra}}
     experiment = _decode(data, Experiment, kinds, where="experiment")
@@ -53,7 +53,7 @@ def from_json(data: Mapping[str, JSON], *, extra: Iterable[type] = ()) -> Experi
 
 
 def kinds_in(value: Any) -> set[type]:
-    """Every dataclass that occurs in an experiment, those from outside the library included."""
+    """All dataclasses in an experiment, including those from outside the library."""
     if isinstance(value, tuple):
         return set().union(*map(kinds_in, value))
     if not dataclasses.is_dataclass(value):
@@ -64,7 +64,7 @@ def kinds_in(value: Any) -> set[type]:
 
 @functools.cache
 def _kinds() -> dict[str, type]:
-    """Every dataclass that an experiment of the library can hold, by name."""
+    """All dataclasses of the library that an experiment can contain, by name."""
     kinds: dict[str, type] = {}
     pending = [Experiment, Stage, Method, Training, Stop, LanguageConfig]
     pending += [*corpora.CATALOGUE, *solvers.CATALOGUE, *gradients.CATALOGUE, *decay.CATALOGUE]
@@ -89,13 +89,13 @@ def _encode(value: Any) -> JSON:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(
-        f"{value!r} of type {type(value).__name__} cannot be written as JSON; an experiment holds frozen dataclasses, "
-        "tuples, paths, numbers, strings and None."
+        f"{value!r} of type {type(value).__name__} cannot be written as JSON; use frozen dataclasses, tuples, paths, "
+        "numbers, strings and None."
     )
 
 
 def _decode(data: JSON, hint: Any, kinds: Mapping[str, type], *, where: str) -> Any:
-    """The value that ``data`` stands for where a value of type ``hint`` is expected."""
+    """The value of type ``hint`` that ``data`` represents; ``where`` is its path, for errors."""
     if isinstance(data, Mapping):
         return _decode_dataclass(data, hint, kinds, where=where)
     for member in _members(hint):
@@ -109,15 +109,15 @@ def _decode(data: JSON, hint: Any, kinds: Mapping[str, type], *, where: str) -> 
             return member(data)
         if member is torch.dtype and isinstance(data, str) and data in DTYPES:
             return DTYPES[data]
-    written = (member for member in _members(hint) if typing.get_origin(member) is not Callable)  # which is never JSON
-    allowed = " or ".join(map(_named, written))
+    possible = [member for member in _members(hint) if typing.get_origin(member) is not Callable]  # never in JSON
+    allowed = " or ".join(map(_named, possible))
     raise ValueError(f"{where} is {data!r}; it must be {allowed}.")
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-"""The dtypes that an experiment can name."""
+"""The dtypes that an experiment can contain, by their names in JSON."""
 _WIDER = {(int, float), (str, Path)}
-"""What a plain JSON value may become where it is not expected as it is."""
+"""Allowed conversions of a JSON value: its type, and the type that is expected."""
 
 
 def _decode_dataclass(data: Mapping[str, JSON], hint: Any, kinds: Mapping[str, type], *, where: str) -> Any:
@@ -126,7 +126,7 @@ def _decode_dataclass(data: Mapping[str, JSON], hint: Any, kinds: Mapping[str, t
     if kind is None:
         raise ValueError(
             f"{where} has the unknown kind {data.get('kind')!r}; {nearest_or_all(str(data.get('kind')), kinds)} "
-            "A dataclass of your own is named with --recipe FILE.py:FUNCTION, or in from_json(…, extra=[…])."
+            "Name a dataclass of your own with --recipe FILE.py:FUNCTION, or in from_json(…, extra=[…])."
         )
     allowed = [member for member in _members(hint) if isinstance(member, type)]
     if not any(issubclass(kind, member) for member in allowed):

@@ -1,4 +1,4 @@
-"""The settings of a training in groups, one per concern; ``Training`` holds one of each."""
+"""The settings of a training in groups, one per topic; ``Training`` has one of each."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from equilibria.lm.experiments.decay import CATALOGUE, Cosine, Decay, NonMonoton
 from equilibria.lm.ranks import KINDS, Parallel
 
 MOST_THREADS = 1024
-"""No machine gains from more; OpenMP ends the process where the system refuses it a thread."""
+"""More threads help on no machine, and OpenMP ends the process if the system cannot give it a thread."""
 LONGEST_WAIT = 1e7
-"""Seconds: 115 days; a clock overflows somewhere beyond."""
+"""Seconds, i.e. 115 days; much longer times overflow the clock of the process group."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """How the text for training is cut."""
+    """How the training text is divided into batches."""
 
     batch_size: int = 8
     """Streams of text that are read side by side."""
     segment_length: int = 64
-    """Tokens of each stream per step; corpora of independent sequences take whole ones."""
+    """Tokens of each stream per step; corpora of independent sequences take whole sequences."""
     overlap: int = 0
-    """Tokens that a segment shares with the one before: read again, without memory, and not scored; 0 for memory."""
+    """Tokens that a segment shares with the previous one, read again and not scored; 0 to carry the memory instead."""
 
     def __post_init__(self) -> None:
         finite(self)
@@ -54,13 +54,13 @@ class Optimisation:
     epsilon: float = 1e-8
     """Added to the root of Adam's second moment."""
     momentum: float = 0.0
-    """Share of the last update that SGD repeats, before the learning rate."""
+    """Momentum of SGD."""
     weight_decay: float = 0.0
-    """Weight decay per step, times the learning rate; all but "adamw" add it to the gradient, after the clipping."""
+    """Weight decay per step, times the learning rate; all but "adamw" add it to the gradient after clipping."""
     clip: float | None = 0.25
     """Largest Euclidean norm of the whole gradient; None for no limit."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic inside the model; weights and the solvers' algebra are float32. For tolerances of 1e-2 and above."""
+    """Arithmetic inside the model; weights and the solvers' algebra stay float32. Use bfloat16 for rtol ≥ 1e-2 only."""
 
     def __post_init__(self) -> None:
         finite(self)
@@ -74,21 +74,21 @@ class Optimisation:
             raise ValueError(f"Optimisation(betas={self.betas}): both decays lie in [0, 1); try (0.9, 0.999).")
         if not 0 <= self.momentum < 1 or (self.momentum and self.optimiser != "sgd"):
             raise ValueError(
-                f"Optimisation(momentum={self.momentum}, optimiser={self.optimiser!r}): a share in [0, 1), for 'sgd' "
-                "only; try 0.9, or 0 for none."
+                f"Optimisation(momentum={self.momentum}, optimiser={self.optimiser!r}): momentum is in [0, 1), and "
+                "only 'sgd' has it; try 0.9, or 0 for none."
             )
         self._check_decay()
 
     def _check_decay(self) -> None:
         if self.optimiser == "asgd" and not isinstance(self.decay, NonMonotone):
             raise ValueError(
-                f"Optimisation(optimiser='asgd', decay={self.decay}): the averaging begins where NonMonotone triggers; "
+                f"Optimisation(optimiser='asgd', decay={self.decay}): averaging begins when NonMonotone triggers; "
                 "give decay=NonMonotone(), or optimiser='sgd'."
             )
         if self.final_learning_rate and not isinstance(self.decay, Cosine) and type(self.decay) in CATALOGUE:
             raise ValueError(
                 f"Optimisation(final_learning_rate={self.final_learning_rate}, decay={self.decay}): only a cosine "
-                "falls towards a final rate; give decay=Cosine(), or final_learning_rate=0."
+                "has a final rate; give decay=Cosine(), or final_learning_rate=0."
             )
 
 
@@ -99,13 +99,13 @@ class Validation:
     valid_every: int = 500
     """Steps between two validations."""
     eval_batch_size: int = 8
-    """Streams that are read side by side; 1 scores every token but the first."""
+    """Streams that are read side by side; with 1 every token except the first is scored."""
     eval_segment_length: int | None = None
-    """Tokens of each stream per step; None for segment_length."""
+    """Tokens of each stream per solve; None for segment_length."""
     eval_overlap: int | None = None
-    """Tokens that a segment shares with the one before; None for overlap."""
+    """Tokens that a segment shares with the previous one; None for overlap."""
     valid_segments: int | None = None
-    """Segments that are read; None for all."""
+    """Number of segments per validation; None for all."""
 
     def __post_init__(self) -> None:
         finite(self)
@@ -115,7 +115,7 @@ class Validation:
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """What is written down, without influence on what is trained."""
+    """Logs and measurements, which have no influence on the weights."""
 
     log_every: int = 10
     """Steps between two lines of the log."""
@@ -124,35 +124,37 @@ class Logging:
     spectral_radius: int = 40
     """Power iterations for the spectral radius of the Jacobian at each validation; 0 for none."""
     measure_memory: bool = True
-    """Whether the peak memory of a training step is measured at the end, beside that of the same cell unrolled."""
+    """Whether the peak memory of a training step, and of one of the unrolled cell, is measured at the end."""
     memory_depths: tuple[int, ...] = (8, 16, 32, 64)
-    """Depths of the unrolled networks in that measurement."""
+    """Depths of the unrolled cell in that measurement."""
     tensorboard: bool = False
-    """Whether the log is written for TensorBoard as well."""
+    """Whether the log is also written for TensorBoard."""
 
     def __post_init__(self) -> None:
         finite(self)
         at_least(self, 1, "log_every")
         at_least(self, 0, "spectral_radius")
         if 0 < self.spectral_radius < 3:
-            raise ValueError(f"Logging(spectral_radius={self.spectral_radius}): 3 iterations at least; try 40, or 0.")
+            raise ValueError(
+                f"Logging(spectral_radius={self.spectral_radius}): give at least 3 iterations; try 40, or 0 for none."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
-    """What is kept for the case that something fails, and what happens then."""
+    """Checkpoints, and the reaction to failures."""
 
     checkpoint_every: int = 500
-    """Steps between two checkpoints; a validation that is the best one makes one too."""
+    """Steps between two checkpoints; a best validation also writes one."""
     keep: int = 2
-    """Newest checkpoints that stay, besides the best one."""
+    """Number of newest checkpoints to keep, besides the best one."""
     rollbacks: int = 2
-    """How often a run goes back to its newest checkpoint, each time with half the learning rate, when loss or gradient
-    is not finite; then it stops."""
+    """Number of times that a run returns to its newest checkpoint, each time with half the learning rate, when the loss
+    or the gradient is not finite; after that it stops."""
     unconverged: Literal["continue", "raise_budget", "skip_step", "stop"] = "continue"
-    """What to do in a step in which more samples than ``tolerated`` do not converge, forward or backward."""
+    """Action in a step in which more samples than ``tolerated`` do not converge, forward or backward."""
     tolerated: float = 0.5
-    """Share of the samples of a step that may fail before ``unconverged`` acts."""
+    """Share of the samples of a step that may fail to converge before ``unconverged`` acts."""
 
     POLICIES: ClassVar = ("continue", "raise_budget", "skip_step", "stop")
 
@@ -165,39 +167,39 @@ class Faults:
                 f"Faults(unconverged={self.unconverged!r}): it is one of {', '.join(map(repr, self.POLICIES))}."
             )
         if not 0 <= self.tolerated < 1:
-            raise ValueError(f"Faults(tolerated={self.tolerated}): a share in [0, 1); try 0.5.")
+            raise ValueError(f"Faults(tolerated={self.tolerated}): tolerated is a share in [0, 1); try 0.5.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Where the arithmetic happens; it may change the last bits of what is trained, and nothing else."""
+    """The devices and processes of the computation; they may change the last bits of the weights, and nothing else."""
 
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", …; "auto" takes a GPU if there is one."""
     threads: int | None = None
-    """Threads of PyTorch on the CPU; None leaves them as they are."""
+    """Threads of PyTorch on the CPU; None does not change the number."""
     compile: bool = False
-    """Whether cells are compiled (torch.compile): about a minute at the start, and another for each new batch size."""
+    """Whether cells are compiled (torch.compile); takes about a minute at the start and for each new batch size."""
     accumulate: int = 1
-    """Parts of a batch that are computed one after the other, for less memory."""
+    """Number of parts of a batch that are computed one after the other, to save memory."""
     parallel: Parallel = "none"
-    """How the model is spread over the processes of a torchrun: a replica each ("ddp"), or a shard each ("fsdp")."""
+    """How torchrun's processes share the model: each has a replica ("ddp"), or a shard of each parameter ("fsdp")."""
     rank_timeout: float = 600.0
-    """Seconds after which a process that waits for a lost one gives up."""
+    """Seconds after which a process stops waiting for a lost one."""
 
     def __post_init__(self) -> None:
         finite(self)
         at_least(self, 1, "threads", "accumulate")
         above_zero(self, "rank_timeout")
-        at_most(self, MOST_THREADS, "threads", advice=f"this machine has {os.cpu_count()} cores, and None takes them")
+        at_most(self, MOST_THREADS, "threads", advice=f"this machine has {os.cpu_count()} cores; try None")
         at_most(self, LONGEST_WAIT, "rank_timeout", advice="try 600")
         if self.parallel not in KINDS:
             raise ValueError(f"Devices(parallel={self.parallel!r}): it is 'none', 'ddp' or 'fsdp'.")
 
 
 def too_long(name: str, overlap: int, length: int, *, of: str) -> str:
-    """The error for an overlap that leaves nothing of a segment."""
+    """The error sentence for an overlap that is not shorter than the segment."""
     return (
-        f"{of}({name}={overlap}): segments of {length} tokens share less than that with the one before; give at most "
-        f"{length - 1}, or 0 for none."
+        f"{of}({name}={overlap}): segments of {length} tokens share fewer than that with the previous one; give at "
+        f"most {length - 1}, or 0 for none."
     )

@@ -1,4 +1,4 @@
-"""Stage: a part of the training with its own way to solve."""
+"""Stage: a part of the training with its own method of solving."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from equilibria.solvers.picard import Picard
 from equilibria.stability import jacobian_penalty
 
 SOLVES = ("method", "eval_stop", "depth")
-"""Fields of a stage that decide how an ``Equilibrium`` solves, and which stages' validations can be compared."""
+"""Fields that determine how a model is evaluated; stages that agree in them have comparable validations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of the training with its own way to solve."""
+    """A part of the training with its own method of solving."""
 
     name: str
-    """What the logs call it."""
+    """The name in logs."""
     steps: int
-    """Training steps."""
+    """Number of training steps."""
     method: Method | None = None
-    """How the equilibrium is found and differentiated; None for a model that solves nothing."""
+    """Solver, stopping rule and gradient rule of the equilibrium; None for a model that solves nothing."""
     penalty: float = 0.0
-    """Weight γ of the Jacobian penalty ‖εᵀJ‖²/(B·T·D), in nats; 0 for none. z* counts as constant in it."""
+    """Weight γ of the Jacobian penalty ‖εᵀJ‖²/(B·T·D), in nats; 0 for none. z* is treated as constant in it."""
     penalty_share: float = 1.0
-    """Probability with which a step has the penalty; the steps without it cost nothing more."""
+    """Probability that a step has the penalty; steps without it have no extra cost."""
     eval_stop: Stop | None = None
     """Tolerances and budget in evaluation; None for those of the training."""
     warm: bool = False
-    """Start solves from what the cell remembers of the segment before, instead of zero."""
+    """Start solves from the last state that the cell remembers of the previous segment, instead of zero."""
     depth: int | None = None
-    """Layers of an explicit network that this stage trains, the first ones; None for all."""
+    """Number of layers of an explicit network that this stage trains, from the first; None for all."""
     budget_jitter: int = 0
-    """Evaluations by which the budget of a training step may fall short: each draws one of 0 … budget_jitter."""
+    """The budget of each training step is reduced by a random number of evaluations, 0 … budget_jitter."""
 
     def __post_init__(self) -> None:
         finite(self)
@@ -53,7 +53,7 @@ class Stage:
                 f"Stage(penalty={self.penalty}): the weight of the penalty is ≥ 0; try 1.0, or 0 for none."
             )
         if not 0 < self.penalty_share <= 1:
-            raise ValueError(f"Stage(penalty_share={self.penalty_share}): a probability in (0, 1]; try 0.4.")
+            raise ValueError(f"Stage(penalty_share={self.penalty_share}): a probability is in (0, 1]; try 0.4.")
         at_least(self, 1, "depth")
         if self.method is None:
             self._check_without_method()
@@ -63,8 +63,8 @@ class Stage:
         budget = self.method.stop.max_evals
         if not 0 <= self.budget_jitter < budget:
             raise ValueError(
-                f"Stage(budget_jitter={self.budget_jitter}): a budget of {budget} evaluations falls short by 0 to "
-                f"{budget - 1} of them; try 2, or 0 for the same budget in every step."
+                f"Stage(budget_jitter={self.budget_jitter}): a budget of {budget} evaluations can be reduced by 0 to "
+                f"{budget - 1}; try 2, or 0 for the same budget in every step."
             )
 
     def _check_without_method(self) -> None:
@@ -77,32 +77,32 @@ class Stage:
 
     @property
     def training_method(self) -> Method | None:
-        """How the stage is solved in training; failures are counted and recorded, so no solve warns of them."""
+        """The method in training; it does not warn of failures, which the trainer counts and logs."""
         return self.method and dataclasses.replace(self.method, on_failure="ignore")
 
     @property
     def evaluation_method(self) -> Method | None:
-        """How the equilibrium is found in evaluation."""
+        """The method in evaluation."""
         method = self.training_method
         return method if method is None or self.eval_stop is None else dataclasses.replace(method, stop=self.eval_stop)
 
     @property
     def layers(self) -> int | None:
-        """The depth of the weight-tied network that the stage trains, as ``network_of`` makes it; None for a solve."""
+        """The depth of the weight-tied network that the stage trains, see ``network_of``; None for a solve."""
         method = self.method
         if method is None or method.stop.has_tolerance or not isinstance(method.gradient, Unroll):
             return None
         return method.stop.max_evals - 1
 
     def solves_like(self, other: Stage) -> bool:
-        """True if the validations of both stages can be compared: they solve in the same way."""
+        """True if both stages solve in the same way, so that their validations are comparable."""
         return all(getattr(self, name) == getattr(other, name) for name in SOLVES)
 
     def drawn_method(self, method: Method | None) -> Method | None:
         """``method`` with a budget drawn for this step, max_evals − U{0, …, budget_jitter}.
 
-        So that no one depth is learnt by heart: from the code of Bai, Koltun and Kolter (2021). It is drawn from
-        PyTorch's generator, and only where there is something to draw.
+        It keeps the weights from fitting one particular depth, as in the code of Bai, Koltun and Kolter (2021). The
+        number comes from PyTorch's global generator, which is not used if ``budget_jitter`` is 0.
         """
         if self.budget_jitter == 0 or method is None:
             return method
@@ -111,7 +111,7 @@ class Stage:
         return dataclasses.replace(method, stop=stop)
 
     def drawn_penalty(self, output: LanguageOutput, part: BatchSlice | None) -> Float[Tensor, ""] | None:
-        """The Jacobian penalty of a step, without its weight; None if the step has none, which may be drawn."""
+        """The Jacobian penalty of a step, without its weight; None if this step has none (see ``penalty_share``)."""
         if self.penalty == 0 or output.solution is None:
             return None
         if self.penalty_share < 1 and float(torch.rand(())) >= self.penalty_share:
@@ -125,7 +125,7 @@ class Stage:
 
 
 def network_of(depth: int, *, name: str | None = None, steps: int = 1, checkpoint: bool = False) -> Stage:
-    """The stage that makes an equilibrium a weight-tied network of ``depth`` layers, by back-propagation."""
-    stop = Stop(rtol=0, atol=0, max_evals=depth + 1, best=False)  # the last evaluation tells the residual
+    """A stage that trains an equilibrium's cell as a weight-tied network of ``depth`` layers, by back-propagation."""
+    stop = Stop(rtol=0, atol=0, max_evals=depth + 1, best=False)  # the last evaluation is for the residual
     gradient = Unroll(checkpoint=checkpoint)
     return Stage(name=name or f"{depth} layers", steps=steps, method=Method(Picard(), stop, gradient))

@@ -1,4 +1,4 @@
-"""Training: the settings by which the weights of a model are trained."""
+"""Training: the settings for training the weights of a model."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from equilibria.lm.suggestions import nearest_or_all
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How the weights are trained, and what is written down meanwhile; every name occurs in one group only."""
+    """The settings of a training in groups; every name occurs in one group only."""
 
     batches: Batches = dataclasses.field(default_factory=Batches)
-    """How the text for training is cut."""
+    """How the training text is divided into batches."""
     optimisation: Optimisation = dataclasses.field(default_factory=Optimisation)
     """How the gradient changes the weights."""
     validation: Validation = dataclasses.field(default_factory=Validation)
     """How the validation text is read, and how often."""
     log: Logging = dataclasses.field(default_factory=Logging)
-    """What is written down."""
+    """Logs and measurements."""
     faults: Faults = dataclasses.field(default_factory=Faults)
-    """What is kept for the case that something fails, and what happens then."""
+    """Checkpoints, and the reaction to failures."""
     devices: Devices = dataclasses.field(default_factory=Devices)
-    """Where the arithmetic happens."""
+    """The devices and processes of the computation."""
     seed: int = 0
-    """Draws the initial weights, the dropout masks and the probes of the penalty."""
+    """Seed of the initial weights, the dropout masks and the probes of the penalty."""
 
     def __post_init__(self) -> None:
         finite(self)
         at_least(self, 0, "seed")
         at_most(self, LARGEST_SEED, "seed", advice="try 0")
-        rows, parts = self.batches.batch_size, self.devices.accumulate
-        if rows % parts:
+        batch_size, parts = self.batches.batch_size, self.devices.accumulate
+        if batch_size % parts:
             raise ValueError(
-                f"Training(batch_size={rows}, accumulate={parts}): the rows of a batch are divided evenly; give an "
-                "accumulate that divides the batch size, or 1."
+                f"Training(batch_size={batch_size}, accumulate={parts}): the parts of a batch have equal sizes; give "
+                "an accumulate that divides the batch size, or 1."
             )
         if self.devices.parallel == "fsdp" and self.optimisation.optimiser == "asgd":
             raise ValueError(
-                "Training(parallel='fsdp', optimiser='asgd'): averages are not kept in shards; give parallel='ddp'."
+                "Training(parallel='fsdp', optimiser='asgd'): averaged weights cannot be sharded; give parallel='ddp'."
             )
         length, overlap = self.evaluation["segment_length"], self.evaluation["overlap"]
-        if overlap >= length:  # found out now, and not after hours
+        if overlap >= length:  # otherwise noticed only at the first validation
             raise ValueError(too_long("eval_overlap", overlap, length, of="Training"))
 
     @property
     def evaluation(self) -> dict[str, Any]:
-        """How the validation text is read, by the names of ``evaluate``."""
+        """The arguments of ``evaluate`` for a validation: batch_size, segment_length and overlap."""
         batches, validation = self.batches, self.validation
         return {
             "batch_size": validation.eval_batch_size,
@@ -66,10 +66,10 @@ class Training:
         }
 
     def changed(self, **settings: Any) -> Training:
-        """The same with other settings, named without their group: ``training.changed(batch_size=16, seed=1)``.
+        """A copy with other settings, named without their group: ``training.changed(batch_size=16, seed=1)``.
 
         Raises:
-            TypeError: there is no such setting; names the nearest.
+            TypeError: there is no such setting; suggests similar names.
         """
         groups = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         home = {

@@ -1,4 +1,4 @@
-"""AdaptiveConfig: an adaptive embedding with its softmax, for vocabularies so large that most words are rare.
+"""AdaptiveConfig: an adaptive embedding and softmax, for large vocabularies in which most words are rare.
 
 Letters: D width, V vocabulary, d_i width of cluster i.
 """
@@ -16,12 +16,12 @@ from equilibria.lm.model.embedding import Dropped, Init
 class AdaptiveConfig:
     """The hyper-parameters of an adaptive embedding and its head; token ids go from frequent to rare words.
 
-    The split cross-entropy of Merity, Keskar and Socher (2018), which TrellisNet has on WikiText-103, is the case of
-    one table without projections: ``AdaptiveConfig(cutoffs=(2_800, 20_000, 76_000), division=1, slot_std=0.0)``.
+    The split cross-entropy of Merity, Keskar and Socher (2018), used by TrellisNet on WikiText-103, is the special case
+    of one table without projections: ``AdaptiveConfig(cutoffs=(2_800, 20_000, 76_000), division=1, slot_std=0.0)``.
     """
 
     cutoffs: tuple[int, ...] = (20_000, 40_000, 200_000)
-    """The first token id of each cluster but the first, increasing; the defaults are those of WikiText-103."""
+    """The first token id of clusters 1, 2, …, increasing; the defaults are those of WikiText-103."""
     division: int = 4
     """Cluster i has vectors of width ⌊width/division^i⌋; 1 gives all words the same width."""
     width: int | None = None
@@ -29,13 +29,13 @@ class AdaptiveConfig:
     projection_std: float = 0.01
     """The projections to the model's width start from N(0, projection_std²)."""
     slot_std: float | None = None
-    """The head's rows for the clusters start from N(0, slot_std²), at zero with 0; None for the start of the words."""
+    """The head's weights of the slots start from N(0, slot_std²); None to start them like those of the words."""
 
     def __post_init__(self) -> None:
         if not self.cutoffs or self.cutoffs[0] < 1 or list(self.cutoffs) != sorted(set(self.cutoffs)):
             raise ValueError(
-                f"AdaptiveConfig(cutoffs={self.cutoffs}): cutoffs are at least one token id, each at least 1 and "
-                "larger than the one before; try (20_000, 40_000, 200_000), or no AdaptiveConfig for a plain softmax."
+                f"AdaptiveConfig(cutoffs={self.cutoffs}): give at least one cutoff, each at least 1 and larger than "
+                "the one before; try (20_000, 40_000, 200_000), or no AdaptiveConfig for a plain softmax."
             )
         if self.division < 1:
             raise ValueError(
@@ -45,7 +45,7 @@ class AdaptiveConfig:
         if self.slot_std is not None and self.slot_std < 0:
             raise ValueError(
                 f"AdaptiveConfig(slot_std={self.slot_std}): a standard deviation is at least 0; try 0.01, or None for "
-                "that of the words."
+                "the standard deviation of the words."
             )
         if self.width is not None:
             self._widths(self.width)
@@ -69,16 +69,19 @@ class AdaptiveConfig:
 
         Args:
             vocabulary_size: V, larger than the last cutoff.
-            width: D, of the model.
-            outputs: channels of an untied head's input; None for D, which a tied one has.
-            tied: whether the head reads the embedding's tables and projections, or has its own.
+            width: D, width of the model.
+            outputs: channels of an untied head's input; None for D. A tied head has D.
+            tied: the head reads the embedding's tables and projections; otherwise it has its own.
             dropout: share dropped from the embedding's channels and from the head's input.
-            input_dropout: another share for the embedding's channels; None for ``dropout``.
+            input_dropout: share dropped from the embedding's channels; None for ``dropout``.
             word_dropout: share of the words that the embedding drops.
-            output_dropout: what is dropped from the head's input: a "channel" at all positions, or a whole "token".
-            scaled: whether the embedding's vectors are multiplied by √D.
-            std: tables, and the head's rows for the clusters, start with this standard deviation, as ``init`` says.
-            init: from N(0, std²) or from U(±√3·std).
+            output_dropout: dropout of the head's input, "channel" or "token", as in ``Head``.
+            scaled: multiply the embedding's vectors by √D.
+            std: initial standard deviation of the tables and of the head's slots.
+            init: draw them from N(0, std²) ("normal") or from U(±√3·std) ("uniform").
+
+        Raises:
+            ValueError: a cluster would have no word, or vectors of width 0.
         """
         clusters, widths = self._clusters(vocabulary_size), self._widths(self.width or width)
         common = {"std": std, "init": init, "projection_std": self.projection_std}
@@ -88,11 +91,11 @@ class AdaptiveConfig:
         common |= {"dropout": dropout, "output_dropout": output_dropout, "slot_std": self.slot_std}
         if tied:
             return embedding, TiedAdaptiveHead(embedding, width=width, **common)
-        self._widths(outputs := outputs or width)  # an untied head divides the width of its input
+        self._widths(outputs := outputs or width)  # raises if the head's last cluster would have width 0
         return embedding, UntiedAdaptiveHead(clusters, width=outputs, division=self.division, **common)
 
     def _clusters(self, vocabulary_size: int) -> Clusters:
-        """The vocabulary cut into clusters of at least one word each."""
+        """The clusters of the vocabulary, each with at least one word."""
         if self.cutoffs[-1] >= vocabulary_size:
             raise ValueError(
                 f"AdaptiveConfig(cutoffs={self.cutoffs}) over a vocabulary of {vocabulary_size}: each cluster has at "
@@ -102,7 +105,7 @@ class AdaptiveConfig:
         return Clusters(self.cutoffs, vocabulary_size)
 
     def _widths(self, width: int) -> tuple[int, ...]:
-        """d_i for each cluster."""
+        """d_i of each cluster, each at least 1."""
         widths = tuple(width // self.division**i for i in range(len(self.cutoffs) + 1))
         if widths[-1] < 1:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""Adaptive softmax: a word's probability is that of its cluster times that among the cluster's words.
+"""Adaptive softmax: p(word) = p(cluster of the word) · p(word | cluster).
 
-Only the frequent words are compared with all others at each position, so a large vocabulary costs little more than its
+At most positions only the logits of the frequent words are computed, so a large vocabulary costs little more than its
 frequent part (Grave et al. 2017).
 
 Letters: B batch, T time, N positions of all streams, D width, V vocabulary, C words of a cluster, d_i its width.
@@ -22,17 +22,17 @@ from equilibria.lm.model.embedding import Dropped, Init, started, widened
 from equilibria.lm.model.heads import Head
 
 Readers = list[Callable[[Tensor], Tensor]]
-"""One function a cluster, from states [N D] to logits of its words; those of cluster 0 are followed by one slot for
-each other cluster, in their order."""
+"""One function per cluster, from states [N D] to the logits [N C] of its words; cluster 0 has in addition one slot for
+each other cluster, after its words and in the order of the clusters."""
 
 
-class AdaptiveHead(Head, ABC):
+class AdaptiveHead(Head[AdaptiveEmbedding], ABC):
     """States to log-probabilities, cluster by cluster (Grave et al. 2017, eq. 8); log-softmax in float32 or wider.
 
-        log p(w) = log softmax(head)[w]                                     for a word of cluster 0,
-        log p(w) = log softmax(head)[slot i] + log softmax(tail_i)[w]       for one of cluster i
+        log p(w) = log softmax(head)[w]                                     for a word of cluster 0
+        log p(w) = log softmax(head)[slot i] + log softmax(tail_i)[w]       for a word of cluster i
 
-    Every parameter takes part in each call, so that one whose cluster has no target gets the gradient 0.
+    Every call uses every parameter: where a cluster has no target, its parameters get the gradient 0 and not None.
     """
 
     def __init__(self, clusters: Clusters, *, dropout: float = 0.0, output_dropout: Dropped = "channel") -> None:
@@ -41,34 +41,34 @@ class AdaptiveHead(Head, ABC):
 
     @abstractmethod
     def readers(self, embedding: AdaptiveEmbedding) -> Readers:
-        """The logits of each cluster, as functions of the states."""
+        """One function per cluster, from states to logits; see ``Readers``."""
 
-    def forward(self, h: Float[Tensor, "B T D"], embedding: AdaptiveEmbedding) -> Float[Tensor, "B T V"]:
-        """The log-probabilities of all words, for generation; as large as a plain softmax."""
+    def logits(self, h: Float[Tensor, "B T D"], embedding: AdaptiveEmbedding) -> Float[Tensor, "B T V"]:
+        """The log-probabilities of all words, for generation; costs as much as a plain softmax."""
         read, *others = self.readers(embedding)
         head = widened(read(h)).log_softmax(dim=-1)
         words, *slots = head.split([self.clusters.sizes[0], *(1 for _ in others)], dim=-1)
         tails = [widened(other(h)).log_softmax(dim=-1) for other in others]
         return torch.cat([words, *(slot + tail for slot, tail in zip(slots, tails, strict=True))], dim=-1)
 
-    def nats(
+    def nll(
         self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: AdaptiveEmbedding
     ) -> Float[Tensor, "B T"]:
-        """−log p(target), position by position; a tail sees only the positions whose target it has."""
+        """−log p(target) at each position, in nats; a tail is evaluated only where its cluster has the target."""
         states, words = h.flatten(0, 1), targets.flatten()
         read, *others = self.readers(embedding)
         _, *pieces = self.clusters.pieces(words)
         slots = self.clusters.sizes[0] - 1 + self.clusters.of(words)
-        nats = _nats(read(states), torch.where(words < self.clusters.cutoffs[0], words, slots))
+        nll = _nll(read(states), torch.where(words < self.clusters.cutoffs[0], words, slots))
         rare = [
-            _nats(other(states.index_select(0, piece.positions)), piece.words)
+            _nll(other(states.index_select(0, piece.positions)), piece.words)
             for other, piece in zip(others, pieces, strict=True)
         ]
         positions = torch.cat([piece.positions for piece in pieces])
-        return nats.index_add(0, positions, torch.cat(rare)).view(targets.shape)
+        return nll.index_add(0, positions, torch.cat(rare)).view(targets.shape)
 
     def extra_repr(self) -> str:
-        """Sizes and rate."""
+        """Sizes and dropout."""
         return (
             f"vocabulary_size={self.clusters.vocabulary_size}, cutoffs={self.clusters.cutoffs}, {super().extra_repr()}"
         )
@@ -77,20 +77,21 @@ class AdaptiveHead(Head, ABC):
 class TiedAdaptiveHead(AdaptiveHead):
     """Logits E_i (Q_iᵀ h) + b_i, where E_i are the embedding's tables and Q_i, for i ≥ 1, its projections P_i.
 
-    Q_0 is a Parameter of the head (Dai et al. 2019, whose code ties all projections but the first). Without
-    projections in the embedding there are none here. With one for all clusters (division 1, width ≠ D) it is Q_i for
-    all i ≥ 1, and Q_0 is the head's own still. As in ``SoftmaxHead``, what is tied is read from the embedding at each
-    call, so there is one Parameter. The authors' slots are in reverse order: reverse the rows of their cluster weights.
+    Q_0 is a Parameter of the head (Dai et al. 2019, whose code ties all projections but the first). If the embedding
+    has no projections, neither has the head. If the embedding has one projection for all clusters (division 1,
+    width ≠ D), that is Q_i for all i ≥ 1, and Q_0 is still the head's own. As in ``SoftmaxHead``, tied tensors are read
+    from the embedding at each call, so each is one Parameter. The authors' slots are in reverse order: to use their
+    weights, reverse the rows of their cluster weights.
 
     Args:
-        embedding: to which the head is tied; only its sizes are kept.
+        embedding: the embedding to which the head is tied; the head keeps only its sizes.
         width: D, channels of the state.
         dropout: share of h that is dropped.
-        output_dropout: what of h, as in ``Head``.
-        std: the head's rows for the slots start with this standard deviation; all biases start at 0.
+        output_dropout: "channel" or "token", as in ``Head``.
+        std: initial standard deviation of the slots' weights; all biases start at 0.
         projection_std: Q_0 starts from N(0, projection_std²).
-        init: whether those rows start from N(0, std²) or from U(±√3·std).
-        slot_std: they start from N(0, slot_std²) instead; None for ``std`` and ``init``.
+        init: draw the slots' weights from N(0, std²) ("normal") or from U(±√3·std) ("uniform").
+        slot_std: draw the slots' weights from N(0, slot_std²) instead; None for ``std`` and ``init``.
     """
 
     def __init__(
@@ -127,23 +128,23 @@ class TiedAdaptiveHead(AdaptiveHead):
 
 
 class UntiedAdaptiveHead(AdaptiveHead):
-    """The logits of ``torch.nn.AdaptiveLogSoftmaxWithLoss``, whose parameters it has; the embedding is not used.
+    """The logits of ``torch.nn.AdaptiveLogSoftmaxWithLoss``, with its parameters; the embedding is not used.
 
     Tail i maps D to ⌊D/division^i⌋ channels and these to logits without bias. Torch's own ``forward`` gives the same
-    numbers, but its log-softmax is in the dtype of h, it refuses float32 states under autocast, and it leaves out
-    clusters without target, whose parameters distributed training then waits for.
+    numbers, but its log-softmax is in the dtype of h, it rejects float32 states under autocast, and it skips clusters
+    without target, for whose gradients distributed training then waits.
 
     Args:
-        clusters: of the words.
+        clusters: the clusters of the words.
         width: D, channels of the state.
-        division: of the width, from cluster to cluster.
+        division: factor by which the width shrinks from cluster to cluster.
         dropout: share of h that is dropped.
-        output_dropout: what of h, as in ``Head``.
-        std: the rows for words and slots start with this standard deviation; the bias of cluster 0 and the slots
-            starts at 0.
-        projection_std: the tails' maps of D channels start from N(0, projection_std²).
-        init: whether those rows start from N(0, std²) or from U(±√3·std).
-        slot_std: the rows for slots start from N(0, slot_std²) instead; None for ``std`` and ``init``.
+        output_dropout: "channel" or "token", as in ``Head``.
+        std: initial standard deviation of the weights of words and slots; the bias of cluster 0 and the slots starts
+            at 0.
+        projection_std: the tails' projections of D channels start from N(0, projection_std²).
+        init: draw the weights of words and slots from N(0, std²) ("normal") or from U(±√3·std) ("uniform").
+        slot_std: draw the slots' weights from N(0, slot_std²) instead; None for ``std`` and ``init``.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class UntiedAdaptiveHead(AdaptiveHead):
             started(self.softmax.head.weight.detach()[clusters.sizes[0] :], std=slot_std)
 
     def readers(self, embedding: AdaptiveEmbedding) -> Readers:
-        """h ↦ W_i h, in cluster 0 with bias."""
+        """h ↦ W_i h; cluster 0 has a bias."""
         del embedding
         return [self.softmax.head, *self.softmax.tail]
 
@@ -182,5 +183,5 @@ def _logits(h: Tensor, *, weight: Tensor, bias: Tensor, projection: Tensor | Non
     return functional.linear(h if projection is None else functional.linear(h, projection.t()), weight, bias)
 
 
-def _nats(logits: Float[Tensor, "N C"], words: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+def _nll(logits: Float[Tensor, "N C"], words: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     return functional.cross_entropy(widened(logits), words, reduction="none")

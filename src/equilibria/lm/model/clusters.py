@@ -1,4 +1,4 @@
-"""Adaptive embedding: words in order of frequency are cut into clusters, and rare clusters have narrow vectors.
+"""Adaptive embedding: words are divided into clusters by frequency, and clusters of rare words have narrower vectors.
 
 Letters: B batch, T time, N tokens, D width, V vocabulary, d_i width of cluster i.
 """
@@ -23,21 +23,21 @@ class Piece:
     """The tokens of one cluster."""
 
     positions: Int[Tensor, " n"]
-    """Where they stand among all."""
+    """Their indices among all tokens."""
     words: Int[Tensor, " n"]
-    """Their numbers inside the cluster, from 0."""
+    """Their ids inside the cluster, counted from 0."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Clusters:
-    """V words cut before each of the ``cutoffs``: cluster 0 begins with word 0, cluster i with the i-th cutoff."""
+    """V words divided at the ``cutoffs``: cluster 0 begins with word 0, cluster i with the i-th cutoff."""
 
     cutoffs: tuple[int, ...]
     vocabulary_size: int
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many words each cluster has; they sum to V."""
+        """Number of words in each cluster; the sum is V."""
         bounds = (0, *self.cutoffs, self.vocabulary_size)
         return tuple(high - low for low, high in itertools.pairwise(bounds))
 
@@ -46,7 +46,7 @@ class Clusters:
         return torch.stack([tokens >= cutoff for cutoff in self.cutoffs]).sum(dim=0)
 
     def pieces(self, tokens: Int[Tensor, " N"]) -> list[Piece]:
-        """The tokens of each cluster, an empty piece for a cluster that has none; waits for the device once."""
+        """The tokens of each cluster, possibly none; waits for the device once."""
         cluster = self.of(tokens)
         order = cluster.argsort(stable=True)
         counts = torch.bincount(cluster, minlength=len(self.cutoffs) + 1).tolist()
@@ -57,23 +57,23 @@ class Clusters:
 class AdaptiveEmbedding(nn.Module):
     """E_i[token] P_iᵀ √D for a token of cluster i (Baevski and Auli 2019, §3.1), with words and channels dropped.
 
-    Table E_i has a row of width d_i = ⌊d_0/division^i⌋ for each of the cluster's words, and P_i (D × d_i) makes it a
-    vector of the model, in cluster 0 too. With division 1 there is one table for all clusters, ``tables[0]``, and a
-    projection only if d_0 ≠ D, ``projections[0]``.
+    Table E_i has one row of width d_i = ⌊d_0/division^i⌋ per word of the cluster, and P_i (D × d_i) projects it to the
+    model's width, also in cluster 0. With division 1 there is one table for all clusters, ``tables[0]``, and one
+    projection, ``projections[0]``, if d_0 ≠ D.
 
-    Every table and projection takes part in each call, so that one whose cluster has no token gets the gradient 0.
+    Every call uses every table and projection: where a cluster has no token, they get the gradient 0 and not None.
 
     Args:
-        clusters: of the words.
-        width: D, length of the vectors that come back.
-        widths: d_i, one a cluster.
+        clusters: the clusters of the words.
+        width: D, width of the returned vectors.
+        widths: d_i, one per cluster.
         division: 1 for one table.
-        dropout: share of the channels that is dropped, the same ones at all positions of a segment.
-        std: the tables start with this standard deviation.
+        dropout: share of the channels that is dropped, the same channels at all positions of a segment.
+        std: initial standard deviation of the tables.
         projection_std: the projections start from N(0, projection_std²).
         word_dropout: share of the words that is dropped, as in ``Embedding``.
-        scaled: whether the vectors are multiplied by √D.
-        init: whether the tables start from N(0, std²) or from U(±√3·std).
+        scaled: multiply the vectors by √D.
+        init: draw the tables from N(0, std²) ("normal") or from U(±√3·std) ("uniform").
     """
 
     def __init__(
@@ -122,21 +122,21 @@ class AdaptiveEmbedding(nn.Module):
         return self.clusters.vocabulary_size
 
     def weights(self) -> list[Float[Tensor, "C d"]]:
-        """The rows of each cluster, for a head that is tied to them; where there is one table, parts of it."""
+        """The table of each cluster, for a tied head; a single table is split into its clusters."""
         tables = list(self.tables)
-        # One split, not a slice a cluster: the gradient of each slice would be a table of its own.
+        # One split instead of one slice per cluster: the gradient of each slice would be a whole table.
         return tables if len(tables) > 1 else list(tables[0].split(self.clusters.sizes))
 
     def projection(self, cluster: int) -> Float[Tensor, "D d"] | None:
-        """P_i; the only one where there is one table, None where there is none."""
+        """P_i; with one table ``projections[0]`` for every cluster; None if there are no projections."""
         return self.projections[min(cluster, len(self.projections) - 1)] if len(self.projections) else None
 
     def _rows(self, cluster: int, words: Tensor) -> Tensor:
-        """Vectors of width D of some words of one cluster, not scaled."""
+        """The vectors [n D] of some words of one cluster, before scaling."""
         rows, projection = functional.embedding(words, self.tables[cluster]), self.projection(cluster)
         return rows if projection is None else functional.linear(rows, projection)
 
     def extra_repr(self) -> str:
-        """Sizes and rates."""
+        """Sizes and dropout rates."""
         sizes = f"vocabulary_size={self.vocabulary_size}, cutoffs={self.clusters.cutoffs}"
         return f"{sizes}, dropout={self.dropout}, word_dropout={self.word_dropout}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from equilibria.cells.chain import ChainConfig
 from equilibria.cells.transformer.cell import TransformerConfig
@@ -27,18 +27,18 @@ CellConfig = TransformerConfig | ChainConfig | TrellisConfig
 
 @dataclasses.dataclass(frozen=True)
 class Explicit:
-    """An explicit network in the place of the equilibrium."""
+    """An explicit network instead of the equilibrium."""
 
     depth: int = 12
-    """L, layers: applications of the cell."""
+    """L, the number of layers: applications of the cell."""
     tied: bool = True
-    """All layers share their weights."""
+    """True if all layers share their weights."""
     memory: Literal["last", "layers"] = "last"
-    """What a layer remembers: the last state, as the equilibrium does, or its own input, as untied layers must."""
+    """Memory of a layer: the last layer's state, as in the equilibrium, or its own input, as untied layers need."""
     checkpoint: bool = False
-    """Only the states are kept, and each layer is evaluated again in the backward pass."""
+    """Keep only the states, and evaluate each layer again in the backward pass."""
     auxiliary_every: int = 0
-    """k: in training layers k, 2k, … give their outputs, for losses whose weight ``ExtraLosses`` has; 0 for none."""
+    """k: in training, layers k, 2k, … have an auxiliary loss, with the weight of ``ExtraLosses``; 0 for none."""
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -62,20 +62,24 @@ class Explicit:
             )
 
     def build(self, cell: CellConfig, depth: int | None = None) -> Unrolled | Stack:
-        """The network, with fresh parameters; ``depth`` of its layers are used, all for None."""
+        """The network with fresh parameters; a call uses the first ``depth`` of its layers, None for all.
+
+        Raises:
+            ValueError: the cell cannot be untied, or cannot remember the inputs of its layers.
+        """
         if not self.tied:
             if isinstance(cell, TrellisConfig):
                 raise ValueError(
-                    "Explicit(tied=False) of a TrellisConfig: a TrellisNet is weight-tied, and that is what makes it "
-                    "one; give tied=True."
+                    "Explicit(tied=False) of a TrellisConfig: a TrellisNet is weight-tied by definition; give "
+                    "tied=True."
                 )
             return Stack([cell.build() for _ in range(self.depth)], checkpoint=self.checkpoint, depth=depth)
         if self.memory == "layers":
             if isinstance(cell, TrellisConfig) and cell.recurrence == "scan":
                 raise ValueError(
-                    "Explicit(memory='layers') of a TrellisConfig(recurrence='scan'): what such a layer needs of the "
-                    "past is the c that it computes itself, and a layer remembers its input; give recurrence='delayed' "
-                    "or memory='last'."
+                    "Explicit(memory='layers') of a TrellisConfig(recurrence='scan'): such a layer needs the past "
+                    "values of its own c, and memory='layers' stores the layer's input; give recurrence='delayed' or "
+                    "memory='last'."
                 )
             return Stack([cell.build()] * self.depth, checkpoint=self.checkpoint, depth=depth)
         choices = {"checkpoint": self.checkpoint, "auxiliary_every": self.auxiliary_every}
@@ -87,45 +91,45 @@ class LanguageConfig:
     """The hyper-parameters of a ``LanguageModel``: an equilibrium, or an explicit network, of one cell."""
 
     cell: CellConfig = dataclasses.field(default_factory=TransformerConfig)
-    """The cell; its width is that of the embedding, and its outputs are what the head reads."""
+    """The cell; its width is that of the embedding, and the head reads its outputs."""
     explicit: Explicit | None = None
-    """The explicit network that the layer is; None for the equilibrium."""
+    """The explicit network to use as layer; None for the equilibrium."""
     adaptive: AdaptiveConfig | None = None
     """Clusters of words by frequency, for embedding and head; None for one table of all words."""
     mixture: MixtureConfig | None = None
-    """A mixture of softmaxes for a head; None for one softmax."""
+    """A mixture of softmaxes as head; None for one softmax."""
     tied: bool = True
-    """Whether the head uses the embedding's table, or one of its own."""
+    """True if the head uses the embedding's table, False for a table of its own."""
     dropout: float = 0.0
     """Share of channels dropped from the embedding and from the output; the cell has its own rates."""
     input_dropout: float | None = None
-    """Another share for the embedding's channels; None for ``dropout``."""
+    """Share of channels dropped from the embedding; None for ``dropout``."""
     word_dropout: float = 0.0
     """Share of the words whose embedding is dropped, each at all its occurrences in a segment."""
     output_dropout: Dropped = "channel"
-    """What is dropped from the output: the same channels at all positions, or, as in the authors' code, positions."""
+    """Dropout of the output: "channel", the same ones at all positions, or "token", as in the authors' code."""
     scaled: bool = True
-    """Whether embeddings are multiplied by √width."""
+    """True if embeddings are multiplied by √width."""
     std: float = 0.01
-    """Embedding and untied head start with this standard deviation."""
+    """Initial standard deviation of the embedding and of an untied head."""
     init: Init = "normal"
-    """They start from N(0, std²), or, with "uniform", from U(−√3·std, √3·std)."""
+    """Initial distribution: "normal" for N(0, std²), "uniform" for U(−√3·std, √3·std)."""
     losses: ExtraLosses = dataclasses.field(default_factory=ExtraLosses)
-    """What training adds to the mean of the nats."""
+    """Weights of the extra losses that training adds to the mean nll."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.std < math.inf:
-            raise ValueError(f"LanguageConfig(std={self.std}): a standard deviation is a number from 0 on; try 0.01.")
+            raise ValueError(f"LanguageConfig(std={self.std}): a standard deviation is finite and ≥ 0; try 0.01.")
         for name in ("dropout", "input_dropout", "word_dropout"):
             rate = getattr(self, name)
             if rate is not None:
                 check_rate("LanguageConfig", name, rate)
         if self.mixture is not None and self.adaptive is not None:
             raise ValueError(
-                "LanguageConfig(adaptive=AdaptiveConfig(…), mixture=MixtureConfig(…)): a head is either cut into "
-                "clusters or a mixture over the whole vocabulary; give one of them."
+                "LanguageConfig(adaptive=AdaptiveConfig(…), mixture=MixtureConfig(…)): a head either has "
+                "clusters or is a mixture over the whole vocabulary; give one of the two."
             )
-        outputs = outputs_of(self.cell)
+        outputs = self.cell.outputs
         if self.tied and self.mixture is None and outputs != self.cell.width:
             raise ValueError(
                 f"LanguageConfig(tied=True) of a cell of width {self.cell.width} with {outputs} outputs: a "
@@ -135,7 +139,7 @@ class LanguageConfig:
 
     @property
     def solves(self) -> bool:
-        """True if the layer is an equilibrium; an explicit network solves nothing."""
+        """True if the layer is an equilibrium, False if it is an explicit network."""
         return self.explicit is None
 
     def build(
@@ -150,13 +154,16 @@ class LanguageConfig:
 
         Args:
             vocabulary_size: V.
-            method: the layer's own way to solve, which a call may replace; None for ``Method()``, and for an explicit
-                network, which solves nothing.
+            method: the layer's own method, which a call may replace; None for ``Method()``. An explicit network has
+                none.
             eval_stop: tolerances and budget in evaluation mode; None for those of the method.
-            depth: layers of an explicit network that are used if a call does not say otherwise; None for all.
+            depth: number of layers of an explicit network to use, which a call may replace; None for all.
+
+        Raises:
+            ValueError: the layer cannot have the given method, auxiliary losses or memory.
         """
         layer = self._layer(method, eval_stop, depth)
-        inside, outputs = self.cell.width, outputs_of(self.cell)
+        inside, outputs = self.cell.width, self.cell.outputs
         start = {"std": self.std, "init": self.init}
         read = {"tied": self.tied, "dropout": self.dropout, "output_dropout": self.output_dropout, **start}
         embed = {"word_dropout": self.word_dropout, "scaled": self.scaled}
@@ -174,27 +181,22 @@ class LanguageConfig:
         return LanguageModel(embedding, layer, head, self.losses)
 
     def _layer(self, method: Method | None, eval_stop: Stop | None, depth: int | None) -> Layer:
-        """What is between embedding and head, with fresh parameters."""
+        """The layer between embedding and head, with fresh parameters."""
         if self.losses.auxiliary and (self.explicit is None or not self.explicit.auxiliary_every):
             raise ValueError(
-                f"LanguageConfig(losses=ExtraLosses(auxiliary={self.losses.auxiliary})) without layers that have such "
-                "a loss; give explicit=Explicit(auxiliary_every=…), or auxiliary=0."
+                f"LanguageConfig(losses=ExtraLosses(auxiliary={self.losses.auxiliary})) without layers that have "
+                "auxiliary outputs; give explicit=Explicit(auxiliary_every=…), or auxiliary=0."
             )
         if self.explicit is not None:
             if method is not None or eval_stop is not None:
                 raise ValueError(
-                    "LanguageConfig(explicit=Explicit(…)).build(method=…): an explicit network solves nothing; leave "
-                    "the method out."
+                    "LanguageConfig(explicit=Explicit(…)).build(method=…): an explicit network solves nothing; "
+                    "leave method and eval_stop out."
                 )
             return self.explicit.build(self.cell, depth)
         if isinstance(self.cell, TransformerConfig) and not self.cell.injection:
             raise ValueError(
-                "LanguageConfig(cell=TransformerConfig(injection=False), explicit=None): the equilibrium of a cell "
-                "into which nothing is injected does not depend on the text; give injection=True, or Explicit(…)."
+                "LanguageConfig(cell=TransformerConfig(injection=False), explicit=None): without injection "
+                "the equilibrium does not depend on the text; give injection=True, or Explicit(…)."
             )
         return Equilibrium(self.cell.build(), **vars(method or Method()), eval_stop=eval_stop)
-
-
-def outputs_of(cell: Any) -> int:
-    """Channels that the head reads: all of the state, if a shape of a user's own says nothing else."""
-    return getattr(cell, "outputs", cell.width)

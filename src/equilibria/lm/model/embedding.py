@@ -1,4 +1,4 @@
-"""Tokens to vectors.
+"""Embedding: tokens to vectors.
 
 Letters: B batch, T time, D width, V vocabulary.
 """
@@ -20,7 +20,11 @@ Init = Literal["normal", "uniform"]
 
 
 def started(tensor: Tensor, *, std: float, init: Init = "normal") -> Tensor:
-    """The tensor, filled from N(0, std²), or from U(−√3·std, √3·std), which has the same variance."""
+    """The tensor, filled in place from N(0, std²), or from U(−√3·std, √3·std), which has the same variance.
+
+    Raises:
+        ValueError: ``init`` is neither "normal" nor "uniform".
+    """
     if init not in ("normal", "uniform"):
         raise ValueError(f"init={init!r}: tables start from a 'normal' or a 'uniform' distribution; try 'normal'.")
     bound = math.sqrt(3) * std
@@ -35,14 +39,14 @@ def dropped(
     kind: Dropped = "channel",
     part: BatchSlice | None = None,
 ) -> Float[Tensor, "B T D"]:
-    """x ⊙ mask, which in training is 0 for a share of the channels, or of the positions.
+    """x ⊙ mask; in training the mask is 0 for a random share of the channels, or of the positions.
 
     Args:
         x: vectors of B streams.
-        rate: this share, 0 ≤ rate < 1; what is kept is multiplied by 1/(1 − rate).
+        rate: the share that is dropped, 0 ≤ rate < 1; the rest is multiplied by 1/(1 − rate).
         training: the module's mode; in evaluation nothing is dropped.
         kind: "channel" for masks of shape (B, 1, D), "token" for masks of shape (B, T, 1).
-        part: which rows of the whole batch these are.
+        part: position of this batch inside a larger one; see ``BatchSlice``.
     """
     batch, time, width = x.shape
     shape = (batch, 1, width) if kind == "channel" else (batch, time, 1)
@@ -57,17 +61,17 @@ def words_dropped(
     training: bool,
     vocabulary_size: int,
 ) -> Float[Tensor, "*tokens D"]:
-    """The rows of a table at the tokens, where in training a share of all words is 0 (Gal and Ghahramani 2016, §4.2).
+    """The vectors with, in training, those of a random share of all words set to 0 (Gal and Ghahramani 2016, §4.2).
 
-    A word is dropped at all its occurrences or at none. One number a word is drawn and looked up, so that the table is
-    neither changed nor copied, as it is in Merity, Keskar and Socher 2017, §4.3.
+    A word is dropped at all its occurrences or at none. One number per word is drawn and looked up, so the table is
+    neither changed nor copied; Merity, Keskar and Socher (2017, §4.3) copy it.
 
     Args:
-        rows: of the tokens.
-        tokens: word by word.
-        rate: the share, 0 ≤ rate < 1; what is kept is multiplied by 1/(1 − rate).
+        rows: the vectors of the tokens.
+        tokens: the tokens.
+        rate: the share that is dropped, 0 ≤ rate < 1; the rest is multiplied by 1/(1 − rate).
         training: the module's mode; in evaluation nothing is dropped.
-        vocabulary_size: V, words.
+        vocabulary_size: V, number of words.
     """
     mask = dropout_mask((vocabulary_size, 1), rate=rate, training=training, like=rows, rows=None)
     return masked(rows, None if mask is None else functional.embedding(tokens, mask))
@@ -83,12 +87,12 @@ class Embedding(nn.Module):
 
     Args:
         vocabulary_size: V, rows of the table.
-        width: D, their length.
-        dropout: share of the channels that is dropped, the same ones at all positions of a segment.
-        std: the table starts with this standard deviation.
-        word_dropout: share of the words that is dropped, each at all its occurrences; a tied head sees them all.
-        scaled: whether the rows are multiplied by √D.
-        init: whether the table starts from N(0, std²) or from U(±√3·std).
+        width: D, width of the vectors.
+        dropout: share of the channels that is dropped, the same channels at all positions of a segment.
+        std: initial standard deviation of the table.
+        word_dropout: share of the words that is dropped, each at all its occurrences; a tied head still sees them.
+        scaled: multiply the vectors by √D.
+        init: draw the table from N(0, std²) ("normal") or from U(±√3·std) ("uniform").
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(started(torch.empty(vocabulary_size, width), std=std, init=init))
 
     def forward(self, tokens: Int[Tensor, "B T"], part: BatchSlice | None = None) -> Float[Tensor, "B T D"]:
-        """E[tokens]·√D ⊙ masks; ``part`` tells which rows of the whole batch these are."""
+        """E[tokens]·√D ⊙ masks; ``part``: see ``BatchSlice``."""
         rows = functional.embedding(tokens, self.weight) * self.scale
         choices = {"rate": self.word_dropout, "training": self.training, "vocabulary_size": self.vocabulary_size}
         return dropped(words_dropped(rows, tokens, **choices), rate=self.dropout, training=self.training, part=part)
@@ -122,6 +126,6 @@ class Embedding(nn.Module):
         return len(self.weight)
 
     def extra_repr(self) -> str:
-        """Sizes and rates."""
+        """Sizes and dropout rates."""
         sizes = f"vocabulary_size={self.vocabulary_size}, width={self.weight.shape[1]}"
         return f"{sizes}, dropout={self.dropout}, word_dropout={self.word_dropout}"

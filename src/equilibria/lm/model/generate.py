@@ -1,8 +1,8 @@
-"""Text, token by token: the prompt is one segment, and each new token one of length 1 with memory.
+"""Generation token by token: the prompt is one segment, and each new token is a segment of length 1 with memory.
 
-By the exactness law (two segments joined by memory have the equilibrium of one) this is the same as solving the whole
-text again for every token, as long as the memory holds all of it. The model's cache keeps the keys and values of past
-positions, so that a token costs one solve of one position.
+By the exactness law (two segments joined by memory have the equilibrium of one long segment) the result is the same as
+solving the whole text again for every token, as long as the memory holds all of it. The model's cache stores the keys
+and values of past positions, so that a token costs one solve of one position.
 
 Letters: B batch, T time, V vocabulary, L tokens generated.
 """
@@ -19,15 +19,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from equilibria.layers.sequence import Memory
-from equilibria.lm.model.modes import evaluating
+from equilibria.lm.model.modes import eval_mode
 
 Prompt = Int[Tensor, "B T"] | Sequence[Int[Tensor, " _"]]
-"""Rows of one length, or a list of rows of any lengths."""
+"""B prompts of one length, or a list of prompts of any lengths."""
 
 
 @runtime_checkable
-class Speaker(Protocol):
-    """What generation needs of a model, which is an ``nn.Module`` too; of one with ``cache``, that is used."""
+class CausalLM(Protocol):
+    """The interface that generation needs. If there is a ``cache`` as in ``SequenceCell``, generation uses it too."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -42,7 +42,7 @@ class Speaker(Protocol):
 
 
 def generate(
-    model: Speaker,
+    model: CausalLM,
     prompt: Prompt,
     *,
     length: int,
@@ -55,20 +55,25 @@ def generate(
     memory_length: int | None = None,
     segment: int | None = None,
 ) -> Int[Tensor, "B L"]:
-    """Up to ``length`` tokens that continue each row of the prompt; the model's training mode is as before afterwards.
+    """Up to ``length`` tokens that continue each prompt.
 
     Args:
-        model: in evaluation mode meanwhile, and without gradients.
-        prompt: at least one token a row; rows of different lengths as a list.
-        length: L, tokens to generate.
-        temperature: logits are divided by it; 0 takes the likeliest token, and so does a very small one.
-        top_k: choose among the k likeliest tokens only.
-        top_p: choose among the fewest likeliest tokens that have this probability together (Holtzman et al. 2020).
-        seed: of the choices, from 0 to 2⁶³ − 1; the global generators are not touched.
-        stop: a token that ends its row, which then repeats it; when all rows have ended, L is shorter than ``length``.
-        memory: of what comes before the prompt.
-        memory_length: positions that are remembered; None for those of the model.
-        segment: solve the prompt in pieces of at most so many tokens; in one if None.
+        model: the model; it runs in evaluation mode without gradients, and its own mode is restored.
+        prompt: at least one token per prompt; prompts of different lengths as a list.
+        length: number of tokens to generate; L is smaller only if ``stop`` ends all texts earlier.
+        temperature: divides the logits; 0 always takes the most probable token, and so do tiny values.
+        top_k: choose among the k most probable tokens only.
+        top_p: choose among the fewest most probable tokens whose probabilities sum to at least this (Holtzman et al.
+            2020).
+        seed: seed of the choices, from 0 to 2⁶³ − 1; PyTorch's global generators are not used.
+        stop: a token that ends its text; a text that has ended repeats it until all have ended.
+        memory: the memory of the text before the prompt.
+        memory_length: number of past positions to remember; None for the model's own.
+        segment: solve the prompt in pieces of at most this many tokens; None for one piece.
+
+    Raises:
+        ValueError: an argument is out of its range, the prompt has unknown tokens, or the logits are not finite.
+        TypeError: the prompt is not made of tensors.
     """
     if length < 1:
         raise ValueError(f"generate(length={length}): length counts the tokens to generate and is at least 1.")
@@ -88,7 +93,7 @@ def generate(
 
 
 def stream(
-    model: Speaker,
+    model: CausalLM,
     prompt: Prompt,
     *,
     temperature: float = 1.0,
@@ -100,13 +105,14 @@ def stream(
     memory_length: int | None = None,
     segment: int | None = None,
 ) -> Iterator[Int[Tensor, " B"]]:
-    """One token a row after another, for showing text while it is made; arguments as of ``generate``.
+    """An iterator over the next tokens [B], one position at a time, for showing text while it is generated.
 
-    Without ``stop`` it has no end. The weights may not change meanwhile.
+    The arguments are those of ``generate``. Without ``stop`` the iterator never ends. The weights must not change while
+    it is used.
     """
     _check_choices(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     _check_lengths(segment=segment, memory_length=memory_length)
-    tokens, padding = _rows(prompt)
+    tokens, padding = _batch(prompt)
     _check_tokens(model, tokens, stop)
     generator = torch.Generator(tokens.device).manual_seed(seed)
     past = _memory(model, len(tokens), length=memory_length, padding=padding, memory=memory)
@@ -114,25 +120,25 @@ def stream(
     choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     def continued(past: Memory, ended: Tensor) -> Iterator[Tensor]:
-        *before, rows = _pieces(tokens, segment)
+        *before, unread = _pieces(tokens, segment)
         for piece in before:
             past = _read(model, piece, past)[1]
         while not (stop is not None and ended.all()):
-            logits, past = _read(model, rows, past)
+            logits, past = _read(model, unread, past)
             token = _choose(logits[:, -1], generator, **choices)
             if stop is not None:
                 token = torch.where(ended, stop, token)
                 ended = ended | (token == stop)
             yield token
-            rows = token[:, None]
+            unread = token[:, None]
 
     return continued(past, ended)
 
 
-def likeliest(
+def top_k_top_p_mask(
     logits: Float[Tensor, "B V"], *, top_k: int | None = None, top_p: float | None = None
 ) -> Bool[Tensor, "B V"]:
-    """True for the tokens among which to choose: the ``top_k`` likeliest, and the fewest that reach ``top_p``."""
+    """True for the tokens to sample from: the ``top_k`` most probable, and the fewest that sum to ``top_p``."""
     order = logits.argsort(dim=1, descending=True, stable=True)
     kept = torch.ones_like(logits, dtype=torch.bool)
     if top_k is not None:
@@ -153,32 +159,32 @@ def _choose(
     top_p: float | None,
 ) -> Int[Tensor, " B"]:
     if not torch.isfinite(logits).all():
-        raise ValueError("the model's logits are NaN or infinite, so no token can be chosen; look at its weights.")
+        raise ValueError("the model's logits are NaN or infinite, so no token can be chosen; check its weights.")
     if temperature == 0:
         return logits.argmax(dim=1)
     logits = _tempered(logits.to(torch.promote_types(logits.dtype, torch.float32)), temperature)
     if top_k is not None or top_p is not None:
-        logits = logits.masked_fill(~likeliest(logits, top_k=top_k, top_p=top_p), -math.inf)
+        logits = logits.masked_fill(~top_k_top_p_mask(logits, top_k=top_k, top_p=top_p), -math.inf)
     return torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
 
 
 def _tempered(logits: Float[Tensor, "B V"], temperature: float) -> Float[Tensor, "B V"]:
-    """(logits − their largest) / temperature: 0 for the likeliest token and at most 0, −∞ included, for the others.
+    """(logits − max) / temperature: 0 for the most probable tokens, negative (possibly −∞) for the others.
 
-    No temperature makes it overflow upwards, and where the likeliest tokens are 0/0 or 0·∞ they are 0 by definition.
+    So no temperature can overflow; 0/0 and 0·∞ at the maximum are defined as 0.
     """
     below = logits - logits.amax(dim=1, keepdim=True)
     return torch.where(below == 0, 0.0, below / temperature)
 
 
-def _read(model: Speaker, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+def _read(model: CausalLM, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
     """``model.logits`` in evaluation mode without gradients; each submodule gets its own mode back."""
-    with evaluating(model):
+    with eval_mode(model):
         return model.logits(tokens, memory, last=True)
 
 
 def _pieces(tokens: Int[Tensor, "B T"], segment: int | None) -> list[Int[Tensor, "B _"]]:
-    """The prompt cut into segments from its end, where all rows end: so a row is cut alike in any company."""
+    """The prompt divided into segments from its end, so that the division of a text does not depend on the batch."""
     time = tokens.shape[1]
     if segment is None or segment >= time:
         return [tokens]
@@ -186,33 +192,34 @@ def _pieces(tokens: Int[Tensor, "B T"], segment: int | None) -> list[Int[Tensor,
     return [*([tokens[:, :first]] if first else []), *tokens[:, first:].split(segment, dim=1)]
 
 
-def _memory(model: Speaker, batch: int, *, length: int | None, padding: Tensor | None, memory: Memory) -> Memory:
-    """What generation starts from: the model's cache, or the memory as it is of a model that has none."""
+def _memory(model: CausalLM, batch: int, *, length: int | None, padding: Tensor | None, memory: Memory) -> Memory:
+    """The memory that generation starts from: the model's cache, or ``memory`` itself if the model has no cache."""
+    # Not by isinstance: wrappers such as that of torch.compile forward attributes that their class does not have.
     cache = getattr(model, "cache", None)
     if cache is not None:
-        with evaluating(model):
+        with eval_mode(model):
             return cache(batch, length=length, padding=padding, memory=memory)
     if padding is not None or length is not None:
         raise ValueError(
-            f"{type(model).__name__} has no cache, so its prompts are of one length and its memory is as long as it "
-            "is; give rows of one length, and memory_length=None."
+            f"{type(model).__name__} has no cache, so it needs prompts of one length and cannot change the length of "
+            "its memory; give prompts of one length, and memory_length=None."
         )
     return memory
 
 
-def _rows(prompt: Prompt) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"] | None]:
-    """The rows side by side, the short ones moved to the right, and by how much."""
+def _batch(prompt: Prompt) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"] | None]:
+    """The prompts as one tensor, padded on the left, and the padding of each; None if there is none."""
     if isinstance(prompt, Tensor):
         _check_shape(prompt, axes=2)
         return prompt, None
     if not len(prompt):
-        raise ValueError("the prompt is an empty list; give at least one row of tokens.")
+        raise ValueError("the prompt is an empty list; give at least one prompt.")
     for row in prompt:
         _check_shape(row, axes=1)
     longest = max(map(len, prompt))
     lengths = torch.tensor([len(row) for row in prompt], device=prompt[0].device)
-    rows = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in prompt])
-    return rows, None if bool((lengths == longest).all()) else longest - lengths
+    batch = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in prompt])
+    return batch, None if bool((lengths == longest).all()) else longest - lengths
 
 
 def _check_choices(*, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
@@ -238,20 +245,20 @@ def _check_lengths(*, segment: int | None, memory_length: int | None) -> None:
 def _check_shape(tokens: Tensor, *, axes: int) -> None:
     if not isinstance(tokens, Tensor):
         raise TypeError(
-            f"the prompt holds a {type(tokens).__name__}, and must be a tensor [rows, tokens] or a list of tensors "
-            "[tokens]; for one row give [Vocabulary.encode(text)]."
+            f"the prompt holds a {type(tokens).__name__}, and must be a tensor [prompts, tokens] or a list of tensors "
+            "[tokens]; for one prompt give [Vocabulary.encode(text)]."
         )
     if tokens.ndim != axes or tokens.dtype not in (torch.int32, torch.int64):
-        wanted = "[rows, tokens]" if axes == 2 else "[tokens] in each row of the list"
+        wanted = "[prompts, tokens]" if axes == 2 else "[tokens] for each prompt of the list"
         raise ValueError(
             f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}, and must be {wanted} of "
-            "torch.int64; for one row give Vocabulary.encode(text)[None]."
+            "torch.int64; for one prompt give Vocabulary.encode(text)[None]."
         )
     if tokens.numel() == 0:
-        raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; give at least one row and one token a row.")
+        raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; give at least one token per prompt.")
 
 
-def _check_tokens(model: Speaker, tokens: Tensor, stop: int | None) -> None:
+def _check_tokens(model: CausalLM, tokens: Tensor, stop: int | None) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= model.vocabulary_size:
         raise ValueError(
@@ -260,5 +267,5 @@ def _check_tokens(model: Speaker, tokens: Tensor, stop: int | None) -> None:
         )
     if stop is not None and not 0 <= stop < model.vocabulary_size:
         raise ValueError(
-            f"generate(stop={stop}): it is a token, and the model knows 0 … {model.vocabulary_size - 1}; None for none."
+            f"generate(stop={stop}): stop is a token, 0 … {model.vocabulary_size - 1}, or None for no such token."
         )

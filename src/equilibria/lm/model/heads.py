@@ -1,9 +1,12 @@
-"""States to log-probabilities of the next token.
+"""Heads: the outputs of a layer to logits, and to the negative log-likelihood of the next token.
 
 Letters: B batch, T time, O channels of the layer's output, D width, V vocabulary.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -13,17 +16,20 @@ from torch.nn import functional
 from equilibria.layers.dropout import BatchSlice, check_rate
 from equilibria.lm.model.embedding import Dropped, Embedding, Init, dropped, started, widened
 
+Table = TypeVar("Table", bound=nn.Module)
+"""The kind of embedding to which a head may be tied."""
 
-class Head(nn.Module):
-    """What every head does first: dropout of the outputs that it reads.
+
+class Head(nn.Module, ABC, Generic[Table]):
+    """The interface of a head. ``dropped`` is applied first, once, and its result goes to ``logits`` and ``nll``.
 
     Args:
         dropout: share of h that is dropped.
-        output_dropout: what of h: a "channel", the same ones at all positions of a segment, or a "token", which loses
-            all its channels (what the code of Bai, Kolter and Koltun 2019 does to the output of its Transformer).
+        output_dropout: "channel" drops the same channels at all positions of a segment; "token" drops all channels of
+            some positions, as the code of Bai, Kolter and Koltun (2019) does with the output of its Transformer.
     """
 
-    def __init__(self, *, dropout: float, output_dropout: Dropped) -> None:
+    def __init__(self, *, dropout: float, output_dropout: Dropped = "channel") -> None:
         super().__init__()
         owner = type(self).__name__
         check_rate(owner, "dropout", dropout)
@@ -36,32 +42,40 @@ class Head(nn.Module):
         self.output_dropout: Dropped = output_dropout
 
     def dropped(self, h: Float[Tensor, "B T O"], part: BatchSlice | None = None) -> Float[Tensor, "B T O"]:
-        """h ⊙ mask: what ``forward`` and ``nats`` are given; in evaluation h itself."""
+        """h ⊙ mask, the input of ``logits`` and ``nll``; in evaluation h itself. ``part``: see ``BatchSlice``."""
         return dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout, part=part)
 
+    @abstractmethod
+    def logits(self, h: Float[Tensor, "*shape O"], embedding: Table) -> Float[Tensor, "*shape V"]:
+        """Logits, or log-probabilities, of the next token; a tied head reads the tables of ``embedding``."""
+
+    @abstractmethod
+    def nll(self, h: Float[Tensor, "B T O"], targets: Int[Tensor, "B T"], embedding: Table) -> Float[Tensor, "B T"]:
+        """−log p(target) at each position, in nats, in float32 or wider."""
+
     def extra_repr(self) -> str:
-        """The rate."""
+        """Dropout rate and kind."""
         return f"dropout={self.dropout}, output_dropout={self.output_dropout!r}"
 
 
 LOGITS = 2**22
-"""Logits that are computed at a time: of them all, training keeps log-probabilities alone."""
+"""At most this many logits are computed at a time, so that few of them are in memory at once."""
 
 
-class SoftmaxHead(Head):
-    """logits = W h + b over the whole vocabulary, from an output that ``dropped`` has masked.
+class SoftmaxHead(Head[Embedding]):
+    """logits = W h + b over the whole vocabulary.
 
-    A tied head has no W: it reads the embedding's table at each call (Press and Wolf 2017), so there is one Parameter,
-    with one gradient and one entry in the state dict, whatever is moved, cast, copied or sharded.
+    A tied head has no W: it reads the embedding's table at each call (Press and Wolf 2017). So there is one Parameter,
+    with one gradient and one entry in the state dict, also after moving, casting, copying or sharding the model.
 
     Args:
         width: D, channels of the state.
         vocabulary_size: V, logits.
-        tied: W is the table of the embedding that is handed to each call.
+        tied: W is the table of the embedding that each call receives.
         dropout: share of h that is dropped.
-        output_dropout: what of h, as in ``Head``.
-        std: an untied W starts with this standard deviation; b starts at 0.
-        init: whether it does from N(0, std²) or from U(±√3·std).
+        output_dropout: "channel" or "token", as in ``Head``.
+        std: initial standard deviation of an untied W; b starts at 0.
+        init: draw an untied W from N(0, std²) ("normal") or from U(±√3·std) ("uniform").
     """
 
     def __init__(
@@ -79,23 +93,21 @@ class SoftmaxHead(Head):
         self.weight = None if tied else nn.Parameter(started(torch.empty(vocabulary_size, width), std=std, init=init))
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
 
-    def forward(self, h: Float[Tensor, "*shape D"], embedding: Embedding) -> Float[Tensor, "*shape V"]:
-        """The logits."""
+    def logits(self, h: Float[Tensor, "*shape D"], embedding: Embedding) -> Float[Tensor, "*shape V"]:
+        """W h + b."""
         weight = embedding.weight if self.weight is None else self.weight
         return functional.linear(h, weight, self.bias)
 
-    def nats(
-        self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: Embedding
-    ) -> Float[Tensor, "B T"]:
-        """−log p(target), in float32 or wider, position by position."""
+    def nll(self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: Embedding) -> Float[Tensor, "B T"]:
+        """−log p(target) at each position, in nats, in float32 or wider."""
         positions = max(1, LOGITS // len(self.bias))
         pieces = zip(h.flatten(0, 1).split(positions), targets.flatten().split(positions), strict=True)
-        nats = [
-            functional.cross_entropy(widened(self(states, embedding)), words, reduction="none")
+        nll = [
+            functional.cross_entropy(widened(self.logits(states, embedding)), words, reduction="none")
             for states, words in pieces
         ]
-        return torch.cat(nats).view(targets.shape)
+        return torch.cat(nll).view(targets.shape)
 
     def extra_repr(self) -> str:
-        """Sizes and kind."""
+        """Sizes, tying and dropout."""
         return f"vocabulary_size={len(self.bias)}, tied={self.weight is None}, {super().extra_repr()}"

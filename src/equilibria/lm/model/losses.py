@@ -1,4 +1,4 @@
-"""What training adds to the mean of the nats: activation regularisation, and the losses of layers in between.
+"""Extra losses that training adds to the mean nll: activation regularisation, and auxiliary losses of inner layers.
 
 Letters: B batch, T time, O channels of the output.
 """
@@ -17,14 +17,14 @@ from equilibria.lm.model.embedding import widened
 
 @dataclasses.dataclass(frozen=True)
 class ExtraLosses:
-    """The weights of what training adds to the loss; with all at 0 it adds nothing."""
+    """The weights of the extra losses of training; with all weights 0 training adds nothing to the mean nll."""
 
     activation: float = 0.0
-    """α, of the mean square of the output after dropout (Merity, McCann and Socher 2017)."""
+    """α: weight of the mean square of the output after dropout (Merity, McCann and Socher 2017)."""
     temporal_activation: float = 0.0
-    """β, of the mean square of the output's change from position to position, before dropout (the same)."""
+    """β: weight of the mean squared change of the output from position to position, before dropout (ibid.)."""
     auxiliary: float = 0.0
-    """Of the mean nats of each auxiliary output (Bai, Kolter and Koltun 2019, Trellis networks)."""
+    """Weight of the mean nll of each auxiliary output (Bai, Kolter and Koltun 2019, Trellis networks)."""
 
     def __post_init__(self) -> None:
         for name, weight in dataclasses.asdict(self).items():
@@ -37,14 +37,14 @@ class ExtraLosses:
         kept: Float[Tensor, "B T O"],
         auxiliary: Iterable[Float[Tensor, "B T"]] = (),
     ) -> Float[Tensor, ""] | None:
-        """α·mean(kept²) + β·mean((output_{t+1} − output_t)²) + auxiliary·Σ_l mean(nats_l), in float32 or wider.
+        """α·mean(kept²) + β·mean((output_{t+1} − output_t)²) + auxiliary·Σ_l mean(nll_l), in float32 or wider.
 
-        None where nothing is added; one position alone has no change.
+        None if there is no term: a weight of 0 has none, and a single position has no change.
 
         Args:
-            output: at the scored positions.
-            kept: the same after dropout.
-            auxiliary: the nats of each layer in between, computed only where they have a weight.
+            output: the output at the scored positions.
+            kept: the output after dropout.
+            auxiliary: the nll of each inner layer; the iterator is not read if its weight is 0.
         """
         terms: list[Tensor] = []
         if self.activation:
@@ -52,9 +52,9 @@ class ExtraLosses:
         if self.temporal_activation and output.shape[1] > 1:
             terms.append(self.temporal_activation * widened(output).diff(dim=1).square().mean())
         if self.auxiliary:
-            terms += [self.auxiliary * nats.mean() for nats in auxiliary]
+            terms += [self.auxiliary * nll.mean() for nll in auxiliary]
         return torch.stack(terms).sum() if terms else None
 
 
 NO_LOSSES = ExtraLosses()
-"""Nothing is added."""
+"""No extra losses."""

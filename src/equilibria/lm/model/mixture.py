@@ -1,4 +1,4 @@
-"""Mixture of softmaxes: several softmaxes over the whole vocabulary, weighed by the state.
+"""Mixture of softmaxes: several softmaxes over the whole vocabulary, weighted as the state says.
 
 Letters: B batch, T time, O channels of the state, K experts, D width of a latent, V vocabulary.
 """
@@ -24,9 +24,9 @@ class MixtureConfig:
     experts: int = 15
     """K, softmaxes."""
     width: int | None = None
-    """D, width of each expert's latent; None for the embedding's, which a tied head must have."""
+    """D, width of each expert's latent; None for the embedding's width, which a tied head needs."""
     dropout: float = 0.0
-    """Share of the latents' channels that is dropped, the same ones at all positions of a segment."""
+    """Share of the latents' channels that is dropped, the same channels at all positions of a segment."""
 
     def __post_init__(self) -> None:
         if self.experts < 1:
@@ -51,13 +51,16 @@ class MixtureConfig:
 
         Args:
             vocabulary_size: V.
-            width: of the embedding.
+            width: width of the embedding.
             outputs: O, channels of the states.
-            tied: whether all experts read the embedding's table, or one of the head.
-            dropout: share dropped from the states.
-            output_dropout: what of them, as in ``Head``.
-            std: a table of the head starts with this standard deviation.
-            init: whether it does from N(0, std²) or from U(±√3·std).
+            tied: all experts read the embedding's table; otherwise they share a table of the head.
+            dropout: share of the states that is dropped.
+            output_dropout: "channel" or "token", as in ``Head``.
+            std: initial standard deviation of the head's own table.
+            init: draw that table from N(0, std²) ("normal") or from U(±√3·std) ("uniform").
+
+        Raises:
+            ValueError: a tied table has another width than the latents.
         """
         if tied and self.width not in (None, width):
             raise ValueError(
@@ -77,27 +80,27 @@ class MixtureConfig:
         )
 
 
-class MixtureHead(Head):
+class MixtureHead(Head[Embedding]):
     """p(w) = Σ_k π_k softmax(E tanh(mask ⊙ (W_k h + b_k)) + b)[w], where π = softmax(W_π h + b_π).
 
-    Yang, Dai, Salakhutdinov and Cohen 2018. E and b are shared by the experts. Deviations: (1) the
-    log-probabilities are logsumexp_k(log π_k + log softmax_k) in float32 or wider, and not log(p + 1e-8), which is
-    never below −18.4 and is no distribution's; (2) W_π has a bias and the mask is inside the tanh, as in the code of
-    TrellisNet (Bai, Kolter and Koltun 2019), where Yang et al. have no bias and drop outside.
+    Yang, Dai, Salakhutdinov and Cohen (2018). The experts share E and b. Deviations: (1) log-probabilities are
+    logsumexp_k(log π_k + log softmax_k) in float32 or wider instead of log(p + 1e-8), which is never below −18.4 and
+    not normalised; (2) W_π has a bias and the mask is inside the tanh, as in the code of TrellisNet (Bai, Kolter and
+    Koltun 2019); Yang et al. have no bias and apply dropout outside the tanh.
 
     Args:
         vocabulary_size: V.
         width: O, channels of the state.
-        latent_width: D, of each expert's latent; the embedding's for a tied head.
+        latent_width: D, width of each expert's latent; for a tied head the width of the embedding.
         experts: K.
-        tied: whether E is the table of the embedding that is handed to each call, or one of its own.
+        tied: E is the table of the embedding that each call receives; otherwise the head has its own.
         dropout: share of h that is dropped.
-        output_dropout: what of h, as in ``Head``.
-        latent_dropout: share of the latents' channels that is dropped, each expert's by a mask of its own, the same at
-            all positions.
-        std: an untied E starts with this standard deviation; b starts at 0, W_π, W_k and their biases where
-            ``torch.nn.Linear`` starts them.
-        init: whether an untied E starts from N(0, std²) or from U(±√3·std).
+        output_dropout: "channel" or "token", as in ``Head``.
+        latent_dropout: share of the latents' channels that is dropped; each expert has its own mask, the same at all
+            positions.
+        std: initial standard deviation of an untied E; b starts at 0, and W_π, W_k and their biases start as in
+            ``torch.nn.Linear``.
+        init: draw an untied E from N(0, std²) ("normal") or from U(±√3·std) ("uniform").
     """
 
     def __init__(
@@ -122,16 +125,14 @@ class MixtureHead(Head):
         self.weight = None if table is None else nn.Parameter(table)
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
 
-    def forward(self, h: Float[Tensor, "B T O"], embedding: Embedding) -> Float[Tensor, "B T V"]:
-        """The log-probabilities."""
-        each = widened(self._logits(h, embedding)).log_softmax(dim=-1)
+    def logits(self, h: Float[Tensor, "B T O"], embedding: Embedding) -> Float[Tensor, "B T V"]:
+        """The log-probabilities of all tokens."""
+        each = widened(self._expert_logits(h, embedding)).log_softmax(dim=-1)
         return (self._log_priors(h)[..., None] + each).logsumexp(dim=-2)
 
-    def nats(
-        self, h: Float[Tensor, "B T O"], targets: Int[Tensor, "B T"], embedding: Embedding
-    ) -> Float[Tensor, "B T"]:
-        """−log p(target), position by position; nothing is mixed but the probabilities of the targets."""
-        logits = widened(self._logits(h, embedding))
+    def nll(self, h: Float[Tensor, "B T O"], targets: Int[Tensor, "B T"], embedding: Embedding) -> Float[Tensor, "B T"]:
+        """−log p(target) at each position, in nats; only the probabilities of the targets are mixed."""
+        logits = widened(self._expert_logits(h, embedding))
         words = targets[..., None].expand(logits.shape[:-1])
         each = functional.cross_entropy(logits.flatten(0, -2), words.flatten(), reduction="none").view(words.shape)
         return -(self._log_priors(h) - each).logsumexp(dim=-1)
@@ -139,12 +140,12 @@ class MixtureHead(Head):
     def _log_priors(self, h: Tensor) -> Float[Tensor, "B T K"]:
         return widened(self.prior(h)).log_softmax(dim=-1)
 
-    def _logits(self, h: Tensor, embedding: Embedding) -> Float[Tensor, "B T K V"]:
+    def _expert_logits(self, h: Tensor, embedding: Embedding) -> Float[Tensor, "B T K V"]:
         latents = dropped(self.latent(h), rate=self.latent_dropout, training=self.training)
         weight = embedding.weight if self.weight is None else self.weight
         return functional.linear(latents.tanh().unflatten(-1, (self.experts, -1)), weight, self.bias)
 
     def extra_repr(self) -> str:
-        """Sizes and rates."""
+        """Sizes, tying and dropout."""
         sizes = f"vocabulary_size={len(self.bias)}, experts={self.experts}, tied={self.weight is None}"
         return f"{sizes}, {super().extra_repr()}, latent_dropout={self.latent_dropout}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,41 +17,42 @@ from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.layer import Layer, LayerOutput
 from equilibria.layers.sequence import Memory
-from equilibria.lm.model.adaptive_heads import AdaptiveHead
 from equilibria.lm.model.clusters import AdaptiveEmbedding
 from equilibria.lm.model.embedding import Embedding
 from equilibria.lm.model.generate import generate
-from equilibria.lm.model.heads import SoftmaxHead
+from equilibria.lm.model.heads import Head
 from equilibria.lm.model.losses import NO_LOSSES, ExtraLosses
-from equilibria.lm.model.mixture import MixtureHead
+
+Table = TypeVar("Table", bound=Embedding | AdaptiveEmbedding)
+"""The kind of embedding; the head takes the same kind."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageOutput:
-    """What a language model gives back for one segment."""
+    """The result of a language model for one segment."""
 
-    nats: Float[Tensor, "B S"]
-    """−log p(target) at each scored position, with gradient; its mean is the loss, nats/ln 2 are bits."""
+    nll: Float[Tensor, "B S"]
+    """−log p(target) at each scored position, in nats, with gradient; nll/ln 2 are bits."""
     memory: Memory
-    """For the next segment of the same streams."""
+    """The memory for the next segment of the same streams."""
     layer: LayerOutput
     """The layer's own output: z, f and the solution."""
     extra: Float[Tensor, ""] | None = None
-    """What training adds to the mean of ``nats``, with gradient; None where that is nothing."""
+    """The weighted sum of the model's extra losses, with gradient; None in evaluation and if it has none."""
 
     @property
     def loss(self) -> Float[Tensor, ""]:
-        """The mean of the nats, and the model's own losses in training; a Jacobian penalty comes on top."""
-        loss = self.nats.mean()
+        """The mean nll plus ``extra``, in nats; the Jacobian penalty is not included."""
+        loss = self.nll.mean()
         return loss if self.extra is None else loss + self.extra
 
     @property
     def solution(self) -> Solution | None:
-        """How the solve went; None from an explicit stack."""
+        """The result of the solve; None from an explicit network."""
         return self.layer.solution
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, Generic[Table]):
     """p(next token | all tokens before), one segment at a time.
 
     Args:
@@ -59,19 +60,12 @@ class LanguageModel(nn.Module):
         layer: vectors to states, with memory: ``Equilibrium``, ``Unrolled``, ``Stack``, or a ``Layer`` of your own.
         head: outputs to logits, or to log-probabilities; it receives the embedding, to which it may be tied. Its
             ``dropped`` applies output dropout once, before the logits and the auxiliary losses.
-        losses: what training adds to the mean of the nats.
+        losses: weights of the extra losses that training adds to the mean nll.
     """
 
-    def __init__(
-        self,
-        embedding: Embedding | AdaptiveEmbedding,
-        layer: Layer,
-        head: SoftmaxHead | AdaptiveHead | MixtureHead,
-        losses: ExtraLosses = NO_LOSSES,
-    ) -> None:
+    def __init__(self, embedding: Table, layer: Layer, head: Head[Table], losses: ExtraLosses = NO_LOSSES) -> None:
         super().__init__()
-        self.embedding, self.layer, self.losses = embedding, layer, losses
-        self.head: Any = head  # which takes the embedding of its own kind
+        self.embedding, self.layer, self.head, self.losses = embedding, layer, head, losses
 
     @property
     def vocabulary_size(self) -> int:
@@ -90,17 +84,20 @@ class LanguageModel(nn.Module):
         depth: int | None = None,
         part: BatchSlice | None = None,
     ) -> LanguageOutput:
-        """The nats of the targets, under the memory of the previous segment.
+        """The nll of the targets, given the memory of the previous segment.
 
         Args:
-            tokens: of one segment.
-            targets: the token that follows each.
-            memory: of the segment before.
-            skip: positions, the first ones, that are read and not scored: S = T − skip.
-            method: how to solve this time; None for the layer's own way.
-            warm: start the solve from what is remembered of the segment before.
-            depth: layers of an explicit network that are used this time; None for all.
-            part: which rows of the whole batch these are, for random numbers.
+            tokens: one segment of B streams.
+            targets: the token that follows each of ``tokens``.
+            memory: the ``memory`` of the previous output; None where the streams begin.
+            skip: number of positions at the beginning that are read but not scored: S = T − skip.
+            method: the method of this solve; None for the layer's own.
+            warm: start the solve from the last state in the memory.
+            depth: number of layers of an explicit network to use; None for all.
+            part: position of this batch inside a larger one, for random numbers; see ``BatchSlice``.
+
+        Raises:
+            ValueError: ``skip`` leaves no position to score.
         """
         if not 0 <= skip < tokens.shape[1]:
             raise ValueError(
@@ -112,26 +109,26 @@ class LanguageModel(nn.Module):
         layer = self.layer(self.embedding(tokens, part), memory, method=method, **options)
         output, wanted = layer.output[:, skip:], targets[:, skip:]
         kept = self.head.dropped(output, part)
-        nats = self.head.nats(kept, wanted, self.embedding)
+        nll = self.head.nll(kept, wanted, self.embedding)
         extra = None
         if self.training:
             between = (self.head.dropped(between[:, skip:], part) for between in layer.auxiliary)
-            extra = self.losses.of(output, kept, (self.head.nats(h, wanted, self.embedding) for h in between))
-        return LanguageOutput(nats=nats, memory=layer.memory, layer=layer, extra=extra)
+            extra = self.losses.of(output, kept, (self.head.nll(h, wanted, self.embedding) for h in between))
+        return LanguageOutput(nll=nll, memory=layer.memory, layer=layer, extra=extra)
 
     def logits(
         self, tokens: Int[Tensor, "B T"], memory: Memory = None, *, last: bool = False
     ) -> tuple[Float[Tensor, "B _ V"], Memory]:
-        """The logits after each token, or after the ``last`` one only, and the memory for the tokens that follow.
+        """Logits after each token, or after the ``last`` one only, and the memory for the tokens that follow.
 
-        An adaptive head and a mixture give log-probabilities.
+        Adaptive heads and mixtures return log-probabilities as logits.
         """
         out = self.layer(self.embedding(tokens), memory)
         return self.read(out.output[:, -1:] if last else out.output), out.memory
 
     def read(self, h: Float[Tensor, "B T O"]) -> Float[Tensor, "B T V"]:
-        """The logits that the head reads off outputs h of the layer."""
-        return self.head(self.head.dropped(h), self.embedding)
+        """The head's logits for outputs h of the layer."""
+        return self.head.logits(self.head.dropped(h), self.embedding)
 
     def cache(
         self,
@@ -142,11 +139,11 @@ class LanguageModel(nn.Module):
         memory: Memory = None,
         warm: bool = False,
     ) -> Memory:
-        """A memory for generation, which keeps what is computed of each position; see ``SequenceCell.cache``."""
+        """A memory for generation that stores the results of past positions; see ``SequenceCell.cache``."""
         return self.layer.cache(batch, length=length, padding=padding, memory=memory, warm=warm)
 
     def generate(
         self, prompt: Int[Tensor, "B T"] | Sequence[Int[Tensor, " _"]], *, length: int, **choices: Any
     ) -> Int[Tensor, "B L"]:
-        """``length`` tokens that continue the prompt; for the choices see ``language.generate``."""
+        """Up to ``length`` tokens that continue the prompt; the options are those of ``lm.model.generate``."""
         return generate(self, prompt, length=length, **choices)

@@ -1,4 +1,4 @@
-"""Training and evaluation mode for a while: afterwards every part of a model has its own mode back."""
+"""Context managers for training and evaluation mode that restore the mode of every submodule afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def in_mode(model: object, *, training: bool) -> Iterator[None]:
-    """The model and all its parts in training or in evaluation mode; what is no ``nn.Module`` has no mode."""
+    """Within it, all submodules are in training or in evaluation mode; nothing happens if it is not a module."""
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     for module, _ in modes:
         module.training = training
@@ -23,7 +23,7 @@ def in_mode(model: object, *, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluating(model: object) -> Iterator[None]:
-    """Evaluation mode without gradients."""
+def eval_mode(model: object) -> Iterator[None]:
+    """Within it, all submodules are in evaluation mode, and no gradients are recorded."""
     with in_mode(model, training=False), torch.no_grad():
         yield

@@ -1,4 +1,4 @@
-"""The recurrent baselines: an LSTM or a GRU in the place of the equilibrium, PyTorch's own.
+"""The recurrent baselines: PyTorch's LSTM or GRU instead of the equilibrium.
 
 Letters: B batch, T time, I width of the input, H hidden channels.
 """
@@ -29,13 +29,13 @@ _NETWORKS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn
 class RecurrentConfig:
     """The hyper-parameters of a recurrent language model: embedding, one layer of LSTM or GRU, untied head.
 
-    The baselines of Bai, Kolter and Koltun 2019, table 1, have 14 thousand parameters and read each symbol as one
-    number. With ``inputs=1`` that number is learned, one a symbol: an LSTM of 57 channels has 14,260 parameters and a
-    GRU of 65 has 13,920 on ten symbols, and the ten numbers besides.
+    The baselines of Bai, Kolter and Koltun (2019, table 1) have 14 thousand parameters and read each symbol as one
+    number. With ``inputs=1`` that number is learned, one per symbol. On ten symbols, an LSTM of 57 channels then has
+    14,260 parameters and a GRU of 65 channels 13,920, not counting the ten numbers.
     """
 
     network: Network = "lstm"
-    """LSTM (Hochreiter and Schmidhuber 1997) or GRU (Cho et al. 2014); gates and start are PyTorch's defaults."""
+    """LSTM (Hochreiter and Schmidhuber 1997) or GRU (Cho et al. 2014), with PyTorch's gates and initialisation."""
     hidden: int = 57
     """H, channels of the state."""
     inputs: int = 1
@@ -61,8 +61,13 @@ class RecurrentConfig:
 
     @property
     def solves(self) -> bool:
-        """False: a recurrent network solves nothing."""
+        """False: a recurrent network has no equilibrium."""
         return False
+
+    @property
+    def explicit(self) -> None:
+        """None: a recurrent network is not an explicit network of the cell."""
+        return None
 
     def build(
         self,
@@ -72,7 +77,11 @@ class RecurrentConfig:
         eval_stop: Stop | None = None,
         depth: int | None = None,
     ) -> LanguageModel:
-        """The model over ``vocabulary_size`` tokens, with fresh parameters; it solves nothing and has one layer."""
+        """The model over ``vocabulary_size`` tokens, with fresh parameters.
+
+        Raises:
+            ValueError: a method, a stop or a depth is given; a recurrent network has none of them.
+        """
         if not method is eval_stop is depth is None:
             raise ValueError(
                 "RecurrentConfig.build(method=…, depth=…): a recurrent network solves nothing and has one layer; leave "
@@ -94,15 +103,16 @@ class RecurrentMemory:
     """The state of the streams after their last token, detached."""
 
     h: Float[Tensor, "B H"]
+    """The hidden state."""
     c: Float[Tensor, "B H"] | None
-    """The cells of an LSTM; a GRU has none."""
+    """The cell state of an LSTM; None for a GRU."""
 
 
 class Recurrent(Layer):
-    """One layer of ``torch.nn.LSTM`` or ``torch.nn.GRU``, with the output that every layer gives.
+    """One layer of ``torch.nn.LSTM`` or ``torch.nn.GRU`` that returns a ``LayerOutput``.
 
-    Its start is PyTorch's: weights and biases from U(±1/√H), the forget gate's too. There is no map whose fixed point
-    is sought: the output has no solution, and its f refuses to be called.
+    Weights and biases start from U(±1/√H), including the bias of the forget gate, as in PyTorch. There is no fixed
+    point: ``solution`` of the output is None, and calling its ``f`` raises a TypeError.
 
     Args:
         network: "lstm" or "gru".
@@ -122,7 +132,7 @@ class Recurrent(Layer):
         method: Method | None = None,
         part: BatchSlice | None = None,
     ) -> LayerOutput:
-        """The states [B T H] under input ``x``, from the state of the previous segment, or from zero."""
+        """The states [B T H] for input ``x``, starting from the state of the previous segment, or from zero."""
         check_no_method(self, method)
         lstm = isinstance(self.network, nn.LSTM)
         state = None if memory is None else self._state(x, memory, lstm=lstm)
@@ -140,17 +150,21 @@ class Recurrent(Layer):
         memory: RecurrentMemory | None = None,
         warm: bool = False,
     ) -> RecurrentMemory | None:
-        """``memory`` as it is, which is all that generation needs: one state per stream."""
+        """``memory`` itself: generation needs no more than one state per stream.
+
+        Raises:
+            ValueError: a padding or a length is given.
+        """
         if padding is not None or length is not None:
             raise ValueError(
-                "Recurrent has no cache: it cannot tell where rows of different lengths begin, and its memory is one "
-                "state; give rows of one length, and no length of the memory."
+                "Recurrent has no cache: it cannot skip the padding of prompts of different lengths, and its memory is "
+                "one state; give prompts of one length, and no length of the memory."
             )
         return memory
 
     @staticmethod
     def _state(x: Tensor, memory: RecurrentMemory, *, lstm: bool) -> Tensor | tuple[Tensor, Tensor]:
-        """The memory as PyTorch wants it, with an axis for the layers in front."""
+        """The memory as PyTorch expects it, with a leading axis for the layers."""
         check_streams(len(memory.h), x)
         if lstm and memory.c is not None:
             return memory.h[None].contiguous(), memory.c[None].contiguous()
@@ -159,6 +173,6 @@ class Recurrent(Layer):
 
 def _no_map(z: Tensor) -> Tensor:
     raise TypeError(
-        f"a recurrent layer has no map that could be applied to a state of shape {tuple(z.shape)}: Jacobians, spectral "
-        "radii and penalties are those of an equilibrium; leave them out for this model."
+        f"a recurrent layer has no map to apply to a state of shape {tuple(z.shape)}: only an equilibrium has a "
+        "Jacobian, a spectral radius and a penalty; leave these out for this model."
     )

@@ -1,4 +1,4 @@
-"""Recipes: functions that return an experiment. ``equilibria train NAME`` trains it, its flags change the numbers."""
+"""Recipes: functions that return an experiment. ``equilibria train NAME`` trains it, and its flags change numbers."""
 
 from collections.abc import Callable
 
@@ -50,7 +50,7 @@ RECIPES: dict[str, Callable[[], Experiment]] = {
     "wikitext103-trellis": wikitext103_trellis,
     "wikitext103-trellis-deep": wikitext103_trellis_deep,
 }
-"""Every recipe of the library by the name that the command line knows it by."""
+"""All recipes of the library by their names on the command line."""
 
 __all__ = [
     "RECIPES",

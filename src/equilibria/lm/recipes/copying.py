@@ -25,10 +25,10 @@ from equilibria.solvers.anderson import Anderson
 
 
 def copying() -> Experiment:
-    """Ten symbols are to be recalled after 100 blanks: minutes on a CPU.
+    """Ten symbols have to be recalled after 100 blanks; takes minutes on a CPU.
 
-    The task of Bai, Kolter, Koltun (2019), appendix F, at a quarter of its length. The sizes are not published; these
-    are chosen for the published 14 thousand parameters: 14,006, and the 268 gains of the weight norm.
+    The task of Bai, Kolter, Koltun (2019), appendix F, at a quarter of its length. The sizes of the model are not
+    published; these are chosen to match the published 14 thousand parameters: 14,006, and 268 gains of the weight norm.
     """
     solver = Anderson(window=6)
     return Experiment(
@@ -62,9 +62,9 @@ def copying() -> Experiment:
 
 
 def copying_400() -> Experiment:
-    """The task at its full length, 400 blanks, for a GPU; the published loss to aim at is 3.5e-6 nats a symbol.
+    """The task at its full length, 400 blanks, for a GPU; the published loss is 3.5e-6 nats per symbol.
 
-    A CPU takes seconds for an implicit step: attention grows with the square of the length.
+    An implicit step takes seconds on a CPU, since the cost of attention grows with the square of the length.
     """
     short = copying()
     shallow, implicit = short.stages

@@ -1,4 +1,4 @@
-"""copying-lstm and copying-gru: the copy-memory task with the recurrent networks that cannot do it."""
+"""copying-lstm and copying-gru: the copy-memory task with recurrent networks, which cannot learn it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from equilibria.lm.recipes.copying import copying
 def copying_lstm() -> Experiment:
     """The task of ``copying`` with an LSTM of 14,270 parameters.
 
-    With ``--corpus.blank 400`` it is that of Bai, Kolter, Koltun (2019), table 1, where theirs stays at 0.0501.
+    With ``--corpus.blank 400`` it is the task of Bai, Kolter, Koltun (2019), table 1, where the LSTM stays at 0.0501.
     """
     return _recurrent("copying-lstm", RecurrentConfig(network="lstm", hidden=57))
 
@@ -20,15 +20,15 @@ def copying_lstm() -> Experiment:
 def copying_gru() -> Experiment:
     """The task of ``copying`` with a GRU of 13,930 parameters.
 
-    With ``--corpus.blank 400`` it is that of Bai, Kolter, Koltun (2019), table 1, where theirs stays at 0.0491.
+    With ``--corpus.blank 400`` it is the task of Bai, Kolter, Koltun (2019), table 1, where the GRU stays at 0.0491.
     """
     return _recurrent("copying-gru", RecurrentConfig(network="gru", hidden=65))
 
 
 def _recurrent(name: str, model: RecurrentConfig) -> Experiment:
-    """``copying`` with another model, in one stage of as many minutes; corpus and batches follow it."""
+    """``copying`` with another model, in one stage of about the same duration; corpus and batches are the same."""
     whole = copying()
-    stage = Stage(name="recurrent", steps=8_000)  # without a method, since nothing is solved
+    stage = Stage(name="recurrent", steps=8_000)  # no method: a recurrent network solves nothing
     training = whole.training.changed(
         valid_every=1_000,
         optimiser="adam",

@@ -1,4 +1,4 @@
-"""steps_per_epoch: how many steps a corpus lasts, of which only the number of tokens is known."""
+"""steps_per_epoch: the number of steps per epoch, computed from the number of tokens without reading the corpus."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from math import ceil
 
 
 def steps_per_epoch(tokens: int, *, batch_size: int, length: int, overlap: int = 0) -> int:
-    """Segments per epoch of a text of N tokens, in rows of R = ⌊(N − 1) / B⌋ targets: 1 + ⌈(R − T) / (T − overlap)⌉.
+    """1 + ⌈(L − T) / (T − overlap)⌉ segments per epoch, where each stream has L = ⌊(N − 1) / B⌋ targets.
 
     Args:
-        tokens: N, with the first one, which is no target.
-        batch_size: B, rows.
-        length: T, tokens a segment.
-        overlap: tokens of a segment that the one before it has too.
+        tokens: N, including the first token, which is not a target.
+        batch_size: B, number of streams.
+        length: T, tokens per segment.
+        overlap: tokens that a segment shares with the previous one.
     """
-    row = (tokens - 1) // batch_size
-    return 1 + max(0, ceil((row - length) / (length - overlap)))
+    targets = (tokens - 1) // batch_size
+    return 1 + max(0, ceil((targets - length) / (length - overlap)))

@@ -34,7 +34,7 @@ def ptb() -> Experiment:
             ),
             tied=True,
             dropout=0.3,
-            std=0.05,  # five times the paper's, as in `tiny`: embeddings that start small learn late
+            std=0.05,  # five times the paper's: embeddings that start small learn late, see `tiny`
         ),
         stages=(
             network_of(3, name="shallow", steps=1600),

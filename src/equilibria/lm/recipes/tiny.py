@@ -30,7 +30,7 @@ def tiny() -> Experiment:
         corpus=PythonDocs(),
         model=LanguageConfig(
             cell=TransformerConfig(width=128, heads=4, inner=512, memory=64, positions="decay"),
-            std=0.1,  # ten times the paper's: embeddings that start small stay on the plateau of the bigrams for long
+            std=0.1,  # ten times the paper's: small embeddings stay long on the plateau of a bigram model
         ),
         stages=(
             network_of(3, name="shallow", steps=1250),

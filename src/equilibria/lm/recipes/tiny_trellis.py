@@ -30,7 +30,7 @@ def tiny_trellis() -> Experiment:
         corpus=PythonDocs(),
         model=LanguageConfig(
             cell=TrellisConfig(width=128, hidden=192, outputs=128, recurrence="scan"),
-            std=0.3,  # a strong input learns sooner, as in `tiny`
+            std=0.3,  # strong inputs learn sooner, see `tiny`
         ),
         stages=(
             network_of(3, name="shallow", steps=600),

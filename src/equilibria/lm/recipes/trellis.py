@@ -1,25 +1,25 @@
-"""trellis: the published TrellisNets, by words and by characters, and their equilibria. Each is for a GPU.
+"""trellis: the published TrellisNets, by words and by characters, and their equilibria. Each needs a GPU.
 
 The numbers of the deep networks are those of the authors' scripts (Bai, Kolter, Koltun 2019, "Trellis networks for
-sequence modeling"); of the equilibrium on WikiText-103, those of the code of Bai, Kolter, Koltun (2019, "Deep
-equilibrium models"). Of an equilibrium on the words of the Penn Treebank only the sizes are published, and on its
-characters nothing: solver, tolerances, shallow stage, weight norm and segments are ours there, and all else is the deep
-network's, without its auxiliary losses, as in the paper. Deviations:
+sequence modeling"); those of the equilibrium on WikiText-103 are from the code of Bai, Kolter, Koltun (2019, "Deep
+equilibrium models"). For the equilibrium on the words of the Penn Treebank only the sizes are published, and for its
+characters nothing. There, solver, tolerances, shallow stage, weight norm and segments are ours, and all other numbers
+are those of the deep network, without its auxiliary losses, as in the paper. Deviations:
 
-1. Depths are those of the scripts, 58, 140 and 75; the tables of the paper say 60 and 70 of the networks by words.
-2. In segments with an effective history the first one of a row is scored as a whole, where theirs never scores the
-   first 58 words of any row.
-3. Words are numbered by frequency, as the clusters of the softmax presume; the script numbers them as they come.
-4. The rate on WikiText-103 is divided after the 15th and the 20th epoch; the code does so on a plateau too.
-5. Characters: 1,000 hidden channels, which give the published 13.4M; the script's 1,050 give 14.5M.
+1. Depths are those of the scripts, 58, 140 and 75; the paper's tables say 60 and 70 for the networks on words.
+2. With overlapping segments, the first segment of a stream is scored completely; theirs never scores the first 58 words
+   of a stream.
+3. Words are numbered by frequency, as the clusters of the softmax require; the script numbers them by first appearance.
+4. The rate on WikiText-103 is divided after epochs 15 and 20; the code also divides it on a plateau.
+5. Characters: 1,000 hidden channels, which give the published 13.4M parameters; the script's 1,050 give 14.5M.
 6. The equilibrium on WikiText-103 has the sizes of the deep network, as in the paper's table; the code has 500, 1,500
-   and 500. It solves a segment at once, and not as two pieces of 50 words, and has one bias where theirs adds two.
-7. An equilibrium sees the last input of the segment before, so that the borders of segments change nothing; the deep
-   networks read 0 there, as the scripts do.
-8. The equilibria on the Penn Treebank are solved with ``recurrence="scan"``, which has the same ones, and by plain
-   iteration: J leads on in time much more than from a time to itself, so that its powers vanish quickly, which
-   Anderson's and Broyden's methods do not know. Backward, Anderson's needs the fewest evaluations.
-9. Limits count evaluations of f, and every sample is solved on its own, as in the other recipes of WikiText-103.
+   and 500. It solves a segment at once; the code solves two pieces of 50 words. It has one bias; the code adds two.
+7. An equilibrium reads the last input of the previous segment, so the division into segments does not change it; the
+   deep networks read 0 there, as in the scripts.
+8. The equilibria on the Penn Treebank are solved by plain iteration with ``recurrence="scan"``, which does not change
+   them: J is nearly block-subdiagonal in time, so its powers vanish quickly, and Anderson and Broyden do not exploit
+   that. For the adjoint, Anderson needs the fewest evaluations.
+9. Limits count evaluations of f, and every sample is solved on its own, as in the other recipes for WikiText-103.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _WIKITEXT = TrellisConfig(width=512, hidden=1_600, outputs=512, dropout=0.1)
 def ptb_trellis() -> Experiment:
     """24M parameters, 20M of them in the layer; the paper's equilibrium reaches a test perplexity of 57.1.
 
-    Bai, Kolter, Koltun (2019), table 2, where training takes 1.2 GB and that of the deep network 8.5 GB.
+    Bai, Kolter, Koltun (2019), table 2: training takes 1.2 GB, and 8.5 GB for the deep network.
     """
     epoch = steps_per_epoch(PENN_TREEBANK_COUNTS["train"], batch_size=16, length=110)
     losses = ExtraLosses(activation=2.0, temporal_activation=1.0)
@@ -81,9 +81,9 @@ def ptb_trellis() -> Experiment:
 
 
 def ptb_trellis_deep() -> Experiment:
-    """24M parameters in 58 layers that are one; the paper's network reaches a test perplexity of 57.0.
+    """24M parameters in 58 weight-tied layers; the paper's network reaches a test perplexity of 57.0.
 
-    Bai, Kolter, Koltun (2019), table 2. Every segment of 110 words begins without a past and scores its last 52.
+    Bai, Kolter, Koltun (2019), table 2. Every segment of 110 words begins without memory, and its last 52 are scored.
     """
     epoch = steps_per_epoch(PENN_TREEBANK_COUNTS["train"], batch_size=16, length=110, overlap=58)
     losses = ExtraLosses(activation=2.0, temporal_activation=1.0, auxiliary=0.05)
@@ -98,9 +98,9 @@ def ptb_trellis_deep() -> Experiment:
 
 
 def ptb_char_trellis() -> Experiment:
-    """13.4M parameters; no equilibrium of characters is published, and the deep network's 1.158 bits are to be matched.
+    """13.4M parameters; no such equilibrium is published, and the deep network reaches 1.158 bits per character.
 
-    Bai, Kolter, Koltun (2019), "Trellis networks", for characters of the Penn Treebank.
+    Bai, Kolter, Koltun (2019), "Trellis networks", on the characters of the Penn Treebank.
     """
     epoch = steps_per_epoch(PENN_TREEBANK_CHARACTER_COUNTS["train"], batch_size=24, length=140)
     return Experiment(
@@ -113,9 +113,9 @@ def ptb_char_trellis() -> Experiment:
 
 
 def ptb_char_trellis_deep() -> Experiment:
-    """13.4M parameters in 140 layers that are one; the published network reaches 1.158 bits per character.
+    """13.4M parameters in 140 weight-tied layers; the published network reaches 1.158 bits per character.
 
-    Bai, Kolter, Koltun (2019), "Trellis networks"; the script carries the history from segment to segment.
+    Bai, Kolter, Koltun (2019), "Trellis networks"; the script carries the memory from segment to segment.
     """
     epoch = steps_per_epoch(PENN_TREEBANK_CHARACTER_COUNTS["train"], batch_size=24, length=140)
     explicit = Explicit(depth=140, auxiliary_every=80)
@@ -131,10 +131,10 @@ def ptb_char_trellis_deep() -> Experiment:
 def wikitext103_trellis() -> Experiment:
     """182M parameters, 44M of them in the layer; the paper's equilibrium reaches a test perplexity of 29.0.
 
-    Bai, Kolter, Koltun (2019), table 3, "DEQ-TrellisNet", where training takes 3.3 GB and the deep network's 24.7 GB.
+    Bai, Kolter, Koltun (2019), table 3, "DEQ-TrellisNet": training takes 3.3 GB, and 24.7 GB for the deep network.
     """
     epoch = steps_per_epoch(WIKITEXT103_COUNTS["train"], batch_size=49, length=100)
-    # As in the first transformers: theirs stops a batch at 1e-6·√(numbers of its state), and backward never.
+    # As in `wikitext`: their code stops a batch at 1e-6·√(size of its state), and its adjoint solve never stops early.
     forward = Stop(rtol=0, atol=1e-6 * math.sqrt(100 * 2 * _WIKITEXT.channels), max_evals=45)
     backward = Implicit(solver=Broyden(rank=45), stop=Stop(rtol=0, atol=0, max_evals=45))
     solver = Broyden(rank=45)
@@ -150,9 +150,9 @@ def wikitext103_trellis() -> Experiment:
 
 
 def wikitext103_trellis_deep() -> Experiment:
-    """182M parameters in 75 layers that are one; the paper's network, of 70, reaches a test perplexity of 29.2.
+    """182M parameters in 75 weight-tied layers; the paper's network of 70 reaches a test perplexity of 29.2.
 
-    Bai, Kolter, Koltun (2019), table 3; ``--model.explicit.checkpoint`` recomputes the layers, as for its 5.2 GB.
+    Bai, Kolter, Koltun (2019), table 3; with ``--model.explicit.checkpoint`` layers are recomputed, as in its 5.2 GB.
     """
     epoch = steps_per_epoch(WIKITEXT103_COUNTS["train"], batch_size=40, length=75)
     explicit = Explicit(depth=75, auxiliary_every=25)
@@ -166,27 +166,27 @@ def wikitext103_trellis_deep() -> Experiment:
 
 
 def _deep(cell: TrellisConfig) -> TrellisConfig:
-    """The cell as TrellisNet's code has it."""
+    """The cell as in TrellisNet's code."""
     return dataclasses.replace(cell, carry_input=False, injection_init="normal", recurrence="delayed")
 
 
 def _model(cell: TrellisConfig, **choices: Any) -> LanguageConfig:
-    """What all models have in common: a tied table from U(−0.1, 0.1), which is not scaled."""
+    """The common part of all models: a tied table from U(−0.1, 0.1), without scaling."""
     return LanguageConfig(cell=cell, tied=True, std=0.1 / math.sqrt(3), init="uniform", scaled=False, **choices)
 
 
 def _words(cell: TrellisConfig, **choices: Any) -> LanguageConfig:
-    """For the words of the Penn Treebank, of which there are few, and much is dropped."""
+    """The model for the words of the Penn Treebank; the corpus is small, so the dropout rates are high."""
     return _model(cell, dropout=0.45, input_dropout=0.45, word_dropout=0.1, **choices)
 
 
 def _characters(cell: TrellisConfig, **choices: Any) -> LanguageConfig:
-    """For its characters."""
+    """The model for the characters of the Penn Treebank."""
     return _model(cell, dropout=0.1, input_dropout=0.1, word_dropout=0.02, **choices)
 
 
 def _wikitext(cell: TrellisConfig, **choices: Any) -> LanguageConfig:
-    """With the "split cross entropy" of TrellisNet's code: clusters of full width, whose slots start at 0."""
+    """The model for WikiText-103, with TrellisNet's "split cross entropy": clusters of full width, slots from 0."""
     clusters = AdaptiveConfig(cutoffs=(2_800, 20_000, 76_000), division=1, slot_std=0.0)
     return _model(cell, dropout=0.1, input_dropout=0.1, adaptive=clusters, **choices)
 
@@ -207,7 +207,7 @@ def _pre_trained(steps: int) -> tuple[Stage, ...]:
 
 
 def _sgd(epoch: int, **numbers: Any) -> Training:
-    """For the words of the Penn Treebank: one validation an epoch, which decides on the rate."""
+    """Training for the words of the Penn Treebank: one validation per epoch, which may divide the rate."""
     return Training(
         optimisation=Optimisation(
             optimiser="sgd",
@@ -224,7 +224,7 @@ def _sgd(epoch: int, **numbers: Any) -> Training:
 
 
 def _of_characters(epoch: int, **numbers: Any) -> Training:
-    """For its characters: 400 epochs, of which the last 180 and the last 50 are slower."""
+    """Training for the characters of the Penn Treebank: of 400 epochs the last 180 and the last 50 have lower rates."""
     return Training(
         optimisation=Optimisation(
             optimiser="adam",
@@ -241,7 +241,7 @@ def _of_characters(epoch: int, **numbers: Any) -> Training:
 
 
 def _of_wikitext(epoch: int, **numbers: Any) -> Training:
-    """For WikiText-103: 25 epochs, of which the last ten and the last five are slower."""
+    """Training for WikiText-103: of 25 epochs the last ten and the last five have lower rates."""
     return Training(
         optimisation=Optimisation(
             optimiser="adam", learning_rate=1e-3, decay=Milestones(steps=(15 * epoch, 20 * epoch)), clip=0.07

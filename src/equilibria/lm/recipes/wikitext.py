@@ -1,15 +1,15 @@
 """wikitext: the published transformers on the words of WikiText-103. Each takes days on a large GPU.
 
-The numbers are those of the authors' scripts: of 2019 (Bai, Kolter, Koltun), of 2021 (version 2.0; with the penalty:
-Bai, Koltun, Kolter), and of TorchDEQ (Geng, Kolter 2023). Batch, clipping, Adam and dropout are theirs as well, and so
-is an accident of all three: output dropout drops whole tokens (``output_dropout="token"``). Deviations:
+The numbers are those of the authors' scripts of 2019 (Bai, Kolter, Koltun), of 2021 (version 2.0; with the penalty:
+Bai, Koltun, Kolter), and of TorchDEQ (Geng, Kolter 2023), including batch, clipping, Adam and dropout. We also keep
+an accident of all three: output dropout drops whole tokens (``output_dropout="token"``). Deviations:
 
-1. Limits count evaluations of f. Theirs do so with Anderson's method; with Broyden's they count steps, one less.
+1. Limits count evaluations of f. Theirs do the same with Anderson; with Broyden they count steps, which is one fewer.
 2. Every sample is solved on its own; their tolerances are for the whole batch.
-3. The learning rate is set before the step, and its cosine begins where the warm-up ends.
-4. The loss is taken at f(z*) in evaluation too, with as much memory as in training. Their models score up to 0.7 better
-   with 300 or 480 positions than with 150.
-5. A projection that embedding and softmax share is one parameter; in version 2.0 Adam moved it twice a step.
+3. The learning rate is set before the step, and its cosine begins at the end of the warm-up.
+4. The loss is computed at f(z*) in evaluation too, with as much memory as in training. Their models reach perplexities
+   up to 0.7 lower with a memory of 300 or 480 positions than with 150.
+5. A projection that embedding and softmax share is one parameter; in version 2.0 Adam updated it twice per step.
 """
 
 from __future__ import annotations
@@ -43,39 +43,39 @@ _LENGTH = 150
 
 
 def wikitext103_small() -> Experiment:
-    """138M parameters, 4.5M of them in the layer; the paper's reaches a test perplexity of 32.4.
+    """138M parameters, 4.5M of them in the layer; the paper's model reaches a test perplexity of 32.4.
 
     Bai, Kolter, Koltun (2019), table 3, "DEQ-Transformer small". Its sizes are not published: width, heads, inner width
-    and the division of the embedding are inferred from the two totals, and all else is taken from the adaptive model.
+    and the division of the embedding are inferred from the two totals; all other numbers are from the adaptive model.
     """
     cell = TransformerConfig(width=500, heads=10, inner=2_500, memory=150, norm="post", dropout=0.05)
     return _experiment("wikitext103-small", cell, _of_2019(cell.width), division=1, eval_batch_size=4)
 
 
 def wikitext103_medium() -> Experiment:
-    """172M parameters, 43M of them in the layer; the paper's reaches a test perplexity of 24.2.
+    """172M parameters, 43M of them in the layer; the paper's model reaches a test perplexity of 24.2.
 
-    Bai, Kolter, Koltun (2019), table 3, "DEQ-Transformer medium". Its sizes are inferred, as those of the small one.
+    Bai, Kolter, Koltun (2019), table 3, "DEQ-Transformer medium". Its sizes are inferred like those of the small model.
     """
     cell = TransformerConfig(width=480, heads=10, inner=43_000, memory=150, norm="post", dropout=0.05)
     return _experiment("wikitext103-medium", cell, _of_2019(cell.width), division=1, eval_batch_size=4)
 
 
 def wikitext103_medium_adaptive() -> Experiment:
-    """98M parameters, 71M of them in the layer; the paper's reaches a test perplexity of 23.2.
+    """98M parameters, 71M of them in the layer; the paper's model reaches a test perplexity of 23.2.
 
-    Bai, Kolter, Koltun (2019), table 3, "DEQ-Transformer medium, adaptive embedding", as the code of September 2019 has
-    it; the table says 110M, which no released script gives. That code solves each segment in two pieces of 75 tokens,
-    and drops the memory before the second; here it is solved in one.
+    Bai, Kolter, Koltun (2019), table 3, "DEQ-Transformer medium, adaptive embedding", as in the code of September 2019;
+    the table says 110M, which no released script gives. That code solves each segment in two pieces of 75 tokens, and
+    discards the memory before the second; here a segment is solved at once.
     """
     cell = TransformerConfig(width=700, heads=10, inner=48_000, memory=150, norm="post", dropout=0.05)
     return _experiment("wikitext103-medium-adaptive", cell, _of_2019(cell.width), division=4, eval_batch_size=4)
 
 
 def wikitext103_v2() -> Experiment:
-    """The 98M model by Anderson's method with a relative tolerance; theirs reaches 23.8, and 23.1 with memory 300.
+    """The 98M model, solved by Anderson with a relative tolerance; theirs reaches 23.8, and 23.1 with memory 300.
 
-    Version 2.0 of the authors' code (2021); its description says Broyden's method where its script says Anderson's.
+    Version 2.0 of the authors' code (2021). Its description says Broyden, its script Anderson.
     """
     implicit = Stage(
         name="implicit",
@@ -92,10 +92,10 @@ def wikitext103_v2() -> Experiment:
 
 
 def wikitext103_v2_jacobian_postln() -> Experiment:
-    """The 98M model in twelve evaluations, by a penalty on the Jacobian; theirs reaches 24.9.
+    """The 98M model with a penalty on the Jacobian, solved in twelve evaluations; theirs reaches 24.9.
 
-    Bai, Koltun, Kolter (2021), table 1 (23.8 if trained on segments of 300); the numbers are those of their script,
-    which differ in detail from their appendix. The backward tolerance is 1e-3 there too, whatever the text says.
+    Bai, Koltun, Kolter (2021), table 1 (23.8 if trained on segments of 300). The numbers are those of their script and
+    differ in detail from their appendix; for example, the backward tolerance is 1e-3 in the script.
     """
     implicit = Stage(
         name="implicit",
@@ -119,7 +119,7 @@ def wikitext103_v2_jacobian_postln() -> Experiment:
 def wikitext103_v2_jacobian_preln() -> Experiment:
     """The 98M model with layer norm first, which diverges without the penalty; theirs reaches 24.5.
 
-    Bai, Koltun, Kolter (2021), table 1; the residual is that of their code, from the normalised input.
+    Bai, Koltun, Kolter (2021), table 1; as in their code, the residual connection starts from the normalised input.
     """
     implicit = Stage(
         name="implicit",
@@ -141,13 +141,13 @@ def wikitext103_v2_jacobian_preln() -> Experiment:
 
 
 def wikitext103_unrolled() -> Experiment:
-    """Three blocks, twelve times over, by back-propagation: no equilibrium in training; theirs reaches 22.34.
+    """Three blocks, applied twelve times, trained by back-propagation without equilibrium; theirs reaches 22.34.
 
     "DEQ-LM" of TorchDEQ (Geng, Kolter 2023), 98M parameters; 21.85 with a memory of 480 positions. In evaluation the
-    state that moved least within twelve steps is read, not the twelfth: with a map that does not contract these differ.
-    Deviations: (1) each block remembers its own input; theirs have one memory, of the last block's output; (2) a whole
-    step is evaluated again in the backward pass, and not half a block; (3) the attention biases u, v start from
-    N(0, 0.01²) and not from U(−0.05, 0.05), and the gains of the layer norms from exactly 1 and not from N(1, 0.01²).
+    output is the state with the smallest residual within twelve steps, which is not always the last one. Deviations:
+    (1) each block remembers its own input; theirs share one memory of the last block's output; (2) the backward pass
+    recomputes whole steps; theirs half blocks; (3) the attention biases u, v start from N(0, 0.01²), theirs from
+    U(−0.05, 0.05), and the gains of the layer norms from 1, theirs from N(1, 0.01²).
     """
     block = TransformerConfig(
         width=700,
@@ -169,10 +169,11 @@ def wikitext103_unrolled() -> Experiment:
 
 
 def _of_2019(width: int) -> tuple[Stage, ...]:
-    """The schedule of the first code.
+    """The stages of the code of 2019.
 
-    Forward it stops a batch at ‖f(z) − z‖ < 1e-6·√(B·T·D), hence a sample at 1e-6·√(T·D). Backward at 2e-10·√(B·T·D),
-    which float32 does not reach, so that the whole budget is spent; here nothing else ends that solve.
+    Its forward solve stops at ‖f(z) − z‖ < 1e-6·√(B·T·D) for the whole batch, hence at 1e-6·√(T·D) for a sample. Its
+    backward solve stops at 2e-10·√(B·T·D), which float32 does not reach, so it always spends its budget; here it has
+    no tolerance.
     """
     implicit = Stage(
         name="implicit",
@@ -195,7 +196,7 @@ def _experiment(
     warmup: int = 16_000,
     eval_batch_size: int,
 ) -> Experiment:
-    """What all have in common."""
+    """The common part of all recipes."""
     first = cell.cells[0] if isinstance(cell, ChainConfig) else cell
     return Experiment(
         name=name,

@@ -1,4 +1,4 @@
-"""Runs: what a training leaves on disk, and a trained model back from it."""
+"""Runs: the directory that a training writes, and loading a trained model from it."""
 
 from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError
 from equilibria.lm.runs.run import Run

@@ -1,11 +1,11 @@
-"""Checkpoints: one folder each, complete or not there, and refused when damaged before anything is unpickled.
+"""Checkpoints: one folder each, which is either complete or absent, and is verified before anything is unpickled.
 
     checkpoints/step-00000500/model.safetensors      the weights
-                              memory.safetensors     what the streams remember of their last segment
+                              memory.safetensors     the memory of the streams after their last segment
                               optimiser.pt           optimiser and random generators, read with weights_only=True
                               state.json             step, position, best value, and the SHA-256 of the other files
 
-A checkpoint is written under a temporary name, each file and the folder are forced to the disk, and then it is renamed.
+A checkpoint is written under a temporary name; it is renamed after all files and the folder have reached the disk.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ FORMAT = "equilibria checkpoint 1"
 _MODEL, _MEMORY, _OPTIMISER, _STATE = "model.safetensors", "memory.safetensors", "optimiser.pt", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 SHARDS = "shards"
-"""The folder inside a checkpoint that ranks have written together; it stands for model.safetensors."""
+"""The folder that replaces model.safetensors in a checkpoint that several ranks have written together."""
 _TEMPORARY = ".unfinished-"
 _log = logging.getLogger(__name__)
 
 
 class CheckpointError(EquilibriaError):
-    """A checkpoint is damaged, or is none; the message is one sentence that names what to use instead."""
+    """A checkpoint is damaged, or the folder contains none; the message names the checkpoint to use instead."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Everything that a run needs to go on as if it had never stopped."""
+    """Everything that a run needs to continue as if it had never stopped."""
 
     step: int
-    """Training steps done."""
+    """Number of training steps done."""
     model: Mapping[str, Tensor | Piece]
-    """The weights by name, each tensor once; those of a sharded checkpoint are read when they are asked for."""
+    """The weights by name, each tensor once; a sharded checkpoint has pieces, which are read on demand."""
     memory: Mapping[str, Tensor]
     """The memory of the streams as named tensors; empty if there is none."""
     optimiser: Mapping[str, Any]
@@ -62,12 +62,12 @@ class Checkpoint:
 
 
 def name_of(step: int) -> str:
-    """What the folder of a step's checkpoint is called."""
+    """The name of the folder of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """The folder ``step-…`` inside ``folder`` that now holds the checkpoint, whatever stood there before."""
+    """Write the checkpoint to a folder ``step-…`` inside ``folder``, replacing an old one; returns its path."""
     from safetensors.torch import save_file
 
     with being_written(folder, checkpoint) as unfinished:
@@ -78,7 +78,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 
 @contextlib.contextmanager
 def being_written(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
-    """A folder to put the checkpoint's tensors into; afterwards it is the checkpoint, or gone if that failed."""
+    """Yield a temporary folder for the checkpoint's tensors; it becomes the checkpoint, or is removed on an error."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / name_of(checkpoint.step)
     unfinished = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"
@@ -92,11 +92,11 @@ def being_written(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
         (unfinished / _STATE).write_text(text, encoding="utf-8", newline="\n")
         for entry in [*unfinished.rglob("*"), unfinished]:
             force(entry)
-        discard(target)  # a damaged one, left of a run that had to go back further
+        discard(target)  # a damaged one, if the run returned to an earlier checkpoint
         unfinished.rename(target)
     except Exception as error:
         reason = _of_the_disk(error, unfinished)
-        shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk its room is needed
+        shutil.rmtree(unfinished, ignore_errors=True)  # frees space on a full disk
         if reason is None:
             raise
         raise reason from error
@@ -104,7 +104,7 @@ def being_written(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 def write_rest(unfinished: Path, memory: Mapping[str, Tensor], optimiser: Mapping[str, Any]) -> None:
-    """Everything but the weights."""
+    """Write the memory and the optimiser: all tensors except the weights."""
     from safetensors.torch import save_file
 
     save_file(_plain(memory), unfinished / _MEMORY)
@@ -112,26 +112,26 @@ def write_rest(unfinished: Path, memory: Mapping[str, Tensor], optimiser: Mappin
 
 
 def load(folder: Path, *, verified: bool = False) -> Checkpoint:
-    """The checkpoint in ``folder``, its files checked against their SHA-256 before any of them is opened.
+    """The checkpoint in ``folder``; the SHA-256 of all files are checked before any file is opened.
 
     Args:
-        folder: one that ``save`` has written.
-        verified: another process has checked the sums of the files a moment ago, and this one needs not read them all.
+        folder: a folder that ``save`` has written.
+        verified: skip the SHA-256, since another process has just checked them.
 
     Raises:
-        CheckpointError: a file is missing or changed, or the folder is no checkpoint; names the newest good one.
+        CheckpointError: a file is missing or changed, or the folder is not a checkpoint; names the newest good one.
     """
     try:
         return _load(folder, verify(folder, sums=not verified))
     except CheckpointError as error:
         others = (other for other in reversed(all_in(folder.parent)) if other != folder and _is_good(other))
         other = next(others, None)
-        hint = f"the newest good one is {other}" if other else "there is no good one beside it: start a new run"
+        hint = f"the newest good one is {other}" if other else "there is no good one in this run: start a new run"
         raise CheckpointError(f"{error}; {hint}.") from None
 
 
 def _load(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint, whose sums may be right and its content absurd: whoever wrote it could compute them."""
+    """The checkpoint, with its content checked: right sums prove nothing about a checkpoint from a stranger."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -159,35 +159,41 @@ def _load(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
             state={name: value for name, value in state.items() if name not in ("format", "step", "files")},
         )
     except pickle.UnpicklingError:
-        raise CheckpointError(_ABSURD.format(folder, reading, "something else than tensors and plain values")) from None
+        raise CheckpointError(
+            _ABSURD.format(folder, reading, "something other than tensors and plain values")
+        ) from None
     except (SafetensorError, *_RAISED) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(_ABSURD.format(folder, reading, f"what does not belong there ({reason})")) from None
+        raise CheckpointError(_ABSURD.format(folder, reading, f"content of the wrong kind ({reason})")) from None
 
 
-_ABSURD = "{} is no checkpoint of this library: {} holds {}"
+_ABSURD = "{} is not a checkpoint of this library: {} holds {}"
 _RAISED = (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
-"""What reading a file can raise whose content is not what it should be."""
+"""Errors that reading a file with content of the wrong kind can raise."""
 
 
 def verify(folder: Path, *, sums: bool = True) -> dict[str, Any]:
-    """What state.json says, once every file of the checkpoint was found there and, with ``sums``, unchanged."""
+    """The content of state.json, after checking that all files exist and, with ``sums``, are unchanged.
+
+    Raises:
+        CheckpointError: a file is missing or changed, or the folder is not a checkpoint.
+    """
     try:
         outer = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     except OSError:
-        raise CheckpointError(f"{folder} is no checkpoint of this library: it has no readable {_STATE}") from None
+        raise CheckpointError(f"{folder} is not a checkpoint of this library: it has no readable {_STATE}") from None
     except ValueError:
         raise CheckpointError(f"The checkpoint {folder} is damaged: {_STATE} is not JSON") from None
     state = outer.get("state") if isinstance(outer, dict) else None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} is no checkpoint of this library: {_STATE} does not say {FORMAT!r}")
+        raise CheckpointError(f"{folder} is not a checkpoint of this library: {_STATE} does not say {FORMAT!r}")
     if outer.get("sha256") != _digest(state):
         raise CheckpointError(f"The checkpoint {folder} is damaged: {_STATE} was changed after it was written")
     files = state.get("files")
     if not isinstance(files, dict) or not {_MEMORY, _OPTIMISER} < files.keys() or not all(map(_is_inside, files)):
-        raise CheckpointError(f"{folder} is no checkpoint of this library: {_STATE} does not name its files")
+        raise CheckpointError(f"{folder} is not a checkpoint of this library: {_STATE} does not name its files")
     if unlisted := sorted(set(_files_in(folder)) - files.keys() - {_STATE}):
-        raise CheckpointError(f"{folder} is no checkpoint of this library: {_STATE} does not know {unlisted[0]}")
+        raise CheckpointError(f"{folder} is not a checkpoint of this library: {_STATE} does not list {unlisted[0]}")
     for name, expected in files.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"The checkpoint {folder} is damaged: {name} is missing")
@@ -197,10 +203,10 @@ def verify(folder: Path, *, sums: bool = True) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest good checkpoint in ``folder``, None if there is none at all; a damaged one is skipped with a warning.
+    """The newest good checkpoint in ``folder``; None if there are no checkpoints. A warning names each damaged one.
 
     Raises:
-        CheckpointError: all that there are are damaged.
+        CheckpointError: all checkpoints are damaged.
     """
     candidates = all_in(folder)
     for candidate in reversed(candidates):
@@ -214,13 +220,13 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def all_in(folder: Path) -> list[Path]:
-    """The folders in ``folder`` that are named like checkpoints, oldest first."""
+    """The folders in ``folder`` with names of checkpoints, oldest first."""
     found = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)] if folder.is_dir() else []
     return sorted(found, key=lambda entry: int(entry.name.removeprefix("step-")))
 
 
 def prune(folder: Path, *, newest: int, best: int | None) -> None:
-    """Remove all but the ``newest`` last checkpoints and the one of step ``best``, and what unfinished writing left."""
+    """Remove all checkpoints except the ``newest`` last ones and that of step ``best``, and all unfinished ones."""
     for entry in folder.glob(f"{_TEMPORARY}*"):
         discard(entry)
     for entry in all_in(folder)[:-newest]:
@@ -229,22 +235,22 @@ def prune(folder: Path, *, newest: int, best: int | None) -> None:
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps than ``step``."""
+    """Remove the checkpoints of steps after ``step``."""
     for entry in all_in(folder):
         if int(entry.name.removeprefix("step-")) > step:
             _remove(entry)
 
 
 def _remove(entry: Path) -> None:
-    """Remove a checkpoint; it is renamed first, since a checkpoint is complete or not there."""
+    """Remove a checkpoint; it is renamed first, so that no incomplete folder has the name of a checkpoint."""
     discard(entry.rename(entry.with_name(f"{_TEMPORARY}{entry.name}")))
 
 
 def _of_the_disk(error: Exception, folder: Path) -> OSError | None:
-    """The error of the operating system behind one of a library that has written files; None if there is none."""
+    """The operating system's error behind a library's error while writing; None if there is none."""
     if isinstance(error, OSError):
         return None
-    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors says so, and torch.save says nothing
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors reports it, torch.save does not
     number = int(told.group(1)) if told else errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else None
     return None if number is None else OSError(number, os.strerror(number), str(folder.parent))
 

@@ -1,4 +1,4 @@
-"""continuation: the text that a model writes after a prompt, piece by piece."""
+"""continuation: the text that a model generates after a prompt, piece by piece."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def continuation(
     stop: str | None = None,
     segment: int | None = None,
 ) -> Iterator[tuple[str, ...]]:
-    """The pieces of text that follow the prompts: one per prompt at each step, empty where the text has ended.
+    """An iterator over the generated text: at each step one piece per prompt, empty for a text that has ended.
 
     Args:
         model: in evaluation mode.
-        language: the meaning of its tokens.
+        language: the vocabulary of the model.
         prompts: texts to continue side by side, each with at least one token.
-        length: tokens to generate.
-        temperature: logits are divided by it; 0 always takes the most probable token.
+        length: number of tokens to generate.
+        temperature: divides the logits; 0 always takes the most probable token.
         top_k: choose among the k most probable tokens only.
         top_p: choose among the fewest most probable tokens whose probabilities add up to at least this.
         seed: the same seed gives the same text.
         stop: a token that ends the text.
-        segment: tokens of a prompt that are read in one solve.
+        segment: tokens of the prompts per solve; None for all.
 
     Raises:
-        ValueError: a prompt is empty or holds tokens that the model does not know, or a setting is impossible.
+        ValueError: a prompt is empty or has tokens that the model does not know, or a setting is out of its range.
     """
     vocabulary = language.vocabulary
     if language.unit == "symbol":
         raise ValueError(
-            f"The corpus {language.name} is a made-up task, not text; generate needs a run on characters or words."
+            f"The corpus {language.name} is a synthetic task, not text; generate needs a run on characters or words."
         )
     if length < 1:
-        raise ValueError(f"The length {length} counts the tokens to generate and is at least 1; try 400.")
+        raise ValueError(f"The length {length} is the number of tokens to generate and is at least 1; try 400.")
     if not prompts:
         raise ValueError("There is no prompt, and the model needs something to continue; try 'The '.")
     end = None if stop is None else _token(vocabulary, stop)
@@ -70,11 +70,11 @@ def continuation(
 
 
 class Detokeniser:
-    """Turns the tokens of one text into pieces: words get their spaces, and the end of a line its line break.
+    """Turns the tokens of one text into pieces of text: puts spaces between words, and line breaks at ends of lines.
 
     Args:
-        vocabulary: the meaning of the tokens.
-        before: the text that they follow.
+        vocabulary: the vocabulary of the tokens.
+        before: the text before the first token.
         stop: the token after which every piece is empty; None for no such token.
     """
 
@@ -82,7 +82,7 @@ class Detokeniser:
         self._vocabulary, self._last, self._stop, self._ended = vocabulary, before[-1:], stop, False
 
     def piece(self, place: int) -> str:
-        """The text of one more token; empty once the text has ended."""
+        """The text of the next token; empty once the text has ended."""
         self._ended = self._ended or place == self._stop
         if self._ended:
             return ""
@@ -114,6 +114,6 @@ def _token(vocabulary: Vocabulary, text: str) -> int:
     if text not in vocabulary.tokens:
         raise ValueError(
             f"stop={text!r} is not one of the {len(vocabulary):,} {vocabulary.unit}s that the model knows; give one of "
-            "them, such as \\n for the end of a line."
+            "these, such as \\n for the end of a line."
         )
     return vocabulary.tokens.index(text)

@@ -1,7 +1,4 @@
-"""The log of a run: one JSON object a line, each with its "event" and its "step"; a number that is not finite is null.
-
-Letters: B batch, K evaluations of f.
-"""
+"""The log of a run: one JSON object per line, with its "event" and "step"; numbers that are not finite are null."""
 
 from __future__ import annotations
 
@@ -17,25 +14,25 @@ from equilibria.lm.runs.files import check_own, discard
 Event = dict[str, Any]
 """One line of metrics.jsonl."""
 ENDING = frozenset({"memory", "done", "stopped"})
-"""Events that a run writes when it ends, and writes anew when it goes on."""
+"""Events at the end of a run; a run that continues removes them and writes them again."""
 
 
 _decode = json.JSONDecoder().decode
-"""As json.loads, which asks for the encoding of each line."""
+"""Like json.loads, but without detecting the encoding of each line."""
 
 
 def append(file: Path, event: Event) -> None:
-    """Add one line to ``file``; a reader never sees lines mixed."""
+    """Add one line to ``file`` in a single write, so that a reader never sees two lines mixed."""
     with file.open("a", encoding="utf-8", newline="\n") as log:
         log.write(_line(event))
 
 
 def stream(file: Path) -> Iterator[Event]:
-    """The events in ``file``, oldest first and one at a time; a last line without its end is left out.
+    """The events in ``file``, oldest first and one at a time, without an incomplete last line.
 
     Raises:
-        ForeignFileError: the file is a symbolic link, a pipe or a device, which could be waited for for ever.
-        ValueError: another line is not a JSON object; names it.
+        ForeignFileError: the file is a symbolic link, a pipe or a device, from which reading could block forever.
+        ValueError: another line is not a JSON object; names the line.
     """
     check_own(file)
     if not file.is_file():
@@ -43,22 +40,22 @@ def stream(file: Path) -> Iterator[Event]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
-                return  # a run that continues may write the rest of it at this moment
+                return  # a running training may be writing the rest
             yield _event(line, f"{file}, line {number}")
 
 
 def read(file: Path) -> list[Event]:
-    """The events in ``file`` as a list, with the errors of ``stream``."""
+    """The events in ``file`` as a list; raises the errors of ``stream``."""
     return list(stream(file))
 
 
 def cut(file: Path, step: int) -> None:
-    """Rewrite ``file`` as it was when the checkpoint of ``step`` was written: the run goes on from there."""
+    """Rewrite ``file`` as it was when the checkpoint of ``step`` was written, so that the run can continue there."""
     kept = (event for event in stream(file) if event.get("step", 0) <= step and event.get("event") not in ENDING)
     beside = file.with_name(f".{file.name}.new")
     discard(beside)
     try:
-        with beside.open("x", encoding="utf-8", newline="\n") as copy:  # a new file: no link is followed
+        with beside.open("x", encoding="utf-8", newline="\n") as copy:  # "x": never follows a link
             copy.writelines(map(_line, kept))
             copy.flush()
             os.fsync(copy.fileno())
@@ -70,11 +67,11 @@ def cut(file: Path, step: int) -> None:
 def _event(line: bytes, where: str) -> Event:
     try:
         event = _decode(line.decode())
-    except (ValueError, RecursionError):  # the latter for brackets inside brackets
+    except (ValueError, RecursionError):  # RecursionError: deeply nested brackets
         event = None
     if not isinstance(event, dict):
         start = line.removesuffix(b"\n")[:40]
-        raise ValueError(f"{where} is no JSON object: {start!r}; remove that line.")
+        raise ValueError(f"{where} is not a JSON object: {start!r}; remove that line.")
     return event
 
 
@@ -83,7 +80,7 @@ def _line(event: Event) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same value with null for each number that JSON cannot say: NaN and the infinities."""
+    """The value with None instead of each number that JSON cannot represent: NaN and the infinities."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What lies in the folder of a run: the names of its files, what is foreign there, and its lock."""
+"""The folder of a run: the names of its files, foreign files in it, and its lock."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import IO
 from equilibria.lm.runs.files import check_own
 
 FILES = ("experiment.json", "corpus.json", "metrics.jsonl", "model.safetensors")
-"""Of a run; the first one makes a folder a run."""
+"""The files of a run; a folder with the first one is a run."""
 FOLDERS = ("checkpoints", "report", "tensorboard")
-"""Of a run."""
+"""The folders of a run."""
 LOCK, NEW, OLD, GONE = ".lock", ".new", ".old", ".replaced"
-"""Beside them: the lock; a run that is to replace this one; and, on its way out, the one that is replaced."""
+"""The lock; a run that will replace this one; the replaced run while its files are moved, and until it is removed."""
 FIGURES = ("loss", "evaluations", "residual", "converged", "spectral_radius", "memory")
 """The pictures of a report."""
 _WRITTEN = re.compile(
@@ -27,11 +27,11 @@ _WRITTEN = re.compile(
     rf"|report/\.?(index\.html|sample\.json|({'|'.join(FIGURES)})\.png)(\.new)?"
     r"|tensorboard/events\.out\.tfevents\.[\w.-]+"
 )
-"""Every file that this library writes into a run, by its path there."""
+"""Matches the path, relative to the run, of every file that this library writes."""
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Files in a run's folder that this library has not written; hidden ones beside the run are nobody's business."""
+    """Files in a run's folder that this library has not written, except hidden ones at the top level."""
     names = []
     for entry in folder.iterdir():
         if entry.name in FOLDERS and entry.is_dir() and not entry.is_symlink():
@@ -44,12 +44,13 @@ def foreign_files(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Within it no other process can lock the run directory ``path``, which is made if there is none.
+    """Within it, no other process can lock the run directory ``path``, which is created if necessary.
 
-    The lock ends with the process, however that ends. A folder in which nothing was started is left as it was.
+    The operating system releases the lock when the process ends for any reason. If no run is started, the folder is
+    left as it was.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process has the lock.
     """
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
@@ -66,14 +67,14 @@ def locked(path: Path) -> Iterator[None]:
             yield
             started = (path / FILES[0]).is_file()
         finally:
-            if new and not started:  # a folder of somebody else's stays as it was
+            if new and not started:  # no run was started: leave the folder as it was
                 (path / LOCK).unlink(missing_ok=True)
                 if made and not any(path.iterdir()):
                     path.rmdir()
 
 
 def holder(path: Path) -> str | None:
-    """Who has locked the run directory ``path``, None if nobody has."""
+    """The process that has locked the run directory ``path``, such as "process 123"; None if it is not locked."""
     if (path / LOCK).is_symlink() or not (path / LOCK).is_file():
         return None
     try:
@@ -85,14 +86,14 @@ def holder(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[IO[str]]:
-    """The lock, made if it is not there; a link in its place is not followed."""
+    """The opened lock file, created if necessary; a link in its place is not followed."""
     handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     with os.fdopen(handle, "r+", encoding="utf-8", errors="replace") as stream:
         yield stream
 
 
 def _lock(file: IO[str]) -> bool:
-    """Whether this process now has the file to itself."""
+    """Try to lock the file without waiting; True if this process now has the lock."""
     if sys.platform == "win32":
         import msvcrt
 

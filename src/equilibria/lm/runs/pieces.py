@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that are read when they are asked for: a rank reads its own shards only."""
+"""Tensors of a checkpoint that are read on demand, so that a rank reads its own shards only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
-    """A tensor in the shards of a checkpoint; nothing of it is read before it is asked for."""
+    """A tensor in the shards of a checkpoint, which is read on demand."""
 
     name: str
     shape: torch.Size
@@ -28,11 +28,11 @@ class Piece:
     reader: _Reader
 
     def whole(self) -> Tensor:
-        """All of it, in the memory of this process."""
+        """The full tensor, read into the memory of this process."""
         return self.read_into(torch.empty(self.shape, dtype=self.dtype))
 
     def read_into(self, target: Tensor) -> Tensor:
-        """``target``, filled; of a sharded one this rank's shard is read, and nothing else."""
+        """Fill ``target`` and return it; if it is sharded, only this rank's shard is read."""
         from torch.distributed.checkpoint.state_dict_loader import load
 
         with quiet():
@@ -41,22 +41,22 @@ class Piece:
 
 
 def whole(stored: Tensor | Piece) -> Tensor:
-    """A tensor of a checkpoint, all of it."""
+    """The full tensor for a tensor or piece of a checkpoint."""
     return stored.whole() if isinstance(stored, Piece) else stored
 
 
 def like(stored: Tensor | Piece, target: Tensor) -> Tensor:
-    """A tensor of a checkpoint on the device of ``target``, and sharded as it is."""
+    """The stored tensor, on the device of ``target`` and sharded like it."""
     if isinstance(stored, Piece):
         return stored.read_into(torch.empty_like(target))
     return sharded_as(stored, target)
 
 
 def pieces_in(place: Path) -> dict[str, Piece]:
-    """The tensors in a folder of shards by name, as the headers of its files describe them.
+    """The tensors in a folder of shards by name; reads only the headers of its files.
 
     Raises:
-        ValueError: the shards of one of them do not fill it.
+        ValueError: the shards of a tensor do not cover it completely.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -76,7 +76,7 @@ def pieces_in(place: Path) -> dict[str, Piece]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without PyTorch's remarks on its own parts."""
+    """Within it, warnings are silenced: PyTorch warns about its own use of deprecated functions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""Run: the directory that a training writes and every other command reads."""
+"""Run: the directory that a training writes and all other commands read."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from equilibria.lm.runs.folder import FILES, FOLDERS, GONE, LOCK, NEW, OLD, fore
 from equilibria.lm.suggestions import nearest
 
 WITHOUT_INFLUENCE = ("corpus.root", "training.devices", "training.faults.keep", "training.log")
-"""Settings and groups of them that do not change what is trained; those of the devices may change the last bits."""
+"""Settings, or groups of them, that may change when a run continues; those of the devices may change the last bits."""
 FORMAT = 3
-"""Of experiment.json; version 0.1 wrote no number."""
+"""Format version of experiment.json; version 0.1 wrote none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +32,27 @@ class Run:
     path: Path
     """The directory."""
     replacing: bool = False
-    """The run is written beside the one that is there, until ``settle`` puts it into its place."""
+    """True while the run is written beside an old one, which ``settle`` replaces."""
 
     @classmethod
     def start(cls, path: Path, experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> Run:
-        """The run of ``experiment`` in the folder ``path``, new or, with ``resume``, the one that is there.
+        """A new run of ``experiment`` in the folder ``path``, or, with ``resume``, the existing one.
 
-        With ``resume`` a folder without a run starts a new one, so that the same command can be given again whenever
-        it was stopped; what has no influence on the weights may differ then, and experiment.json is rewritten. With
-        ``overwrite`` the run that is there stays until ``settle`` puts the new one into its place.
+        With ``resume`` and no run in the folder, a new run starts, so that the same command can be repeated whenever it
+        was stopped. Settings without influence on the weights may then differ; experiment.json is updated. With
+        ``overwrite`` an existing run stays until ``settle`` replaces it by the new one.
 
         Raises:
-            ValueError: the folder already holds a run, or files of another kind, or the run of another experiment; or
-                something in it leads out of it.
+            ValueError: the folder contains a run, the run of another experiment, other files, or a symbolic link.
         """
         if resume and overwrite:
-            raise ValueError("--resume goes on with a run and --overwrite removes it; give one of the two.")
+            raise ValueError("--resume continues a run and --overwrite replaces it; give one of the two.")
         run = cls(path)
         run.check_own()
         run._recover()
-        run.give_up()  # left by a process that was killed before its first checkpoint
+        run.give_up()  # removes the remains of a process that was killed before its first checkpoint
         if run.description.is_file() and resume:
-            run._go_on(experiment)
+            run._continue(experiment)
             return run
         if run.description.is_file():
             if not overwrite:
@@ -65,17 +64,17 @@ class Run:
             run = cls(path, replacing=True)
             (path / NEW).mkdir()
         elif path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
-            raise ValueError(f"{path} exists and is no run; choose a folder that is new or empty with --out.")
+            raise ValueError(f"{path} exists and is not a run; choose a new or empty folder with --out.")
         path.mkdir(parents=True, exist_ok=True)
         run._describe(experiment)
         return run
 
     @classmethod
     def open(cls, path: Path, *, replacing: bool = False) -> Run:
-        """The run in the folder ``path``, or the one that is ``replacing`` it.
+        """The run in the folder ``path``, or the new run that is ``replacing`` it.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the folder contains no run.
         """
         run = cls(path, replacing)
         for name in (*FILES, *FOLDERS):
@@ -86,17 +85,17 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where its files are now."""
+        """The folder that contains its files at the moment."""
         beside = self.path / NEW
         return beside if self.replacing and beside.is_dir() else self.path
 
     def check_own(self) -> None:
-        """Raise a ValueError if something that would be written leads out of the folder, or would be waited for."""
+        """Raise a ValueError if a file or folder of the run is a symbolic link, a pipe, a socket or a device."""
         for name in (*FILES, *FOLDERS, LOCK, NEW, OLD, GONE):
             check_own(self.path / name)
 
     def settle(self) -> None:
-        """Put the run into the place of the one that it replaces, which goes; a crash on the way is recovered from."""
+        """Replace the old run by this one; after a crash, the next ``start`` completes the replacement."""
         if not (self.replacing and (self.path / NEW).is_dir()):
             return
         self._check_replaceable()
@@ -104,12 +103,12 @@ class Run:
         self._recover()
 
     def give_up(self) -> None:
-        """Forget a run that was to replace another one and has not done so."""
+        """Remove an unfinished run that would have replaced another one."""
         if not (self.path / OLD).exists() and not (self.path / GONE).exists():
             discard(self.path / NEW)
 
     def _recover(self) -> None:
-        """Take every step of ``settle`` that was not taken yet; which is next can be read from the names."""
+        """Do all steps of ``settle`` that are not done yet; the names of the folders tell which step is next."""
         new, old, gone = (self.path / name for name in (NEW, OLD, GONE))
         if old.is_dir():
             for name in (*FOLDERS, *reversed(FILES)):
@@ -144,10 +143,10 @@ class Run:
 
     @property
     def language(self) -> Language | None:
-        """What is kept of the corpus in corpus.json; None in a run of a version that kept nothing.
+        """The language of the run, from corpus.json; None in runs of versions that did not write this file.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: the file is damaged.
         """
         file = self.folder / "corpus.json"
         if not file.is_file():
@@ -162,21 +161,21 @@ class Run:
         replace(self.folder / "corpus.json", json.dumps(language.to_json(), ensure_ascii=False) + "\n", forced=True)
 
     def experiment(self, *, extra: Iterable[type] = ()) -> Experiment:
-        """What is trained; ``extra`` holds the dataclasses from outside the library that it uses."""
+        """The experiment of the run; ``extra`` are the dataclasses from outside the library that it uses."""
         return from_json(self.stored(), extra=extra)
 
     def stored(self) -> dict[str, Any]:
-        """What experiment.json says: nested objects, each with its "kind".
+        """The content of experiment.json: nested objects, each with its "kind".
 
         Raises:
-            ValueError: it is damaged, or another version wrote it.
+            ValueError: the file is damaged, or another version wrote it.
         """
         try:
             found = json.loads(self.description.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{self.description} is damaged ({error}); take it from a copy, or train again.") from None
         if not isinstance(found, dict):
-            raise ValueError(f"{self.description} is damaged (no object); take it from a copy, or train again.")
+            raise ValueError(f"{self.description} is damaged (not a JSON object); take it from a copy, or train again.")
         written = found.pop("format", None)
         if written != FORMAT:
             author = "version 0.1" if written is None else f"another version (its format is {written!r})"
@@ -195,11 +194,11 @@ class Run:
         return events.read(self.metrics)
 
     def newest(self) -> Checkpoint | None:
-        """The newest good checkpoint, None if there is none yet; damaged newer ones are named in a warning."""
+        """The newest good checkpoint, None if there are no checkpoints; a warning names damaged newer ones."""
         return checkpoint.newest(self.checkpoints)
 
     def best(self) -> Checkpoint:
-        """The checkpoint with the best validation of the last stage, or of those before it that solve alike.
+        """The checkpoint with the best validation of the last stage and the stages before it that solve alike.
 
         Raises:
             CheckpointError: the run has no checkpoint yet, or the best one is damaged.
@@ -216,7 +215,7 @@ class Run:
         replace(self.description, json.dumps({"format": FORMAT, **to_json(experiment)}, indent=2) + "\n", forced=True)
 
     def _check_replaceable(self) -> None:
-        """Raise a ValueError unless the folder is a run of this library and holds no file of somebody else."""
+        """Raise a ValueError unless the folder is a run of this library without foreign files."""
         try:
             written = json.loads((self.path / "experiment.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -230,20 +229,20 @@ class Run:
             more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
             raise ValueError(
                 f"{self.path} holds {', '.join(foreign[:5])}{more} beside a run, and --overwrite replaces runs only; "
-                "move that away, or choose another folder with --out."
+                "move these elsewhere, or choose another folder with --out."
             )
 
-    def _go_on(self, experiment: Experiment) -> None:
-        """Take over what may change in a run that goes on, and refuse the rest."""
-        # Read as an experiment, since a run of an older version lacks fields, which have their defaults.
+    def _continue(self, experiment: Experiment) -> None:
+        """Store the settings that may change when a run continues; a ValueError if other settings have changed."""
+        # Read as an experiment, because runs of older versions lack fields, which then get their defaults.
         before = to_json(self.experiment(extra=kinds_in(experiment)))
         stored, asked = dict(_leaves(before)), dict(_leaves(to_json(experiment)))
         changed = [name for name in sorted(stored.keys() | asked.keys()) if stored.get(name) != asked.get(name)]
         for name in changed:
             if not f"{name}.".startswith(tuple(f"{free}." for free in WITHOUT_INFLUENCE)):
                 raise ValueError(
-                    f"{self.path} was started with {name} = {stored.get(name)!r} and is to be continued with "
-                    f"{asked.get(name)!r}; give it the value it had, or start a new run with another --out."
+                    f"{self.path} was started with {name} = {stored.get(name)!r} and cannot be continued with "
+                    f"{asked.get(name)!r}; give the old value, or start a new run with another --out."
                 )
         if changed:
             self._describe(experiment)
@@ -252,16 +251,16 @@ class Run:
 OF_A_RANK = frozenset(
     {"corpus.root", "training.devices.device", "training.devices.threads", "training.log.tensorboard"}
 )
-"""Fields that may have different values in the processes of one training."""
+"""Fields whose values may differ between the processes of one training."""
 
 
 def plain_values(experiment: Experiment) -> dict[str, Any]:
-    """Every plain value of an experiment by its name, but those in which the processes of one training may differ."""
+    """All plain values of an experiment by path, except those that may differ between processes of one training."""
     return {name: value for name, value in _leaves(to_json(experiment)) if name not in OF_A_RANK}
 
 
 def _leaves(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
-    """Every plain value of nested dicts and lists, with its path."""
+    """All plain values in nested dicts and lists, with their paths."""
     if not isinstance(value, dict | list):
         yield name, value
         return
@@ -270,7 +269,11 @@ def _leaves(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def require(path: Path) -> Path:
-    """``path``, if it is a run directory; otherwise one sentence that names the runs nearby."""
+    """``path``, if it is a run directory.
+
+    Raises:
+        UsageError: it is not; names the runs nearby.
+    """
     if (path / "experiment.json").is_file():
         return path
     found = sorted(str(file.parent) for base in {path.parent, Path("runs")} for file in base.glob("*/experiment.json"))

@@ -1,11 +1,11 @@
-"""Checkpoints of which each rank writes its own part, by PyTorch's distributed checkpoints in safetensors files.
+"""Sharded checkpoints: each rank writes its own part, with PyTorch's distributed checkpoints in safetensors files.
 
     checkpoints/step-00000500/shards/*.safetensors   weights and the optimiser's tensors, in pieces
-                              memory.safetensors     what the streams of all ranks remember
+                              memory.safetensors     the memory of the streams of all ranks
                               optimiser.pt           the rest of the optimiser, and random generators
                               state.json             step, position, best value, and the SHA-256 of the other files
 
-Read back, a tensor is whole or sharded as the reading model is, whatever wrote it, so that a run can go on with another
+When a checkpoint is read, its tensors are sharded like the model that reads it, so a run can continue with another
 number of ranks. A rank reads its own shards only.
 """
 
@@ -24,7 +24,7 @@ from equilibria.lm.runs.pieces import Piece, pieces_in, quiet, whole
 
 
 def save_sharded(folder: Path, checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """Write the checkpoint of all ranks; each of them calls it."""
+    """Write the checkpoint; all ranks call it together."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -40,7 +40,7 @@ def save_sharded(folder: Path, checkpoint: Checkpoint, ranks: Ranks) -> None:
 
 
 def load_sharded(place: Path, optimiser: Mapping[str, Any]) -> tuple[dict[str, Piece], dict[str, Any]]:
-    """Weights by name, and what stands beside them with the optimiser's tensors put back; none of them is read yet."""
+    """The weights by name, and ``optimiser`` with its sharded tensors inserted, all as pieces that are not read yet."""
     pieces = pieces_in(place)
     stored = optimiser["optimiser"]
     state = {
@@ -52,7 +52,7 @@ def load_sharded(place: Path, optimiser: Mapping[str, Any]) -> tuple[dict[str, P
 
 
 def _taken_out(stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An optimiser's state with None for every sharded tensor, and these by name."""
+    """An optimiser's state with None instead of each sharded tensor, and the sharded tensors by name."""
     pieces: dict[str, Tensor] = {}
     state: dict[Any, dict[str, Any]] = {}
     for index, values in stored["state"].items():

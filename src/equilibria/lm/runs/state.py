@@ -1,4 +1,4 @@
-"""State: the plain values that a training notes in a checkpoint, and whether they are what it writes."""
+"""Validation of the plain values in a checkpoint's state.json."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ NOTES = {
     "best": (dict, type(None)),
     "validated": (dict, type(None)),
 }
-"""What a training notes in the state."""
+"""The values that a training writes, with their types."""
 
 
 def check_state(state: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a note of a training is of another kind than it writes."""
+    """Raise a ValueError if a value has a type that a training does not write."""
     for name, kinds in NOTES.items():
         if name in state and (not isinstance(state[name], kinds) or isinstance(state[name], bool)):
             raise ValueError(f"{name} is {state[name]!r:.40}")
     best = state.get("best")
     if best is not None:
-        step, nats = best.get("step"), best.get("nats")
-        if type(step) is not int or not 0 <= step <= state["step"] or not isinstance(nats, int | float):
+        step, nll = best.get("step"), best.get("nats")
+        if type(step) is not int or not 0 <= step <= state["step"] or not isinstance(nll, int | float):
             raise ValueError(f"best is {best!r:.80}")
 
 
 def check_kind(value: Any, kind: type, what: str) -> Any:
-    """The value itself; a ValueError if it is of another kind."""
+    """The value itself; a ValueError with ``what`` in its message if the value is not a ``kind``."""
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{value!r:.40} where {what} should be")
     return value

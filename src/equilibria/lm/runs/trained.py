@@ -1,4 +1,4 @@
-"""load: a trained model back from its run directory."""
+"""load: a trained model from its run directory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from equilibria.cells.chain import ChainConfig
+from equilibria.cells.transformer.cell import TransformerConfig
 from equilibria.errors import UsageError
 from equilibria.fixed_point import Method
 from equilibria.lm.corpora import Corpus, Stream, Vocabulary
@@ -20,7 +22,7 @@ from equilibria.lm.device import choose_device
 from equilibria.lm.evaluation import Evaluation, evaluate
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.stage import Stage
-from equilibria.lm.model import LanguageModel
+from equilibria.lm.model import LanguageConfig, LanguageModel
 from equilibria.lm.runs.checkpoint import CheckpointError
 from equilibria.lm.runs.continuation import continuation
 from equilibria.lm.runs.run import Run, require
@@ -34,24 +36,24 @@ Which = Literal["best", "last"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
-    """A model ready for use, and where it comes from."""
+    """A trained model ready for use, with its experiment, vocabulary and training step."""
 
     experiment: Experiment
-    """What was trained."""
+    """The experiment of the run."""
     language: Language
-    """What its tokens mean."""
+    """The vocabulary, and checksums of the training text."""
     model: LanguageModel
-    """In evaluation mode; it solves as in ``stage``."""
+    """The model in evaluation mode; its method is that of ``stage``."""
     stage: Stage
-    """The stage that the checkpoint was written in: where two meet, the later one."""
+    """The stage of the checkpoint; at the end of a stage, the next one."""
     step: int
     """The training step of the weights."""
     data: Path | None = None
-    """The text that was asked for in the place of the run's own: a folder like the corpus, or a file; None for that."""
+    """Another text instead of the run's own: a folder like the corpus, or a file; None for the run's own."""
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The meaning of the token ids."""
+        """The vocabulary of the token ids."""
         return self.language.vocabulary
 
     def generate(
@@ -65,12 +67,12 @@ class Trained:
         seed: int = 0,
         stop: str | None = None,
     ) -> str:
-        """The text that the model writes after ``prompt``, without the prompt; arguments as of ``continuation``."""
+        """The text that the model generates after ``prompt``; the options are those of ``continuation``."""
         choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop}
         return "".join(piece for (piece,) in self.pieces((prompt,), length=length, **choices))
 
     def pieces(self, prompts: Sequence[str], *, length: int = 400, **choices: Any) -> Iterator[tuple[str, ...]]:
-        """The same text piece by piece, of several prompts side by side."""
+        """An iterator over the pieces of the generated text, for several prompts side by side; see ``continuation``."""
         segment = self.experiment.training.batches.segment_length
         return continuation(self.model, self.language, prompts, length=length, segment=segment, **choices)
 
@@ -87,12 +89,13 @@ class Trained:
         """The score of the model on a split of its corpus, or on the file ``data``.
 
         Args:
-            split: of the corpus; a file has none.
-            batch_size: streams read side by side; 1 is exact, since each stream begins without memory.
-            segment_length: tokens per solve; None for those of the training's validations.
-            overlap: tokens that a segment shares with the one before; None for those of the training's validations.
-            max_segments: read the first segments only; None for all.
-            method: how to solve; None for the way of the run's own validations.
+            split: the split of the corpus; ignored for a file, which has no splits.
+            batch_size: number of streams read side by side; 1 is exact, since each stream begins without memory.
+            segment_length: tokens per solve; None for the setting of the training's validations.
+            overlap: tokens that a segment shares with the previous one; None for the setting of the training's
+                validations.
+            max_segments: read at most this many segments; None for all.
+            method: the method of the solves; None for that of the training's validations.
         """
         stream, usual = self.stream(split), self.experiment.training.evaluation
         return evaluate(
@@ -108,35 +111,36 @@ class Trained:
 
     @functools.cached_property
     def corpus(self) -> Corpus:
-        """What it was trained on, read again; or the folder ``data``, as ids of the run's vocabulary.
+        """The corpus of the training, or of the folder ``data``, as ids of the run's vocabulary.
 
         Raises:
-            ValueError: it is another text than that of the training, and nobody asked for another one.
+            ValueError: the text is not that of the training, although ``data`` is None.
         """
         corpus = self.experiment.corpus.load()
         changed = self.language.changed(corpus)
         if changed and self.data is None:
             raise ValueError(
                 f"The text of {', '.join(changed)} is not the one that this run was trained, validated and tested on "
-                "(their SHA-256 differ): bring the old one back, or say with --data FOLDER or --data FILE which text "
-                "is meant."
+                "(their SHA-256 differ); restore the old text, or name the text to use with --data FOLDER or --data "
+                "FILE."
             )
         if changed:
-            _log.warning("The text of %s in %s is not that of the training.", ", ".join(changed), self.data)
+            _log.warning("The text of %s in %s is not the text of the training.", ", ".join(changed), self.data)
         same = corpus.vocabulary.tokens == self.language.vocabulary.tokens
         return corpus if same else self.language.encoded(corpus)
 
     @property
     def is_file(self) -> bool:
-        """True if a file was asked for in the place of the corpus."""
+        """True if ``data`` is a file instead of a folder like the corpus."""
         return self.data is not None and self.data.is_file()
 
     def stream(self, split: str) -> Stream:
-        """A split of the corpus, or the file ``data``, which is read as one text."""
+        """A split of the corpus, or the file ``data`` as one text."""
         if self.data is None or not self.is_file:
             return getattr(self.corpus, split)
         if self.language.unit == "symbol":
-            raise UsageError(f"--data {self.data}: this run was trained on a made-up task, and no text can be scored.")
+            raise UsageError(f"--data {self.data}: this run was trained on a synthetic task, and cannot score text.")
+        # A source of a user's own may have this setting too.
         lines = lines_of(self.data, lowercase=getattr(self.experiment.corpus, "lowercase", False))
         try:
             return Stream.of_text(self.language.vocabulary.encode_lines(lines))
@@ -153,18 +157,18 @@ def load(
     segment: int | None = None,
     extra: Iterable[type] = (),
 ) -> Trained:
-    """The model of the run in folder ``path``, in evaluation mode, with everything that is needed to use it.
+    """The model of the run in the folder ``path``, in evaluation mode and with everything needed to use it.
 
         run = equilibria.load("runs/tiny")
         print(run.generate("The ", length=200), run.evaluate("test").bits)
 
     Args:
         path: the run directory.
-        checkpoint: whose weights.
-        data: where the corpus lies now, if it has moved; or a file with another text.
-        memory_length: positions of the past that the cell is to remember; None for those of the training.
-        segment: positions that are to be solved at once beside them; None for those of the training.
-        extra: dataclasses from outside the library that the experiment holds.
+        checkpoint: the checkpoint with the best validation, or the last one.
+        data: the new folder of the corpus, if it has moved; or a file with another text.
+        memory_length: number of past positions that the cell remembers; None for that of the training.
+        segment: longest segment to solve with this memory; None for the segment length of the training.
+        extra: dataclasses from outside the library that the experiment uses.
 
     Raises:
         UsageError: there is no run in the folder; names the runs nearby.
@@ -187,8 +191,8 @@ def load(
     except CheckpointError:
         if weights(model).keys() != stored.model.keys():
             raise CheckpointError(
-                f"The weights of {path} have other names than those that its experiment.json stands for in this "
-                "version of the library; use the version that wrote them, or train anew."
+                f"The weights of {path} have other names than those that this version of the library builds from its "
+                "experiment.json; use the version that wrote them, or train again."
             ) from None
         raise CheckpointError(
             f"The weights of {path} do not fit a corpus with {len(language.vocabulary):,} tokens in its vocabulary: "
@@ -199,42 +203,47 @@ def load(
 
 
 def with_data(experiment: Experiment, data: Path) -> Experiment:
-    """The experiment with its corpus read from the folder ``data``."""
+    """The experiment with ``data`` as the folder of its corpus; a UsageError if its corpus has no folder."""
     corpus: Any = experiment.corpus
     if not any(field.name == "root" for field in dataclasses.fields(corpus)):
         raise UsageError(
             f"--data {data}: the corpus {type(corpus).__name__} is not read from a folder; leave --data out, or choose "
-            "a recipe that reads one, such as ptb."
+            "a recipe that reads a folder, such as ptb."
         )
     return dataclasses.replace(experiment, corpus=dataclasses.replace(corpus, root=data.expanduser().absolute()))
 
 
 def with_memory(experiment: Experiment, length: int, *, segment: int | None = None) -> Experiment:
-    """The experiment with a cell, in a chain with blocks, that remember ``length`` positions beside a segment."""
-    model: Any = experiment.model
-    cell = _remembering(getattr(model, "cell", model), length, segment or experiment.training.batches.segment_length)
+    """The experiment with a cell (or a chain of blocks) that remembers ``length`` positions.
+
+    Raises:
+        UsageError: the memory of the cell has no length, or the cell has too few position biases.
+    """
+    model = experiment.model
+    cell = model.cell if isinstance(model, LanguageConfig) else model
+    cell = _remembering(cell, length, segment or experiment.training.batches.segment_length)
     return dataclasses.replace(experiment, model=dataclasses.replace(model, cell=cell))
 
 
 def _remembering(cell: Any, length: int, segment: int) -> Any:
-    if hasattr(cell, "cells"):
+    if isinstance(cell, ChainConfig):
         return dataclasses.replace(cell, cells=tuple(_remembering(block, length, segment) for block in cell.cells))
-    if not hasattr(cell, "memory"):
+    if not isinstance(cell, TransformerConfig):
         raise UsageError(
-            f"--memory-length {length}: a {type(cell).__name__} has no number of positions that it remembers; leave it "
-            "out for this model."
+            f"--memory-length {length}: the memory of a {type(cell).__name__} has no length; leave it out for this "
+            "model."
         )
     longest = cell.longest - segment
     if cell.positions == "decay" and min(length, (cell.window or 1000) - 1) > longest:
         raise UsageError(
-            f"--memory-length {length}: this cell has position biases for {cell.longest:,} positions, memory and a "
-            f"segment of {segment:,} together; give at most {max(0, longest):,}."
+            f"--memory-length {length}: this cell has position biases for {cell.longest:,} positions, for memory and "
+            f"a segment of {segment:,} together; give at most {max(0, longest):,}."
         )
     return dataclasses.replace(cell, memory=length)
 
 
 def device(experiment: Experiment) -> torch.device:
-    """Where the model runs: the device of the training, if this machine has it."""
+    """The device of the training if this machine has it; otherwise as for "auto"."""
     try:
         return choose_device(experiment.training.devices.device)
     except ValueError:

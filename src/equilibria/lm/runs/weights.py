@@ -1,4 +1,4 @@
-"""The weights of a model as named tensors, and back."""
+"""The weights of a model as named tensors, and copying them into a model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, stored: Mapping[str, Tensor | Piece]) -> None:
-    """Copy the weights that ``weights`` gave into the model.
+    """Copy the result of ``weights`` into the model.
 
     Raises:
-        CheckpointError: names or shapes differ; nothing was copied.
+        CheckpointError: names or shapes differ; nothing has been copied.
     """
     mine = weights(model)
     for name in sorted(mine.keys() | stored.keys()):
@@ -30,7 +30,7 @@ def load_weights(model: nn.Module, stored: Mapping[str, Tensor | Piece]) -> None
         if have is None or need is None or have.shape != need.shape:
             raise CheckpointError(
                 f"The checkpoint is of another model: {name} is {_shape(have)} in it and {_shape(need)} in the model; "
-                "build the model from the experiment.json beside it."
+                "build the model from the experiment.json of its run."
             )
     with torch.no_grad():
         for name, tensor in mine.items():

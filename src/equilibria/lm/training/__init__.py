@@ -1,4 +1,4 @@
-"""Training: the trainer and its measurements."""
+"""Training: the trainer, its steps and its measurements."""
 
 from equilibria.lm.training.measure import memory_comparison
 from equilibria.lm.training.policy import TrainingStopped

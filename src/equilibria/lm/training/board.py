@@ -1,4 +1,4 @@
-"""Board: the log for TensorBoard, if somebody asks for it."""
+"""Board: the log for TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Board:
     """Writes the numbers of events as TensorBoard scalars, named event/field."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        """A writer into ``folder``; what was written there for later steps than ``step`` is hidden."""
+        """Write into ``folder``; TensorBoard hides what was written there for steps after ``step``."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
@@ -29,7 +29,7 @@ class Board:
 
 def _numbers(event: Event, prefix: str = "") -> Iterable[tuple[str, float]]:
     for name, value in event.items():
-        if isinstance(value, dict) and name != "setting":  # which is no measurement
+        if isinstance(value, dict) and name != "setting":  # settings are not measurements
             yield from _numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and name != "step":
             yield prefix + name, float(value)

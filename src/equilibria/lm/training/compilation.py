@@ -8,12 +8,12 @@ from equilibria.layers.cell import Cell
 
 
 def compile_cells(model: nn.Module) -> None:
-    """Compiles every cell, in place: parameters keep their names.
+    """Compile every cell in place, so that parameters keep their names.
 
-    A cell is called in more ways than torch.compile expects of one function before it gives up: with and without past,
-    graph and dropout, with all rows and with some.
+    The recompile limit is raised, because a cell is compiled for many combinations: with and without memory, with and
+    without graph and dropout, for all samples of the batch and for some.
     """
-    import torch._dynamo  # which takes seconds
+    import torch._dynamo  # takes seconds to import
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in model.modules():

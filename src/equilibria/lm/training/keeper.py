@@ -1,4 +1,4 @@
-"""Keeper: the checkpoints of a training, written by all ranks together and read back by all."""
+"""Keeper: the checkpoints of a training, which all ranks write and read together."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class Keeper:
     """Writes the checkpoints of a run, and finds the newest good one.
 
     Args:
-        run: the directory; None keeps nothing.
-        ranks: each has a keeper, and every method is called by all of them.
-        keep: newest checkpoints that stay, besides the best one.
+        run: the run directory; None writes nothing.
+        ranks: the processes; each has a keeper, and all of them call every method.
+        keep: number of newest checkpoints to keep, besides the best one.
     """
 
     def __init__(self, run: Run | None, ranks: Ranks, *, keep: int) -> None:
         self._run, self._ranks, self._keep = run, ranks, keep
 
     def write(self, kept: Checkpoint, *, best: int | None) -> None:
-        """Write a checkpoint and remove those that are no longer kept; ``best`` is the step of the best one."""
+        """Write a checkpoint and remove the oldest ones; ``best`` is the step of the best one, which stays."""
         run = self._run
         if run is None:
             return
@@ -33,13 +33,13 @@ class Keeper:
         if self._ranks.first:
             checkpoint.prune(run.checkpoints, newest=self._keep, best=best)
             run.settle()
-        self._ranks.wait()  # the run may have taken its place
+        self._ranks.wait()  # settle may have moved the run
 
     def newest(self) -> Checkpoint | None:
-        """The newest good checkpoint, the same on all ranks; None if there is none.
+        """The newest good checkpoint, the same on all ranks; None if there are no checkpoints.
 
         Raises:
-            CheckpointError: all that there are are damaged.
+            CheckpointError: all checkpoints are damaged.
         """
         run = self._run
         if run is None:
@@ -58,12 +58,12 @@ class Keeper:
         return checkpoint.load(run.checkpoints / checkpoint.name_of(step), verified=True)
 
     def cut_log(self, step: int) -> None:
-        """Remove the lines of the log that were written after the checkpoint of ``step``."""
+        """Remove the lines of the log that are newer than the checkpoint of ``step``."""
         if self._run is not None and self._ranks.first:
             events.cut(self._run.metrics, step)
 
     def discard_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps: they are damaged, and the next ones are to be the newest."""
+        """Remove the checkpoints after ``step``: they are damaged, and would count as newer than the next ones."""
         if self._run is not None and self._ranks.first:
             checkpoint.discard_after(self._run.checkpoints, step)
 
@@ -73,6 +73,6 @@ class Keeper:
         return self._ranks.of_first(run is not None and (run.checkpoints / checkpoint.name_of(step)).is_dir())
 
     def last(self) -> str:
-        """The end of a sentence that says which checkpoint is the last one."""
+        """The end of an error sentence that names the last checkpoint."""
         kept = checkpoint.all_in(self._run.checkpoints) if self._run is not None else []
         return f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"

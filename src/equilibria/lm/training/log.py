@@ -1,4 +1,4 @@
-"""Log: writes what happens in a training to metrics.jsonl, to TensorBoard and to whoever listens."""
+"""Log: writes the events of a training to metrics.jsonl and TensorBoard, and calls ``on_event``."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from equilibria.lm.training.step import Step
 
 
 class Log:
-    """The log of one training; it also keeps the time.
+    """The log of one training; it also measures time and speed.
 
     Args:
-        run: the directory to write to; None writes no file.
-        on_event: is called with each event after it was written.
-        ranks: all of them log the same events, and the first one writes.
+        run: the run directory; None writes no file.
+        on_event: a function that receives each event after it was written.
+        ranks: the processes; all log the same events, and the first one writes them.
     """
 
     def __init__(self, run: Run | None, on_event: Callable[[Event], None] | None, ranks: Ranks = ALONE) -> None:
@@ -40,20 +40,20 @@ class Log:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the run, those before it was resumed included."""
+        """Duration of the run in seconds, including the time before it was resumed."""
         return self._seconds + time.perf_counter() - self._since
 
-    def go_on(self, seconds: float) -> None:
-        """Go on with a run that took ``seconds`` up to now."""
+    def resume(self, seconds: float) -> None:
+        """Count the time from now on, after ``seconds`` of earlier training."""
         self._seconds, self._since = seconds, time.perf_counter()
 
     def open_board(self, *, step: int) -> None:
-        """Write for TensorBoard too, from ``step`` on."""
+        """Also write for TensorBoard, from ``step`` on."""
         if self._run is not None:
             self._board = Board(self._run.folder / "tensorboard", step=step)
 
     def write(self, event: str, *, step: int, **fields: Any) -> None:
-        """One event, everywhere."""
+        """Write one event to all outputs."""
         line: Event = {"event": event, "step": step, **fields}
         if self._run is not None:
             self._run.append(line)
@@ -63,7 +63,7 @@ class Log:
             self._on_event(line)
 
     def start_of(self, model: LanguageModel, corpus: Corpus) -> None:
-        """What a run has to work with."""
+        """Write the start event: sizes of model and corpus, device, and version of PyTorch."""
         sizes = {split: len(getattr(corpus, split)) for split in ("train", "valid", "test")}
         self.write(
             "start",
@@ -77,11 +77,11 @@ class Log:
         )
 
     def count(self, step: Step, seconds: float) -> None:
-        """Note the tokens and the time of one step, for the speed."""
+        """Count the tokens and the time of one step, for the speed in the next step event."""
         self._tokens, self._busy = self._tokens + step.tokens, self._busy + seconds
 
     def step(self, step: Step, *, number: int, stage: str) -> None:
-        """A training step; only here the device is asked for the numbers. The speed is that since the last line."""
+        """Write a training step, which waits for the device. The speed is the mean since the last step event."""
         loss = float(step.loss)
         forward, backward, added = self._ranks.means(
             mean_summary(step.solutions), mean_summary(step.adjoints), _floats(extra=step.extra, penalty=step.penalty)
@@ -109,17 +109,17 @@ class Log:
         )
 
     def radius(self, radius: Tensor, *, step: int, stage: str) -> None:
-        """The spectral radius of the Jacobian, its mean and maximum over the rows."""
+        """Write the spectral radius of the Jacobian, its mean and maximum over the streams."""
         fields = {"mean": float(radius.mean()), "max": float(radius.max())}
         self.write("spectral_radius", step=step, stage=stage, **fields)
 
     def valid(self, evaluation: Evaluation, *, step: int, stage: str, best: bool, setting: dict[str, Any]) -> None:
-        """A validation, with the setting that its numbers depend on: what was asked for, and what held."""
+        """Write a validation with its settings, both as requested and as applied."""
         self.write(
             "valid",
             step=step,
             stage=stage,
-            nats=evaluation.nats_per_token,
+            nats=evaluation.nll_per_token,
             bits=evaluation.bits,
             perplexity=evaluation.perplexity,
             accuracy=evaluation.accuracy,

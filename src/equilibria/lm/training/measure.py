@@ -1,7 +1,4 @@
-"""Measurements beside a training: peak bytes at several depths, and what counting alone scores.
-
-Letters: B batch, T time.
-"""
+"""Measurements for a training: peak memory of a step at several depths, and the n-gram baseline."""
 
 from __future__ import annotations
 
@@ -32,18 +29,18 @@ def memory_comparison(
     method: Method | None = None,
     warm: bool = False,
 ) -> list[Event]:
-    """Peak bytes of one training step, forward and backward: solved by ``method``, then unrolled to each depth.
+    """Peak bytes of one training step, forward and backward: solved by ``method``, and unrolled to each depth.
 
-    Weights, gradients, mode and random generators are afterwards what they were. A model without an equilibrium has
-    one row.
+    Weights, gradients, mode and random generators are restored. The result has one row per measurement, with label,
+    depth, peak_bytes and evals; a model without equilibrium has one row.
 
     Args:
         model: a language model.
         segment: a batch, on the model's device.
-        memory: what the model remembers of the segment before.
-        depths: layers of the weight-tied networks of the other rows.
-        method: how the first row solves; None for the model's own way.
-        warm: the first row starts its solve from what is remembered of the segment before.
+        memory: the memory of the previous segment.
+        depths: numbers of layers of the unrolled networks.
+        method: the method of the first row; None for the model's own.
+        warm: start the solve of the first row from the last state in the memory.
     """
     layer = model.layer
     with _untouched(model):
@@ -71,7 +68,7 @@ def _peak(
 
 @contextlib.contextmanager
 def _untouched(model: LanguageModel) -> Iterator[None]:
-    """Training mode; afterwards modes, gradients and random generators are what they were."""
+    """Within it, training mode; afterwards modes, gradients and random generators are restored."""
     gradients = [parameter.grad for parameter in model.parameters()]
     device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), in_mode(model, training=True):
@@ -83,9 +80,9 @@ def _untouched(model: LanguageModel) -> Iterator[None]:
 
 
 def ngram_baseline(corpus: Corpus, orders: Sequence[int] = (1, 2, 3, 4)) -> list[Event]:
-    """Validation bits per token of Witten–Bell models with contexts of 1, 2, … tokens: rows with label and bits."""
+    """Validation bits per token of Witten–Bell models of the given orders: one row per order, with label and bits."""
     rows: list[Event] = []
     for order in orders:
-        nats = witten_bell(corpus.train.ids, corpus.valid.ids, order, len(corpus.vocabulary))
-        rows.append({"label": f"Witten–Bell order {order}", "bits": nats / math.log(2)})
+        nll = witten_bell(corpus.train.ids, corpus.valid.ids, order, len(corpus.vocabulary))
+        rows.append({"label": f"Witten–Bell order {order}", "bits": nll / math.log(2)})
     return rows

@@ -1,4 +1,4 @@
-"""Memories as named tensors: a cell's memory is a value of its own choice, and a checkpoint stores tensors."""
+"""Memories as named tensors: a cell's memory is any tree of values, and a checkpoint stores named tensors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from equilibria.layers.sequence import Memory
 
 
 def flatten(memory: Memory) -> dict[str, Tensor]:
-    """The tensors of nested dataclasses, tuples, lists and dicts, by their path: {"0.z": …, "0.u": …}."""
+    """The tensors in nested dataclasses, tuples, lists and dicts by path: {"0.z": …, "0.u": …}."""
     found: dict[str, Tensor] = {}
     _map(memory, found.setdefault, path="")
     return found
 
 
 def rebuild(template: Memory, tensors: Mapping[str, Tensor]) -> Memory:
-    """A memory with the structure of ``template`` and the tensors that ``flatten`` found in another one.
+    """A memory with the structure of ``template`` and the tensors of ``flatten``, on the devices of the template.
 
     Raises:
-        KeyError: the two differ in structure.
+        KeyError: the two structures differ.
     """
     if set(flatten(template)) != set(tensors):
         raise KeyError(f"a memory of {sorted(flatten(template))} cannot be filled with {sorted(tensors)}")
@@ -31,21 +31,21 @@ def rebuild(template: Memory, tensors: Mapping[str, Tensor]) -> Memory:
 
 
 def owned(memory: Memory) -> Memory:
-    """The same memory, detached, in storage of its own.
+    """A detached, contiguous copy of the memory.
 
-    A view into a longer state would keep that alive. And a checkpoint restores dense tensors: products of tensors
-    with other strides may differ in the last bit, and a resumed run must not.
+    A view would keep the longer state alive that it is a part of. And a resumed run has contiguous tensors from its
+    checkpoint: products of tensors with other strides could differ in the last bit.
     """
     return _map(memory, lambda _, t: t.detach().clone(memory_format=torch.contiguous_format), path="")
 
 
 def rows_of(memory: Memory, first: int, count: int) -> Memory:
-    """The memory of these rows alone."""
+    """The memory of the ``count`` rows from ``first``."""
     return _map(memory, lambda _, t: t[first : first + count], path="")
 
 
 def joined(memories: Sequence[Memory]) -> Memory:
-    """One memory of the rows of several, in their order."""
+    """The rows of several memories as one memory, in order."""
     parts = [flatten(memory) for memory in memories]
     if len(parts) == 1 or not parts[0]:
         return memories[0]
@@ -64,7 +64,7 @@ def _map(value: Any, change: Callable[[str, Tensor], Tensor], *, path: str) -> A
 
 
 def _parts(value: Any) -> dict[str, Any]:
-    """What a value consists of, by name; a plain value has no parts."""
+    """The parts of a value by name; a plain value has no parts."""
     if isinstance(value, tuple | list):
         return {str(index): part for index, part in enumerate(value)}
     if isinstance(value, dict):

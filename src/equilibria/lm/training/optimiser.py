@@ -19,11 +19,11 @@ def build_optimiser(model: nn.Module, settings: Optimisation) -> Optimizer:
     """The optimiser over all parameters of the model.
 
     "asgd" is NT-ASGD (Merity, Keskar and Socher 2017, algorithm 1): plain SGD until a validation triggers the
-    non-monotone criterion, and from then on the same SGD, whose weights are averaged:
+    non-monotone criterion, and then the same SGD with averaging of the weights:
 
         θ_{k+1} = θ_k − η g_k,    θ̄_k = 1/(k − T + 1) Σ_{i=T…k} θ_i
 
-    The rate η stays as it is, and T is the second step after the trigger, as in PyTorch's ``ASGD`` and their code.
+    The rate η does not change, and T is the second step after the trigger, as in PyTorch's ``ASGD`` and their code.
     """
     parameters, rate, weight_decay = model.parameters(), settings.learning_rate, settings.weight_decay
     if settings.optimiser == "sgd":
@@ -37,8 +37,13 @@ def build_optimiser(model: nn.Module, settings: Optimisation) -> Optimizer:
 def set_learning_rate(
     optimiser: Optimizer, experiment: Experiment, step: int, validated: Validated, *, factor: float = 1.0
 ) -> float:
-    """Set, and return, ``factor`` times the learning rate of the step, counted from 1: it is set before the step."""
+    """Set the learning rate of ``step``, counted from 1, to ``factor`` times the scheduled rate; returns it.
+
+    It is set before the step.
+    """
     settings = experiment.training.optimisation
+    # With ASGD a division starts the averaging instead.
+    divisions = 0 if isinstance(optimiser, ASGD) else validated.divisions
     rate = factor * learning_rate(
         step,
         peak=settings.learning_rate,
@@ -46,18 +51,18 @@ def set_learning_rate(
         total=experiment.total_steps,
         final=settings.final_learning_rate,
         decay=settings.decay,
-        divisions=0 if isinstance(optimiser, ASGD) else validated.divisions,  # there they begin the averaging instead
+        divisions=divisions,
     )
     for group in optimiser.param_groups:
         group["lr"] = rate
-    if isinstance(optimiser, ASGD):  # which computes the rate of a step at the end of the step before
+    if isinstance(optimiser, ASGD):  # ASGD computes the rate of a step at the end of the previous step
         for state in optimiser.state.values():
             state["eta"].fill_(rate)
     return rate
 
 
 def note_validation(optimiser: Optimizer, validated: Validated, experiment: Experiment, loss: float) -> Validated:
-    """The history after one more validation; the first time that it triggers, ASGD begins to average."""
+    """The validation history after one more loss; ASGD begins to average when the criterion first triggers."""
     after = validated.after(loss, experiment.training.optimisation.decay)
     if isinstance(optimiser, ASGD) and after.divisions > 0 and not _averages(optimiser):
         _begin_averaging(optimiser)
@@ -73,7 +78,7 @@ def restart_averages(optimiser: Optimizer, validated: Validated) -> Validated:
 
 @contextlib.contextmanager
 def averaged(optimiser: Optimizer) -> Iterator[bool]:
-    """Let the parameters be the averages of ASGD for a while, if there are any; says whether there are."""
+    """Within it, the parameters are the averages of ASGD; yields False, and changes nothing, if there are none."""
     averages = _averages(optimiser)
     kept = [parameter.detach().clone() for parameter in averages]
     _fill(averages.keys(), averages.values())
@@ -84,14 +89,14 @@ def averaged(optimiser: Optimizer) -> Iterator[bool]:
 
 
 def _averages(optimiser: Optimizer) -> dict[Tensor, Tensor]:
-    """The averages of the parameters; empty before they begin, and with every other optimiser."""
+    """The averages by parameter; empty before the averaging begins, and for every other optimiser."""
     averaging = any(group.get("t0", math.inf) < math.inf for group in optimiser.param_groups)
     return {parameter: state["ax"] for parameter, state in optimiser.state.items()} if averaging else {}
 
 
 @torch.no_grad()
 def _begin_averaging(optimiser: ASGD) -> None:
-    """Let the averages begin with the present weights, whatever they were."""
+    """Start, or restart, the averages with the present weights."""
     steps = [float(state["step"]) for state in optimiser.state.values()]
     for group in optimiser.param_groups:
         group["t0"] = max(steps, default=0.0)

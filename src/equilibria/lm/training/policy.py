@@ -1,4 +1,4 @@
-"""ConvergencePolicy: how a stage is solved, and what happens in a step that does not converge or is not finite."""
+"""ConvergencePolicy: the method of each step, and the reaction to steps that do not converge or are not finite."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from equilibria.lm.training.step import Step
 
 _log = logging.getLogger(__name__)
 LARGEST = 8
-"""The largest factor by which the budget of a stage is raised."""
+"""Largest factor by which the budget of a stage can be raised."""
 
 
 class TrainingStopped(EquilibriaError):
@@ -36,37 +36,37 @@ class NotFinite(TrainingStopped):
 
 
 class ConvergencePolicy:
-    """Gives the ``Method`` of each step, and decides whether a step may change the weights.
+    """Chooses the ``Method`` of each step, and decides whether a step may change the weights.
 
     Args:
-        training: the settings.
-        ranks: all of them decide alike, by the mean of their shares.
-        log: where it is written down when the policy acts.
+        training: the settings of the training.
+        ranks: the processes; they decide together, by the mean over the ranks.
+        log: the log, which records each action of the policy.
     """
 
     def __init__(self, training: Training, ranks: Ranks, log: Log) -> None:
         self._training, self._ranks, self._log = training, ranks, log
         self.factor = 1
-        """The budget of a stage is multiplied with it."""
+        """Factor of the stage's budget."""
         self.rollbacks = 0
-        """How often the run went back to a checkpoint."""
+        """Number of times that the run has returned to a checkpoint."""
 
     def method(self, stage: Stage) -> Method | None:
-        """How the stage is solved in training, with the raised budget, forward and backward."""
+        """The stage's method in training, with the raised budget, forward and backward."""
         return self._raised(stage.training_method)
 
     def evaluation_method(self, stage: Stage) -> Method | None:
-        """How the stage is solved in evaluation, with the raised budget."""
+        """The stage's method in evaluation, with the raised budget."""
         return self._raised(stage.evaluation_method)
 
     @property
     def rate_factor(self) -> float:
-        """The learning rate is multiplied with it: each roll-back halves the rate."""
+        """Factor of the learning rate, which is halved by each roll-back."""
         return 0.5**self.rollbacks
 
     @property
     def may_roll_back(self) -> bool:
-        """True if the run may go back once more."""
+        """True if the run may return to a checkpoint once more."""
         return self.rollbacks < self._training.faults.rollbacks
 
     def state(self) -> dict[str, int]:
@@ -74,7 +74,7 @@ class ConvergencePolicy:
         return {"rollbacks": self.rollbacks, "budget_factor": self.factor}
 
     def note_end(self, error: NotFinite, *, stage: Stage) -> None:
-        """Log that the training ends with this error."""
+        """Log the error that ends the training."""
         self._log.write("stopped", step=error.number, stage=stage.name, **error.numbers)
 
     def note_rollback(self, error: NotFinite, *, step: int, stage: Stage) -> None:
@@ -91,13 +91,13 @@ class ConvergencePolicy:
         self.factor = min(2 * self.factor, LARGEST)
 
     def check_finite(self, step: Step, *, number: int, stage: Stage, last: Callable[[], str]) -> None:
-        """Raise ``NotFinite`` unless loss and gradient are finite; ``last`` says which checkpoint there is."""
+        """Raise ``NotFinite`` unless loss and gradient are finite; ``last`` names the last checkpoint."""
         if bool(torch.isfinite(step.loss) & torch.isfinite(step.gradient_norm)):
             return
         fault, optimisation = "gradient" if math.isfinite(step.loss) else "loss", self._training.optimisation
         raise NotFinite(
-            f"Step {number} (stage {stage.name!r}): the {fault} is not finite, and the weights were left as they "
-            f"were; start again with a lower --training.learning-rate than {optimisation.learning_rate:g}, "
+            f"Step {number} (stage {stage.name!r}): the {fault} is not finite, and the weights were not "
+            f"changed; start again with a lower --training.learning-rate than {optimisation.learning_rate:g}, "
             f"a smaller --training.clip or a Jacobian penalty; {last()}.",
             number=number,
             loss=float(step.loss),
@@ -105,10 +105,10 @@ class ConvergencePolicy:
         )
 
     def accepts(self, step: Step, *, number: int, stage: Stage, last: Callable[[], str]) -> bool:
-        """True if the step may change the weights; acts as ``Faults.unconverged`` says if too many solves failed.
+        """True if the step may change the weights; applies ``Faults.unconverged`` if too many solves failed.
 
         Raises:
-            TrainingStopped: it says "stop".
+            TrainingStopped: too many solves failed, and ``Faults.unconverged`` is "stop".
         """
         share, faults = self._share_of_failures(step.solutions, stage), self._training.faults
         if share is None or share <= faults.tolerated:
@@ -129,7 +129,7 @@ class ConvergencePolicy:
         return method if method is None or self.factor == 1 else method.with_budget(self.factor)
 
     def _share_of_failures(self, solutions: tuple[Solution, ...], stage: Stage) -> float | None:
-        """Share of the samples of all ranks whose solve, forward or backward, failed; None if no policy reads it."""
+        """Share of all ranks' samples whose forward or backward solve failed; None if the policy does not need it."""
         if stage.method is None or not stage.method.stop.has_tolerance or not solutions:
             return None
         if self._training.faults.unconverged == "continue":

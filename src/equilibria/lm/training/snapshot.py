@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from equilibria.layers.sequence import Memory
 from equilibria.lm.device import device_of
 from equilibria.lm.model import LanguageModel
-from equilibria.lm.model.modes import evaluating
-from equilibria.lm.ranks import ALONE, Ranks, is_sharded, let_go
+from equilibria.lm.model.modes import eval_mode
+from equilibria.lm.ranks import ALONE, Ranks, is_sharded, reshard
 from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError, save
 from equilibria.lm.runs.pieces import Piece, like, whole
 from equilibria.lm.runs.shards import save_sharded
@@ -36,12 +36,10 @@ def capture(
     state: Mapping[str, Any],
     ranks: Ranks = ALONE,
 ) -> Checkpoint:
-    """The checkpoint of this moment, the states of PyTorch's random generators included; all ranks make it together.
+    """A checkpoint of the present state, including PyTorch's random generators; all ranks call it together.
 
-    Weights and optimiser stay in shards where they are; the memories are those of all ranks.
-
-    Where ASGD averages, the averages are the model, and the weights that the training goes on with stand beside the
-    optimiser.
+    Sharded weights and optimiser states stay sharded; the memory is that of the streams of all ranks. While ASGD
+    averages, ``model`` contains the averages, and ``optimiser`` also the weights with which the training continues.
     """
     kept: dict[str, Any] = {"optimiser": optimiser.state_dict(), "random": random_state(device_of(model))}
     model_weights = weights(model)
@@ -64,42 +62,48 @@ def restore(
     model: LanguageModel,
     optimiser: Optimizer,
     *,
-    rows: int,
+    streams: int,
     depth: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Memory:
-    """Put weights, optimiser and random generators into the state of the checkpoint; returns the memory of the streams.
+    """Restore weights, optimiser and random generators from a checkpoint; returns the memory of this rank's streams.
 
-    The checkpoint may have been written by another number of ranks. ``rows`` are those of this rank, and ``depth`` is
-    the number of layers that the last step before the checkpoint has used.
+    The checkpoint may have been written by another number of ranks. A warning is logged if the run may differ in the
+    last bits from one that never stopped.
 
-    A warning says so if the last bits of what follows may differ from those of a run that never stopped.
+    Args:
+        checkpoint: the checkpoint.
+        model: the model, which is changed in place.
+        optimiser: its optimiser, which is changed in place.
+        streams: number of streams of this rank.
+        depth: number of layers that the last step before the checkpoint used; None for all.
+        ranks: the processes that train together.
 
     Raises:
-        CheckpointError: the checkpoint is of a model with other weights.
+        CheckpointError: the checkpoint is of a model with other weights or another memory.
     """
     load_weights(model, checkpoint.optimiser.get("weights", checkpoint.model))
     optimiser.load_state_dict(_sharded_as(optimiser, checkpoint.optimiser["optimiser"]))
-    memory = _memory(checkpoint, model, rows=rows, depth=depth, ranks=ranks)
+    memory = _memory(checkpoint, model, streams=streams, depth=depth, ranks=ranks)
     set_random_state(checkpoint.optimiser["random"], device_of(model))
     for name, now in circumstances(model).items():
         before = checkpoint.state.get(name, now)
         if before != now:
             _log.warning(
-                "The weights were trained with %s = %s and go on with %s: their last bits may differ from those of a "
-                "run that never stopped; --training.%s %s avoids that.",
+                "The weights were trained with %s = %s and the training continues with %s: their last bits may differ "
+                "from those of a run that never stopped; --training.%s %s avoids this.",
                 *(name, before, now, name, before),
             )
     return memory
 
 
 def circumstances(model: nn.Module) -> dict[str, Any]:
-    """What the last bits of the weights depend on, besides the experiment: the fields of ``Training`` as they hold."""
+    """Runtime settings that affect bitwise reproducibility, by their names in ``Training``."""
     return {"threads": torch.get_num_threads(), "device": device_of(model).type}
 
 
 def save_together(folder: Path, checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """Write the checkpoint: the first rank alone, or each its shards."""
+    """Write the checkpoint: rank 0 alone, or, if the weights are sharded, every rank its own shards."""
     if any(is_sharded(tensor) for tensor in checkpoint.model.values()):
         save_sharded(folder, checkpoint, ranks)
     elif ranks.first:
@@ -128,14 +132,14 @@ def _read(value: Any) -> Any:
     return whole(value) if isinstance(value, Piece) else value
 
 
-def _memory(checkpoint: Checkpoint, model: LanguageModel, *, rows: int, depth: int | None, ranks: Ranks) -> Memory:
-    """The stored tensors in the structure of the cell's memory, which is learnt by reading one token."""
+def _memory(checkpoint: Checkpoint, model: LanguageModel, *, streams: int, depth: int | None, ranks: Ranks) -> Memory:
+    """The stored tensors in the structure of the cell's memory, which is found by reading one token."""
     if not checkpoint.memory:
         return None
-    token = torch.zeros(rows, 1, dtype=torch.long, device=device_of(model))
-    with evaluating(model):
+    token = torch.zeros(streams, 1, dtype=torch.long, device=device_of(model))
+    with eval_mode(model):
         template = model(token, token, None, depth=depth).memory
-    let_go(model)
+    reshard(model)
     try:
         return owned(rebuild(template, {name: ranks.my_rows(all_) for name, all_ in checkpoint.memory.items()}))
     except KeyError as error:

@@ -1,6 +1,6 @@
-"""One training step: forward and backward over a batch, or over its parts one after the other, and the clipping.
+"""One training step: forward and backward over a batch, or over its parts one after the other, and clipping.
 
-Letters: B rows of this rank's batch, P parts.
+Letters: B streams of this rank, P parts.
 """
 
 from __future__ import annotations
@@ -24,63 +24,66 @@ from equilibria.lm.device import device_of
 from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.experiments.training import Training
 from equilibria.lm.model import LanguageModel, LanguageOutput
-from equilibria.lm.ranks import Ranks, gradients_kept, whole
+from equilibria.lm.ranks import Ranks, full_tensor, gradients_kept
 from equilibria.lm.training.memories import joined, owned, rows_of
 from equilibria.lm.training.randomness import random_state, set_random_state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """The result of one training step, as tensors: the device is waited for only when the numbers are read."""
+    """The result of one training step as tensors, so that it waits for the device only when numbers are read."""
 
     loss: Float[Tensor, ""]
-    """Mean nll per token in nats over all ranks, without what is added to it."""
+    """Mean nll per token in nats over all ranks, without extra losses and penalty."""
     extra: Float[Tensor, ""] | None
-    """The weighted sum of the model's own losses in training; None if it has none."""
+    """The weighted sum of the model's extra losses; None if it has none."""
     penalty: Float[Tensor, ""] | None
-    """Jacobian penalty without its weight; None if the step had none."""
+    """The Jacobian penalty without its weight; None if the step had none."""
     gradient_norm: Float[Tensor, ""]
     """Euclidean norm of the whole gradient before clipping."""
     learning_rate: float
-    """The rate of this step."""
+    """The learning rate of this step."""
     tokens: int
-    """Tokens that all ranks have scored."""
+    """Number of tokens that all ranks together have scored."""
     solutions: tuple[Solution, ...]
-    """The solves of this rank, one per part of the batch; none without an equilibrium."""
+    """The solves of this rank, one per part of the batch; empty without an equilibrium."""
     memory: Memory
     """The memory of this rank's streams, for the next segment."""
 
     @property
     def solution(self) -> Solution | None:
-        """The last of them."""
+        """The last of ``solutions``; None if there are none."""
         return self.solutions[-1] if self.solutions else None
 
     @property
     def adjoints(self) -> tuple[Solution, ...]:
-        """The adjoint solves; none if nothing was solved in the backward pass."""
+        """The adjoint solves; empty if the gradient rule solves nothing in the backward pass."""
         return tuple(solution.adjoint[-1] for solution in self.solutions if solution.adjoint)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Accumulation:
-    """Computes the gradient of a batch that all ranks share, each its rows, each in ``accumulate`` parts.
+    """Computes the gradient of a batch that is divided among the ranks, and on each rank into ``accumulate`` parts.
 
-    Whatever the number of ranks and parts, the gradient is that of one process with the whole batch, up to the order of
-    sums: losses are means over equally many targets, and random numbers are drawn for the whole batch everywhere.
+    For any number of ranks and parts, the gradient is that of one process with the whole batch, up to the order of
+    sums: losses are means over equally many targets, and every part draws random numbers for the whole batch.
     """
 
     model: LanguageModel
+    """The model itself."""
     replica: Callable[..., LanguageOutput]
-    """The model as training calls it: it sums the gradients over the ranks where they are summed."""
+    """The model that training calls; see ``Ranks.spread``."""
     ranks: Ranks
+    """The processes that train together."""
     training: Training
+    """The settings of the training."""
 
     def step(
         self, segment: Segment, memory: Memory, stage: Stage, *, method: Method | None, learning_rate: float
     ) -> Step:
-        """Forward and backward over all parts of the segment, solved by ``method``; the gradient is clipped."""
+        """Forward and backward over all parts of the segment with ``method``; the gradient is summed and clipped."""
         parts = self.training.devices.accumulate
-        rows = len(segment.tokens) // parts
+        rows = len(segment.tokens) // parts  # streams per part
         found: list[tuple[LanguageOutput, Tensor | None]] = []
         drawn = stage.drawn_method(method)
         beginning = random_state(device_of(self.model)) if parts > 1 else None
@@ -88,12 +91,12 @@ class Accumulation:
             if index > 0 and beginning is not None:
                 set_random_state(beginning, device_of(self.model))  # every part draws for the whole batch
             with gradients_kept(self.model, self.replica, last=index == parts - 1):
-                past = None if segment.fresh or memory is None else rows_of(memory, index * rows, rows)
+                past = None if segment.resets or memory is None else rows_of(memory, index * rows, rows)
                 part, piece = self._part(index, rows), _rows(segment, index * rows, rows)
                 found.append(self._pass(piece, past, stage, method=drawn, part=part))
         outputs, penalties = [output for output, _ in found], [penalty for _, penalty in found]
         return Step(
-            loss=torch.stack([output.nats.detach().mean() for output in outputs]).mean(),
+            loss=torch.stack([output.nll.detach().mean() for output in outputs]).mean(),
             extra=_mean([output.extra for output in outputs]),
             penalty=_mean(penalties),
             gradient_norm=self._clipped(),
@@ -104,10 +107,10 @@ class Accumulation:
         )
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast, where the training asks for it."""
-        half = self.training.optimisation.precision == "bfloat16"
+        """Autocast if the training uses bfloat16; otherwise an empty context."""
+        bfloat16 = self.training.optimisation.precision == "bfloat16"
         device = device_of(self.model).type
-        return torch.autocast(device, dtype=torch.bfloat16) if half else contextlib.nullcontext()
+        return torch.autocast(device, dtype=torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
     def _pass(
         self, segment: Segment, past: Memory, stage: Stage, *, method: Method | None, part: BatchSlice | None
@@ -121,10 +124,10 @@ class Accumulation:
         return output, penalty
 
     def _clipped(self) -> Float[Tensor, ""]:
-        """Clip the gradient; returns its norm before."""
+        """Clip the gradient; returns its norm before clipping."""
         limit = self.training.optimisation.clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
-        return whole(norm).detach()
+        return full_tensor(norm).detach()
 
     def _part(self, index: int, rows: int) -> BatchSlice | None:
         parts = self.training.devices.accumulate

@@ -1,7 +1,4 @@
-"""Trainer: an experiment's stages, step by step, with log, validation and checkpoints.
-
-Letters: B batch, T time, D width.
-"""
+"""Trainer: trains the stages of an experiment step by step, with log, validations and checkpoints."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingInterrupted(EquilibriaError):
-    """The training was asked to leave, and has written a checkpoint."""
+    """The training was interrupted on request, after writing a checkpoint."""
 
 
 class Trainer:
@@ -46,10 +43,10 @@ class Trainer:
     continues from the newest checkpoint, and ends with the same weights, bit for bit, as if it had never stopped.
 
     Args:
-        experiment: what is trained.
-        run: the directory to write to; None writes nothing.
-        corpus: the result of ``experiment.corpus.load()``, or one of your own.
-        on_event: is called with each line of the log.
+        experiment: the experiment to train.
+        run: the run directory; None writes nothing.
+        corpus: the result of ``experiment.corpus.load()``, or a corpus of your own.
+        on_event: a function that receives each event of the log.
         ranks: the processes that train together; each has a ``Trainer``, and the first one writes.
     """
 
@@ -65,7 +62,7 @@ class Trainer:
         training, devices = experiment.training, experiment.training.devices
         self.language = Language.of(corpus)
         ranks.agree({**plain_values(experiment), **{f"text of {k}": v for k, v in self.language.sums.items()}})
-        self.ranks, self.rows = ranks, ranks.share_of(training.batches.batch_size, parts=devices.accumulate)
+        self.ranks, self.streams = ranks, ranks.share_of(training.batches.batch_size, parts=devices.accumulate)
         if devices.threads is not None:
             torch.set_num_threads(devices.threads)
         torch.manual_seed(training.seed)
@@ -75,29 +72,29 @@ class Trainer:
         self.model = experiment.build(corpus).to(self.device)
         if devices.compile:
             compile_cells(self.model)
-        replica = ranks.spread(self.model, half=training.optimisation.precision == "bfloat16")
+        replica = ranks.spread(self.model, bfloat16=training.optimisation.precision == "bfloat16")
         self.accumulation = Accumulation(model=self.model, replica=replica, ranks=ranks, training=training)
         self.optimiser = build_optimiser(self.model, training.optimisation)
         self.policy = ConvergencePolicy(training, ranks, self.log)
         self.keeper = Keeper(run, ranks, keep=training.faults.keep)
         self.steps_done = 0
         self.leaving = False
-        """Set it, at any time, to have a checkpoint written after the step and ``TrainingInterrupted`` raised."""
-        self._asked_to_leave = False  # by any of the ranks
+        """Set it to True, at any time, to write a checkpoint after the step and raise ``TrainingInterrupted``."""
+        self._asked_to_leave = False  # on any rank
         self.memory: Memory = None
         self.validations = Validations(experiment, corpus.valid, self.optimiser, self.log)
         self._enter_stage()
 
     def resume(self) -> int:
-        """Return to the newest good checkpoint of the run, or to the beginning if there is none; returns its step.
+        """Restore the newest good checkpoint of the run, or the beginning if there is none; returns the step.
 
         Raises:
-            CheckpointError: every checkpoint is damaged, or they are of another model.
-            ValueError: there is no run, or it was begun with another text.
+            CheckpointError: all checkpoints are damaged, or they are of another model.
+            ValueError: there is no run, or it was started with another text.
         """
         if self.run is None:
             raise ValueError("Trainer(run=None).resume(): there is no run to continue; give Run.open(folder).")
-        if self.run.language is not None:  # a run of an old version kept none
+        if self.run.language is not None:  # runs of old versions have none
             self.run.language.check_same(self.corpus, self.language, run=str(self.run.path))
         found = self.keeper.newest()
         if found is not None:
@@ -107,19 +104,19 @@ class Trainer:
         step = -1 if found is None else found.step
         self.keeper.discard_after(step)
         self.keeper.cut_log(step)
-        self.log.go_on(found.state["seconds"] if found is not None else 0.0)
+        self.log.resume(found.state["seconds"] if found is not None else 0.0)
         _log.info("%s continues after step %d.", self.run.path, self.steps_done)
         return self.steps_done
 
     def fit(self) -> None:
         """Train to the end of the last stage.
 
-        A step whose loss or gradient is not finite takes the run back to its newest good checkpoint, with half the
-        learning rate, as often as ``Faults.rollbacks`` allows.
+        After a step whose loss or gradient is not finite, the run returns to its newest good checkpoint and continues
+        with half the learning rate, at most ``Faults.rollbacks`` times.
 
         Raises:
             TrainingStopped: the loss or the gradient is not finite, or too many solves fail; names the step.
-            TrainingInterrupted: ``leaving`` was set; there is a checkpoint of this moment.
+            TrainingInterrupted: ``leaving`` was set; a checkpoint of the last step has been written.
         """
         settings = self.experiment.training.log
         if settings.tensorboard and self.ranks.first:
@@ -140,18 +137,17 @@ class Trainer:
             if self._asked_to_leave:
                 if not self.keeper.has(self.steps_done):
                     self._checkpoint()
-                raise TrainingInterrupted(
-                    f"The training was asked to leave, and did so after step {self.steps_done:,}."
-                )
+                raise TrainingInterrupted(f"The training was interrupted on request after step {self.steps_done:,}.")
         if settings.measure_memory and self.ranks.first and self.ranks.parallel != "fsdp":
             self.log.write("memory", step=self.steps_done, rows=self.memory_comparison(settings.memory_depths))
         self.log.write("done", step=self.steps_done, seconds=self.log.seconds)
 
     def step(self, segment: Segment) -> Step:
-        """One update of the weights on the next segment; the memory of the streams is carried along.
+        """Update the weights on ``segment``, carrying the memory of the streams from step to step.
 
         Raises:
-            TrainingStopped: the loss or the gradient is not finite; weights and optimiser are untouched.
+            TrainingStopped: the loss or the gradient is not finite, or too many solves fail; weights and optimiser are
+                unchanged.
         """
         number, stage = self.steps_done + 1, self.stage
         self.model.train()
@@ -172,14 +168,14 @@ class Trainer:
         return step
 
     def validate(self) -> Evaluation:
-        """The loss on the validation stream with the stage's solver and stop, logged; it may divide the rate."""
+        """Evaluate on the validation stream with the stage's method, and log it; it may divide the learning rate."""
         method = self.policy.evaluation_method(self.stage)
         return self.validations.score(self.accumulation, step=self.steps_done, stage=self.stage, method=method)
 
     def memory_comparison(self, depths: Sequence[int] = (8, 16, 32, 64)) -> list[Event]:
-        """Peak bytes of a training step on the next batch, beside those of the same cell unrolled; changes nothing."""
+        """Peak bytes of a training step on the next batch, solved and unrolled; see ``memory_comparison``."""
         segment = to(next(iter(self._segments())), self.device)
-        memory, method = None if segment.fresh else self.memory, self.policy.method(self.stage)
+        memory, method = None if segment.resets else self.memory, self.policy.method(self.stage)
         return memory_comparison(self.model, segment, memory, depths, method=method, warm=self.stage.warm)
 
     def _begin(self) -> None:
@@ -191,7 +187,7 @@ class Trainer:
         self.log.write("stage", step=0, stage=self.stage.name, **{"from": None})
 
     def _after(self, step: Step) -> None:
-        """Log, validation, change of stage and checkpoint, in the order in which a resumed run would have them."""
+        """Log, validation, change of stage and checkpoint, in an order that a resumed run reproduces."""
         training, done, stage = self.experiment.training, self.steps_done, self.stage
         changes = self.experiment.stage_at(done) != self._stage_index
         ends = changes or done == self.experiment.total_steps
@@ -216,7 +212,7 @@ class Trainer:
     def _segments(self) -> Segments:
         batches, ranks = self.experiment.training.batches, self.ranks
         place = {"rank": ranks.rank, "world_size": ranks.size, "position": self.steps_done}  # one segment per step
-        cut = {"batch_size": self.rows, "length": batches.segment_length, "overlap": batches.overlap}
+        cut = {"batch_size": self.streams, "length": batches.segment_length, "overlap": batches.overlap}
         return Segments(self.corpus.train, **cut, **place)
 
     def _checkpoint(self) -> None:
@@ -230,14 +226,14 @@ class Trainer:
 
     def _go_back_to(self, found: Checkpoint) -> None:
         depth = self.experiment.stages[self.experiment.stage_at(max(0, found.step - 1))].depth
-        self.memory = restore(found, self.model, self.optimiser, rows=self.rows, depth=depth, ranks=self.ranks)
+        self.memory = restore(found, self.model, self.optimiser, streams=self.streams, depth=depth, ranks=self.ranks)
         self.steps_done = found.step
         self.validations.restore(found.state)
         self.policy.factor = found.state.get("budget_factor", 1)
         self._enter_stage()
 
     def _roll_back(self, error: NotFinite) -> None:
-        """Return to the newest checkpoint, with half the learning rate; raise the error if that may not be."""
+        """Return to the newest checkpoint with half the learning rate; raise the error if that is not possible."""
         found = self.keeper.newest() if self.policy.may_roll_back else None
         if found is None:
             self.policy.note_end(error, stage=self.stage)
