@@ -67,7 +67,7 @@ def test_train_prints_a_line_a_step_the_table_a_sample_and_the_report(trained):
     for stop in ("3 evaluations and no tolerance", "at most 30 evaluations, tolerance 0.01"):
         assert text.count(f"  validation: memory 4, segments of 8, 8 streams, {stop}, 128 of 129 tokens\n") == 1
     assert "backward" in next(line for line in text.splitlines() if line.startswith("step 8/8 implicit"))
-    for label in ("Parameters", "Validation", "Yardstick", "Forward solve", "Backward solve", "Peak memory", "Time"):
+    for label in ("Parameters", "Validation", "Baseline", "Forward solve", "Backward solve", "Peak memory", "Time"):
         assert f"│ {label}" in text
     assert text.rstrip().endswith("report: runs/small/report/index.html")
     page = (folder / "runs/small/report/index.html").read_text(encoding="utf-8")

@@ -208,14 +208,14 @@ def test_a_reader_that_has_left_ends_every_verb_quietly(place, line):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["train", "tiny", "--training.threads", "1000000"], "Training(threads=1000000): it must be at most 1,024"),
+        (["train", "tiny", "--training.threads", "1000000"], "Devices(threads=1000000): it must be at most 1,024"),
         (["train", "tiny", "--training.threads", "1000"], "this machine takes from 1 to "),
         (["train", "tiny", "--warmup", "99999"], "the warm-up is longer"),
-        (["train", "tiny", "--training.weight-decay", "nan"], "Training(weight_decay=nan): it must be a finite number"),
+        (["train", "tiny", "--training.weight-decay", "nan"], "Optimisation(weight_decay=nan): it must be a finite number"),
         (["train", "tiny", "--stages.0.penalty", "inf"], "Stage(penalty=inf): it must be a finite number"),
         (["train", "tiny", "--model.cell.std", "nan"], "Experiment(model.cell.std=nan): it must be a finite number"),
         (["train", "tiny", "--training.weight-decay", "1e300"], "weight_decay=1e+300"),
-        (["train", "tiny", "--training.log-every", "9" * 30], "--training.log-every 999"),
+        (["train", "tiny", "--training.log-every", "9" * 30], "--training.log.log-every 999"),
         (["train", "tiny", "--training.seed", "9" * 30], "it must be at most 2⁶³ − 1; try 0."),
         (["train", "tiny\x00"], "is no text in UTF-8"),
         (["train", "tiny", "--name", "a\udcff"], r"'a\udcff' is no text in UTF-8"),
