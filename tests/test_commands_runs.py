@@ -128,7 +128,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_weights(run
     words = last.partition("equilibria ")[2].split()
     assert words == ["train", "recipe.py:small", "--out", "runs/small-2", "--resume"]
     assert main(words) == 0  # without --data: the run knows its corpus
-    assert "going on after step 4 of 8" in capsys.readouterr().out
+    assert "continuing after step 4 of 8" in capsys.readouterr().out
     whole, resumed = (
         checkpoint.load(Path(name) / "checkpoints/step-00000008") for name in ("runs/small", "runs/small-2")
     )
@@ -452,7 +452,7 @@ def test_an_interrupted_twin_says_how_to_go_on(place, capsys, monkeypatch):
     words = capsys.readouterr().err.strip().splitlines()[-1].partition("equilibria ")[2].split()
     assert words[:5] == ["train", "recipe.py:small", "--layer-memory", "--explicit", "2"]
     assert main(words) == 0
-    assert "going on after step 4 of 8" in capsys.readouterr().out
+    assert "continuing after step 4 of 8" in capsys.readouterr().out
 
 
 RECURRENT = """

@@ -211,7 +211,10 @@ def test_a_reader_that_has_left_ends_every_verb_quietly(place, line):
         (["train", "tiny", "--training.threads", "1000000"], "Devices(threads=1000000): it must be at most 1,024"),
         (["train", "tiny", "--training.threads", "1000"], "this machine takes from 1 to "),
         (["train", "tiny", "--warmup", "99999"], "the warm-up is longer"),
-        (["train", "tiny", "--training.weight-decay", "nan"], "Optimisation(weight_decay=nan): it must be a finite number"),
+        (
+            ["train", "tiny", "--training.weight-decay", "nan"],
+            "Optimisation(weight_decay=nan): it must be a finite number",
+        ),
         (["train", "tiny", "--stages.0.penalty", "inf"], "Stage(penalty=inf): it must be a finite number"),
         (["train", "tiny", "--model.cell.std", "nan"], "Experiment(model.cell.std=nan): it must be a finite number"),
         (["train", "tiny", "--training.weight-decay", "1e300"], "weight_decay=1e+300"),

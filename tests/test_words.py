@@ -14,25 +14,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCOPE = (
-    "src/equilibria/__init__.py",
-    "src/equilibria/errors.py",
-    "src/equilibria/fixed_point.py",
-    "src/equilibria/stability.py",
-    "src/equilibria/core",
-    "src/equilibria/solvers",
-    "src/equilibria/gradients",
-    "src/equilibria/layers",
-    "src/equilibria/cells",
-    "src/equilibria/testing",
-    "src/equilibria/peak_memory.py",
-    *(f"src/equilibria/lm/{part}.py" for part in ("__init__", "device", "evaluation", "ranks", "suggestions")),
-    *(f"src/equilibria/lm/{part}" for part in ("model", "corpora", "experiments", "runs", "training", "recipes")),
-)
+SCOPE = ("src", "examples", "docs", "README.md")
 """Python and Markdown files that are checked, and folders of them. Add a part of the tree once its prose is revised."""
 
 ALLOWED: dict[tuple[str, str], str] = {
     ("src/equilibria/lm/training/log.py", "nats"): "the field of an event, which readers of metrics.jsonl know",
+    **{
+        ("docs/howto/migrate.md", rule): "the names of version 0.1"
+        for rule in ("gap", "Broyden.memory", "half", "twin")
+    },
+    ("docs/reference/cheat_sheet.md", "Watch"): "a comment that begins with the verb",
+    ("docs/concepts/generation.md", "twin"): "the folder that a benchmark wrote",
 }
 """Exceptions on purpose, {(file, name of the rule): reason}. The test fails if one of them is not needed."""
 

@@ -37,7 +37,7 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
 
     Raises:
         UsageError: an unknown flag (names the nearest), a missing or an impossible value.
-        SystemExit: help was asked for and has been printed.
+        SystemExit: the words contain --help, which has been printed.
     """
     known = flags(default) if default is not None else _plain_flags(kind)
     words = [_full(word, known) for word in arguments]

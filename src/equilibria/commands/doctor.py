@@ -38,11 +38,11 @@ class Finding:
     """One line of the screen."""
 
     part: str
-    """What was looked at."""
+    """The part of the run that was checked."""
     said: str
-    """What was found."""
+    """The result of the check."""
     advice: str = ""
-    """What to do about it; empty if nothing is wrong."""
+    """Advice; empty if nothing is wrong."""
     remark: bool = False
     """Worth knowing, and no damage."""
 
@@ -139,7 +139,7 @@ def _text(run: Run) -> Iterator[Finding]:
     try:
         changed = known.changed(run.experiment().corpus.load())
     except (OSError, ValueError) as error:
-        advice = "generating needs no corpus; evaluating and going on do: --data FOLDER says where it is."
+        advice = "generating needs no corpus; evaluating and continuing do: --data FOLDER says where it is."
         yield Finding("corpus", " ".join(str(error).split()), advice, remark=True)
         return
     if changed:
@@ -173,7 +173,7 @@ def _lock(run: Run) -> Iterator[Finding]:
     if process is not None:
         yield Finding("lock", f"in use by {process}", "wait until it ends before you train here.", remark=True)
     if not os.access(run.path, os.W_OK):
-        yield Finding("lock", "the folder cannot be written", "copy it to go on with the training.", remark=True)
+        yield Finding("lock", "the folder cannot be written", "copy it to continue the training.", remark=True)
 
 
 PARTS: tuple[tuple[str, Callable[[Run], Iterator[Finding]]], ...] = (

@@ -51,7 +51,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 _TOO_LARGE = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "integer multiplic")
-"""What PyTorch says on a CPU, where it raises a plain RuntimeError."""
+"""Parts of PyTorch's messages on a CPU, where it raises a plain RuntimeError."""
 
 
 def _too_large(error: BaseException) -> bool:
@@ -63,7 +63,7 @@ def _too_large(error: BaseException) -> bool:
 
 LOST = (
     "Another process of this training was lost, or did not answer within --training.rank-timeout; its own message says "
-    "why. Go on with --resume, or let torchrun do so with --max-restarts."
+    "why. Continue with --resume, or let torchrun do so with --max-restarts."
 )
 
 

@@ -44,7 +44,7 @@ class Options:
     segment_length: int | None = None
     """Tokens in one solve; None for that of the training."""
     overlap: int | None = None
-    """Tokens that a segment reads anew of the one before, in the place of a memory; None for those of the training."""
+    """Tokens of the segment before that a segment reads again, instead of a memory; None for those of the training."""
     max_segments: int | None = None
     """Read only the first segments; None for all."""
     max_evals: int | None = None
@@ -52,7 +52,7 @@ class Options:
     rtol: float | None = None
     """Relative tolerance of a solve; None for that of the run."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one JSON object in the place of the table."""
+    """Print one JSON object instead of the table."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -146,7 +146,7 @@ def _segments(loaded: Trained, options: Options, *, episodes: bool) -> dict[str,
 
 
 def _scored(loaded: Trained, options: Options) -> str:
-    """What is scored: a split of the corpus, or a file."""
+    """The name of the text that is scored: a split of the corpus, or a file."""
     return str(loaded.data) if loaded.is_file else options.split
 
 
@@ -164,11 +164,11 @@ def _method(loaded: Trained, options: Options) -> Method | None:
 
 
 def _scores(result: Evaluation, unit: str) -> list[Row]:
-    nats, bits = f"{result.nll_per_token:.4f} nats", f"{result.bits:.4f} bits per {unit}"
+    nll, bits = f"{result.nll_per_token:.4f} nats", f"{result.bits:.4f} bits per {unit}"
     if unit == "word":
-        first = Row("Score", f"perplexity {result.perplexity:.2f}", f"{nats}, {bits}")
+        first = Row("Score", f"perplexity {result.perplexity:.2f}", f"{nll}, {bits}")
     elif unit == "character":
-        first = Row("Score", bits, f"{nats}, perplexity {result.perplexity:.3f}")
+        first = Row("Score", bits, f"{nll}, perplexity {result.perplexity:.3f}")
     else:
         first = Row("Score", f"{result.nll_per_token:.3e} nats per {unit}", "mean over every place of the sequence")
     answers = [] if result.accuracy is None else [Row("Right answers", formats.percent(result.accuracy))]
@@ -176,11 +176,11 @@ def _scores(result: Evaluation, unit: str) -> list[Row]:
 
 
 def _conditions(loaded: Trained, setting: Setting, *, episodes: bool) -> list[Row]:
-    """What the score depends on."""
+    """The conditions that the score depends on."""
     rows = []
     if setting.memory_length is not None and not setting.overlap:
         rows.append(Row("Memory length", f"{setting.memory_length:,} tokens", _seen(loaded, setting)))
-    again = f"each reads the last {setting.overlap:,} of the one before anew, unscored, and has no memory"
+    again = f"each reads the last {setting.overlap:,} of the one before again, unscored, and has no memory"
     rows.append(Row("Segment length", f"{setting.segment_length:,} tokens", again if setting.overlap else ""))
     if episodes:
         streams = "each sequence stands alone"

@@ -30,11 +30,11 @@ class Options:
     length: int = 400
     """Tokens to generate: characters or words, as the model was trained."""
     temperature: float = 0.8
-    """Logits are divided by it: below 1 safer, above 1 bolder; 0 takes the likeliest token always."""
+    """Logits are divided by it: below 1 safer, above 1 bolder; 0 always takes the most likely token."""
     top_k: int | None = None
-    """Choose among the k likeliest tokens only."""
+    """Choose among the k most likely tokens only."""
     top_p: float | None = None
-    """Choose among the fewest likeliest tokens that have this probability together."""
+    """Choose among the fewest most likely tokens whose probabilities add up to this."""
     seed: int = 0
     """The same seed gives the same text to the same prompts."""
     stop: str | None = None

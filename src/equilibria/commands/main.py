@@ -26,7 +26,7 @@ VERBS = {
 }
 """Each verb, what it is given, and what it does. The module of the same name has ``main(arguments)``."""
 
-CODES = "0 done, 1 failed, 2 wrong command line, 130 or 143 asked to leave (Ctrl-C, SIGTERM), 141 nobody reads on"
+CODES = "0 done, 1 failed, 2 wrong command line, 130 or 143 stopped by Ctrl-C or SIGTERM, 141 the output was closed"
 """Exit codes and what they say; the last is what a shell calls a process that wrote to a closed pipe."""
 
 
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
             terminal.complain(f"equilibria{'' if rank == '0' else f', rank {rank}'}: {said}")
         return code
     finally:
-        terminal.let_go()
+        terminal.release()
 
 
 def _left(words: Sequence[str]) -> int:
@@ -92,7 +92,7 @@ def _check_text(words: Sequence[str]) -> None:
 
 
 def help_text() -> str:
-    """What a newcomer needs: the verbs, the recipes, an example."""
+    """The help for a newcomer: the verbs, the recipes, an example."""
     from equilibria.lm.recipes import RECIPES
 
     verbs = {f"{verb} {given}": words for verb, (given, words) in VERBS.items()}
@@ -110,7 +110,7 @@ Example
   equilibria train tiny                               a few minutes, no download
   equilibria generate runs/tiny --prompt "The "
   equilibria train tiny --training.learning-rate 1e-3
-  equilibria train tiny --resume                      go on where a run was stopped
+  equilibria train tiny --resume                      continue where a run was stopped
 
 `equilibria VERB --help` explains a verb; `equilibria train tiny --help` lists every number of a recipe.
 Exit codes: {CODES}."""

@@ -51,13 +51,13 @@ class Options:
     """The folder with train.txt, valid.txt and test.txt, for ptb, ptb-char and text-folder, or with the token files,
     for wikitext103 and wikitext2; these are in data/wikitext-103 and data/wikitext-2 if no folder is named."""
     unit: Literal["word", "character"] = "word"
-    """What one token of text-folder is."""
+    """The kind of a token of text-folder."""
     lowercase: bool = False
     """Whether text-folder lowers capital letters."""
     blank: int = 400
     """Steps between the symbols and their recall, for copying."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one JSON object in the place of the table."""
+    """Print one JSON object instead of the table."""
 
 
 SPLITS = {"train": "Training", "valid": "Validation", "test": "Test"}
@@ -115,7 +115,7 @@ def _fetched(options: Options, name: WikiText) -> Path:
 
 
 def _object(corpus: Corpus, options: Options) -> dict[str, Any]:
-    """What is in the corpus, as --json prints it: numbers of tokens, shares between 0 and 1, bits and nats."""
+    """The content of the corpus, as --json prints it: numbers of tokens, shares between 0 and 1, bits and nats."""
     counts = torch.bincount(corpus.train.tokens, minlength=len(corpus.vocabulary))
     frequent = counts.argsort(descending=True, stable=True)[:10].tolist()
     shares = (counts / counts.sum()).tolist()
@@ -164,15 +164,15 @@ def _tokens(found: dict[str, Any]) -> list[Row]:
 
 
 def _baseline(found: dict[str, Any]) -> list[Row]:
-    rows, nats = found["baseline"], found["memoryless_nats"]
+    rows, least = found["baseline"], found["memoryless_nats"]
     if rows:
         name, shorts = formats.common(row["label"] for row in rows)
         beside = "  ".join(
             f"{short} {row['bits']:.2f}".replace(" ", NBSP) for short, row in zip(shorts, rows, strict=True)
         )
-        return [Row("Yardstick", name, f"bits per character on validation: {beside}")]
-    if nats is not None:
-        return [Row("Yardstick", f"{formats.residual(nats)} nats", "the best without memory")]
+        return [Row("Baseline", name, f"bits per character on validation: {beside}")]
+    if least is not None:
+        return [Row("Baseline", f"{formats.residual(least)} nats", "the best without memory")]
     return []
 
 

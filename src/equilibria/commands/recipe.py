@@ -15,7 +15,7 @@ from equilibria.lm.recipes import RECIPES
 
 
 def experiment_of(recipe: str) -> Experiment:
-    """What the recipe says.
+    """The experiment of the recipe.
 
     Raises:
         UsageError: there is no such recipe, file or function; names the nearest.

@@ -35,7 +35,7 @@ class Options:
     out: Path | None = None
     """The page that compares several runs; None for comparison.html beside the first run."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one JSON object in the place of the sentences."""
+    """Print one JSON object instead of the sentences."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -84,7 +84,7 @@ def _check_page(target: Path) -> None:
 
 
 def _object(record: Record, page_file: Path) -> dict[str, Any]:
-    """What --json prints."""
+    """The object that --json prints."""
     return {
         "run": str(record.path),
         "name": record.name,

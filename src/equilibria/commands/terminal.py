@@ -24,14 +24,14 @@ def sentence(text: str) -> str:
 
 
 def complain(text: str) -> None:
-    """Print ``text`` on stderr as a sentence; where nobody listens any more, nothing happens."""
+    """Print ``text`` on stderr as a sentence; a closed stream is ignored."""
     with contextlib.suppress(OSError, ValueError):
         print(sentence(text), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def readable_warnings() -> Iterator[None]:
-    """Within it a warning, and a line of a log that nobody else handles, is one sentence without a line of code."""
+    """Within it a warning, and a line of a log that no other handler takes, is one sentence without a line of code."""
 
     def written(message: Warning | str, *place: object) -> str:
         return f"{_warning(message)}\n"
@@ -87,7 +87,7 @@ def _occupy(number: int) -> None:
             os.close(null)
 
 
-def let_go() -> None:
+def release() -> None:
     """Print what stdout and stderr still hold; what cannot be printed is dropped, so that the exit code stays."""
     for stream in (sys.stdout, sys.stderr):
         try:

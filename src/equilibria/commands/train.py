@@ -231,9 +231,9 @@ def _takes_value(word: str) -> bool:
 
 
 def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
-    """What the command line asks for, and the folder of the run.
+    """The options of the command line, and the folder of the run.
 
-    A run that goes on starts from its own experiment.json, so that the flags it was started with need not be repeated.
+    A run that continues starts from its own experiment.json, so its first flags need not be repeated.
     """
     default = Options(experiment=_as_explicit(experiment_of(recipe), words))
     options = parse(Options, words, verb=f"train {recipe}", default=default)

@@ -33,7 +33,7 @@ class Curve:
         self._stage: Any = self
 
     def extend(self, x: Float64[np.ndarray, " N"], y: Float64[np.ndarray, " N"], stage: Any) -> None:
-        """Add points, all of one stage; a value that is not finite leaves a gap."""
+        """Add points, all of one stage; a value that is not finite interrupts the curve."""
         if len(x) and stage != self._stage:
             self._borders.append(self.count)
             self._stage = stage

@@ -1,4 +1,4 @@
-"""What `train` shows while it runs: a live panel on a terminal, one line for each log entry elsewhere."""
+"""The display of `train` while it runs: a live panel on a terminal, one line per log entry elsewhere."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class Display:
         return max((event.get("step", 0) for event in self._latest.values()), default=0)
 
     def resumed(self, step: int) -> None:
-        """Say that the training goes on after ``step``, or that there was nothing to go on with."""
+        """Say that the training continues after ``step``, or that there is no checkpoint yet."""
         if not self._quiet:
-            place = f"going on after step {step:,} of {self._total:,}" if step else "no checkpoint here yet: starting"
+            place = f"continuing after step {step:,} of {self._total:,}" if step else "no checkpoint here yet: starting"
             self._console.print(place, highlight=False)
 
     def show(self, event: Event) -> None:
@@ -96,7 +96,7 @@ class Display:
             return f"{number}  valid {formats.score(event, self._unit)}{right}{solves}{best}"
         if kind == "rolled_back":
             return (
-                f"{number}  step {event['failed_step']:,} was not finite: going on from this checkpoint with "
+                f"{number}  step {event['failed_step']:,} was not finite: continuing from this checkpoint with "
                 f"{event['factor']:g} times the learning rate"
             )
         if kind == "unconverged":
@@ -168,7 +168,7 @@ def literal(text: str, style: str = "") -> Text:
 
 
 def waiting(what: str) -> Status:
-    """While it is entered, stderr shows what is going on, if it is a terminal; stdout is left to the results."""
+    """While it is entered, stderr shows what happens, if it is a terminal; stdout is left to the results."""
     return Console(stderr=True, highlight=False).status(literal(what))
 
 

@@ -51,7 +51,7 @@ LONGEST = 40
 """Characters of a text in a figure at most."""
 BLUE, ORANGE, GREEN, GREY = "#0b62a4", "#d1580b", "#12805c", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, "#8e44ad", "#b8860b", "#555b64")
-"""Of the runs that are compared."""
+"""The colours of runs that are compared."""
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "sans-serif",

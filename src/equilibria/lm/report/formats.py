@@ -9,7 +9,7 @@ from typing import Any
 
 
 def strict_json(value: dict[str, Any]) -> str:
-    """What a verb prints with --json: one object of JSON in ASCII; a number that is not finite is null."""
+    """The output of a verb with --json: one object of JSON in ASCII; a number that is not finite is null."""
     return json.dumps(_finite(value), allow_nan=False, indent=2)
 
 
@@ -94,8 +94,8 @@ def quantity(event: dict[str, Any], unit: str) -> float:
     if key in event:
         return plain(event[key])
     name = next(name for name in ("nats", "loss", "bits") if name in event)
-    nats = plain(event[name]) * (math.log(2) if name == "bits" else 1.0)
-    return math.exp(min(nats, 700.0)) if key == "perplexity" else nats / math.log(2) if key == "bits" else nats
+    nll = plain(event[name]) * (math.log(2) if name == "bits" else 1.0)
+    return math.exp(min(nll, 700.0)) if key == "perplexity" else nll / math.log(2) if key == "bits" else nll
 
 
 def number(event: dict[str, Any], unit: str) -> str:
@@ -112,7 +112,7 @@ def score(event: dict[str, Any], unit: str) -> str:
 
 
 def conditions(event: dict[str, Any]) -> str:
-    """What the score of a validation depends on, in words; what an older run has not written down is left out."""
+    """The conditions of a validation score in words, without those that an older run has not written."""
     setting = event.get("setting") or {}
     known = {name: value for name, value in setting.items() if value is not None}
     parts = []
@@ -130,7 +130,7 @@ def conditions(event: dict[str, Any]) -> str:
 
 
 def repeated(setting: dict[str, Any]) -> str:
-    """What segments share with the one before, in brackets; nothing where the memory is carried instead."""
+    """The overlap of segments in brackets; empty where the memory is carried instead."""
     overlap = setting.get("overlap", 0)
     return f" ({count(overlap)} repeat the one before)" if overlap else ""
 
@@ -160,7 +160,7 @@ def numbered(number: int, thing: str) -> str:
 
 
 def network(model: dict[str, Any]) -> str:
-    """What a model is, by its part of experiment.json."""
+    """The kind of a model, by its part of experiment.json."""
     explicit = model.get("explicit")
     if model.get("kind") == "RecurrentConfig":
         channels = numbered(model.get("hidden", 0), "channel")

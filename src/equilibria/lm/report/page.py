@@ -25,7 +25,7 @@ class Drawing:
     name: str
     """The file's name without .png."""
     caption: str
-    """What it shows, in a sentence or two."""
+    """Its content, in a sentence or two."""
     png: bytes
     """The picture."""
 

@@ -28,18 +28,18 @@ CHUNK = 1024
 DIRECTIONS = ("forward", "backward")
 """The solves of a training step."""
 PARTS = ("evals", "residual", "converged")
-"""What is drawn and averaged of a solve."""
+"""The numbers of a solve that are drawn and averaged."""
 COLUMNS = ("loss", *(f"{name} {part}" for name in DIRECTIONS for part in PARTS), "tokens_per_second")
 """The numbers of a training step."""
 ABSURD = (ArithmeticError, AttributeError, KeyError, StopIteration, TypeError, ValueError)
-"""What reading an event can raise that no training has written."""
+"""Errors that reading a foreign event can raise."""
 
 Dots = dict[Any, MutableSequence[float]]
 """Points that are few enough to be drawn each: of every stage step and value in turn."""
 
 
 class Contents:
-    """What a log says: its rare events, and of its training steps the sums of each stage and thinned curves.
+    """The content of a log: its rare events, and for its training steps the sums of each stage and thinned curves.
 
     Args:
         experiment: as in experiment.json.
@@ -92,11 +92,11 @@ class Contents:
         self._rows.append(_row(event, self.unit))
 
     def _add_valid(self, event: Event) -> None:
-        stage, nats = event.get("stage"), formats.plain(event["nats"])
+        stage, nll = event.get("stage"), formats.plain(event["nats"])
         self._dot("valid", event, formats.quantity(event, self.unit))
-        if math.isfinite(nats):
+        if math.isfinite(nll):
             self.scored = stage
-            found = (nats, sum(map(len, self.dots["valid"].values())), event)  # of equal ones the first
+            found = (nll, sum(map(len, self.dots["valid"].values())), event)  # of equal ones the first
             self.best[stage] = min(self.best.get(stage, found), found)
 
     def _dot(self, name: str, event: Event, value: float) -> None:
@@ -131,7 +131,7 @@ def _row(event: Event, unit: str) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a run has written so far."""
+    """The experiment and the log of a run so far."""
 
     path: Path
     """The run directory."""
@@ -160,7 +160,7 @@ class Record:
 
     @property
     def unit(self) -> str:
-        """What one token is: "character", "word" or "symbol"."""
+        """The kind of a token: "character", "word" or "symbol"."""
         return self.log.unit
 
     @property
@@ -243,7 +243,7 @@ def _contents(file: Path, experiment: dict[str, Any], unit: str) -> Contents:
 
 
 def _unit(experiment: dict[str, Any], start: Event | None) -> str:
-    """What one token is: as the start of the log says, or else what is known of the corpus."""
+    """The kind of a token: as the start of the log says, or else as the corpus says."""
     if start is not None:
         return str(start["corpus"]["unit"])
     corpus = experiment.get("corpus") or {}

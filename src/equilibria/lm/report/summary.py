@@ -19,7 +19,7 @@ NBSP = "\N{NO-BREAK SPACE}"
 LONGEST_HEADER = 100_000_000
 """Bytes of the header of a safetensors file at most."""
 FIXED = "no tolerance, fixed depth"
-"""What is said of solves that always spend their budget."""
+"""The words for solves that always spend their budget."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,20 +27,20 @@ class Row:
     """One line of the table."""
 
     label: str
-    """What was measured."""
+    """The quantity."""
     value: str
     """The number with its unit."""
     beside: str = ""
-    """What to compare it with, or how it was measured."""
+    """A comparison, or how it was measured."""
 
 
 def rows(record: Record) -> list[Row]:
-    """What is known of the run; lines about things that were not measured are left out."""
+    """The table of the run, without the lines of quantities that were not measured."""
     return [*_model(record), *_validation(record), *_solves(record), *_memory(record), *_time(record)]
 
 
 def data(record: Record) -> dict[str, Any]:
-    """What ``rows`` says, as numbers by the names that they have in metrics.jsonl; None where nothing was measured."""
+    """The content of ``rows`` as numbers, with their names in metrics.jsonl; None where nothing was measured."""
     start, best = record.last("start") or {}, record.best
     scores = ("step", "stage", "nats", "bits", "perplexity", "accuracy", "setting")
     return {
