@@ -48,8 +48,31 @@ Tree = dict[str, Recorded | str]
 
 def config(module: str, name: str) -> Any:
     """The class of hyper-parameters that is called XxxConfig or XxxShape."""
-    found = importlib.import_module(module)
+    found = home(module.replace("equilibria.language", "equilibria.lm.model"), module)
     return getattr(found, f"{name}Config", None) or getattr(found, f"{name}Shape")
+
+
+def home(*modules: str) -> Any:
+    """The first of the modules that the tree has."""
+    for module in modules:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(module)
+    raise ModuleNotFoundError(f"none of {', '.join(modules)}")
+
+
+def with_settings(training: Any, **values: Any) -> Any:
+    """The settings of a training with other values, in whichever group they are."""
+    if not hasattr(training, "changed"):
+        return dataclasses.replace(training, **values)
+    names = {"yardstick": "baseline"}
+    return training.changed(**{names.get(name, name): value for name, value in values.items()})
+
+
+def explicit_baseline(experiment: Any, depth: int, **choices: Any) -> Any:
+    """The explicit baseline in one stage: newer trees keep the shallow stage."""
+    found = home("equilibria.lm.experiments", "equilibria.training").explicit(experiment, depth, **choices)
+    last = dataclasses.replace(found.stages[-1], steps=found.total_steps)
+    return dataclasses.replace(found, stages=(last,))
 
 
 def names_of(value: Any) -> set[str]:
@@ -101,22 +124,21 @@ def short(experiment: Any, *steps: int, **training: Any) -> Any:
     choices: dict[str, Any] = {"device": "cpu", "threads": 1, "warmup": 5, "valid_segments": 4}
     choices |= {"measure_memory": False, "yardstick": False, "spectral_radius": 0, "log_every": 10_000}
     choices |= {"valid_every": 10_000, "checkpoint_every": 10_000, **training}
-    settings = dataclasses.replace(experiment.training, **choices)
+    settings = with_settings(experiment.training, **choices)
     return dataclasses.replace(experiment, stages=stages, training=settings)
 
 
 def recipe(name: str, *steps: int, **training: Any) -> Any:
     """A recipe in so many steps."""
-    from equilibria.recipes import RECIPES
-
-    return short(RECIPES[name](), *steps, **training)
+    recipes = home("equilibria.lm.recipes", "equilibria.recipes").RECIPES
+    return short(recipes[name](), *steps, **training)
 
 
 def small(*steps: int, **training: Any) -> Any:
     """``tiny`` at half its width."""
     found = with_cell(recipe("tiny", *steps), width=64, inner=192, memory=24)
     choices = {"batch_size": 4, "segment_length": 32, **training}
-    return dataclasses.replace(found, training=dataclasses.replace(found.training, **choices))
+    return dataclasses.replace(found, training=with_settings(found.training, **choices))
 
 
 def with_model(experiment: Any, **values: Any) -> Any:
@@ -140,9 +162,7 @@ def with_implicit(experiment: Any, **values: Any) -> Any:
 
 def trained(experiment: Any, label: str = "") -> tuple[Any, Recorded]:
     """The trainer after the training, and what it computed."""
-    from equilibria.training import Trainer
-
-    trainer = Trainer(experiment, None, experiment.corpus.load())
+    trainer = home("equilibria.lm.training", "equilibria.training").Trainer(experiment, None, experiment.corpus.load())
     rows, take = [], trainer.step
 
     def watched(segment: Any) -> Any:
@@ -176,8 +196,7 @@ def _nll_per_token(evaluation: Any) -> float:
 
 def generated(trainer: Any, *, length: int = 32, warm: bool = False, label: str = "") -> Recorded:
     """Logits of the likeliest tokens after three prompts of different lengths, and tokens that are drawn."""
-    from equilibria.language import generate
-
+    generate = home("equilibria.lm.model", "equilibria.language").generate
     model, text = trainer.model.eval(), trainer.corpus.valid.tokens
     prompts = [text[:5], text[40:52], text[100:103]]
     longest = max(map(len, prompts))
@@ -247,8 +266,6 @@ def trellis_regularised() -> Recorded:
 
 def explicit() -> Recorded:
     """Explicit networks of four layers: tied, each layer with its own memory, and with weights of its own."""
-    from equilibria.training import explicit as explicit_twin
-
     kinds: dict[str, dict[str, Any]] = {
         "tied": {},
         "tied, recomputed": {"checkpoint": True},
@@ -257,7 +274,7 @@ def explicit() -> Recorded:
     }
     every: Recorded = []
     for label, choices in kinds.items():
-        experiment = explicit_twin(with_model(small(15, 25), dropout=0.1), 4, **choices)
+        experiment = explicit_baseline(with_model(small(15, 25), dropout=0.1), 4, **choices)
         trainer, recorded = trained(experiment, label)
         every += recorded + generated(trainer, length=12, label=label)
     return every
@@ -279,14 +296,12 @@ def chain() -> Recorded:
 
 def cells() -> Recorded:
     """Eight steps of each other kind of cell and head."""
-    from equilibria.training import explicit as explicit_twin
-
     transformer = small(3, 5, segment_length=24)
     trellis = recipe("tiny-trellis", 3, 5, batch_size=4, segment_length=24)
     trellis = with_cell(trellis, width=48, hidden=64, outputs=48)
     clusters = config("equilibria.language", "Adaptive")(cutoffs=(20, 50), division=2)
     kinds = {
-        "norm before the parts": explicit_twin(with_cell(transformer, norm="pre"), 3),
+        "norm before the parts": explicit_baseline(with_cell(transformer, norm="pre"), 3),
         "pre-normalised": with_cell(transformer, norm="pre-normalised", affine=True),
         "another norm": with_cell(transformer, attention_norm=True, positions="relative", window=12),
         "masks of each position": with_cell(transformer, dropout=0.2, variational=False, weight_norm=False),
