@@ -26,7 +26,8 @@ from equilibria.lm.runs import Run, checkpoint
 from equilibria.lm.runs.checkpoint import CheckpointError
 from equilibria.lm.runs.trained import load as trained_model
 from equilibria.lm.runs.trained import with_data, with_memory
-from equilibria.lm.training import NotFinite, Trainer, TrainingInterrupted, TrainingStopped
+from equilibria.lm.training import Trainer, TrainingInterrupted, TrainingStopped
+from equilibria.lm.training.policy import NotFinite
 from small_run import fails, furnish
 
 
