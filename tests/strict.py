@@ -48,6 +48,7 @@ def jaxtyped(thing=None, *, typechecker=None):
             return found if result is None else result(found)
 
     function.checked = True
+    function.__code__ = function.__code__.replace(co_filename="<checks>")  # a warning names the file of the caller
     return function
 
 

@@ -19,6 +19,8 @@ WORDS = {
     "correction": ["--steps", "100"],
 }
 """What is said to an example beside its name, to have it done sooner."""
+LONG = {"cell", "correction", "graph", "hyper_gradients"}
+"""Those that train for 18 to 30 seconds all the same; `make check` runs them."""
 
 
 def load(name):
@@ -34,7 +36,10 @@ TestAitken = load("solver").TestAitken
 TestSetCell = load("cell").TestSetCell
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else []) for path in EXAMPLES],
+)
 def test_runs(path, tmp_path):
     """As a user runs it: a process of its own, without the checks of the tests, drawing in the current folder."""
     own = "ignore:`torch.jit.script`:DeprecationWarning"  # PyTorch's, at the first tensor of forward mode
