@@ -84,6 +84,20 @@ def test_runs(path, tmp_path):
         assert (tmp_path / "graph.png").is_file()
 
 
+@pytest.mark.parametrize(("name", "steps"), [("cell", 2), ("correction", 2), ("graph", 1), ("hyper_gradients", 0)])
+def test_long_examples_take_a_few_steps(name, steps, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert name in LONG
+    load(name).main(steps=steps)
+    printed = capsys.readouterr().out
+    if name == "hyper_gradients":
+        errors = [float(error) for error in re.findall(r"by (\S+e-\d+)$", printed, re.MULTILINE)]
+        assert len(errors) == 3
+        assert max(errors) < 1e-8
+    else:
+        assert "converged" in printed
+
+
 def test_nodes_as_batch_axis_warn_without_the_flag():
     graph = load("graph")
     x, adjacency, label, _ = graph.chains(8)
