@@ -2,7 +2,9 @@
 
 from jaxtyping import install_import_hook
 
-install_import_hook("equilibria", "strict.check")
+import strict  # noqa: F401 (its decorator takes the place of jaxtyping's)
+
+install_import_hook("equilibria", "strict.jaxtyped")
 
 import os  # noqa: E402
 from pathlib import Path  # noqa: E402

@@ -1,7 +1,11 @@
 """An experiment that takes a second and uses everything whose state a checkpoint must hold."""
 
+import atexit
 import dataclasses
+import functools
 import random
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -116,3 +120,37 @@ def kill_at(step: int):
             raise Killed
 
     return on_event
+
+
+@functools.cache
+def trained_once(number: int | None) -> tuple[Path, dict[str, torch.Tensor] | None]:
+    """The folder of a run of ``experiment()``, whole with its weights or killed after ``number`` lines of its log."""
+    place, lines = tempfile.mkdtemp(prefix="equilibria-"), []
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    folder = Path(place) / "run"
+
+    def on_event(event):
+        lines.append(event)
+        if len(lines) == number:
+            raise Killed
+
+    try:
+        weights, _ = finished(folder, on_event=on_event)
+    except Killed:
+        return folder, None
+    assert number is None
+    return folder, weights
+
+
+def whole(path: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """As ``finished(path)``, by a copy of a run that is trained once for all tests."""
+    folder, weights = trained_once(None)
+    shutil.copytree(folder, path)
+    return {name: tensor.clone() for name, tensor in weights.items()}, Run.open(path).events()
+
+
+def killed(path: Path, number: int) -> None:
+    """What a run leaves at ``path`` that is killed after ``number`` lines of its log; copied like ``whole``."""
+    folder, weights = trained_once(number)
+    assert weights is None
+    shutil.copytree(folder, path)

@@ -19,6 +19,8 @@ WORDS = {
     "correction": ["--steps", "100"],
 }
 """What is said to an example beside its name, to have it done sooner."""
+LONG = {"cell", "correction", "graph", "hyper_gradients"}
+"""Those that train for 18 to 30 seconds all the same; `make check` runs them."""
 
 
 def load(name):
@@ -34,7 +36,10 @@ TestAitken = load("solver").TestAitken
 TestSetCell = load("cell").TestSetCell
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else []) for path in EXAMPLES],
+)
 def test_runs(path, tmp_path):
     """As a user runs it: a process of its own, without the checks of the tests, drawing in the current folder."""
     own = "ignore:`torch.jit.script`:DeprecationWarning"  # PyTorch's, at the first tensor of forward mode
@@ -77,6 +82,20 @@ def test_runs(path, tmp_path):
         assert far == nodes == 100
         assert near < 70  # 65 is what three layers can see
         assert (tmp_path / "graph.png").is_file()
+
+
+@pytest.mark.parametrize(("name", "steps"), [("cell", 2), ("correction", 2), ("graph", 1), ("hyper_gradients", 0)])
+def test_long_examples_take_a_few_steps(name, steps, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert name in LONG
+    load(name).main(steps=steps)
+    printed = capsys.readouterr().out
+    if name == "hyper_gradients":
+        errors = [float(error) for error in re.findall(r"by (\S+e-\d+)$", printed, re.MULTILINE)]
+        assert len(errors) == 3
+        assert max(errors) < 1e-8
+    else:
+        assert "converged" in printed
 
 
 def test_nodes_as_batch_axis_warn_without_the_flag():

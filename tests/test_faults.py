@@ -19,7 +19,7 @@ from equilibria.lm.runs.checkpoint import CheckpointError
 from equilibria.lm.runs.folder import locked
 from equilibria.lm.training import Trainer
 from equilibria.lm.training.trainer import TrainingInterrupted
-from small_experiment import corpus, experiment, finished, same_bits, trained_weights
+from small_experiment import corpus, experiment, finished, same_bits, trained_weights, whole
 from small_run import fails, furnish
 from spawned import waiting
 
@@ -93,7 +93,7 @@ def test_a_run_that_left_goes_on_to_the_same_bits(tmp_path):
     again = Trainer(value, run, corpus())
     assert again.resume() == 10
     again.fit()
-    expected, _ = finished(tmp_path / "whole")
+    expected, _ = whole(tmp_path / "whole")
     assert same_bits(trained_weights(again), expected)
 
 
@@ -128,13 +128,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_rest(tmp_path, monkeypatch, e
     ]
     monkeypatch.undo()
     weights, _ = finished(tmp_path / "run", resume=True)
-    expected, _ = finished(tmp_path / "whole")
+    expected, _ = whole(tmp_path / "whole")
     assert same_bits(weights, expected)
 
 
 @pytest.mark.parametrize("place", ["../state.json", "/etc/hostname"])
 def test_a_checkpoint_that_names_files_elsewhere_is_refused(tmp_path, place):
-    finished(tmp_path / "run")
+    whole(tmp_path / "run")
     folder = checkpoint.all_in(tmp_path / "run" / "checkpoints")[-1]
     state = json.loads((folder / "state.json").read_text())["state"]
     state["files"][place] = "0" * 64

@@ -107,14 +107,14 @@ def test_random_numbers_are_those_of_the_whole_batch():
     assert batch_draw(torch.randn, (6, 2), part=None).equal(whole[0])
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_a_batch_train_like_the_batch(parts):
+def test_parts_of_a_batch_train_like_the_batch():
     weights = []
-    for accumulate in (1, parts):
+    for accumulate in (1, 2, 4):
         trainer = Trainer(experiment(accumulate=accumulate), None, corpus())
         trainer.fit()
         weights.append(torch.cat([weight.flatten() for weight in trained_weights(trainer).values()]))
-    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=2e-5)
+    for parts in weights[1:]:
+        torch.testing.assert_close(parts, weights[0], rtol=1e-3, atol=2e-5)
 
 
 def test_what_cannot_be_divided_is_refused():

@@ -111,6 +111,12 @@ def page_of(run: Path) -> str:
     return report.write(read(run)).read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def one_figure(monkeypatch):
+    """For tests of the words of a page: drawing all figures takes most of a report's time."""
+    monkeypatch.setattr(figures, "FIGURES", figures.FIGURES[:1])
+
+
 def test_a_finished_run_gets_every_figure_inside_the_page_and_beside_it(tmp_path):
     run = write(tmp_path / "run", events())
     text = page_of(run)
@@ -177,7 +183,7 @@ def test_right_answers_stand_beside_a_loss_that_says_little(tmp_path):
         ({"kind": "RecurrentConfig", "network": "lstm", "hidden": 57}, "A recurrent network (LSTM) of 57 channels, in"),
     ],
 )
-def test_the_page_says_what_kind_of_network_it_is(tmp_path, model, words):
+def test_the_page_says_what_kind_of_network_it_is(tmp_path, one_figure, model, words):
     assert words in page_of(write(tmp_path / "run", events(), model=model))
 
 
@@ -203,7 +209,7 @@ def test_a_run_that_has_written_nothing_yet_still_gets_a_page(tmp_path):
     assert "Settings" in page_of(run)
 
 
-def test_a_stopped_run_says_where(tmp_path):
+def test_a_stopped_run_says_where(tmp_path, one_figure):
     lines = [*events()[:20], {"event": "stopped", "step": 19}]
     assert "Stopped at step 19" in page_of(write(tmp_path / "run", lines))
 

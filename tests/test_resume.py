@@ -20,7 +20,7 @@ from equilibria.lm.experiments import NonMonotone, Plateau
 from equilibria.lm.runs import CheckpointError, Run, checkpoint
 from equilibria.lm.runs.weights import weights
 from equilibria.lm.training import Trainer
-from small_experiment import Killed, corpus, experiment, finished, kill_at, same_bits, without_times
+from small_experiment import Killed, corpus, experiment, finished, kill_at, killed, same_bits, whole, without_times
 
 
 def some_slow(*values):
@@ -30,7 +30,7 @@ def some_slow(*values):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    return finished(tmp_path_factory.mktemp("run") / "whole")
+    return whole(tmp_path_factory.mktemp("run") / "whole")
 
 
 def killed_after(number: int):
@@ -111,8 +111,7 @@ def test_averages_and_weights_are_both_in_the_checkpoint(tmp_path):
 
 def test_checkpoints_and_runs_that_lack_newer_fields_go_on(tmp_path, uninterrupted):
     """They are of this format, and say nothing of decays, of validations and of overlaps."""
-    with pytest.raises(Killed):
-        finished(tmp_path / "run", on_event=killed_after(25))
+    killed(tmp_path / "run", 25)
     run = Run(tmp_path / "run")
     newest, described = run.newest(), json.loads(run.description.read_text())
     state = {name: value for name, value in newest.state.items() if name != "validated"}
@@ -146,8 +145,7 @@ def test_power_fails_while_a_checkpoint_is_written(tmp_path, uninterrupted, seed
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, uninterrupted, caplog):
-    with pytest.raises(Killed):
-        finished(tmp_path / "run", on_event=killed_after(25))
+    killed(tmp_path / "run", 25)
     good, bad = checkpoint.all_in(tmp_path / "run" / "checkpoints")[-2:]
     (bad / "model.safetensors").write_bytes(b"\0" * 100)
     with caplog.at_level(logging.WARNING):
@@ -179,8 +177,7 @@ def test_checkpoints_written_after_damaged_ones_stay(tmp_path, uninterrupted):
 
 
 def test_what_has_no_influence_may_change_on_the_way(tmp_path, uninterrupted, caplog):
-    with pytest.raises(Killed):
-        finished(tmp_path / "run", on_event=killed_after(25))
+    killed(tmp_path / "run", 25)
     changed = experiment(log_every=3, keep=5, memory_depths=(2,), threads=2, device="auto", tensorboard=True)
     with caplog.at_level(logging.WARNING):
         resumed, _ = finished(tmp_path / "run", changed, resume=True)
@@ -197,8 +194,7 @@ def test_what_has_no_influence_may_change_on_the_way(tmp_path, uninterrupted, ca
 
 
 def test_another_device_is_named(tmp_path, caplog):
-    with pytest.raises(Killed):
-        finished(tmp_path / "run", on_event=killed_after(25))
+    killed(tmp_path / "run", 25)
     newest = Run(tmp_path / "run").newest()
     elsewhere = dataclasses.replace(newest, state={**newest.state, "device": "cuda"})
     checkpoint.save(tmp_path / "run" / "checkpoints", elsewhere)
@@ -217,8 +213,7 @@ def test_a_folder_of_text_may_have_moved(tmp_path):
 
 
 def test_if_all_are_damaged_the_run_is_refused(tmp_path):
-    with pytest.raises(Killed):
-        finished(tmp_path / "run", on_event=killed_after(25))
+    killed(tmp_path / "run", 25)
     for folder in checkpoint.all_in(tmp_path / "run" / "checkpoints"):
         (folder / "optimiser.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no good one in this run"):
@@ -226,8 +221,7 @@ def test_if_all_are_damaged_the_run_is_refused(tmp_path):
 
 
 def test_a_torn_last_line_is_dropped(tmp_path, uninterrupted):
-    with pytest.raises(Killed):
-        finished(tmp_path / "run", on_event=killed_after(25))
+    killed(tmp_path / "run", 25)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
         log.write('{"event": "step", "st')
     _, events = finished(tmp_path / "run", resume=True)
@@ -235,15 +229,14 @@ def test_a_torn_last_line_is_dropped(tmp_path, uninterrupted):
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path):
-    weights, events = finished(tmp_path / "run")
+    weights, events = whole(tmp_path / "run")
     again, events_again = finished(tmp_path / "run", resume=True)
     assert same_bits(weights, again)
     assert without_times(events) == without_times(events_again)
 
 
 def test_seconds_add_up(tmp_path):
-    with pytest.raises(Killed):
-        finished(tmp_path / "run", on_event=killed_after(25))
+    killed(tmp_path / "run", 25)
     before = checkpoint.load(checkpoint.all_in(tmp_path / "run" / "checkpoints")[-1]).state["seconds"]
     _, events = finished(tmp_path / "run", resume=True)
     seconds = [event["seconds"] for event in events if "seconds" in event]
@@ -253,7 +246,7 @@ def test_seconds_add_up(tmp_path):
 
 def test_the_checkpoint_of_another_model_is_refused(tmp_path):
     value = experiment()
-    finished(tmp_path / "run", value)
+    whole(tmp_path / "run")
     wider = dataclasses.replace(value, model=dataclasses.replace(value.model, tied=False))
     with pytest.raises(
         CheckpointError, match=r"another model: head\.weight is missing in it and \[19, 8\] in the model"

@@ -23,7 +23,7 @@ from equilibria.lm.runs import CheckpointError, Run, checkpoint
 from equilibria.lm.runs.files import replace
 from equilibria.lm.runs.folder import FIGURES, foreign_files, locked
 from equilibria.lm.training import Trainer
-from small_experiment import corpus, experiment, finished
+from small_experiment import corpus, experiment, whole
 from small_run import fails, furnish
 
 COMMAND = [sys.executable, "-c", "import sys, equilibria_command; sys.exit(equilibria_command.main())"]
@@ -82,7 +82,7 @@ def test_a_run_that_cannot_start_does_not_cost_the_old_one(run, capsys, wrong):
 
 def test_the_old_run_goes_with_the_first_checkpoint_of_the_new_one(tmp_path):
     path = tmp_path / "run"
-    finished(path)
+    whole(path)
     before, value = contents(path), experiment(seed=7)
     run, seen = Run.start(path, value, overwrite=True), []
 
@@ -101,7 +101,7 @@ def test_the_old_run_goes_with_the_first_checkpoint_of_the_new_one(tmp_path):
 
 def test_what_a_killed_process_has_begun_is_removed_by_the_next_start(tmp_path):
     path = tmp_path / "run"
-    finished(path)
+    whole(path)
     Run.start(path, experiment(seed=7), overwrite=True)
     before = {name: data for name, data in contents(path).items() if not name.startswith(".new/")}
     Run.start(path, experiment(), resume=True)
@@ -111,9 +111,9 @@ def test_what_a_killed_process_has_begun_is_removed_by_the_next_start(tmp_path):
 
 def test_a_crash_while_one_run_replaces_another_leaves_one_of_them(tmp_path, monkeypatch):
     """Interrupted at each of its renames, the replacement is completed by whoever starts the run next."""
-    old, new, crashes = experiment(), experiment(seed=7), 0
+    new, crashes = experiment(seed=7), 0
     rename = Path.rename
-    finished(tmp_path / "old", old)
+    whole(tmp_path / "old")
     for number in range(30):
         path = tmp_path / f"run{number}"
         shutil.copytree(tmp_path / "old", path)
@@ -298,7 +298,7 @@ ABSURD = {
 
 @pytest.mark.parametrize("absurd", ABSURD)
 def test_absurd_content_with_true_sums_is_a_sentence_and_the_one_before_is_used(tmp_path, absurd, caplog):
-    finished(tmp_path / "run")
+    whole(tmp_path / "run")
     folders = checkpoint.all_in(tmp_path / "run" / "checkpoints")
     rewritten(folders[-1], ABSURD[absurd])
     with pytest.raises(CheckpointError, match=rf"{folders[-1].name} is not a checkpoint of this library: .* holds "):
@@ -310,7 +310,7 @@ def test_absurd_content_with_true_sums_is_a_sentence_and_the_one_before_is_used(
 
 
 def test_a_file_that_the_state_does_not_list_is_refused(tmp_path):
-    finished(tmp_path / "run")
+    whole(tmp_path / "run")
     folder = checkpoint.all_in(tmp_path / "run" / "checkpoints")[-1]
     (folder / "shards").mkdir()
     (folder / "shards" / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"")

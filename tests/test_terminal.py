@@ -182,11 +182,11 @@ def test_what_is_not_finite_is_null():
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
-        ("--help >&-", 0, ""),
+        pytest.param("--help >&-", 0, "", marks=pytest.mark.slow),
         ("--help >&- 2>&- <&-", 0, ""),
         ("prepare pbt 2>&-", 2, ""),
         ("generate '[red]run' --prompt ab --length 3 >&-", 0, "note: "),
-        ("evaluate '[red]run' >&-", 0, ""),
+        pytest.param("evaluate '[red]run' >&-", 0, "", marks=pytest.mark.slow),
         ("--help >/dev/full", 1, "There is no space left on the disk"),
     ],
 )
@@ -198,7 +198,13 @@ def test_a_closed_or_full_output_is_no_accident(place, line, code, said):
     assert result.stderr.count("\n") == bool(said)
 
 
-@pytest.mark.parametrize("line", ["evaluate --help", "prepare copying", "generate '[red]run' --prompt ab"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate '[red]run' --prompt ab",
+        *(pytest.param(line, marks=pytest.mark.slow) for line in ("evaluate --help", "prepare copying")),
+    ],
+)
 def test_a_reader_that_has_left_ends_every_verb_quietly(place, line):
     command = f'"{sys.executable}" -m equilibria {line}; echo $? >&2'
     reader = subprocess.Popen(["sh", "-c", f"{{ {command}; }} | true"], stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -15,7 +17,7 @@ from equilibria.core.stop import Stop
 from equilibria.errors import UsageError
 from equilibria.gradients import Implicit
 from equilibria.lm.corpora import Segments, copying
-from equilibria.lm.evaluation import evaluate, jacobian_radius
+from equilibria.lm.evaluation import evaluate, jacobian_radius, summary
 from equilibria.lm.experiments import NonMonotone, growing_penalty, learning_rate
 from equilibria.lm.model import ExtraLosses, LanguageConfig
 from equilibria.lm.recipes import RECIPES
@@ -40,6 +42,17 @@ def fitted(value, **options):
     return trainer, events
 
 
+@functools.cache
+def once():
+    """The trainer and the log of the small experiment, for tests that only look at them."""
+    return fitted(experiment())
+
+
+def copied_model():
+    """The model that it trained, for tests that change it."""
+    return copy.deepcopy(once()[0].model)
+
+
 def of(events, kind):
     return [event for event in events if event["event"] == kind]
 
@@ -54,7 +67,7 @@ def test_training_learns():
 
 
 def test_the_log_says_what_happened_in_order():
-    trainer, events = fitted(experiment())
+    trainer, events = once()
     assert [event["event"] for event in events[:3]] == ["start", "baseline", "stage"]
     assert [event["step"] for event in of(events, "step")] == list(range(1, 19))
     assert [event["learning_rate"] for event in of(events, "step")] == [
@@ -70,7 +83,7 @@ def test_the_log_says_what_happened_in_order():
 
 
 def test_both_settings_are_validated_at_the_switch():
-    _, events = fitted(experiment())
+    _, events = once()
     at_switch = [event for event in events if event["step"] == 6 and event["event"] in ("valid", "stage")]
     assert [(event["event"], event["stage"]) for event in at_switch] == [
         ("valid", "shallow"),
@@ -82,7 +95,7 @@ def test_both_settings_are_validated_at_the_switch():
 
 
 def test_forward_and_backward_solves_are_logged():
-    _, events = fitted(experiment())
+    _, events = once()
     shallow, implicit = of(events, "step")[0], of(events, "step")[-1]
     assert shallow["forward"]["evals"] == 4
     assert shallow["backward"] is None
@@ -95,7 +108,7 @@ def test_forward_and_backward_solves_are_logged():
 
 
 def test_penalties_are_drawn():
-    _, events = fitted(experiment())
+    _, events = once()
     drawn = [event["penalty"] is not None for event in of(events, "step") if event["stage"] == "implicit"]
     assert 1 <= sum(drawn) <= 11
     assert all(event["penalty"] is None for event in of(events, "step") if event["stage"] == "shallow")
@@ -138,7 +151,7 @@ def test_the_penalty_lowers_the_jacobian():
 
 
 def test_the_same_experiment_gives_the_same_bits_and_another_seed_others():
-    first, second, third = (fitted(experiment(seed=seed))[0] for seed in (0, 0, 1))
+    first, second, third = once()[0], *(fitted(experiment(seed=seed))[0] for seed in (0, 1))
     assert same_bits(trained_weights(first), trained_weights(second))
     assert not same_bits(trained_weights(first), trained_weights(third))
 
@@ -186,7 +199,7 @@ def test_the_models_own_losses_are_added_to_the_loss_and_logged_apart():
 def test_what_is_added_stands_in_the_log():
     _, events = fitted(with_model(experiment(), losses=ExtraLosses(activation=1.0)))
     assert all(event["extra"] > 0 for event in of(events, "step"))
-    _, events = fitted(experiment())
+    _, events = once()
     assert all(event["extra"] is None for event in of(events, "step"))
 
 
@@ -317,10 +330,9 @@ def test_a_non_finite_number_stops_the_run_before_the_weights_change(tmp_path, f
 
 def test_training_in_bfloat16_is_near_that_in_float32():
     losses = []
-    for precision in ("float32", "bfloat16"):
-        trainer, events = fitted(experiment(precision=precision))
+    for trainer, log in (once(), fitted(experiment(precision="bfloat16"))):
         assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
-        losses.append(torch.tensor([event["loss"] for event in of(events, "step")]))
+        losses.append(torch.tensor([event["loss"] for event in of(log, "step")]))
     assert not torch.equal(*losses)
     torch.testing.assert_close(*losses, rtol=0.02, atol=0)
 
@@ -400,40 +412,40 @@ def test_what_happens_when_solves_fail_is_a_choice(tmp_path, policy):
 
 
 def test_evaluation_counts_every_token_once_and_carries_memory():
-    trainer, _ = fitted(experiment())
+    model = copied_model()
     valid = corpus().valid
-    one_piece = evaluate(trainer.model, valid, batch_size=1, segment_length=25)
+    one_piece = evaluate(model, valid, batch_size=1, segment_length=25)
     assert one_piece.tokens == 199
     nats, memory = 0.0, None
-    trainer.model.eval()
+    model.eval()
     with torch.no_grad():
         for segment in Segments(valid, batch_size=1, length=25).one_epoch():
-            output = trainer.model(segment.tokens, segment.targets, memory)
+            output = model(segment.tokens, segment.targets, memory)
             nats, memory = nats + float(output.nll.sum()), output.memory
     assert one_piece.nll_per_token == pytest.approx(nats / 199, rel=1e-6)
     assert one_piece.perplexity == pytest.approx(math.exp(one_piece.nll_per_token))
     assert one_piece.bits == pytest.approx(one_piece.nll_per_token / math.log(2))
     assert one_piece.accuracy is None
-    assert evaluate(trainer.model, valid, batch_size=2, segment_length=25, max_segments=2).tokens == 100
+    assert evaluate(model, valid, batch_size=2, segment_length=25, max_segments=2).tokens == 100
 
 
 def test_evaluation_draws_nothing_and_keeps_the_mode():
-    trainer, _ = fitted(experiment())
-    trainer.model.train()
+    model = copied_model()
+    model.train()
     state = torch.get_rng_state()
-    evaluate(trainer.model, corpus().valid, segment_length=30)
+    evaluate(model, corpus().valid, segment_length=30)
     assert torch.equal(state, torch.get_rng_state())
-    assert trainer.model.training
+    assert model.training
 
 
 def test_evaluation_gives_each_part_its_own_mode_back():
-    trainer, _ = fitted(experiment())
-    trainer.model.train()
-    trainer.model.head.eval()
-    modes = [module.training for module in trainer.model.modules()]
-    evaluate(trainer.model, corpus().valid, segment_length=30, max_segments=1)
-    jacobian_radius(trainer.model, corpus().valid, segment_length=30, iterations=3)
-    assert [module.training for module in trainer.model.modules()] == modes
+    model = copied_model()
+    model.train()
+    model.head.eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, corpus().valid, segment_length=30, max_segments=1)
+    jacobian_radius(model, corpus().valid, segment_length=30, iterations=3)
+    assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("number", [0, -1])
@@ -446,7 +458,7 @@ def test_evaluating_nothing_is_refused(number):
 def test_samples_that_were_never_finite_do_not_count_in_the_mean_residual():
     def solved(*residual):
         solution = solve(torch.cos, torch.zeros(len(residual), 1), Picard(), Stop())
-        return metrics.summary(dataclasses.replace(solution, residual=torch.tensor(residual)))
+        return summary(dataclasses.replace(solution, residual=torch.tensor(residual)))
 
     assert solved(0.25, math.inf, 0.75, math.nan)["residual"] == 0.5
     assert math.isnan(solved(math.nan)["residual"])
