@@ -79,11 +79,11 @@ def test_an_overlap_is_named_wherever_a_score_is(place, capsys):
     assert "Milestones(steps=(2, 3), divide=10.0)" in page
     again = printed(capsys, "evaluate", "runs/deep")
     assert "8 tokens" in again
-    assert "each reads the last 3 of the one before anew" in again
+    assert "each reads the last 3 of the one before again" in again
     assert "exact" not in again
     carried = printed(capsys, "evaluate", "runs/deep", "--overlap", "0")
     assert "exact: the text is read in one piece" in carried
-    assert "anew" not in carried
+    assert "again, unscored" not in carried
     scores = [re.findall(r"Score +│ (\S+)", table) for table in (again, carried)]
     assert [len(found) for found in scores] == [1, 1]
     assert scores[0] != scores[1]

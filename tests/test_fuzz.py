@@ -286,4 +286,4 @@ def test_every_recipe_has_a_help_text():
     for recipe in RECIPES:
         code, output = said("train", recipe, "--help")
         assert code == 0
-        assert "--training.learning-rate" in output
+        assert "--training.optimisation.learning-rate" in output

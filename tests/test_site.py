@@ -26,7 +26,7 @@ def targets(page: Path, mark: str = "") -> list[Path]:
 
 def named(ending: str) -> list[str]:
     """The files with this ending that the settings of the site name."""
-    return re.findall(rf"^\s*- (?:[^:#]+: )?(\S+\.{ending})\b", SETTINGS, flags=re.MULTILINE)
+    return re.findall(rf"^\s*- (?:[^:#\n]+: )?(\S+\.{ending})\b", SETTINGS, flags=re.MULTILINE)
 
 
 @ALL

@@ -255,7 +255,7 @@ def test_the_command_reads_with_the_overlap_of_the_training_or_another(tmp_path,
         stream = loaded.corpus.valid
         expected = evaluate(loaded.model, stream, segment_length=8, overlap=overlap, max_segments=4)
         assert f"{expected.bits:.4f} bits" in text
-        assert (f"reads the last {overlap} of the one before anew" in text) == (overlap > 0)
+        assert (f"reads the last {overlap} of the one before again" in text) == (overlap > 0)
         assert ("Memory length" in text) == (overlap == 0)
         assert f"{expected.tokens} of {len(stream)}" in text
         assert expected.tokens == 8 + 3 * (8 - overlap)
