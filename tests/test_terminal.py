@@ -256,7 +256,10 @@ def test_no_temperature_is_unexpected(place, capsys, temperature):
 
 def test_help_says_what_the_exit_codes_mean(capsys):
     assert main(["--help"]) == 0
-    assert "Exit codes: 0 done, 1 failed, 2 wrong command line, 130 or 143 stopped by Ctrl-C or SIGTERM" in capsys.readouterr().out
+    assert (
+        "Exit codes: 0 done, 1 failed, 2 wrong command line, 130 or 143 stopped by Ctrl-C or SIGTERM"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_recipe_that_gives_up_has_failed(place, capsys):

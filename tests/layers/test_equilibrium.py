@@ -114,3 +114,16 @@ def test_a_start_at_the_equilibrium_costs_one_evaluation():
     torch.testing.assert_close(again.z, first.z, rtol=1e-7, atol=1e-7)
     with pytest.raises(ValueError, match="NaN or infinite"):
         layer(x, start=first.z * torch.nan)
+
+
+def test_the_output_of_a_layer_says_where_its_tensor_is():
+    out = Equilibrium(_Halved())(torch.ones(2, 3))
+    with pytest.raises(AttributeError, match=r"no 'flatten'.*layer\(x\)\.output\.flatten"):
+        out.flatten(1)
+    assert not hasattr(out, "__torch_function__")
+    assert copy.copy(out).z is out.z
+
+
+class _Halved(torch.nn.Module):
+    def forward(self, z, x):
+        return 0.5 * z + x

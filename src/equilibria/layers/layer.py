@@ -31,6 +31,15 @@ class LayerOutput:
     auxiliary: tuple[Any, ...] = ()
     """Outputs of intermediate layers for auxiliary losses (``Unrolled(auxiliary_every=…)``); empty otherwise."""
 
+    def __getattr__(self, name: str) -> Any:
+        """Called for a name that is not there, such as a method of a tensor in ``nn.Sequential``."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"a LayerOutput has no {name!r}: it is the result of a layer, whose tensor is .output (or .z, the state); "
+            f"write layer(x).output.{name}."
+        )
+
 
 class Layer(nn.Module, ABC):
     """A module that turns inputs into a state: an equilibrium, an explicit network, or one of your own."""
