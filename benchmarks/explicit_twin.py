@@ -45,7 +45,13 @@ def experiments(data: Path, depth: int) -> dict[str, Experiment]:
     whole = dataclasses.replace(whole, training=whole.training.changed(**quiet))
     layers = network_of(depth, name="layers")
     curriculum = dataclasses.replace(whole, name=f"ptb-3-to-{depth}-layers", stages=(whole.stages[0], layers))
-    return {"equilibrium": whole, "explicit": explicit(whole, depth), "curriculum": curriculum}
+    baseline = explicit(whole, depth)
+    deep = dataclasses.replace(baseline.stages[-1], steps=whole.total_steps)  # in one stage; "curriculum" has two
+    return {
+        "equilibrium": whole,
+        "explicit": dataclasses.replace(baseline, stages=(deep,)),
+        "curriculum": curriculum,
+    }
 
 
 def planned(experiment: Experiment, steps: tuple[int, ...], rate: float) -> Experiment:
