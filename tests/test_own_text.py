@@ -62,6 +62,19 @@ def test_a_trained_model_comes_back_in_one_line(place):
         equilibria.laod  # noqa: B018
 
 
+def test_a_text_that_has_moved_still_has_its_splits_and_another_one_has_none(place):
+    before = equilibria.load("runs/My-text").evaluate("test")
+    (place / "My text.txt").rename(place / "moved.txt")
+    moved = equilibria.load("runs/My-text", data="moved.txt")
+    assert not moved.is_file
+    found = moved.evaluate("test")
+    assert (found.tokens, found.nll_per_token) == (before.tokens, before.nll_per_token)
+    (place / "other.txt").write_text("The fixed point.\n" * 20)
+    other = equilibria.load("runs/My-text", data="other.txt")
+    assert other.is_file
+    assert other.evaluate("test").tokens == 17 * 20 - 1
+
+
 def test_a_second_training_says_where_it_goes_and_how_to_continue_the_first(place, capsys):
     words = [word for word in QUIET if word != "--quiet"]
     assert main(["train", "text", "--data", "My text.txt", *QUICK, *words]) == 0

@@ -15,7 +15,6 @@ from equilibria.commands.recipe import kinds_of
 from equilibria.errors import UsageError
 from equilibria.fixed_point import Method
 from equilibria.lm.evaluation import Evaluation, Setting
-from equilibria.lm.evaluation import evaluate as score
 from equilibria.lm.experiments.serialise import to_json
 from equilibria.lm.report import formats
 from equilibria.lm.report.display import summary_table, waiting
@@ -71,15 +70,8 @@ def main(arguments: Sequence[str]) -> int:
     cut = _segments(loaded, options, episodes=bool(stream.episode))
     with waiting(f"reading {len(stream):,} tokens of {loaded.language.name} ({_scored(loaded, options)})"):
         try:
-            result = score(
-                loaded.model,
-                stream,
-                batch_size=options.batch_size,
-                **cut,
-                max_segments=options.max_segments,
-                method=method,
-                warm=loaded.stage.warm,
-            )
+            how = {"batch_size": options.batch_size, "max_segments": options.max_segments, "method": method}
+            result = loaded.evaluate(options.split, **cut, **how)
         except ValueError as error:  # the text or the cell is too short for the options
             raise UsageError(str(error)) from None
     if options.json:

@@ -15,7 +15,7 @@ from equilibria.cells.chain import ChainConfig
 from equilibria.cells.transformer.cell import TransformerConfig
 from equilibria.errors import UsageError
 from equilibria.fixed_point import Method
-from equilibria.lm.corpora import Corpus, Stream, Vocabulary
+from equilibria.lm.corpora import Corpus, Stream, TextFolder, Vocabulary
 from equilibria.lm.corpora.language import Language
 from equilibria.lm.corpora.text_folder import lines_of
 from equilibria.lm.device import choose_device
@@ -131,13 +131,17 @@ class Trained:
 
     @property
     def is_file(self) -> bool:
-        """True if ``data`` is a file instead of a folder like the corpus."""
-        return self.data is not None and self.data.is_file()
+        """True if ``data`` is a file with another text, not the corpus."""
+        return self.data is not None and self.data.is_file() and not _is_root(self.data, self.experiment)
 
     def stream(self, split: str) -> Stream:
         """A split of the corpus, or the file ``data`` as one text."""
-        if self.data is None or not self.is_file:
-            return getattr(self.corpus, split)
+        return self._text if self.is_file else getattr(self.corpus, split)
+
+    @functools.cached_property
+    def _text(self) -> Stream:
+        """The file ``data`` as one text."""
+        assert self.data is not None
         if self.language.unit == "symbol":
             raise UsageError(f"--data {self.data}: this run was trained on a synthetic task, and cannot score text.")
         # A source of a user's own may have this setting too.
@@ -152,7 +156,7 @@ def load(
     path: Path | str,
     *,
     checkpoint: Which = "best",
-    data: Path | None = None,
+    data: Path | str | None = None,
     memory_length: int | None = None,
     segment: int | None = None,
     extra: Iterable[type] = (),
@@ -165,7 +169,7 @@ def load(
     Args:
         path: the run directory.
         checkpoint: the checkpoint with the best validation, or the last one.
-        data: the new folder of the corpus, if it has moved; or a file with another text.
+        data: the new folder or file of the corpus, if it has moved; or a file with another text.
         memory_length: number of past positions that the cell remembers; None for that of the training.
         segment: longest segment to solve with this memory; None for the segment length of the training.
         extra: dataclasses from outside the library that the experiment uses.
@@ -174,10 +178,10 @@ def load(
         UsageError: there is no run in the folder; names the runs nearby.
         CheckpointError: the run has no good checkpoint yet, or its weights do not fit its experiment.
     """
-    path = Path(path)
+    path, data = Path(path), None if data is None else Path(data)
     run = Run.open(require(path))
     experiment = run.experiment(extra=extra)
-    if data is not None and not data.is_file():
+    if data is not None and (not data.is_file() or _is_corpus(data, experiment, run.language)):
         experiment = with_data(experiment, data)
     stored = run.best() if checkpoint == "best" else run.newest()
     if stored is None:
@@ -200,6 +204,20 @@ def load(
         ) from None
     model.eval().to(device(experiment))
     return Trained(experiment, language, model, stage, stored.step, data)
+
+
+def _is_corpus(data: Path, experiment: Experiment, language: Language | None) -> bool:
+    """True if the file is the one that the run was trained on, which may have moved: its splits have the same sums."""
+    if language is None or not isinstance(experiment.corpus, TextFolder):
+        return False
+    try:
+        return not language.changed(dataclasses.replace(experiment.corpus, root=data).load())
+    except ValueError:  # not a text that can be cut: another one
+        return False
+
+
+def _is_root(data: Path, experiment: Experiment) -> bool:
+    return getattr(experiment.corpus, "root", None) == data.expanduser().absolute()
 
 
 def with_data(experiment: Experiment, data: Path) -> Experiment:
