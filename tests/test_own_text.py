@@ -7,7 +7,7 @@ import pytest
 
 import equilibria
 from equilibria.__main__ import main
-from equilibria.commands.train import command
+from equilibria.commands.interrupt import command
 from equilibria.errors import UsageError
 from equilibria.lm.corpora import TextFolder, text_file
 from equilibria.lm.report.comparison import differences, rows

@@ -7,12 +7,8 @@ import dataclasses
 import itertools
 import os
 import re
-import shlex
-import shutil
-import signal
 import textwrap
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +18,7 @@ from rich.text import Text
 
 from equilibria.commands import report
 from equilibria.commands.arguments import parse
+from equilibria.commands.interrupt import Asked, interrupted
 from equilibria.commands.recipe import experiment_of
 from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
@@ -35,7 +32,6 @@ from equilibria.lm.recipes import RECIPES
 from equilibria.lm.report import summary
 from equilibria.lm.report.display import Display, literal, summary_table, waiting
 from equilibria.lm.report.record import read
-from equilibria.lm.runs import checkpoint
 from equilibria.lm.runs.folder import NEW, locked
 from equilibria.lm.runs.run import Run
 from equilibria.lm.runs.trained import load, with_data
@@ -135,7 +131,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
             if options.out is None and run.path.name != experiment.name and not (resume or overwrite):
                 hint = "--resume continues the last run, and --overwrite replaces it"
                 console.print(literal(f"{RUNS / experiment.name} is there already: {hint}", "dim"), soft_wrap=True)
-        asked = _Asked()
+        asked = Asked()
         try:
             with display.running():
                 trainer = Trainer(experiment, run, corpus, on_event=display.show, ranks=ranks)
@@ -145,7 +141,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
                 trainer.fit()
         except (KeyboardInterrupt, TrainingInterrupted):
             if ranks.first:
-                complain(f"\n{_interrupted(run, recipe, display.step)}")
+                complain(f"\n{interrupted(run, recipe, display.step)}")
             return 128 + asked.number
         if ranks.first:
             _finish(run, experiment, corpus, console, quiet=quiet)
@@ -158,57 +154,6 @@ def _restarted(options: Options, path: Path) -> dict[str, bool]:
         return {}
     again = options.overwrite and (path / NEW).is_dir()  # the old run is still there, and the new one had not begun
     return {"overwrite": again, "resume": not again}
-
-
-class _Asked:
-    """Hears Ctrl-C, and SIGTERM as before a machine is taken away: the training writes a checkpoint and ends.
-
-    Who asks a second time does not want to wait for that.
-    """
-
-    def __init__(self) -> None:
-        self.number = int(signal.SIGINT)
-        """The signal that asked."""
-
-    @contextlib.contextmanager
-    def heard(self, trainer: Trainer) -> Iterator[None]:
-        """Within it the signals ask the trainer to leave."""
-
-        def leave(number: int, frame: object) -> None:
-            self.number = number
-            if trainer.leaving:
-                raise KeyboardInterrupt
-            trainer.leaving = True
-            if number == signal.SIGINT:
-                os.write(2, b"\nStopping after this step, with a checkpoint; Ctrl-C again stops at once.\n")
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _interrupted(run: Run, recipe: Sequence[str], step: int) -> str:
-    again = ["equilibria", "train", *recipe, "--out", str(run.path), "--resume"]
-    kept = checkpoint.all_in(run.checkpoints)
-    place = f"from the checkpoint {kept[-1].name}" if kept else "from the beginning, for lack of a checkpoint"
-    return f"Stopped at step {step:,}; this continues {place}:\n{command(again)}"
-
-
-def command(words: Sequence[str], width: int | None = None) -> str:
-    """A command line for the shell, broken before its flags where it is wider than the terminal."""
-    width = width or shutil.get_terminal_size().columns
-    lines = [""]
-    for word in map(shlex.quote, words):
-        if lines[-1] and word.startswith("-") and len(lines[-1]) + len(word) + 12 > width:
-            lines.append("   ")
-        lines[-1] = f"{lines[-1]} {word}".removeprefix(" ") if lines[-1] != "   " else f"    {word}"
-    return " \\\n".join(lines)
 
 
 def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -66,7 +66,7 @@ class Evaluation:
     forward: dict[str, float] | None
     """Means over the solves: evals, residual (relative), converged (share of samples), steps; None without solves."""
     accuracy: float | None
-    """Share of right answers among the last ten targets of each episode of a synthetic task; None for text."""
+    """Accuracy on the last ten targets of each episode, which are the answers of a synthetic task; None for text."""
     seconds: float
     """Duration of the evaluation."""
 

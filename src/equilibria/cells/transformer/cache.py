@@ -87,7 +87,7 @@ class KeyValueCache:
         return self.slots.permute(1, 2, 0, 3, 4)
 
     def joined(self, new: Float[Tensor, "2 H B T C"]) -> Float[Tensor, "2 H B K C"]:
-        """Keys and values of the past, then the ``new`` ones; a view of the slots where possible."""
+        """The stored keys and values followed by the ``new`` ones; where possible this is a view of the slots."""
         end = self.end + new.shape[3]
         tangent = forward_ad.unpack_dual(new).tangent  # of a Jacobian–vector product
         if tangent is not None or torch.is_grad_enabled() or not self._newest:

@@ -59,7 +59,7 @@ class Language:
         """The language from the plain values of ``to_json``.
 
         Raises:
-            ValueError: the values do not come from ``to_json``, or were changed.
+            ValueError: ``to_json`` does not give such values, or they were changed afterwards.
         """
         known = isinstance(value, dict) and value.get("format") == FORMAT
         if not known or value.get("unit") not in ("word", "character", "symbol"):

@@ -11,7 +11,7 @@ from equilibria.lm.corpora.corpus import Corpus
 
 
 class Source(ABC):
-    """A corpus to be loaded. Subclasses are frozen dataclasses of options."""
+    """Names a corpus and loads it. Subclasses are frozen dataclasses, whose fields are the options of the loader."""
 
     @abstractmethod
     def load(self) -> Corpus:

@@ -44,8 +44,9 @@ def explicit(
 ) -> Experiment:
     """The experiment with a network of ``depth`` layers instead of the equilibrium, trained by back-propagation.
 
-    Corpus, sizes, optimiser and number of steps are those of the equilibrium. Shallow stages before the first solve
-    stay, as stages that train as many layers of the new network; all other stages become one stage with all layers.
+    The network has the corpus, the sizes, the optimiser and the number of steps of the equilibrium. Shallow stages
+    before the first solve stay, as stages that train as many layers of the new network; all other stages become one
+    stage with all layers.
     The module's docstring describes the layers.
 
     Args:

@@ -32,7 +32,7 @@ def stream(file: Path) -> Iterator[Event]:
 
     Raises:
         ForeignFileError: the file is a symbolic link, a pipe or a device, from which reading could block forever.
-        ValueError: another line is not a JSON object; names the line.
+        ValueError: a line before the last one is not a JSON object; the message names the line.
     """
     check_own(file)
     if not file.is_file():

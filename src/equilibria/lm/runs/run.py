@@ -22,7 +22,7 @@ from equilibria.lm.suggestions import nearest
 WITHOUT_INFLUENCE = ("corpus.root", "training.devices", "training.faults.keep", "training.log")
 """Settings, or groups of them, that may change when a run continues; those of the devices may change the last bits."""
 FORMAT = 3
-"""Format version of experiment.json; version 0.1 wrote none."""
+"""The version of the format of experiment.json, which is written there; equilibria 0.1 wrote no version."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,8 @@ def memory_comparison(
 ) -> list[Event]:
     """Peak bytes of one training step, forward and backward: solved by ``method``, and unrolled to each depth.
 
-    Weights, gradients, mode and random generators are restored. The result has one row per measurement, with label,
-    depth, peak_bytes and evals; a model without equilibrium has one row.
+    Afterwards the weights, the gradients, the mode and the random generators are as before. The result has one row per
+    measurement, with label, depth, peak_bytes and evals; a model without equilibrium has one row.
 
     Args:
         model: a language model.
