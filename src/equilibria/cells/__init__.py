@@ -6,7 +6,7 @@
 from equilibria.cells.affine import AffineCell, AffineConfig
 from equilibria.cells.chain import ChainCell, ChainConfig
 from equilibria.cells.transformer.cell import TransformerCell, TransformerConfig
-from equilibria.cells.transformer.prepared import TransformerCache, TransformerMemory
+from equilibria.cells.transformer.past import KeyValues, TransformerCache, TransformerMemory
 from equilibria.cells.trellis.cell import TrellisCell, TrellisConfig
 from equilibria.cells.trellis.prepared import TrellisCache, TrellisMemory
 
@@ -39,6 +39,7 @@ __all__ = [
     "AffineConfig",
     "ChainCell",
     "ChainConfig",
+    "KeyValues",
     "TransformerCache",
     "TransformerCell",
     "TransformerConfig",

@@ -8,16 +8,16 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from equilibria.cells.transformer.cell import TransformerCell, TransformerConfig
-from equilibria.cells.transformer.prepared import TransformerCache, TransformerMemory
+from equilibria.cells.transformer.past import TransformerCache, TransformerMemory, TransformerPast
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.sequence import SequenceCell
 
-_Memory = tuple[TransformerMemory | TransformerCache | None, ...]
+_Memory = tuple[TransformerPast | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +84,13 @@ class ChainCell(SequenceCell):
         *,
         warm: bool = False,
         part: BatchSlice | None = None,
+        key_padding_mask: Bool[Tensor, "B T"] | None = None,
     ) -> Prepared:
         """The prepared values of each block, in tuples; the input is injected once."""
         injection = self._cells[0].injected(x)
         memories = (None,) * len(self.blocks) if memory is None else memory
         blocks = [
-            cell.prepare_injected(x, injection, past, warm=warm, part=part)
+            cell.prepare_injected(x, injection, past, warm=warm, part=part, key_padding_mask=key_padding_mask)
             for cell, past in zip(self._cells, memories, strict=True)
         ]
         shared, rows, kept = zip(*((block.shared, block.rows, block.kept) for block in blocks), strict=True)

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from equilibria.core.state import State
@@ -32,6 +32,7 @@ class SequenceCell(Cell, ABC):
         *,
         warm: bool = False,
         part: BatchSlice | None = None,
+        key_padding_mask: Bool[Tensor, "B T"] | None = None,
     ) -> Prepared:
         """Compute what does not depend on z, with graph, once per forward pass.
 
@@ -41,6 +42,8 @@ class SequenceCell(Cell, ABC):
             warm: start from the remembered state instead of the cell's own start; it is near z* if neighbouring
                 positions resemble each other.
             part: the rows of the whole batch that x holds, for random numbers.
+            key_padding_mask: True at padding, before or after the text of a row: f is 0 there, and no other position
+                sees it, so that a row has the states and gradients that it has alone. None if there is no padding.
         """
 
     @abstractmethod
@@ -114,6 +117,33 @@ def check_width(x: Tensor, width: int) -> None:
     """Raise a ValueError unless x has ``width`` channels."""
     if x.shape[2] != width:
         raise ValueError(f"the input has {x.shape[2]} channels and the cell reads {width}; give both the same width.")
+
+
+def check_key_padding_mask(
+    mask: Tensor | None, x: Float[Tensor, "B T D"], begun: Bool[Tensor, " B"] | None = None
+) -> None:
+    """Raise a ValueError unless the mask is None, or a bool for each position of x with padding around the texts.
+
+    Args:
+        mask: True at padding.
+        x: the input.
+        begun: True for rows whose memory holds text; None if no row has a memory.
+    """
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"key_padding_mask has the shape {tuple(mask.shape)} and dtype {mask.dtype}, and must be a bool for each "
+            f"of the {tuple(x.shape[:2])} positions, True at padding; for a mask with 1 at text give mask == 0."
+        )
+    text = ~mask
+    starts = (text[:, 1:] & ~text[:, :-1]).sum(dim=1)
+    pieces = starts + (text[:, 0] if begun is None else text[:, 0] | begun)
+    if bool((pieces > 1).any()):
+        raise ValueError(
+            f"key_padding_mask puts padding inside the text of {int((pieces > 1).sum())} rows, or between a memory and "
+            "the text that continues it; give padding before or after a whole text."
+        )
 
 
 def check_streams(streams: int, x: Tensor) -> None:

@@ -29,6 +29,8 @@ class SequenceCellSuite(CellSuite):
     """False for a cell whose f reads its own result at earlier times: then the law holds only at equilibrium."""
     padded_cache: ClassVar[bool] = True
     """False for a cell whose ``cache`` does not support texts of different lengths."""
+    padding: ClassVar[bool] = True
+    """False for a cell whose ``prepare`` has no ``key_padding_mask``."""
     time: ClassVar[int] = 4
 
     def make(self) -> SequenceCell:
@@ -78,6 +80,38 @@ class SequenceCellSuite(CellSuite):
         with torch.no_grad():
             prepared = cell.prepare(x, cell.cache(4, padding=torch.tensor([2, 0, 3, 1])))
             self._check_rows(cell, prepared, self._state(cell, prepared))
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_changes_no_state_and_no_gradient(self, side: str) -> None:
+        """A padded row has the f and the gradients that it has alone, also in the segment that follows."""
+        if not self.padding:
+            pytest.skip("the cell has no padding")
+        cell: Any = self._cell()
+        lengths, (x,), (later,) = (self.time, 2, 3), self.inputs(3), self.inputs(3)
+        texts = [slice(self.time - n, None) if side == "left" else slice(0, n) for n in lengths]
+        mask = torch.ones(3, self.time, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            mask[row, text] = False
+        prepared, z = cell.prepare(x, key_padding_mask=mask), self._state(cell, cell.prepare(x))
+        padded = z.masked_fill(mask[..., None], 0)  # as every iterate is, since f is 0 there
+        together = cell(padded, prepared)
+        assert not together[mask].any()
+        following = cell(z, cell.prepare(later, cell.remember(padded, prepared)))
+        wanted = list(cell.parameters())
+        gradient = torch.autograd.grad((together.square().sum() + following.square().sum()), wanted, allow_unused=True)
+        alone = [torch.zeros_like(parameter) for parameter in wanted]
+        for row, text in enumerate(texts):
+            one = slice(row, row + 1)
+            single = cell.prepare(x[one, text])
+            f = cell(z[one, text], single)
+            assert_close(f, together[one, text], rtol=0, atol=1e-13)
+            after = cell(z[one], cell.prepare(later[one], cell.remember(z[one, text], single)))
+            assert_close(after, following[one], rtol=0, atol=1e-13)
+            total = f.square().sum() + after.square().sum()
+            for known, found in zip(alone, torch.autograd.grad(total, wanted, allow_unused=True), strict=True):
+                known.add_(0 if found is None else found)
+        for known, found in zip(alone, gradient, strict=True):
+            assert_close(torch.zeros_like(known) if found is None else found, known, rtol=1e-9, atol=1e-11)
 
     def test_memory_is_a_detached_tree_with_the_batch_first(self) -> None:
         """The memory of some streams equals the same rows of the memory of all."""

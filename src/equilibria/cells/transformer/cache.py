@@ -54,6 +54,15 @@ class KeyValueCache:
             padded=padded,
         )
 
+    @classmethod
+    def of(cls, k: Float[Tensor, "B H M C"], v: Float[Tensor, "B H M C"], *, room: int) -> KeyValueCache:
+        """A cache of these past positions, all of which are seen, with room for ``room`` new ones."""
+        batch, heads, length, width = k.shape
+        slots = _batch_first(k.new_empty(2, heads, batch, length + room, width))
+        slots[:, 0, :, :length], slots[:, 1, :, :length] = k, v
+        slots[:, :, :, length:] = 0
+        return cls(slots=slots, written=[length], length=length, end=length, moved=0, padding=None, padded=0)
+
     @property
     def seen(self) -> int:
         """Number of past positions that new positions see."""

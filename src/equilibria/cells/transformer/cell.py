@@ -14,17 +14,24 @@ import dataclasses
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.cells.transformer.attention import Attention
 from equilibria.cells.transformer.cache import KeyValueCache
+from equilibria.cells.transformer.past import (
+    KeyValues,
+    TransformerCache,
+    TransformerMemory,
+    TransformerPast,
+    check_past,
+    joined_padding,
+)
 from equilibria.cells.transformer.positions import DecayPositions, Positions, RelativePositions
 from equilibria.cells.transformer.prepared import (
-    TransformerCache,
+    PastRead,
     TransformerKept,
-    TransformerMemory,
     TransformerRows,
     TransformerShared,
     TransformerWeights,
@@ -33,7 +40,7 @@ from equilibria.core.checks import check_at_least, check_choices
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, add_masked, check_rate, dropout_mask, masked
 from equilibria.layers.linear import INITS, Held, Init, NormedLinear
-from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_streams, check_width
+from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_width
 
 WINDOW = 1000
 """Number of positions that a query sees, itself included, if ``TransformerConfig.window`` is 0."""
@@ -145,13 +152,16 @@ class TransformerCell(SequenceCell):
     def prepare(
         self,
         x: Float[Tensor, "B T D"],
-        memory: TransformerMemory | TransformerCache | None = None,
+        memory: TransformerPast | None = None,
         *,
         warm: bool = False,
         part: BatchSlice | None = None,
+        key_padding_mask: Bool[Tensor, "B T"] | None = None,
     ) -> Prepared:
         """Weights, injection, keys and values of the memory, position term and masks."""
-        return self.prepare_injected(x, self.injected(x), memory, warm=warm, part=part)
+        return self.prepare_injected(
+            x, self.injected(x), memory, warm=warm, part=part, key_padding_mask=key_padding_mask
+        )
 
     def injected(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3*D"] | None:
         """U = x W_in + b_in; None from a cell without injection."""
@@ -162,44 +172,71 @@ class TransformerCell(SequenceCell):
         self,
         x: Float[Tensor, "B T D"],
         injection: Float[Tensor, "B T 3*D"] | None,
-        memory: TransformerMemory | TransformerCache | None,
+        memory: TransformerPast | None,
         *,
         warm: bool,
         part: BatchSlice | None,
+        key_padding_mask: Bool[Tensor, "B T"] | None,
     ) -> Prepared:
         """``prepare`` with an injection from elsewhere: several cells may share one."""
-        self._check_memory(x, memory)
-        table, key_padding_mask, time = None, None, x.shape[1]
-        if isinstance(memory, TransformerCache):
-            weights, table = self._of_generation(memory)
-            past = memory.past.with_room(time)
-            key_padding_mask = past.key_padding_mask(time)
-            table = table if time == 1 else None  # the table is for a single new position
-            memory = dataclasses.replace(memory, past=past)
-        else:
-            weights = self._weights()
-            past = None if memory is None else self._keys_and_values(memory.z, memory.u, weights)
+        time = x.shape[1]
+        read = self._read(x, memory, key_padding_mask)
+        weights, mask = read.weights, read.key_padding_mask
         attention = self.attention.prepare(
-            x, injection, past, weights=weights.attention, table=table, key_padding_mask=key_padding_mask, part=part
+            x, injection, read.past, weights=weights.attention, table=read.table, key_padding_mask=mask, part=part
         )
         rows = TransformerRows(
             attention=attention.rows,
             drop_attention=self._mask(x, self.config.width, part),
             drop_inner=self._mask(x, self.config.inner, part),
             drop_outer=self._mask(x, self.config.width, part),
-            valid=None if key_padding_mask is None else (~key_padding_mask[:, -time:, None]).to(x.dtype),
+            valid=None if mask is None else (~mask[:, -time:, None]).to(x.dtype),
         )
         kept = TransformerKept(
             start=self._start(x, memory, warm=warm),
             injection=None if injection is None else injection.detach(),
             weights=weights,
-            memory=memory,
+            memory=dataclasses.replace(memory, past=read.past) if isinstance(memory, TransformerCache) else memory,
+            key_padding_mask=mask,
         )
         shared = TransformerShared(weights=weights, attention=attention.shared)
         return Prepared(shared=shared, rows=rows, kept=kept, droppable=time > 1)
 
+    def _read(
+        self, x: Float[Tensor, "B T D"], memory: TransformerPast | None, mask: Bool[Tensor, "B T"] | None
+    ) -> PastRead:
+        """The weights, and what attention reads of the memory."""
+        check_past(memory, x, mask, heads=self.config.heads)
+        time = x.shape[1]
+        if isinstance(memory, TransformerCache):
+            check_cache_use(self)
+            past = memory.past.with_room(time)
+            weights, table = self._of_generation(past.length)
+            mask = past.key_padding_mask(time)
+            return PastRead(weights, past, mask, table if time == 1 else None)  # a table is for one new position
+        if isinstance(memory, KeyValues):
+            return self._read_keys_and_values(memory, time, mask)
+        weights = self._weights()
+        if memory is None:
+            return PastRead(weights, None, mask)
+        past = self._keys_and_values(memory.z, memory.u, weights)
+        mask = joined_padding(memory.key_padding_mask, mask, past=past.shape[3], time=time)
+        return PastRead(weights, past, mask)
+
+    def _read_keys_and_values(self, memory: KeyValues, time: int, mask: Bool[Tensor, "B T"] | None) -> PastRead:
+        seen = memory.last(self._window - 1)
+        mask = joined_padding(seen.key_padding_mask, mask, past=seen.length, time=time)
+        if self.training or torch.is_grad_enabled():
+            return PastRead(self._weights(), seen.stacked(), mask)
+        if seen.length == 0:  # the beginning of a text
+            self._held.renew()
+        # A table for more distances than there are also serves the tokens that follow.
+        longest = max(seen.length, min(self.config.longest - 1, max(64, 1 << seen.length.bit_length())))
+        weights, table = self._of_generation(longest)
+        return PastRead(weights, KeyValueCache.of(seen.k, seen.v, room=time), mask, table if time == 1 else None)
+
     def _start(
-        self, x: Float[Tensor, "B T D"], memory: TransformerMemory | TransformerCache | None, *, warm: bool
+        self, x: Float[Tensor, "B T D"], memory: TransformerPast | None, *, warm: bool
     ) -> Float[Tensor, "B T D"]:
         if isinstance(memory, TransformerCache) and memory.last is not None and x.shape[1] == 1:
             return memory.last
@@ -229,16 +266,23 @@ class TransformerCell(SequenceCell):
         f = add_masked(a if self.config.norm == "pre" else b, update, rows.drop_outer)
         return masked(self.norms[1](f) if post else f, rows.valid)
 
-    def remember(self, z: Float[Tensor, "B T D"], prepared: Prepared) -> TransformerMemory | TransformerCache | None:
-        """The last M positions of [Z0; z] and of [U0; U], detached; with a cache, the cache extended by z."""
+    def remember(self, z: Float[Tensor, "B T D"], prepared: Prepared) -> TransformerPast | None:
+        """The last M positions of [Z0; z] and of [U0; U], detached.
+
+        With a cache, the cache extended by z; with ``KeyValues``, these followed by those of z, detached.
+        """
         kept: TransformerKept = prepared.kept
-        length, memory = self.config.memory, kept.memory
+        length, memory, mask = self.config.memory, kept.memory, kept.key_padding_mask
         if isinstance(memory, TransformerCache):
             past = memory.past.advanced(self._keys_and_values(z, kept.injection, kept.weights))
             return dataclasses.replace(memory, past=past, last=z[:, -1:] if memory.warm else None)
+        if isinstance(memory, KeyValues):
+            with torch.no_grad():
+                new = self._keys_and_values(z, kept.injection, kept.weights)
+            return memory.followed_by(new, None if mask is None else mask[:, -z.shape[1] :])
         if length == 0:
             return None
-        return TransformerMemory.joined(memory, z.detach(), kept.injection, length=length)
+        return TransformerMemory.joined(memory, z.detach(), kept.injection, mask, length=length)
 
     def cache(
         self,
@@ -265,7 +309,7 @@ class TransformerCell(SequenceCell):
         """
         config = self.config
         check_new_cache(self, batch, kind=TransformerMemory, memory=memory, padding=padding)
-        length = min(config.memory if length is None else length, (config.window or WINDOW) - 1)
+        length = min(config.memory if length is None else length, self._window - 1)
         self._held.renew()
         with torch.no_grad():
             past = KeyValueCache.empty(
@@ -277,21 +321,24 @@ class TransformerCell(SequenceCell):
                 like=self.inner.direction,
             )
             cache = TransformerCache(past=past, last=None, warm=warm)
-            weights, _ = self._of_generation(cache)
+            weights, _ = self._of_generation(length)
             if memory is not None:
                 known = self._keys_and_values(memory.z, memory.u, weights)
                 cache = dataclasses.replace(cache, past=past.with_room(known.shape[3]).advanced(known))
         return cache
 
-    def _of_generation(self, cache: TransformerCache) -> tuple[TransformerWeights, Tensor]:
-        """The weights, and the table of positions for all distances of one new position to the past."""
-        length = cache.past.length
+    def _of_generation(self, length: int) -> tuple[TransformerWeights, Tensor]:
+        """The weights, and the table of positions for one new position after ``length`` others."""
 
         def computed() -> tuple[TransformerWeights, Tensor]:
             weights = self._weights()
             return weights, self.attention.positions.table(queries=1, memory=length, like=weights.inner)
 
         return self._held.of(self, computed, length)
+
+    @property
+    def _window(self) -> int:
+        return self.config.window or WINDOW
 
     @staticmethod
     def _positions(config: TransformerConfig) -> Positions:
@@ -313,10 +360,3 @@ class TransformerCell(SequenceCell):
     def _mask(self, x: Tensor, width: int, part: BatchSlice | None) -> Tensor | None:
         shape = (len(x), 1 if self.config.variational else x.shape[1], width)
         return dropout_mask(shape, rate=self.config.dropout, training=self.training, like=x, part=part)
-
-    def _check_memory(self, x: Tensor, memory: TransformerMemory | TransformerCache | None) -> None:
-        if isinstance(memory, TransformerCache):
-            check_cache_use(self)
-            check_streams(len(memory.past.slots), x)
-        elif memory is not None:
-            check_streams(len(memory.z), x)

@@ -14,7 +14,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,7 +30,14 @@ from equilibria.core.checks import check_at_least, check_choices
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, check_rate, dropout_mask, masked
 from equilibria.layers.linear import INITS, Held, Init, NormedLinear
-from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_streams, check_width
+from equilibria.layers.sequence import (
+    SequenceCell,
+    check_cache_use,
+    check_key_padding_mask,
+    check_new_cache,
+    check_streams,
+    check_width,
+)
 
 _CHOICES = {"recurrence": ("delayed", "scan"), "injection_init": INITS}
 
@@ -117,14 +124,18 @@ class TrellisCell(SequenceCell):
         *,
         warm: bool = False,
         part: BatchSlice | None = None,
+        key_padding_mask: Bool[Tensor, "B T"] | None = None,
     ) -> Prepared:
         """Shared: the weights. Rows: the injection, the contribution of the past, and the masks."""
-        cache, valid = None, None
+        cache, valid = None, None if key_padding_mask is None else (~key_padding_mask[..., None]).to(x.dtype)
         if isinstance(memory, TrellisCache):
             cache, memory = memory, memory.memory
-            valid = _valid(cache.padding, x)
-            x = masked(x, valid)
+            _check_one_padding(key_padding_mask, cache.padding)
+            valid = _valid(cache.padding, x) if valid is None else valid
         self._check(x, memory, cache)
+        begun = None if memory is None or key_padding_mask is None else memory.z.flatten(1).bool().any(dim=1)
+        check_key_padding_mask(key_padding_mask, x, begun)
+        x = masked(x, valid)
         config, channels = self.config, self.config.channels
         weights = self._weights() if cache is None else self._held.of(self, self._weights)
         z = x.new_zeros(len(x), 1, 2 * channels) if memory is None else memory.z.to(x.dtype)
@@ -140,8 +151,9 @@ class TrellisCell(SequenceCell):
         kept = TrellisKept(
             start=torch.cat([h, c], dim=-1) if starts_warm else None,
             like=injection,
-            last=x[:, -1:].detach().clone() if config.carry_input or cache is not None else None,
+            last=_last(x, before, valid).detach().clone() if config.carry_input or cache is not None else None,
             cache=cache,
+            past=z.detach(),
         )
         rows = TrellisRows(injection=injection, past_h=h, past_c=c, drop=drop, valid=valid)
         return Prepared(shared=weights, rows=rows, kept=kept, droppable=x.shape[1] > 1)
@@ -183,9 +195,10 @@ class TrellisCell(SequenceCell):
         return z[..., self.config.hidden : self.config.channels]
 
     def remember(self, z: Float[Tensor, "B T H2"], prepared: Prepared) -> TrellisMemory | TrellisCache:
-        """h, c and x at the last time, detached; with a cache, the cache that holds them."""
+        """h, c and x at the last time of the text, detached; with a cache, the cache that holds them."""
         kept: TrellisKept = prepared.kept
-        memory = TrellisMemory(z=z[:, -1:].detach().clone(), x=kept.last)  # a view would keep all of z alive
+        last = _last(z.detach(), kept.past, prepared.rows.valid).clone()  # a view would keep all of z alive
+        memory = TrellisMemory(z=last, x=kept.last)
         if kept.cache is None:
             return memory
         padding = kept.cache.padding
@@ -244,6 +257,26 @@ class TrellisCell(SequenceCell):
             check_cache_use(self)
         if memory is not None:
             check_streams(len(memory.z), x)
+
+
+def _last(
+    x: Float[Tensor, "B T C"], before: Float[Tensor, "B 1 C"], valid: Float[Tensor, "B T 1"] | None
+) -> Float[Tensor, "B 1 C"]:
+    """x at the last time that is no padding; ``before`` in a row that is all padding."""
+    if valid is None:
+        return x[:, -1:]
+    times = torch.arange(1, x.shape[1] + 1, device=x.device)
+    index = (times * valid[..., 0].bool()).amax(dim=1)  # 0 in a row of padding
+    every = torch.cat([before.to(x.dtype), x], dim=1)
+    return every.take_along_dim(index[:, None, None], dim=1)
+
+
+def _check_one_padding(mask: Tensor | None, padding: Tensor | None) -> None:
+    if mask is not None and padding is not None:
+        raise ValueError(
+            "this cache knows the padding of its streams from the beginning; leave key_padding_mask out, or make the "
+            "cache without padding."
+        )
 
 
 def _valid(padding: Tensor | None, x: Tensor) -> Float[Tensor, "B T 1"] | None:

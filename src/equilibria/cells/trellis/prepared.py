@@ -53,7 +53,7 @@ class TrellisRows:
     drop: Float[Tensor, "B 1 H"] | None
     """D, the dropout mask of h."""
     valid: Float[Tensor, "B T 1"] | None
-    """0 at times before the text of a stream begins, where f is 0; None if there are none."""
+    """0 at padding, where f is 0; None if there is none."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,3 +68,5 @@ class TrellisKept:
     """x at the last time, for the memory; None if it is not carried over."""
     cache: TrellisCache | None
     """The cache that the cell was given."""
+    past: Float[Tensor, "B 1 H2"]
+    """h and c before the segment; zeros without a past."""
