@@ -47,9 +47,15 @@ class AffineCell(Cell):
     def __init__(self, config: AffineConfig) -> None:
         super().__init__()
         self.config = config
-        a = torch.randn(config.width, config.width)
-        self.a = nn.Parameter(a * (config.norm / torch.linalg.matrix_norm(a, ord=2)))
+        self.a = nn.Parameter(torch.empty(config.width, config.width))
+        self.reset_parameters()
         self.inject = nn.Linear(config.width, config.width)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw A anew; the injection draws its own parameters."""
+        a = torch.randn(self.a.shape, dtype=self.a.dtype, device=self.a.device)
+        self.a.copy_(a * (self.config.norm / torch.linalg.matrix_norm(a, ord=2)))
 
     def prepare(self, x: Float[Tensor, "B *rest D"]) -> Prepared:
         """Rows: B x + b."""

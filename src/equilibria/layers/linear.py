@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,14 +35,25 @@ class NormedLinear(nn.Module):
         self, *, inputs: int, outputs: int, bias: bool = True, normed: bool = True, init: Init, std: float = 0.01
     ) -> None:
         super().__init__()
+        self.init: Init = init
+        self.std = std
         self.direction = nn.Parameter(torch.empty(outputs, inputs))
-        if init == "normal":
-            nn.init.normal_(self.direction, std=std)
+        self.gain = nn.Parameter(torch.empty(outputs)) if normed else None
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        if self.init == "normal":
+            nn.init.normal_(self.direction, std=self.std)
         else:
-            bound = 1 / math.sqrt(inputs)
+            bound = 1 / math.sqrt(self.direction.shape[1])
             nn.init.uniform_(self.direction, -bound, bound)
-        self.gain = nn.Parameter(self.direction.detach().norm(dim=1)) if normed else None
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        if self.gain is not None:
+            self.gain.copy_(self.direction.norm(dim=1))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def effective(self, kept: Bool[Tensor, "out kept"] | None = None, rate: float = 0.0) -> Float[Tensor, "out in"]:
         """W, with graph.
@@ -61,6 +72,63 @@ class NormedLinear(nn.Module):
         """The sizes, and whether there are a bias and weight normalisation."""
         outputs, inputs = self.direction.shape
         return f"inputs={inputs}, outputs={outputs}, bias={self.bias is not None}, normed={self.gain is not None}"
+
+
+class LinearWeights(NamedTuple):
+    """The matrix W and the bias b of a linear module."""
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None
+
+
+def weights_of(linear: nn.Module, *, inputs: int, like: Tensor, bias: bool = True) -> LinearWeights:
+    """W and b of a linear module, with graph, computed once per forward pass.
+
+    Of a module that another library has put in the place of a ``NormedLinear`` or of an ``nn.Linear``, such as one with
+    a low-rank adapter or with quantised weights, W is what it makes of the identity, and b what it makes of zero.
+
+    Args:
+        linear: a ``NormedLinear``, an ``nn.Linear``, or any module that computes x ↦ W x + b.
+        inputs: the width of x.
+        like: gives dtype and device.
+        bias: False if the module must not add anything.
+
+    Raises:
+        ValueError: the module adds something, and must not.
+    """
+    if isinstance(linear, NormedLinear):
+        return LinearWeights(linear.effective(), linear.bias)
+    if type(linear) is nn.Linear:
+        return LinearWeights(linear.weight, linear.bias)
+    eye = torch.eye(inputs, dtype=like.dtype, device=like.device)
+    rows = linear(torch.cat([eye, eye.new_zeros(1, inputs)]))
+    added = rows[-1]
+    if not bias and bool(added.any()):
+        raise ValueError(
+            f"a {type(linear).__name__} in the place of a linear map without bias adds a bias; replace it by one that "
+            "does not."
+        )
+    return LinearWeights((rows[:-1] - added).t(), added if bias else None)
+
+
+@torch.no_grad()
+def fold(module: nn.Module) -> None:
+    """Replace every ``NormedLinear`` inside the module by the ``nn.Linear`` with the same W and b, for use elsewhere.
+
+    The folded module computes the same outputs. Trained further, its weights are no longer normalised.
+    """
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, NormedLinear):
+                setattr(parent, name, _folded(child))
+
+
+def _folded(linear: NormedLinear) -> nn.Linear:
+    outputs, inputs = linear.direction.shape
+    plain = nn.Linear(inputs, outputs, bias=linear.bias is not None, device="meta")
+    plain.weight = nn.Parameter(linear.effective().detach().clone(), requires_grad=linear.direction.requires_grad)
+    plain.bias = linear.bias
+    return plain.train(linear.training)
 
 
 class Held:

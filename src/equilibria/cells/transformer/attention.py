@@ -19,7 +19,7 @@ from equilibria.cells.transformer.cache import KeyValueCache
 from equilibria.cells.transformer.positions import Positions
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
-from equilibria.layers.linear import Init, NormedLinear
+from equilibria.layers.linear import Init, LinearWeights, NormedLinear, weights_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,8 +32,8 @@ class AttentionWeights:
     """1/√C for the queries, 1 for keys and values."""
     bias: Float[Tensor, " 3*D"]
     """u/√C for the queries, 0 for keys and values."""
-    out: Float[Tensor, "D D"]
-    """Effective weights of the output."""
+    out: LinearWeights
+    """Effective weights [D D] and bias of the output."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,11 +94,18 @@ class Attention(nn.Module):
         self.qkv = NormedLinear(inputs=width, outputs=3 * width, bias=False, **kind)
         self.out = NormedLinear(inputs=width, outputs=width, **kind)
         self.norm = nn.LayerNorm(width, elementwise_affine=affine) if norm else None
-        self.u = nn.Parameter(torch.empty(heads, width // heads).normal_(std=std))
+        self.std = std
+        self.u = nn.Parameter(torch.empty(heads, width // heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw u anew; the matrices draw their own parameters."""
+        nn.init.normal_(self.u, std=self.std)
 
     def weights(self) -> AttentionWeights:
         """The effective weights, with graph."""
-        width, qkv = self.u.numel(), self.qkv.effective()
+        width = self.u.numel()
+        qkv, _ = weights_of(self.qkv, inputs=width, like=self.u, bias=False)
         # u and 1/√C concern only the queries: they are folded into their bias and weights.
         scale = torch.ones(3 * width, dtype=qkv.dtype, device=qkv.device)
         scale[:width] = 1 / math.sqrt(width // self.heads)
@@ -106,7 +113,7 @@ class Attention(nn.Module):
             qkv=(qkv * scale.unsqueeze(1)).t(),
             scale=scale,
             bias=functional.pad(self.u.flatten(), (0, 2 * width)) * scale,
-            out=self.out.effective().t(),
+            out=weights_of(self.out, inputs=width, like=self.u),
         )
 
     def prepare(
@@ -166,7 +173,7 @@ class Attention(nn.Module):
         heads = torch.bmm(attended, v.flatten(0, 1)).view(self.heads, batch, time, -1)
         heads = heads.permute(1, 2, 0, 3).flatten(2)
         heads = heads if self.norm is None else self.norm(heads)
-        return functional.linear(heads, weights.out.t(), self.out.bias)
+        return functional.linear(heads, *weights.out)
 
     def keys_and_values(
         self, x: Float[Tensor, "B L D"], injection: Float[Tensor, "B L 3*D"] | None, weights: AttentionWeights

@@ -39,7 +39,7 @@ from equilibria.cells.transformer.prepared import (
 from equilibria.core.checks import check_at_least, check_choices
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, add_masked, check_rate, dropout_mask, masked
-from equilibria.layers.linear import INITS, Held, Init, NormedLinear
+from equilibria.layers.linear import INITS, Held, Init, LinearWeights, NormedLinear, weights_of
 from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_width
 
 WINDOW = 1000
@@ -166,7 +166,7 @@ class TransformerCell(SequenceCell):
     def injected(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3*D"] | None:
         """U = x W_in + b_in; None from a cell without injection."""
         check_width(x, self.config.width)
-        return None if self.inject is None else functional.linear(x, self.inject.effective(), self.inject.bias)
+        return None if self.inject is None else functional.linear(x, *self._matrix(self.inject, self.config.width))
 
     def prepare_injected(
         self,
@@ -260,9 +260,9 @@ class TransformerCell(SequenceCell):
         a = add_masked(z, attended, rows.drop_attention)
         b = self.norms[0](a)
         # The product is left flat, because relu in place on a view would make autograd copy it back and forth.
-        inner = torch.relu_(functional.linear(b.flatten(0, 1), weights.inner, self.inner.bias))
+        inner = torch.relu_(functional.linear(b.flatten(0, 1), *weights.inner))
         inner = masked(inner.unflatten(0, z.shape[:2]), rows.drop_inner)
-        update = functional.linear(inner, weights.outer, self.outer.bias)
+        update = functional.linear(inner, *weights.outer)
         f = add_masked(a if self.config.norm == "pre" else b, update, rows.drop_outer)
         return masked(self.norms[1](f) if post else f, rows.valid)
 
@@ -318,7 +318,7 @@ class TransformerCell(SequenceCell):
                 width=config.width // config.heads,
                 length=length,
                 padding=padding,
-                like=self.inner.direction,
+                like=self.attention.u,
             )
             cache = TransformerCache(past=past, last=None, warm=warm)
             weights, _ = self._of_generation(length)
@@ -332,7 +332,7 @@ class TransformerCell(SequenceCell):
 
         def computed() -> tuple[TransformerWeights, Tensor]:
             weights = self._weights()
-            return weights, self.attention.positions.table(queries=1, memory=length, like=weights.inner)
+            return weights, self.attention.positions.table(queries=1, memory=length, like=self.attention.u)
 
         return self._held.of(self, computed, length)
 
@@ -349,9 +349,15 @@ class TransformerCell(SequenceCell):
         return RelativePositions(**common, **{name: getattr(config, name) for name in names})
 
     def _weights(self) -> TransformerWeights:
+        config = self.config
         return TransformerWeights(
-            attention=self.attention.weights(), inner=self.inner.effective(), outer=self.outer.effective()
+            attention=self.attention.weights(),
+            inner=self._matrix(self.inner, config.width),
+            outer=self._matrix(self.outer, config.inner),
         )
+
+    def _matrix(self, linear: nn.Module, inputs: int) -> LinearWeights:
+        return weights_of(linear, inputs=inputs, like=self.attention.u)
 
     def _keys_and_values(self, z: Tensor, injection: Tensor | None, weights: TransformerWeights) -> Tensor:
         z = z if self.config.norm == "post" else self.norms[1](z)

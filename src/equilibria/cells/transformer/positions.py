@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import dropout_mask, masked
-from equilibria.layers.linear import Init, NormedLinear
+from equilibria.layers.linear import Init, NormedLinear, weights_of
 
 
 def sinusoids(count: int, width: int, like: Tensor) -> Float[Tensor, "count width"]:
@@ -120,8 +120,14 @@ class RelativePositions(Positions):
     ) -> None:
         super().__init__()
         self.window, self.dropout, self.variational = window, dropout, variational
-        self.v = nn.Parameter(torch.empty(heads, width // heads).normal_(std=std))
+        self.std = std
+        self.v = nn.Parameter(torch.empty(heads, width // heads))
+        self.reset_parameters()
         self.project = NormedLinear(inputs=width, outputs=width, bias=False, normed=weight_norm, init=init, std=std)
+
+    def reset_parameters(self) -> None:
+        """Draw v anew; W_r draws its own parameters."""
+        nn.init.normal_(self.v, std=self.std)
 
     def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H C K1"]:
         """P for the distances K−1, …, 0 after a column of zeros, with graph; one for more keys also serves fewer."""
@@ -129,7 +135,8 @@ class RelativePositions(Positions):
         rows = sinusoids(keys, heads * width, like)
         shape = (1 if self.variational else keys, heads * width)
         rows = masked(rows, dropout_mask(shape, rate=self.dropout, training=self.training, like=rows, rows=None))
-        rows = (rows @ self.project.effective().t()).view(keys, heads, width).permute(1, 2, 0)
+        weight, _ = weights_of(self.project, inputs=heads * width, like=self.v, bias=False)
+        rows = (rows @ weight.t()).view(keys, heads, width).permute(1, 2, 0)
         return nn.functional.pad(rows, (1, 0))
 
     def prepare(
@@ -199,7 +206,14 @@ class DecayPositions(Positions):
     def __init__(self, *, heads: int, window: int, longest: int) -> None:
         super().__init__()
         self.window, self.longest = window, longest
-        self.bias = nn.Parameter(-slopes(heads)[:, None] * torch.arange(longest))
+        self.bias = nn.Parameter(torch.empty(heads, longest))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set b to −slope·distance."""
+        heads, longest = self.bias.shape
+        self.bias.copy_(-slopes(heads)[:, None] * torch.arange(longest))
 
     def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H K"]:
         """b for the distances K−1, …, 0, with graph; one for more keys also serves fewer."""

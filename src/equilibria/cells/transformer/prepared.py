@@ -14,6 +14,7 @@ from torch import Tensor
 from equilibria.cells.transformer.attention import AttentionRows, AttentionWeights
 from equilibria.cells.transformer.cache import KeyValueCache
 from equilibria.cells.transformer.past import TransformerPast
+from equilibria.layers.linear import LinearWeights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,9 +22,10 @@ class TransformerWeights:
     """Values that depend on the parameters alone, with graph."""
 
     attention: AttentionWeights
-    inner: Float[Tensor, "I D"]
-    """Effective weights of the feed-forward network."""
-    outer: Float[Tensor, "D I"]
+    inner: LinearWeights
+    """Effective weights [I D] and bias of the feed-forward network's first matrix."""
+    outer: LinearWeights
+    """Those [D I] of its second one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ from equilibria.cells.trellis.scan import scan
 from equilibria.core.checks import check_at_least, check_choices
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, check_rate, dropout_mask, masked
-from equilibria.layers.linear import INITS, Held, Init, NormedLinear
+from equilibria.layers.linear import INITS, Held, Init, LinearWeights, NormedLinear, weights_of
 from equilibria.layers.sequence import (
     SequenceCell,
     check_cache_use,
@@ -114,8 +114,12 @@ class TrellisCell(SequenceCell):
         common = {"outputs": 4 * channels, "normed": config.weight_norm, "std": config.std}
         self.state = NormedLinear(inputs=2 * channels, init="normal", **common)
         self.input = NormedLinear(inputs=2 * config.width, init=config.injection_init, bias=False, **common)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the bias anew; the matrices draw their own parameters."""
         assert self.state.bias is not None
-        nn.init.normal_(self.state.bias, std=config.std)
+        nn.init.normal_(self.state.bias, std=self.config.std)
 
     def prepare(
         self,
@@ -143,7 +147,7 @@ class TrellisCell(SequenceCell):
         drop = dropout_mask((len(x), 1, channels), rate=config.dropout, training=self.training, like=x, part=part)
         before = x.new_zeros(len(x), 1, config.width) if memory is None or memory.x is None else memory.x.to(x.dtype)
         pairs = torch.cat([torch.cat([before, x[:, :-1]], dim=1), x], dim=-1)
-        injection = functional.linear(pairs, weights.input, self.state.bias)
+        injection = functional.linear(pairs, weights.input, weights.bias)
         h = masked(h, drop)
         if x.shape[1] == 1 and memory is not None:  # as in generation: here W⁰ acts on the past alone
             injection = injection + functional.linear(h, weights.state[:, :channels])
@@ -236,20 +240,28 @@ class TrellisCell(SequenceCell):
             )
         self._held.renew()
         if memory is None:
-            zero = self.state.direction.new_zeros(batch, 1, 2 * self.config.channels)
+            zero = next(self.parameters()).new_zeros(batch, 1, 2 * self.config.channels)
             memory = TrellisMemory(z=zero, x=None)
         return TrellisCache(memory=memory, padding=padding, warm=warm)
 
     def _weights(self) -> TrellisWeights:
-        return TrellisWeights(state=self._dropped(self.state), input=self._dropped(self.input))
+        channels, width = self.config.channels, self.config.width
+        state, bias = self._dropped(self.state, 2 * channels, bias=True)
+        return TrellisWeights(state=state, input=self._dropped(self.input, 2 * width, bias=False).weight, bias=bias)
 
-    def _dropped(self, linear: NormedLinear) -> Tensor:
+    def _dropped(self, linear: nn.Module, inputs: int, *, bias: bool) -> LinearWeights:
         """The effective matrix, with DropConnect on the raw weights of the past (Merity, McCann, Socher 2017)."""
-        rate, (rows, columns) = self.config.weight_dropout, linear.direction.shape
+        rate = self.config.weight_dropout
         if rate == 0 or not self.training:
-            return linear.effective()
-        kept = torch.empty(rows, columns // 2, dtype=torch.bool, device=linear.direction.device).bernoulli_(1 - rate)
-        return linear.effective(kept, rate)
+            return weights_of(linear, inputs=inputs, like=next(self.parameters()), bias=bias)
+        if not isinstance(linear, NormedLinear):
+            raise ValueError(
+                f"TrellisConfig(weight_dropout={rate}) drops entries of weights before they are normalised, and this "
+                f"cell has a {type(linear).__name__} in the place of a NormedLinear; train it with weight_dropout=0."
+            )
+        shape = (len(linear.direction), inputs // 2)
+        kept = torch.empty(shape, dtype=torch.bool, device=linear.direction.device).bernoulli_(1 - rate)
+        return LinearWeights(linear.effective(kept, rate), linear.bias)
 
     def _check(self, x: Tensor, memory: TrellisMemory | None, cache: TrellisCache | None) -> None:
         check_width(x, self.config.width)

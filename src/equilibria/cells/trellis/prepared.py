@@ -27,6 +27,7 @@ class TrellisWeights:
 
     state: Float[Tensor, "H4 H2"]
     input: Float[Tensor, "H4 E2"]
+    bias: Float[Tensor, " H4"] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -108,13 +108,21 @@ class TiedAdaptiveHead(AdaptiveHead):
     ) -> None:
         super().__init__(embedding.clusters, dropout=dropout, output_dropout=output_dropout)
         slots, first = len(self.clusters.cutoffs), embedding.tables[0].shape[1]
-        own = None if embedding.projection(0) is None else torch.empty(width, first).normal_(std=projection_std)
-        self.projection = None if own is None else nn.Parameter(own)
-        self.bias = nn.Parameter(torch.zeros(self.clusters.vocabulary_size))
-        rows = torch.empty(slots, first)
-        rows = started(rows, std=std, init=init) if slot_std is None else started(rows, std=slot_std)
-        self.slot_weight = nn.Parameter(rows)
-        self.slot_bias = nn.Parameter(torch.zeros(slots))
+        self.std, self.projection_std, self.init, self.slot_std = std, projection_std, init, slot_std
+        self.projection = None if embedding.projection(0) is None else nn.Parameter(torch.empty(width, first))
+        self.bias = nn.Parameter(torch.empty(self.clusters.vocabulary_size))
+        self.slot_weight = nn.Parameter(torch.empty(slots, first))
+        self.slot_bias = nn.Parameter(torch.empty(slots))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw Q_0 and the slots' weights anew, and set the biases to 0."""
+        if self.projection is not None:
+            nn.init.normal_(self.projection, std=self.projection_std)
+        std, init = (self.std, self.init) if self.slot_std is None else (self.slot_std, "normal")
+        started(self.slot_weight, std=std, init=init)
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.slot_bias)
 
     def readers(self, embedding: AdaptiveEmbedding) -> Readers:
         """h ↦ E_i (Q_iᵀ h) + b_i."""
@@ -164,14 +172,20 @@ class UntiedAdaptiveHead(AdaptiveHead):
         self.softmax = nn.AdaptiveLogSoftmaxWithLoss(
             width, clusters.vocabulary_size, clusters.cutoffs, div_value=division, head_bias=True
         )
+        self.std, self.projection_std, self.init, self.slot_std = std, projection_std, init, slot_std
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, and set the bias to 0."""
         for name, parameter in self.softmax.named_parameters():
             if name == "head.bias":
                 nn.init.zeros_(parameter)
+            elif name.startswith("tail") and name.endswith(".0.weight"):
+                started(parameter, std=self.projection_std)
             else:
-                projects = name.startswith("tail") and name.endswith(".0.weight")
-                started(parameter, std=projection_std if projects else std, init="normal" if projects else init)
-        if slot_std is not None:
-            started(self.softmax.head.weight.detach()[clusters.sizes[0] :], std=slot_std)
+                started(parameter, std=self.std, init=self.init)
+        if self.slot_std is not None:
+            started(self.softmax.head.weight.detach()[self.clusters.sizes[0] :], std=self.slot_std)
 
     def readers(self, embedding: AdaptiveEmbedding) -> Readers:
         """h ↦ W_i h; cluster 0 has a bias."""

@@ -99,8 +99,17 @@ class AdaptiveEmbedding(nn.Module):
         if division == 1:
             shapes = [(clusters.vocabulary_size, widths[0])]
         projected = [d for _, d in shapes] if division > 1 or widths[0] != width else []
-        self.tables = nn.ParameterList([started(torch.empty(shape), std=std, init=init) for shape in shapes])
-        self.projections = nn.ParameterList([torch.empty(width, d).normal_(std=projection_std) for d in projected])
+        self.std, self.projection_std, self.init = std, projection_std, init
+        self.tables = nn.ParameterList([torch.empty(shape) for shape in shapes])
+        self.projections = nn.ParameterList([torch.empty(width, d) for d in projected])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw tables and projections anew."""
+        for table in self.tables:
+            started(table, std=self.std, init=self.init)
+        for projection in self.projections:
+            nn.init.normal_(projection, std=self.projection_std)
 
     def forward(self, tokens: Int[Tensor, "B T"], part: BatchSlice | None = None) -> Float[Tensor, "B T D"]:
         """E_i[tokens] P_iᵀ·√D ⊙ masks."""

@@ -82,7 +82,7 @@ def widened(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class Embedding(nn.Module):
+class Embedding(nn.Embedding):
     """Rows of a learned table times √D (Vaswani et al. 2017, §3.4), with whole words and whole channels dropped.
 
     Args:
@@ -106,17 +106,22 @@ class Embedding(nn.Module):
         scaled: bool = True,
         init: Init = "normal",
     ) -> None:
-        super().__init__()
         check_rate("Embedding", "dropout", dropout)
         check_rate("Embedding", "word_dropout", word_dropout)
         if vocabulary_size < 1:
             raise ValueError(f"Embedding(vocabulary_size={vocabulary_size}): a vocabulary has at least one token.")
+        super().__init__(vocabulary_size, width, _weight=torch.empty(vocabulary_size, width))
         self.dropout, self.word_dropout, self.scale = dropout, word_dropout, math.sqrt(width) if scaled else 1.0
-        self.weight = nn.Parameter(started(torch.empty(vocabulary_size, width), std=std, init=init))
+        self.std, self.init = std, init
+        self.reset_parameters()
 
-    def forward(self, tokens: Int[Tensor, "B T"], part: BatchSlice | None = None) -> Float[Tensor, "B T D"]:
-        """E[tokens]·√D ⊙ masks; ``part``: see ``BatchSlice``."""
-        rows = functional.embedding(tokens, self.weight) * self.scale
+    def reset_parameters(self) -> None:
+        """Draw the table anew."""
+        started(self.weight, std=self.std, init=self.init)
+
+    def forward(self, input: Int[Tensor, "B T"], part: BatchSlice | None = None) -> Float[Tensor, "B T D"]:
+        """E[input]·√D ⊙ masks, where ``input`` are tokens; ``part``: see ``BatchSlice``."""
+        tokens, rows = input, functional.embedding(input, self.weight) * self.scale
         choices = {"rate": self.word_dropout, "training": self.training, "vocabulary_size": self.vocabulary_size}
         return dropped(words_dropped(rows, tokens, **choices), rate=self.dropout, training=self.training, part=part)
 

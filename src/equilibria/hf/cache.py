@@ -1,0 +1,87 @@
+"""The caches of transformers as the memory of a cell: one layer per block, one slot per position.
+
+A solve reads a layer as a constant past; the layer is updated once, after the solve, with the values of z*. So every
+kind of cache that stores what it is given (dynamic or static) works, and beams, crops and offloading are its own.
+
+Letters: B batch, T time, S stored positions, H heads, C width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+from transformers import Cache
+
+from equilibria.cells.transformer.past import KeyValues
+from equilibria.cells.trellis.cell import TrellisConfig
+from equilibria.cells.trellis.prepared import TrellisMemory
+from equilibria.hf.configuration import EquilibriumConfig
+from equilibria.layers.layer import LayerOutput
+from equilibria.layers.sequence import Memory
+
+
+def seen(cache: Cache | None) -> int:
+    """S, the number of positions in the cache."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def read(
+    cache: Cache | None, config: EquilibriumConfig, *, like: Float[Tensor, "B T D"], mask: Bool[Tensor, "B S"] | None
+) -> Memory:
+    """The memory of the cell that the cache holds; None without a cache.
+
+    Args:
+        cache: the cache, possibly empty.
+        config: the configuration of the model.
+        like: the input, which gives batch, dtype and device.
+        mask: True at padding in the cache; None if there is none.
+    """
+    if cache is None:
+        return None
+    cell, length = config.cell, seen(cache)
+    if isinstance(cell, TrellisConfig):
+        return _state(cache, cell, length, like)
+    pasts = []
+    for index, block in enumerate(config.blocks):
+        none = like.new_zeros(len(like), block.heads, 0, block.width // block.heads)
+        k, v = (none, none) if length == 0 else _slots(cache, index, length)
+        pasts.append(KeyValues(k.to(like), v.to(like), mask))
+    return pasts[0] if len(pasts) == 1 and cell is config.blocks[0] else tuple(pasts)
+
+
+def write(cache: Cache, config: EquilibriumConfig, out: LayerOutput, *, x: Float[Tensor, "B T D"]) -> None:
+    """Add the positions of a solve to the cache."""
+    first, time = seen(cache), x.shape[1]
+    place: dict[str, Any] = {"cache_position": torch.arange(first, first + time, device=x.device)}
+    if isinstance(config.cell, TrellisConfig):
+        cache.update(*_widened(x, out.z.detach()), 0, place)
+        return
+    memories = out.memory if isinstance(out.memory, tuple) else (out.memory,)
+    for index, memory in enumerate(memories):
+        cache.update(memory.k[:, :, -time:], memory.v[:, :, -time:], index, place)
+
+
+def _slots(cache: Any, index: int, length: int) -> tuple[Tensor, Tensor]:
+    layer = cache.layers[index]
+    return layer.keys[:, :, :length], layer.values[:, :, :length]
+
+
+def _state(cache: Cache, cell: TrellisConfig, length: int, like: Tensor) -> TrellisMemory | None:
+    """h, c and x of the last position: all that a trellis needs, although each position has a slot, as a crop needs."""
+    if length == 0:
+        return None
+    x, z = (slots[:, 0, -1:].to(like) for slots in _slots(cache, 0, length))
+    return TrellisMemory(z=z[..., : 2 * cell.channels].clone(), x=x[..., : cell.width].clone())
+
+
+def _widened(
+    x: Float[Tensor, "B T E"], z: Float[Tensor, "B T H2"]
+) -> tuple[Float[Tensor, "B 1 T C"], Float[Tensor, "B 1 T C"]]:
+    """x and z as keys and values of one head; the narrower one is filled with zeros."""
+    width = max(x.shape[2], z.shape[2])
+    x, z = (functional.pad(tensor, (0, width - tensor.shape[2])) for tensor in (x, z))
+    return x[:, None], z[:, None]

@@ -1,0 +1,181 @@
+"""EquilibriumConfig: a language model of this library as a configuration of transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from equilibria.cells.chain import ChainConfig
+from equilibria.cells.transformer.cell import WINDOW, TransformerConfig
+from equilibria.cells.trellis.cell import TrellisConfig
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.lm.experiments.serialise import part_from_json, part_to_json
+from equilibria.lm.model import LanguageConfig
+
+MODEL_TYPE = "equilibrium"
+
+
+class EquilibriumConfig(PreTrainedConfig):
+    """The model, its methods, and the sizes that transformers reads.
+
+    The dictionaries are the values of ``experiment.json``: ``language`` is a ``LanguageConfig``, ``method`` a
+    ``Method``, ``eval_stop`` a ``Stop``. ``EquilibriumConfig.of`` makes them from the objects.
+    """
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "evals", "residual", "converged"]  # noqa: RUF012
+
+    vocab_size: int = 256
+    """Number of ids, ``edge_token_id`` included."""
+    language: dict | None = None
+    """The ``LanguageConfig``; None for its defaults."""
+    method: dict | None = None
+    """The ``Method`` of training, and of evaluation but for ``eval_stop``; None for ``Method()``."""
+    eval_stop: dict | None = None
+    """The ``Stop`` of evaluation; None for that of the method."""
+    folded: bool = False
+    """True if normalised weights are stored as the plain matrices that they make."""
+    edge_token_id: int | None = None
+    """An id for the edges of a text, before its beginning, after its end and in padding: no token of the vocabulary."""
+    edge_reads_as: int | None = None
+    """The token that the model reads in its place, such as the end of a line."""
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    """False: a tied head reads the table of the embedding, so there is one parameter and nothing to tie."""
+    use_cache: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        language: LanguageConfig,
+        vocabulary_size: int,
+        *,
+        method: Method | None = None,
+        eval_stop: Stop | None = None,
+        edge_reads_as: int | None = None,
+        folded: bool = False,
+        **more: Any,
+    ) -> EquilibriumConfig:
+        """The configuration of a model over ``vocabulary_size`` tokens, and of one more id for the edges of texts.
+
+        Args:
+            language: the hyper-parameters of the model.
+            vocabulary_size: V, number of tokens.
+            method: the method of the solves; None for ``Method()``.
+            eval_stop: the stop of evaluation; None for that of the method.
+            edge_reads_as: the token to read at edges; None for no such id.
+            folded: store normalised weights as plain matrices.
+            more: other fields of a ``PreTrainedConfig``.
+
+        Raises:
+            ValueError: the model solves nothing, or its layer cannot be built from a configuration.
+        """
+        edge = None if edge_reads_as is None else vocabulary_size
+        config = cls(
+            vocab_size=vocabulary_size + (edge is not None),
+            language=part_to_json(language),
+            method=part_to_json(Method() if method is None else method),
+            eval_stop=None if eval_stop is None else part_to_json(eval_stop),
+            folded=folded,
+            edge_token_id=edge,
+            edge_reads_as=edge_reads_as,
+            **({"bos_token_id": edge, "eos_token_id": edge, "pad_token_id": edge} | more),
+        )
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raise a ValueError unless the configuration is that of an equilibrium of a cell of this library."""
+        language = self.decoded_language()
+        if not language.solves:
+            raise ValueError(
+                "EquilibriumConfig(language=LanguageConfig(explicit=Explicit(…))): an explicit network needs a slot "
+                "per layer and position, and this model has one per position; export it as safetensors instead."
+            )
+
+    def decoded_language(self) -> LanguageConfig:
+        """The ``LanguageConfig``."""
+        return LanguageConfig() if self.language is None else part_from_json(self.language, LanguageConfig)
+
+    def decoded_method(self) -> Method:
+        """The ``Method``."""
+        return Method() if self.method is None else part_from_json(self.method, Method)
+
+    def decoded_eval_stop(self) -> Stop | None:
+        """The ``Stop`` of evaluation; None for that of the method."""
+        return None if self.eval_stop is None else part_from_json(self.eval_stop, Stop)
+
+    @property
+    def cell(self) -> TransformerConfig | ChainConfig | TrellisConfig:
+        """The cell of the model."""
+        return self.decoded_language().cell
+
+    @property
+    def blocks(self) -> tuple[TransformerConfig, ...]:
+        """The blocks of attention, each with keys and values of its own; empty for a trellis."""
+        cell = self.cell
+        return cell.cells if isinstance(cell, ChainConfig) else () if isinstance(cell, TrellisConfig) else (cell,)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers of the cache: one per block, however many evaluations a solve needs."""
+        return len(self.blocks) or 1
+
+    @property
+    def hidden_size(self) -> int:
+        """D, channels of embedding and state; of a trellis, those of its input."""
+        return self.cell.width
+
+    @property
+    def num_attention_heads(self) -> int:
+        """H, heads of the first block; 1 for a trellis."""
+        return self.blocks[0].heads if self.blocks else 1
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """As ``num_attention_heads``."""
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """C, channels of a slot per head."""
+        cell = self.cell
+        if isinstance(cell, TrellisConfig):
+            return max(cell.width, 2 * cell.channels)
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Number of positions, its own included, that the last token of a text sees."""
+        if not self.blocks:
+            return 2**20  # a state has no length
+        lengths = [block.window or WINDOW for block in self.blocks]
+        lengths += [block.longest for block in self.blocks if block.positions == "decay"]
+        return min(lengths)
+
+
+def seen_in_training(language: LanguageConfig, segment_length: int) -> LanguageConfig:
+    """The model with a window of the distances that its training had: those of memory and segment together.
+
+    Without a cut between segments a position would see more of the past than in any step of the training, at distances
+    whose weights were never trained.
+    """
+    cell = language.cell
+    if isinstance(cell, TrellisConfig):
+        return language
+    if isinstance(cell, ChainConfig):
+        cells = tuple(_narrowed(block, segment_length) for block in cell.cells)
+        return dataclasses.replace(language, cell=dataclasses.replace(cell, cells=cells))
+    return dataclasses.replace(language, cell=_narrowed(cell, segment_length))
+
+
+def _narrowed(cell: TransformerConfig, segment_length: int) -> TransformerConfig:
+    return dataclasses.replace(cell, window=min(cell.window or WINDOW, cell.memory + segment_length))
+
+
+AutoConfig.register(MODEL_TYPE, EquilibriumConfig)
