@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Cache
 
+from equilibria.cells.chain import ChainConfig
 from equilibria.cells.transformer.past import KeyValues
 from equilibria.cells.trellis.cell import TrellisConfig
 from equilibria.cells.trellis.prepared import TrellisMemory
-from equilibria.hf.configuration import EquilibriumConfig
+from equilibria.hf.configuration import CellConfig, blocks_of
 from equilibria.layers.layer import LayerOutput
 from equilibria.layers.sequence import Memory
 
@@ -30,34 +31,34 @@ def seen(cache: Cache | None) -> int:
 
 
 def read(
-    cache: Cache | None, config: EquilibriumConfig, *, like: Float[Tensor, "B T D"], mask: Bool[Tensor, "B S"] | None
+    cache: Cache | None, cell: CellConfig, *, like: Float[Tensor, "B T D"], mask: Bool[Tensor, "B S"] | None
 ) -> Memory:
     """The memory of the cell that the cache holds; None without a cache.
 
     Args:
         cache: the cache, possibly empty.
-        config: the configuration of the model.
+        cell: the configuration of the cell.
         like: the input, which gives batch, dtype and device.
         mask: True at padding in the cache; None if there is none.
     """
     if cache is None:
         return None
-    cell, length = config.cell, seen(cache)
+    length = seen(cache)
     if isinstance(cell, TrellisConfig):
         return _state(cache, cell, length, like)
     pasts = []
-    for index, block in enumerate(config.blocks):
+    for index, block in enumerate(blocks_of(cell)):
         none = like.new_zeros(len(like), block.heads, 0, block.width // block.heads)
         k, v = (none, none) if length == 0 else _slots(cache, index, length)
         pasts.append(KeyValues(k.to(like), v.to(like), mask))
-    return pasts[0] if len(pasts) == 1 and cell is config.blocks[0] else tuple(pasts)
+    return tuple(pasts) if isinstance(cell, ChainConfig) else pasts[0]
 
 
-def write(cache: Cache, config: EquilibriumConfig, out: LayerOutput, *, x: Float[Tensor, "B T D"]) -> None:
+def write(cache: Cache, cell: CellConfig, out: LayerOutput, *, x: Float[Tensor, "B T D"]) -> None:
     """Add the positions of a solve to the cache."""
     first, time = seen(cache), x.shape[1]
     place: dict[str, Any] = {"cache_position": torch.arange(first, first + time, device=x.device)}
-    if isinstance(config.cell, TrellisConfig):
+    if isinstance(cell, TrellisConfig):
         cache.update(*_widened(x, out.z.detach()), 0, place)
         return
     memories = out.memory if isinstance(out.memory, tuple) else (out.memory,)

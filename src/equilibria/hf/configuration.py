@@ -16,6 +16,7 @@ from equilibria.lm.experiments.serialise import part_from_json, part_to_json
 from equilibria.lm.model import LanguageConfig
 
 MODEL_TYPE = "equilibrium"
+CellConfig = TransformerConfig | ChainConfig | TrellisConfig
 
 
 class EquilibriumConfig(PreTrainedConfig):
@@ -111,20 +112,14 @@ class EquilibriumConfig(PreTrainedConfig):
         return None if self.eval_stop is None else part_from_json(self.eval_stop, Stop)
 
     @property
-    def cell(self) -> TransformerConfig | ChainConfig | TrellisConfig:
+    def cell(self) -> CellConfig:
         """The cell of the model."""
         return self.decoded_language().cell
 
     @property
-    def blocks(self) -> tuple[TransformerConfig, ...]:
-        """The blocks of attention, each with keys and values of its own; empty for a trellis."""
-        cell = self.cell
-        return cell.cells if isinstance(cell, ChainConfig) else () if isinstance(cell, TrellisConfig) else (cell,)
-
-    @property
     def num_hidden_layers(self) -> int:
         """Number of layers of the cache: one per block, however many evaluations a solve needs."""
-        return len(self.blocks) or 1
+        return len(blocks_of(self.cell)) or 1
 
     @property
     def hidden_size(self) -> int:
@@ -134,7 +129,8 @@ class EquilibriumConfig(PreTrainedConfig):
     @property
     def num_attention_heads(self) -> int:
         """H, heads of the first block; 1 for a trellis."""
-        return self.blocks[0].heads if self.blocks else 1
+        blocks = blocks_of(self.cell)
+        return blocks[0].heads if blocks else 1
 
     @property
     def num_key_value_heads(self) -> int:
@@ -152,11 +148,17 @@ class EquilibriumConfig(PreTrainedConfig):
     @property
     def max_position_embeddings(self) -> int:
         """Number of positions, its own included, that the last token of a text sees."""
-        if not self.blocks:
+        blocks = blocks_of(self.cell)
+        if not blocks:
             return 2**20  # a state has no length
-        lengths = [block.window or WINDOW for block in self.blocks]
-        lengths += [block.longest for block in self.blocks if block.positions == "decay"]
+        lengths = [block.window or WINDOW for block in blocks]
+        lengths += [block.longest for block in blocks if block.positions == "decay"]
         return min(lengths)
+
+
+def blocks_of(cell: CellConfig) -> tuple[TransformerConfig, ...]:
+    """The blocks of attention in a cell, each with keys and values of its own; none in a trellis."""
+    return cell.cells if isinstance(cell, ChainConfig) else () if isinstance(cell, TrellisConfig) else (cell,)
 
 
 def seen_in_training(language: LanguageConfig, segment_length: int) -> LanguageConfig:

@@ -15,11 +15,16 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from equilibria.fixed_point import Method
 from equilibria.hf import cache as caches
-from equilibria.hf.arguments import given_cache, key_padding_mask, refuse, used_stop
+from equilibria.hf.arguments import (
+    check_no_gradient_of_a_cache,
+    given_cache,
+    key_padding_mask,
+    refuse,
+    used_stop,
+)
 from equilibria.hf.configuration import EquilibriumConfig
-from equilibria.hf.vocabulary import resize
+from equilibria.hf.edges import EDGE, lowest_at_edge, resized, with_edges_read
 from equilibria.layers.linear import fold
 from equilibria.lm.model.embedding import widened
 
@@ -58,6 +63,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: EquilibriumConfig) -> None:
         super().__init__(config)
         config.check()
+        self._cell = config.cell
         edge = config.edge_token_id is not None
         self.model = config.decoded_language().build(
             config.vocab_size - edge, method=config.decoded_method(), eval_stop=config.decoded_eval_stop()
@@ -80,6 +86,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         rtol: float | None = None,
         atol: float | None = None,
         max_evals: int | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
@@ -102,6 +109,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             rtol: relative tolerance of this solve; None for that of the configuration.
             atol: absolute tolerance of this solve.
             max_evals: budget of this solve.
+            output_attentions: must not be true: a solve has one attention per evaluation.
             output_hidden_states: also return the vectors of the embedding and the layer's output.
             return_dict: False for a tuple.
             cache_position: not used: the cache knows its length.
@@ -112,32 +120,109 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             TypeError: an argument is unknown.
             ValueError: an argument has no exact meaning here, such as a cache with gradients.
         """
-        refuse(refused)
+        refuse({**refused, "output_attentions": output_attentions or None})
         past = given_cache(cache, past_key_values)
-        use_cache = self._use_cache(use_cache, past)
+        if use_cache or past is not None:
+            check_no_gradient_of_a_cache()
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x = self._vectors(input_ids, inputs_embeds)
         mask = key_padding_mask(attention_mask, position_ids, seen=caches.seen(past), time=x.shape[1])
         if use_cache and past is None:
             past = DynamicCache(config=self.config)
         before, new = (None, None) if mask is None else (mask[:, : -x.shape[1]], mask[:, -x.shape[1] :])
-        memory = caches.read(past, self.config, like=x, mask=before)
-        method = self._method(rtol=rtol, atol=atol, max_evals=max_evals)
-        out = self.model.layer(x, memory, method=method, key_padding_mask=new)
+        memory = caches.read(past, self._cell, like=x, mask=before)
+        layer: Any = self.model.layer
+        method = used_stop(
+            layer.method if self.training else layer.evaluation_method, rtol=rtol, atol=atol, max_evals=max_evals
+        )
+        out = layer(x, memory, method=method, key_padding_mask=new)
         if use_cache and past is not None:
-            caches.write(past, self.config, out, x=x)
+            caches.write(past, self._cell, out, x=x)
         output = self.model.head.dropped(out.output)
         logits = self._logits(output, logits_to_keep)
-        loss = None if labels is None else self._loss(out.output, output, logits, labels, num_items_in_batch)
+        loss = None if labels is None else self._loss(out.output, output, labels, num_items_in_batch)
         solution = out.solution
         result = EquilibriumOutput(
             loss=loss,
             logits=logits,
-            hidden_states=(x, out.output)
-            if output_hidden_states or self._wants_hidden_states(output_hidden_states)
-            else None,
+            hidden_states=(x, out.output) if output_hidden_states else None,
             evals=solution.evals,
             residual=solution.residual,
             converged=solution.converged,
             **{CACHE: past if use_cache else None},
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _vectors(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Float[Tensor, "B T D"]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both.")
+        if input_ids is None:
+            assert inputs_embeds is not None
+            return inputs_embeds
+        return self.model.embedding(with_edges_read(input_ids, self.config))
+
+    def _logits(self, output: Float[Tensor, "B T O"], kept: int | Tensor = 0) -> Float[Tensor, "B _ V"]:
+        chosen = slice(-kept, None) if isinstance(kept, int) else kept
+        return lowest_at_edge(self.model.head.logits(output[:, chosen], self.model.embedding), self.config)
+
+    def _loss(
+        self,
+        output: Float[Tensor, "B T O"],
+        kept: Float[Tensor, "B T O"],
+        labels: Int[Tensor, "B T"],
+        count: Tensor | int | None,
+    ) -> Float[Tensor, ""]:
+        """The mean nll of labels 1, 2, …, in float32 or wider, plus the extra losses of training."""
+        targets = labels[:, 1:]
+        if self.config.edge_token_id is not None and bool((targets == self.config.edge_token_id).any()):
+            raise ValueError(
+                f"labels hold the id {self.config.edge_token_id} of {EDGE!r}, which the model never predicts; give "
+                "−100 there, as DataCollatorForLanguageModeling does at padding."
+            )
+        logits = widened(self._logits(kept[:, :-1]))
+        nll = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        loss = nll / ((targets != -100).sum() if count is None else count)
+        extra = self.model.losses.of(output[:, :-1], kept[:, :-1]) if self.training else None
+        return loss if extra is None else loss + extra
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding; its result can be given as ``inputs_embeds``."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
+        self.model.embedding = value
+
+    def get_output_embeddings(self) -> None:
+        """None: a tied head reads the embedding, and another one is no ``nn.Linear``."""
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **choices: Any) -> nn.Embedding:
+        """Give embedding and head rows for more ids, as after ``tokenizer.add_tokens``; new rows start at the mean.
+
+        Raises:
+            ValueError: the embedding is divided into clusters, or the number is smaller than the vocabulary.
+        """
+        return resized(self, new_num_tokens, super().resize_token_embeddings, *args, **choices)
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None = None, **ignored: Any) -> Tensor | None:
+        """The mask as it is, one number per position: the cell makes its own mask of pairs."""
+        del ignored
+        return attention_mask
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw the parameters that no checkpoint gave, as this library does."""
+        reset = getattr(module, "reset_parameters", None)
+        if reset is None:
+            return
+        loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+        reset()
+        for parameter, value in loaded:
+            parameter.copy_(value)
+
+
+AutoModelForCausalLM.register(EquilibriumConfig, EquilibriumForCausalLM)

@@ -4,7 +4,7 @@ from equilibria.lm.experiments.decay import Cosine, Decay, Milestones, NonMonoto
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.explicit import explicit
 from equilibria.lm.experiments.growing_penalty import growing_penalty
-from equilibria.lm.experiments.serialise import from_json, to_json
+from equilibria.lm.experiments.serialise import from_json, part_from_json, part_to_json, to_json
 from equilibria.lm.experiments.settings import Batches, Devices, Faults, Logging, Optimisation, Validation
 from equilibria.lm.experiments.stage import Stage, network_of
 from equilibria.lm.experiments.training import Training
@@ -29,5 +29,7 @@ __all__ = [
     "growing_penalty",
     "learning_rate",
     "network_of",
+    "part_from_json",
+    "part_to_json",
     "to_json",
 ]

@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from equilibria.lm.suggestions import nearest_or_all
 
 JSON = Any
 """None, bool, int, float, str, or lists and string-keyed dicts of them."""
+Part = TypeVar("Part")
+"""A dataclass inside an experiment."""
 
 
 def to_json(experiment: Experiment) -> dict[str, JSON]:
@@ -50,6 +52,17 @@ def from_json(data: Mapping[str, JSON], *, extra: Iterable[type] = ()) -> Experi
     if not isinstance(experiment, Experiment):
         raise ValueError(f'The outermost kind is {type(experiment).__name__!r}; it must be "Experiment".')
     return experiment
+
+
+def part_to_json(part: Any) -> dict[str, JSON]:
+    """A part of an experiment, such as a cell, a method or a stop, as nested dicts with kinds."""
+    return _encode(part)
+
+
+def part_from_json(data: Mapping[str, JSON], kind: type[Part], *, extra: Iterable[type] = ()) -> Part:
+    """The part that ``part_to_json`` wrote, which must be a ``kind``; the rest is as in ``from_json``."""
+    kinds = {**_kinds(), **{other.__name__: other for other in extra}}
+    return _decode(data, kind, kinds, where=kind.__name__)
 
 
 def kinds_in(value: Any) -> set[type]:

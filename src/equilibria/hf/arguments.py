@@ -1,0 +1,107 @@
+"""The arguments of the model's ``forward``: what has an exact meaning here, and what is refused in a sentence.
+
+Letters: B batch, T time, S stored positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import Cache
+
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+
+
+def refuse(arguments: Mapping[str, Any]) -> None:
+    """Raise a TypeError if an argument has a value: transformers passes on what it does not know."""
+    given = sorted(name for name, value in arguments.items() if value is not None)
+    if given:
+        raise TypeError(
+            f"EquilibriumForCausalLM.forward has no argument {', '.join(given)}; its arguments are those of its "
+            "docstring, and none is ignored without a word."
+        )
+
+
+def given_cache(cache: Any, past_key_values: Any) -> Cache | None:
+    """The cache, under whichever of its two names it was given."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them.")
+    found = past_key_values if cache is None else cache
+    if found is not None and not isinstance(found, Cache):
+        raise TypeError(
+            f"the cache is a {type(found).__name__}, and must be a Cache of transformers; try DynamicCache(), or none."
+        )
+    return found
+
+
+def key_padding_mask(
+    attention_mask: Tensor | None, position_ids: Tensor | None, *, seen: int, time: int
+) -> Bool[Tensor, "B _"] | None:
+    """True at padding, for the stored positions and the new ones; None if there is none.
+
+    Args:
+        attention_mask: 1 at text and 0 at padding, for all these positions; None for no padding.
+        position_ids: the positions of the new tokens, which must count by one inside a text; None for those.
+        seen: S, number of stored positions.
+        time: T, number of new ones.
+
+    Raises:
+        ValueError: padding lies inside a text, or positions jump, as where several texts are packed into one row.
+    """
+    mask = None if attention_mask is None else _padding(attention_mask, seen + time)
+    if position_ids is not None and time > 1:
+        _check_positions(position_ids, None if mask is None else mask[:, -time:])
+    return mask
+
+
+def _padding(attention_mask: Tensor, length: int) -> Bool[Tensor, "B _"] | None:
+    if attention_mask.ndim != 2 or attention_mask.shape[1] != length:
+        raise ValueError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}, and must be [rows, {length}], one number for "
+            "each position in the cache and each new one: 1 at text, 0 at padding. Masks per pair of positions have no "
+            "meaning for an equilibrium, whose cell masks by itself."
+        )
+    text = attention_mask.bool()
+    if bool(text.all()):
+        return None
+    starts = (text[:, 1:] & ~text[:, :-1]).sum(dim=1) + text[:, 0]
+    if bool((starts > 1).any()):
+        raise ValueError(
+            f"attention_mask has padding inside the text of {int((starts > 1).sum())} rows, and the distance of two "
+            "positions would count it; put padding before or after a text, and for generation before it "
+            "(padding_side='left')."
+        )
+    return ~text
+
+
+def _check_positions(position_ids: Tensor, mask: Bool[Tensor, "B T"] | None) -> None:
+    steps = position_ids.diff(dim=-1) == 1
+    if mask is not None:
+        steps = steps | mask[:, 1:] | mask[:, :-1]
+    if not bool(steps.all()):
+        raise ValueError(
+            "position_ids jump inside a row, as where several texts are packed into one; positions enter this model by "
+            "their distances in the row, so give each text a row of its own, with padding and attention_mask."
+        )
+
+
+def used_stop(method: Method, *, rtol: float | None, atol: float | None, max_evals: int | None) -> Method:
+    """The method with these tolerances and this budget; None for its own."""
+    given = {"rtol": rtol, "atol": atol, "max_evals": max_evals}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    stop: Stop = dataclasses.replace(method.stop, **changes)
+    return dataclasses.replace(method, stop=stop)
+
+
+def check_no_gradient_of_a_cache() -> None:
+    """Raise a ValueError while autograd records: a cache holds detached values."""
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "a cache has no gradient; use it under torch.no_grad(), or give use_cache=False and the whole text."
+        )
