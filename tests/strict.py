@@ -28,7 +28,8 @@ def jaxtyped(thing=None, *, typechecker=None):
     if thing is None:
         return jaxtyped
     if isinstance(thing, type):
-        if dataclasses.is_dataclass(thing) and not hasattr(thing.__init__, "checked"):
+        own = dataclasses.is_dataclass(thing) and not hasattr(thing.__init__, "__wrapped__")  # not another library's
+        if own and not hasattr(thing.__init__, "checked"):
             thing.__init__ = jaxtyped(thing.__init__)
         return thing
     assert isinstance(thing, types.FunctionType), thing

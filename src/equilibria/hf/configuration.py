@@ -147,13 +147,16 @@ class EquilibriumConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int:
-        """Number of positions, its own included, that the last token of a text sees."""
-        blocks = blocks_of(self.cell)
-        if not blocks:
-            return 2**20  # a state has no length
-        lengths = [block.window or WINDOW for block in blocks]
-        lengths += [block.longest for block in blocks if block.positions == "decay"]
-        return min(lengths)
+        """Number of positions that a text may have.
+
+        Raises:
+            AttributeError: there is no such number, since positions enter by distances inside a window.
+        """
+        decays = [block for block in blocks_of(self.cell) if block.positions == "decay"]
+        limits = [block.longest for block in decays if (block.window or WINDOW) > block.longest]
+        if not limits:
+            raise AttributeError("max_position_embeddings: a text may have any number of positions")
+        return min(limits)
 
 
 def blocks_of(cell: CellConfig) -> tuple[TransformerConfig, ...]:

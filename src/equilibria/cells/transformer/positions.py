@@ -218,13 +218,14 @@ class DecayPositions(Positions):
     def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H K"]:
         """b for the distances K−1, …, 0, with graph; one for more keys also serves fewer."""
         keys = memory + queries
-        if keys > self.longest:
+        if keys > self.longest and self.window > self.longest:
             raise ValueError(
                 f"memory and segment are {memory} + {queries} = {keys} positions long, but the decay has biases for "
-                f"{self.longest}; use shorter segments or a shorter memory, or build the cell with longest={keys} or "
-                "more."
+                f"{self.longest}; use shorter segments or a shorter memory, build the cell with longest={keys} or "
+                f"more, or with window={self.longest} or less."
             )
-        return self.bias[:, :keys].flip(1).to(like.dtype)
+        row = self.bias[:, :keys].flip(1).to(like.dtype)
+        return nn.functional.pad(row, (keys - row.shape[1], 0))  # no query sees keys outside the window
 
     def prepare(
         self,

@@ -1,0 +1,93 @@
+"""Tokenizers of transformers with the ids and the text of a vocabulary of this library."""
+
+from __future__ import annotations
+
+import json
+import typing
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from equilibria.hf.configuration import EquilibriumConfig
+from equilibria.hf.edges import EDGE
+from equilibria.lm.corpora import Vocabulary
+
+_SPACES = "".join(re for re in map(chr, range(0x3001)) if re.isspace() and re != "\n")
+"""What ``str.split`` separates words at; the regular expressions of ``tokenizers`` know fewer."""
+
+
+class EquilibriumTokenizer(PreTrainedTokenizerFast):
+    """A fast tokenizer that names the words or characters that its vocabulary lacks."""
+
+    def _encode_plus(self, text: Any, *args: Any, **choices: Any) -> Any:
+        try:
+            return super()._encode_plus(text, *args, **choices)
+        except Exception as error:  # tokenizers raises plain Exception
+            if "WordLevel" not in str(error):
+                raise
+            raise ValueError(self._missing(text)) from None
+
+    def _missing(self, text: Any) -> str:
+        backend, known = self.backend_tokenizer, self.get_vocab()
+        texts = [text] if isinstance(text, str) else [part for row in text for part in _parts(row)]
+        found: dict[str, None] = {}
+        for part in texts:
+            plain = part if backend.normalizer is None else backend.normalizer.normalize_str(part)
+            found |= dict.fromkeys(token for token, _ in backend.pre_tokenizer.pre_tokenize_str(plain))
+        missing = [token for token in found if token not in known]
+        listed = ", ".join(map(repr, missing[:8]))
+        return (
+            f"the vocabulary of this model has no {listed}{' …' if len(missing) > 8 else ''}, and no token for unknown "
+            "ones; leave them out of the text."
+        )
+
+
+def tokenizer_of(vocabulary: Vocabulary) -> EquilibriumTokenizer:
+    """The tokenizer with the ids of ``vocabulary``, and with one more for the edges of texts and for padding.
+
+    It encodes a text as a prompt: the last line of words ends in ``<eos>`` only if it ends in a line feed. Padding goes
+    to the left.
+    """
+    units = {"character": _characters, "word": _words, "bpe": _byte_pairs}
+    tokenizer = units[vocabulary.unit](vocabulary)
+    tokenizer.add_special_tokens([AddedToken(EDGE, normalized=False, special=True)])
+    edges = {"bos_token": EDGE, "eos_token": EDGE, "pad_token": EDGE}
+    return EquilibriumTokenizer(
+        tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False, **edges
+    )
+
+
+def _characters(vocabulary: Vocabulary) -> Tokenizer:
+    tokenizer = Tokenizer(_listed(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _words(vocabulary: Vocabulary) -> Tokenizer:
+    tokenizer = Tokenizer(_listed(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"[ \n{_SPACES}]+"), "removed")
+    spaced = [decoders.WordPiece(prefix="\n", cleanup=False), decoders.Fuse()]  # no word begins with a line feed
+    if vocabulary.end is not None:
+        tokenizer.normalizer = normalizers.Replace("\n", f" {vocabulary.end} ")
+        spaced.append(decoders.Replace(Regex(f" ?(?<![^ ]){vocabulary.end}(?![^ ]) ?"), "\n"))
+    tokenizer.decoder = decoders.Sequence(spaced)
+    return tokenizer
+
+
+def _byte_pairs(vocabulary: Vocabulary) -> Tokenizer:
+    return Tokenizer.from_str(json.dumps(vocabulary.to_json()["tokenizer"]))
+
+
+def _listed(vocabulary: Vocabulary) -> Any:
+    places = {token: place for place, token in enumerate(vocabulary.tokens)}
+    # Without a token for unknown words the model reports them; it must not get the name of one.
+    return models.WordLevel(places, **({} if vocabulary.unknown is None else {"unk_token": vocabulary.unknown}))
+
+
+def _parts(row: Any) -> list[str]:
+    return [row] if isinstance(row, str) else [part for part in typing.cast(list[str], row) if isinstance(part, str)]
+
+
+AutoTokenizer.register(EquilibriumConfig, fast_tokenizer_class=EquilibriumTokenizer)
