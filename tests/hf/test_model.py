@@ -1,0 +1,237 @@
+"""Loss, gradient, weights and refusals of the model for transformers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from equilibria import Stop
+from equilibria.hf import EquilibriumConfig, EquilibriumForCausalLM
+from equilibria.hf.modeling import CACHE
+from equilibria.lm.model import AdaptiveConfig, Explicit, ExtraLosses, LanguageConfig, MixtureConfig
+
+from .models import BLOCK, CELLS, METHOD, VOCABULARY, configuration, contractive, small, tokens
+
+
+def trainable(kind="transformer", **changes):
+    torch.manual_seed(3)
+    return contractive(EquilibriumForCausalLM(configuration(kind, **changes)).double())
+
+
+HEADS = {
+    "softmax": {},
+    "untied": {"tied": False},
+    "mixture": {"mixture": MixtureConfig(experts=3)},
+    "adaptive": {"adaptive": AdaptiveConfig(cutoffs=(8, 20), division=2)},
+    "extra losses": {"losses": ExtraLosses(activation=0.1, temporal_activation=0.2)},
+}
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("head", HEADS)
+def test_loss_and_gradient_are_those_of_the_library(kind, head):
+    if kind != "transformer" and head != "softmax":
+        pytest.skip("heads do not depend on the cell")
+    model = trainable(kind, **HEADS[head])
+    twin, text = copy.deepcopy(model.model), tokens(3, 9)
+    found = model(text, labels=text)
+    found.loss.backward()
+    wanted = twin(text[:, :-1], text[:, 1:])
+    wanted.loss.backward()
+    assert_close(found.loss, wanted.loss, rtol=1e-10, atol=0)
+    for (name, a), (_, b) in zip(model.model.named_parameters(), twin.named_parameters(), strict=True):
+        assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["transformer", "chain", "trellis"])
+def test_padded_training_has_the_gradient_of_the_rows_alone(kind, side):
+    model, lengths = trainable(kind), (9, 4, 6)
+    rows = [tokens(1, length, seed=length) for length in lengths]
+    mask, labels = torch.zeros(3, 9, dtype=torch.long), torch.full((3, 9), -100)
+    ids = torch.full((3, 9), model.config.pad_token_id)
+    for row, text in enumerate(rows):
+        place = slice(9 - text.shape[1], None) if side == "left" else slice(0, text.shape[1])
+        ids[row, place], mask[row, place] = text[0], 1
+        labels[row, place] = text[0]
+        labels[row, place.start] = -100  # before it stands padding, from which nothing can be predicted
+    model(ids, attention_mask=mask, labels=labels).loss.backward()
+    together = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    count = sum(length - 1 for length in lengths)
+    for text in rows:
+        model(text, labels=text, num_items_in_batch=count).loss.backward()
+    for a, b in zip(together, model.parameters(), strict=True):
+        assert_close(a, b.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_embeddings_may_be_given_instead_of_tokens():
+    model, text = small("transformer"), tokens(2, 5)
+    with torch.no_grad():
+        vectors = model.get_input_embeddings()(text)
+        assert torch.equal(model(inputs_embeds=vectors).logits, model(text).logits)
+
+
+def test_some_logits_and_hidden_states():
+    model, text = small("transformer"), tokens(2, 5)
+    with torch.no_grad():
+        out = model(text, output_hidden_states=True)
+        assert_close(model(text, logits_to_keep=2).logits, out.logits[:, -2:])
+        assert_close(model(text, logits_to_keep=torch.tensor([0, 3])).logits, out.logits[:, [0, 3]])
+    assert [states.shape for states in out.hidden_states] == [(2, 5, 16), (2, 5, 16)]
+    assert out.converged.all()
+    assert out.residual.shape == (2,)
+    assert out.evals > 3
+    assert isinstance(model(text, return_dict=False), tuple)
+
+
+def test_a_tolerance_and_a_budget_per_call():
+    model, text = small("transformer"), tokens(2, 5)
+    with torch.no_grad():
+        loose, tight = model(text, rtol=1e-2), model(text)
+        assert loose.evals < tight.evals
+        assert (loose.residual > 1e-6).all()
+        quick = copy.deepcopy(model)
+        quick.model.layer.method = dataclasses.replace(METHOD, on_failure="ignore")
+        assert quick(text, max_evals=4).evals == 4
+    assert model.model.layer.method == METHOD
+
+
+def test_the_stop_of_evaluation_is_for_evaluation():
+    config = EquilibriumConfig.of(LanguageConfig(BLOCK), VOCABULARY, method=METHOD, eval_stop=Stop(rtol=1e-2))
+    torch.manual_seed(0)
+    model = contractive(EquilibriumForCausalLM(config).double())
+    text = tokens(1, 6)
+    assert model.eval()(text).evals < model.train()(text).evals
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_round_trip_to_the_same_bits(kind, tmp_path):
+    model, text = small(kind), tokens(2, 6)
+    model.save_pretrained(tmp_path)
+    assert not [file for file in tmp_path.iterdir() if file.suffix not in (".json", ".safetensors")]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert found.dtype == torch.float64
+    for (name, a), (_, b) in zip(model.state_dict().items(), found.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.decoded_language() == LanguageConfig(CELLS[kind])
+    assert config.decoded_method() == METHOD
+    with torch.no_grad():
+        assert torch.equal(found.eval()(text).logits, model(text).logits)
+    assert found.generation_config.eos_token_id == VOCABULARY
+
+
+def test_a_missing_weight_is_initialised(tmp_path):
+    model = small("transformer")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    gone = "model.layer.cell.inner.direction", "model.layer.cell.attention.u"
+    for name in gone:
+        del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    spreads = set()
+    for _ in range(2):
+        found = EquilibriumForCausalLM.from_pretrained(tmp_path).state_dict()
+        for name, value in found.items():
+            assert value.isfinite().all()
+            assert name in gone or torch.equal(value, weights[name])
+        spreads.add(round(float(found[gone[0]].std()), 2))
+        assert float(found[gone[0]].abs().max()) <= 0.25  # U(±1/√16)
+        assert 0 < float(found[gone[1]].std()) < 0.1
+    assert spreads <= {0.13, 0.14, 0.15, 0.16}
+
+
+def test_a_folded_model_is_the_same(tmp_path):
+    from equilibria.layers.linear import fold
+
+    model, text = copy.deepcopy(small("chain")), tokens(2, 6)
+    with torch.no_grad():
+        wanted = model(text).logits
+        fold(model.model)
+        model.config.folded = True
+        model.save_pretrained(tmp_path)
+        found = EquilibriumForCausalLM.from_pretrained(tmp_path).eval()
+        assert_close(found(text).logits, wanted, rtol=0, atol=1e-10)
+    assert all("direction" not in name for name in found.state_dict())
+
+
+def test_more_tokens():
+    model, text = copy.deepcopy(small("transformer")), tokens(2, 6)
+    with torch.no_grad():
+        wanted = model(text).logits
+        model.resize_token_embeddings(VOCABULARY + 4)
+        found = model(text).logits
+        assert found.shape[-1] == model.config.vocab_size == VOCABULARY + 4
+        assert_close(found[..., :VOCABULARY], wanted[..., :VOCABULARY])
+        assert (found[..., VOCABULARY].softmax(dim=-1) < 1).all()
+        assert (found[..., VOCABULARY] == torch.finfo(found.dtype).min).all()
+        assert torch.isfinite(model(torch.full((1, 2), VOCABULARY + 3)).logits).all()
+        with pytest.raises(ValueError, match="none can be taken away"):
+            model.resize_token_embeddings(VOCABULARY)
+    adaptive = EquilibriumForCausalLM(configuration("transformer", **HEADS["adaptive"]))
+    with pytest.raises(ValueError, match="divided into clusters"):
+        adaptive.resize_token_embeddings(VOCABULARY + 4)
+
+
+TEXT = torch.arange(6)[None]
+REFUSED = {
+    "an unknown argument": ({"mask": TEXT}, TypeError, "no argument mask"),
+    "attentions": ({"output_attentions": True}, TypeError, "no argument output_attentions"),
+    "a mask of pairs": ({"attention_mask": torch.ones(1, 1, 6, 6)}, ValueError, r"must be \[rows, 6\]"),
+    "a short mask": ({"attention_mask": torch.ones(1, 5)}, ValueError, r"must be \[rows, 6\]"),
+    "holes": ({"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1]])}, ValueError, "padding inside the text of 1 rows"),
+    "packed texts": ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, ValueError, "give each text a row"),
+    "an edge to predict": ({"labels": torch.tensor([[0, 1, 2, 3, 4, VOCABULARY]])}, ValueError, "never predicts"),
+    "two inputs": ({"inputs_embeds": torch.zeros(1, 6, 16)}, ValueError, "either input_ids or inputs_embeds"),
+    "a tuple as cache": ({"past_key_values": ((1, 2),)}, TypeError, "must be a Cache"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_in_a_sentence(what, unhooked):
+    arguments, error, said = REFUSED[what]
+    with torch.no_grad(), pytest.raises(error, match=said):
+        small("transformer")(TEXT, **arguments)
+
+
+def test_a_cache_with_gradients_is_refused():
+    model = small("transformer")
+    assert model(TEXT).get(CACHE) is None
+    for arguments in ({"use_cache": True}, {CACHE: DynamicCache()}):
+        with pytest.raises(ValueError, match="a cache has no gradient"):
+            model(TEXT, **arguments)
+    with torch.no_grad(), pytest.raises(ValueError, match="two names of one argument"):
+        model(TEXT, cache=DynamicCache(), past_key_values=DynamicCache())
+
+
+def test_an_explicit_network_is_refused():
+    with pytest.raises(ValueError, match="export it as safetensors"):
+        EquilibriumConfig.of(LanguageConfig(BLOCK, explicit=Explicit(depth=3)), VOCABULARY)
+
+
+def test_configurations_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="unknown kind 'Anderson2'"):
+        EquilibriumConfig(method={"kind": "Method", "solver": {"kind": "Anderson2"}}).decoded_method()
+
+
+def test_the_library_itself_needs_no_transformers():
+    code = (
+        "import sys, torch; known = set(sys.modules); import equilibria; new = set(sys.modules) - known; "
+        "print(sorted({'transformers', 'numpy', 'tokenizers'} & new))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "[]"
