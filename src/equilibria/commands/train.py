@@ -43,7 +43,7 @@ RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 RUNS = Path("runs")
 """Where runs go unless --out says otherwise."""
 
-SAMPLE = {"character": 360, "word": 60}
+SAMPLE = {"character": 360, "word": 60, "bpe": 90}
 """Tokens of the sample at the end."""
 
 
@@ -126,6 +126,8 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
             stack.callback(run.give_up)
         resume, overwrite = ranks.of_first((options.resume, options.overwrite))
         run = Run.open(path, replacing=overwrite)
+        if resume and run.language is not None:
+            corpus = run.language.adopted(corpus)
         if not quiet:
             console.print(literal(f"{experiment.name} on {corpus.name}, in {run.path}"), soft_wrap=True)
             if options.out is None and run.path.name != experiment.name and not (resume or overwrite):
@@ -289,5 +291,5 @@ def _sample(run: Run, experiment: Experiment, corpus: Corpus) -> None:
     loaded = load(run.path, extra=kinds_in(experiment))
     text = corpus.vocabulary.decode(corpus.valid.tokens[:1000])
     line = text[text.find("\n") + 1 :].lstrip()
-    prompt = " ".join(line.split()[:8]) if corpus.unit == "word" else line[:40]
+    prompt = line[:40] if corpus.unit == "character" else " ".join(line.split()[:8])[:200]
     report.write_sample(run.path, prompt=prompt, text=loaded.generate(prompt, SAMPLE[corpus.unit]))

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from equilibria.lm.corpora import Corpus
 from equilibria.lm.device import device_of
-from equilibria.lm.evaluation import Evaluation, mean_summary
+from equilibria.lm.evaluation import mean_summary
 from equilibria.lm.model import LanguageModel
 from equilibria.lm.ranks import ALONE, Ranks
 from equilibria.lm.runs.events import Event
 from equilibria.lm.runs.run import Run
+from equilibria.lm.score import Evaluation
 from equilibria.lm.training.board import Board
 from equilibria.lm.training.step import Step
 
@@ -64,7 +65,10 @@ class Log:
 
     def start_of(self, model: LanguageModel, corpus: Corpus) -> None:
         """Write the start event: sizes of model and corpus, device, and version of PyTorch."""
-        sizes = {split: len(getattr(corpus, split)) for split in ("train", "valid", "test")}
+        splits = {split: getattr(corpus, split) for split in ("train", "valid", "test")}
+        sizes: dict[str, Any] = {split: len(stream) for split, stream in splits.items()}
+        if (text := corpus.spelling) is not None:
+            sizes["bytes"] = {split: text.text_bytes(part.ids) for split, part in splits.items()}
         self.write(
             "start",
             step=0,
@@ -121,9 +125,11 @@ class Log:
             stage=stage,
             nats=evaluation.nll_per_token,
             bits=evaluation.bits,
+            bits_per_byte=evaluation.bits_per_byte,
             perplexity=evaluation.perplexity,
             accuracy=evaluation.accuracy,
             tokens=evaluation.tokens,
+            bytes=evaluation.bytes,
             forward=evaluation.forward,
             seconds=self.seconds,
             best=best,
