@@ -35,6 +35,7 @@ from equilibria.lm.report.record import read
 from equilibria.lm.runs.folder import NEW, locked
 from equilibria.lm.runs.run import Run
 from equilibria.lm.runs.trained import load, with_data
+from equilibria.lm.training.tracker import module_of
 from equilibria.lm.training.trainer import Trainer, TrainingInterrupted
 
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     recipe, words = _split(arguments)
     options, path = _options(recipe, words)
     console = Console(highlight=False)
+    module_of(options.experiment.training.log.tracker_name)  # a tracker that is missing must not leave a run behind
     with waiting("reading the corpus"):
         corpus = options.experiment.corpus.load()
     training = options.experiment.training
@@ -291,5 +293,6 @@ def _sample(run: Run, experiment: Experiment, corpus: Corpus) -> None:
     loaded = load(run.path, extra=kinds_in(experiment))
     text = corpus.vocabulary.decode(corpus.valid.tokens[:1000])
     line = text[text.find("\n") + 1 :].lstrip()
-    prompt = line[:40] if corpus.unit == "character" else " ".join(line.split()[:8])[:200]
+    words = re.match(r"(\S+\s+){0,7}\S{1,40}", line)
+    prompt = line[:40] if corpus.unit == "character" or words is None else words[0]
     report.write_sample(run.path, prompt=prompt, text=loaded.generate(prompt, SAMPLE[corpus.unit]))

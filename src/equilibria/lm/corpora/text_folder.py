@@ -77,23 +77,24 @@ def text_file(
     with _naming(file):
         lines = lines_of(file, lowercase=lowercase)
         if kind.spells_everything:
-            train, valid, test = _cut("".join(lines), "character")
+            train, valid, test = _cut("".join(lines))
             vocabulary = Vocabulary.of_text(train, unit, size=vocabulary_size)
             parts = [vocabulary.encode(part) for part in (train, valid, test)]
         else:
             vocabulary, ids = Vocabulary.of_lines(lines, unit)
-            parts = _cut(ids, noun(unit))
+            parts = _cut(ids)
+        if any(len(part) < 2 for part in parts):
+            raise ValueError(
+                f"the text has {sum(map(len, parts))} {noun(unit)}s, and 5 % of it are for validation; give a text of "
+                "at least 40."
+            )
         learnt, chosen, kept = map(Stream.of_text, parts)
     return Corpus(name=file.name, train=learnt, valid=chosen, test=kept, vocabulary=vocabulary, unit=unit)
 
 
-def _cut(text: Any, one: str) -> tuple[Any, Any, Any]:
-    """The first 90 % of a string or of ids, the next 5 % and the last 5 %; ``one`` is one element, for the error."""
+def _cut(text: Any) -> tuple[Any, Any, Any]:
+    """The first 90 % of a string or of ids, the next 5 % and the last 5 %."""
     first, second = len(text) * 18 // 20, len(text) * 19 // 20
-    if second - first < 2:
-        raise ValueError(
-            f"the text has {len(text)} {one}s, and 5 % of it are for validation; give a text of at least 40."
-        )
     return text[:first], text[first:second], text[second:]
 
 

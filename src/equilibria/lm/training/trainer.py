@@ -14,6 +14,7 @@ from equilibria.layers.sequence import Memory
 from equilibria.lm.corpora import Corpus, Language, Segment, Segments
 from equilibria.lm.device import choose_device, to
 from equilibria.lm.experiments import Experiment
+from equilibria.lm.experiments.serialise import to_json
 from equilibria.lm.ranks import ALONE, Ranks
 from equilibria.lm.runs.checkpoint import Checkpoint
 from equilibria.lm.runs.events import Event
@@ -118,10 +119,17 @@ class Trainer:
         Raises:
             TrainingStopped: the loss or the gradient is not finite, or too many solves fail; names the step.
             TrainingInterrupted: ``leaving`` was set; a checkpoint of the last step has been written.
+            TrackerError: the tracker could not begin; nothing was trained.
         """
+        name = self.experiment.training.log.tracker_name
+        self.log.open_tracker(name, to_json(self.experiment), step=self.steps_done)
+        try:
+            self._train()
+        finally:
+            self.log.close()
+
+    def _train(self) -> None:
         settings = self.experiment.training.log
-        if settings.tensorboard and self.ranks.first:
-            self.log.open_board(step=self.steps_done)
         if self.steps_done == 0:
             self._begin()
         segments = iter(self._segments())
