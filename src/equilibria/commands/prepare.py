@@ -84,6 +84,11 @@ def main(arguments: Sequence[str]) -> int:
         raise unknown("corpus", options.corpus, SOURCES)
     if options.data is not None and options.corpus in ("python-docs", "copying"):
         raise UsageError(f"--data {options.data}: {options.corpus} is not read from a folder; leave --data out.")
+    if options.unit == "bpe" and options.corpus != "text-folder":
+        raise UsageError(
+            f"--unit bpe: the tokens of {options.corpus} are given; text-folder has a choice of tokens, and reads any "
+            "file or folder of text."
+        )
     if options.blank < 1:
         raise UsageError(f"--blank {options.blank}: it counts steps and is at least 1; try 400.")
     source = SOURCES[options.corpus](options)
