@@ -35,7 +35,7 @@ from equilibria.lm.report.record import read
 from equilibria.lm.runs.folder import NEW, locked
 from equilibria.lm.runs.run import Run
 from equilibria.lm.runs.trained import load, with_data
-from equilibria.lm.training.tracker import module_of
+from equilibria.lm.training.tracker import require
 from equilibria.lm.training.trainer import Trainer, TrainingInterrupted
 
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     recipe, words = _split(arguments)
     options, path = _options(recipe, words)
     console = Console(highlight=False)
-    module_of(options.experiment.training.log.tracker_name)  # a tracker that is missing must not leave a run behind
+    require(options.experiment.training.log.tracker_name)  # a tracker that is missing must not leave a run behind
     with waiting("reading the corpus"):
         corpus = options.experiment.corpus.load()
     training = options.experiment.training

@@ -135,14 +135,18 @@ def tracker_of(name: str, run: Run, config: Mapping[str, Any], *, step: int) -> 
         ) from error
 
 
-def module_of(name: str) -> ModuleType | None:
-    """The module of a tracker; None for "none".
+def require(name: str) -> None:
+    """Raise a ModuleNotFoundError if the package of a tracker is not installed; "none" needs none."""
+    if name != "none":
+        module_of(name)
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of a tracker.
 
     Raises:
         ModuleNotFoundError: its package is not installed.
     """
-    if name == "none":
-        return None
     try:
         module = importlib.import_module(_MODULES[name])
         if module.__spec__ is not None and module.__spec__.origin is None:
