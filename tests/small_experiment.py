@@ -26,7 +26,7 @@ SOLVER, STOP = Anderson(window=3), Stop(rtol=1e-2, max_evals=8)
 
 
 def corpus() -> Corpus:
-    vocabulary = Vocabulary(tokens=tuple(sorted(set(TEXT))), unit="character")
+    vocabulary = Vocabulary.of_tokens(sorted(set(TEXT)), "character")
     ids = vocabulary.encode(TEXT)
     train, valid, test = (Stream.of_text(part) for part in ids.split([len(ids) - 400, 200, 200]))
     return Corpus(name="a sentence", train=train, valid=valid, test=test, vocabulary=vocabulary, unit="character")

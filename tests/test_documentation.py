@@ -28,7 +28,10 @@ PUBLIC = (
     "cells",
     "stability",
     "testing",
-    *(f"lm.{part}" for part in ("model", "corpora", "experiments", "evaluation", "runs", "training", "recipes")),
+    *(
+        f"lm.{part}"
+        for part in ("model", "corpora", "experiments", "evaluation", "score", "runs", "training", "recipes")
+    ),
 )
 """Packages whose names the reference shows as a whole."""
 

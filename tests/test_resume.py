@@ -279,7 +279,8 @@ def test_sigkill_at_random_moments(tmp_path):
     folder = tmp_path / "run"
     kills = 0
     for attempt in range(20):
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         with subprocess.Popen(
             [sys.executable, "-c", SCRIPT, folder], stdout=subprocess.PIPE, env=environment
         ) as process:

@@ -268,7 +268,9 @@ def test_the_language_of_a_run_comes_back(tmp_path):
     again = Language.from_json(json.loads(json.dumps(known.to_json())))
     assert again.changed(corpus()) == []
     assert again.vocabulary == known.vocabulary
-    foreign = Vocabulary((*known.vocabulary.tokens[:-1], "Z"), "character")  # a letter that the run does not know
+    foreign = Vocabulary.of_tokens(
+        (*known.vocabulary.tokens[:-1], "Z"), "character"
+    )  # a letter that the run does not know
     assert again.changed(dataclasses.replace(corpus(), vocabulary=foreign)) != []
     for damaged in ([], {}, {**known.to_json(), "unit": "byte"}, {**known.to_json(), "sha256": 3}):
         with pytest.raises(ValueError, match=r"."):

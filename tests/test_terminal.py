@@ -163,6 +163,7 @@ def test_prepare_speaks_json(place, capsys):
     found = strict(capsys.readouterr().out)
     assert found["splits"]["train"] == {
         "tokens": 1240,
+        "predicted_bytes": 1239,  # ASCII, after the first character
         "sequences": None,
         "sequence_length": None,
         "unknown_share": None,

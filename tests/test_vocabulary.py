@@ -60,7 +60,7 @@ def test_every_line_ends_blank_ones_included_and_case_is_kept():
 
 
 def test_a_character_vocabulary_may_hold_unk():
-    vocabulary = Vocabulary(tokens=("a", "<unk>"), unit="character")
+    vocabulary = Vocabulary.of_tokens(("a", "<unk>"), "character")
     assert vocabulary.encode("a?").tolist() == [0, 1]
     assert vocabulary.end is None
 
@@ -86,7 +86,7 @@ def test_an_unknown_token_is_named_with_its_place_and_its_neighbours(unit, text,
 
 
 def test_without_an_end_token_lines_are_whitespace_and_are_not_counted():
-    vocabulary = Vocabulary(tokens=("a", "b"), unit="word")
+    vocabulary = Vocabulary.of_tokens(("a", "b"), "word")
     assert vocabulary.encode("a\nb\n").tolist() == [0, 1]
     with pytest.raises(ValueError, match=r"\(position 1\)"):
         vocabulary.encode("a\nx")
@@ -106,7 +106,7 @@ def test_without_an_end_token_lines_are_whitespace_and_are_not_counted():
 )
 def test_tokens_that_cannot_be_are_refused(tokens, unit, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Vocabulary(tokens=tokens, unit=unit)
+        Vocabulary.of_tokens(tokens, unit)
 
 
 @pytest.mark.parametrize("ids", [[0, 5], [-1]])

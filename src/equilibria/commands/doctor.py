@@ -14,6 +14,7 @@ from rich.text import Text
 
 from equilibria.commands.arguments import Run as Folder
 from equilibria.commands.arguments import parse
+from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs import checkpoint, events
 from equilibria.lm.runs.checkpoint import CheckpointError
@@ -135,7 +136,8 @@ def _text(run: Run) -> Iterator[Finding]:
         advice = "keep the corpus: this run was written by a version that did not keep its vocabulary."
         yield Finding("text", "there is no corpus.json", advice, remark=True)
         return
-    yield Finding("text", f"the vocabulary of {known.name}: {len(known.vocabulary):,} {known.unit}s")
+    learnt = f", learnt by {known.vocabulary.origin}" if known.vocabulary.origin else ""
+    yield Finding("text", f"the vocabulary of {known.name}: {len(known.vocabulary):,} {noun(known.unit)}s{learnt}")
     try:
         changed = known.changed(run.experiment().corpus.load())
     except (OSError, ValueError) as error:

@@ -16,6 +16,8 @@ EXTRAS = {
     "numpy": "train",
     "matplotlib": "train",
     "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
     "datasets": "data",
     "tokenizers": "tokenizers",
 }

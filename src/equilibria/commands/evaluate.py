@@ -14,12 +14,13 @@ from equilibria.commands.arguments import Run, parse
 from equilibria.commands.recipe import kinds_of
 from equilibria.errors import UsageError
 from equilibria.fixed_point import Method
-from equilibria.lm.evaluation import Evaluation, Setting
+from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.experiments.serialise import to_json
 from equilibria.lm.report import formats
 from equilibria.lm.report.display import summary_table, waiting
 from equilibria.lm.report.summary import Row
 from equilibria.lm.runs.trained import Trained, Which, load
+from equilibria.lm.score import Evaluation, Setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +96,11 @@ def _object(result: Evaluation, loaded: Trained, options: Options) -> dict[str, 
         "data": None if options.data is None else str(options.data),
         "nats": result.nll_per_token,
         "bits": result.bits,
+        "bits_per_byte": result.bits_per_byte,
         "perplexity": result.perplexity,
         "accuracy": result.accuracy,
         "tokens": result.tokens,
+        "bytes": result.bytes,
         "seconds": result.seconds,
         "forward": result.forward,
         "setting": dataclasses.asdict(result.setting),
@@ -156,15 +159,21 @@ def _method(loaded: Trained, options: Options) -> Method | None:
 
 
 def _scores(result: Evaluation, unit: str) -> list[Row]:
-    nll, bits = f"{result.nll_per_token:.4f} nats", f"{result.bits:.4f} bits per {unit}"
-    if unit == "word":
-        first = Row("Score", f"perplexity {result.perplexity:.2f}", f"{nll}, {bits}")
-    elif unit == "character":
-        first = Row("Score", bits, f"{nll}, perplexity {result.perplexity:.3f}")
+    one = noun(unit)
+    nll, bits = f"{result.nll_per_token:.4f} nats", f"{result.bits:.4f} bits per {one}"
+    if unit == "character":
+        rows = [Row("Score", bits, f"{nll}, perplexity {result.perplexity:.3f}")]
+    elif unit == "symbol":
+        rows = [Row("Score", f"{result.nll_per_token:.3e} nats per {unit}", "mean over every place of the sequence")]
     else:
-        first = Row("Score", f"{result.nll_per_token:.3e} nats per {unit}", "mean over every place of the sequence")
-    answers = [] if result.accuracy is None else [Row("Right answers", formats.percent(result.accuracy))]
-    return [first, *answers]
+        rows = [Row("Score", f"perplexity {result.perplexity:.2f}", f"{nll}, {bits}")]
+    if result.bytes and result.bits_per_byte is not None:
+        size = result.bytes / result.tokens
+        beside = f"of {formats.count(result.bytes)} bytes of text, {size:.2f} per {one}; compares vocabularies"
+        rows.append(Row("Bits per byte", f"{result.bits_per_byte:.4f}", beside))
+    if result.accuracy is not None:
+        rows.append(Row("Right answers", formats.percent(result.accuracy)))
+    return rows
 
 
 def _conditions(loaded: Trained, setting: Setting, *, episodes: bool) -> list[Row]:

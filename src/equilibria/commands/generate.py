@@ -14,7 +14,6 @@ from equilibria.commands.recipe import kinds_of
 from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
 from equilibria.layers.layer import LayerOutput
-from equilibria.lm.corpora import Vocabulary
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs.trained import Trained, Which, load
 
@@ -28,7 +27,7 @@ class Options:
     prompt: tuple[str, ...]
     """The beginning of the text; several are continued side by side, and shown one after another."""
     length: int = 400
-    """Tokens to generate: characters or words, as the model was trained."""
+    """Tokens to generate: characters, words or BPE tokens, as the model was trained."""
     temperature: float = 0.8
     """Logits are divided by it: below 1 safer, above 1 bolder; 0 always takes the most likely token."""
     top_k: int | None = None
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
             sys.stdout.write(shown(piece))
             sys.stdout.flush()
     sys.stdout.write("\n")
-    for note in (*_unknown_words(loaded.language.vocabulary, options.prompt), *failed.notes()):
+    for note in (*loaded.vocabulary.remarks(options.prompt), *failed.notes()):
         complain(f"note: {note}")
     return 0
 
@@ -114,14 +113,3 @@ class _Failures:
             f"{self._failed:,} of {self._solves:,} solves did not converge, so the text may depend on its company; "
             "`equilibria evaluate` tells how the model does on its own corpus."
         ]
-
-
-def _unknown_words(vocabulary: Vocabulary, prompts: Sequence[str]) -> list[str]:
-    """A sentence about the words of the prompts that the model reads as the unknown word."""
-    if vocabulary.unknown is None or vocabulary.unit != "word":
-        return []
-    known = set(vocabulary.tokens)
-    words = list(dict.fromkeys(word for prompt in prompts for word in prompt.split() if word not in known))
-    if not words:
-        return []
-    return [f"the model does not know {', '.join(map(repr, words[:8]))} and reads {vocabulary.unknown} instead."]

@@ -32,6 +32,7 @@ from equilibria.lm.corpora import (
     memoryless_optimum,
 )
 from equilibria.lm.corpora.fetch import DATASET, WikiText, fetch_wikitext, is_vacant
+from equilibria.lm.corpora.vocabulary import BPE_SIZE, noun
 from equilibria.lm.report import formats
 from equilibria.lm.report.display import summary_table, waiting
 from equilibria.lm.report.summary import NBSP, Row
@@ -50,8 +51,10 @@ class Options:
     data: Path | None = None
     """The folder with train.txt, valid.txt and test.txt, for ptb, ptb-char and text-folder, or with the token files,
     for wikitext103 and wikitext2; these are in data/wikitext-103 and data/wikitext-2 if no folder is named."""
-    unit: Literal["word", "character"] = "word"
-    """The kind of a token of text-folder."""
+    unit: Literal["word", "character", "bpe"] = "word"
+    """The kind of a token of text-folder; "bpe" is byte-pair encoding, learnt from the training text."""
+    vocabulary_size: int = BPE_SIZE
+    """Number of tokens that byte-pair encoding learns, for text-folder with --unit bpe."""
     lowercase: bool = False
     """Whether text-folder lowers capital letters."""
     blank: int = 400
@@ -69,7 +72,7 @@ SOURCES: dict[str, Callable[[Options], Source]] = {
     "ptb-char": lambda options: PennTreebankCharacters(root=_folder(options)),
     "wikitext103": lambda options: WikiText103(root=_fetched(options, "wikitext-103-v1")),
     "wikitext2": lambda options: WikiText2(root=_fetched(options, "wikitext-2-v1")),
-    "text-folder": lambda options: TextFolder(root=_folder(options), unit=options.unit, lowercase=options.lowercase),
+    "text-folder": lambda options: _text(options),
     "copying": lambda options: Copying(blank=options.blank),
 }
 
@@ -81,6 +84,11 @@ def main(arguments: Sequence[str]) -> int:
         raise unknown("corpus", options.corpus, SOURCES)
     if options.data is not None and options.corpus in ("python-docs", "copying"):
         raise UsageError(f"--data {options.data}: {options.corpus} is not read from a folder; leave --data out.")
+    if options.unit == "bpe" and options.corpus != "text-folder":
+        raise UsageError(
+            f"--unit bpe: the tokens of {options.corpus} are given; text-folder has a choice of tokens, and reads any "
+            "file or folder of text."
+        )
     if options.blank < 1:
         raise UsageError(f"--blank {options.blank}: it counts steps and is at least 1; try 400.")
     source = SOURCES[options.corpus](options)
@@ -91,8 +99,19 @@ def main(arguments: Sequence[str]) -> int:
         print(formats.strict_json(found))
         return 0
     rows = [*_splits(found), *_tokens(found), *_baseline(found)]
-    Console(highlight=False).print(summary_table(rows, f"{corpus.name}, by {corpus.unit}s"))
+    Console(highlight=False).print(summary_table(rows, f"{corpus.name}, by {noun(corpus.unit)}s"))
     return 0
+
+
+def _text(options: Options) -> TextFolder:
+    """The text of a folder; a UsageError if its options contradict each other."""
+    root = _folder(options)
+    try:
+        return TextFolder(
+            root=root, unit=options.unit, lowercase=options.lowercase, vocabulary_size=options.vocabulary_size
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _folder(options: Options) -> Path:
@@ -123,9 +142,10 @@ def _object(corpus: Corpus, options: Options) -> dict[str, Any]:
         "corpus": corpus.name,
         "unit": corpus.unit,
         "vocabulary": len(corpus.vocabulary),
+        "learnt_by": corpus.vocabulary.origin,
         "unknown": corpus.vocabulary.unknown,
         "splits": {name: _split(corpus, getattr(corpus, name)) for name in SPLITS},
-        "most_frequent": [{"token": corpus.vocabulary.tokens[place], "share": shares[place]} for place in frequent],
+        "most_frequent": [{"token": corpus.vocabulary.spelling(place), "share": shares[place]} for place in frequent],
         "baseline": ngram_baseline(corpus) if corpus.unit == "character" else [],
         "memoryless_nats": memoryless_optimum(options.blank) if corpus.unit == "symbol" else None,
     }
@@ -133,10 +153,11 @@ def _object(corpus: Corpus, options: Options) -> dict[str, Any]:
 
 def _split(corpus: Corpus, stream: Stream) -> dict[str, Any]:
     """The size of one part of the corpus; of sequences that stand alone the number too."""
-    unknown = corpus.vocabulary.unknown
+    unknown, spelling = corpus.vocabulary.unknown, corpus.spelling
     place = None if unknown is None else corpus.vocabulary.tokens.index(unknown)
     return {
         "tokens": len(stream) + (stream.episode is None),  # the first token of a text is read, but not predicted
+        "predicted_bytes": None if spelling is None else spelling.byte_count(stream.tokens, stream.targets),
         "sequences": None if stream.episode is None else len(stream) // stream.episode,
         "sequence_length": stream.episode,
         "unknown_share": None if place is None else float((stream.tokens == place).sum() / len(stream)),
@@ -148,15 +169,17 @@ def _splits(found: dict[str, Any]) -> list[Row]:
     for name, label in SPLITS.items():
         split = found["splits"][name]
         number, length = split["sequences"], split["sequence_length"]
-        beside = "" if number is None else f"{number:,} sequences of {length:,}"
+        text = "" if split["predicted_bytes"] is None else f"{split['predicted_bytes']:,} bytes after the first token"
+        beside = text if number is None else f"{number:,} sequences of {length:,}"
         rows.append(Row(label, f"{split['tokens']:,} tokens", beside))
     return rows
 
 
 def _tokens(found: dict[str, Any]) -> list[Row]:
     words = "  ".join(f"{_shown(one['token'])}{NBSP}{one['share']:.1%}" for one in found["most_frequent"])
-    size = f"{found['vocabulary']:,} {found['unit']}s"
-    rows = [Row("Vocabulary", size), Row("Most frequent", "in training", words)]
+    size = f"{found['vocabulary']:,} {noun(found['unit'])}s"
+    learnt = f"learnt by {found['learnt_by']} from the training text" if found["learnt_by"] else ""
+    rows = [Row("Vocabulary", size, learnt), Row("Most frequent", "in training", words)]
     if found["unknown"] is not None:
         shares = [f"{label.lower()} {found['splits'][name]['unknown_share']:.2%}" for name, label in SPLITS.items()]
         rows.append(Row("Unknown", found["unknown"], ", ".join(shares)))
@@ -177,5 +200,5 @@ def _baseline(found: dict[str, Any]) -> list[Row]:
 
 
 def _shown(token: str) -> str:
-    """A token that can be seen: spaces and line breaks by name."""
-    return {" ": "space", "\n": "newline", "\t": "tab"}.get(token, token)
+    """A token that can be seen: spaces and line breaks by name, and the space before a word as a sign."""
+    return {" ": "space", "\n": "newline", "\t": "tab"}.get(token, token.replace(" ", "␣"))

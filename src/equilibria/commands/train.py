@@ -35,6 +35,7 @@ from equilibria.lm.report.record import read
 from equilibria.lm.runs.folder import NEW, locked
 from equilibria.lm.runs.run import Run
 from equilibria.lm.runs.trained import load, with_data
+from equilibria.lm.training.tracker import require
 from equilibria.lm.training.trainer import Trainer, TrainingInterrupted
 
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -43,7 +44,7 @@ RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 RUNS = Path("runs")
 """Where runs go unless --out says otherwise."""
 
-SAMPLE = {"character": 360, "word": 60}
+SAMPLE = {"character": 360, "word": 60, "bpe": 90}
 """Tokens of the sample at the end."""
 
 
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     recipe, words = _split(arguments)
     options, path = _options(recipe, words)
     console = Console(highlight=False)
+    require(options.experiment.training.log.tracker_name)  # a tracker that is missing must not leave a run behind
     with waiting("reading the corpus"):
         corpus = options.experiment.corpus.load()
     training = options.experiment.training
@@ -126,6 +128,8 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
             stack.callback(run.give_up)
         resume, overwrite = ranks.of_first((options.resume, options.overwrite))
         run = Run.open(path, replacing=overwrite)
+        if resume and run.language is not None:
+            corpus = run.language.adopted(corpus)
         if not quiet:
             console.print(literal(f"{experiment.name} on {corpus.name}, in {run.path}"), soft_wrap=True)
             if options.out is None and run.path.name != experiment.name and not (resume or overwrite):
@@ -289,5 +293,6 @@ def _sample(run: Run, experiment: Experiment, corpus: Corpus) -> None:
     loaded = load(run.path, extra=kinds_in(experiment))
     text = corpus.vocabulary.decode(corpus.valid.tokens[:1000])
     line = text[text.find("\n") + 1 :].lstrip()
-    prompt = " ".join(line.split()[:8]) if corpus.unit == "word" else line[:40]
+    words = re.match(r"(\S+\s+){0,7}\S{1,40}", line)
+    prompt = line[:40] if corpus.unit == "character" or words is None else words[0]
     report.write_sample(run.path, prompt=prompt, text=loaded.generate(prompt, SAMPLE[corpus.unit]))

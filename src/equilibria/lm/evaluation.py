@@ -5,7 +5,6 @@ Letters: B batch, T time, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import statistics
@@ -21,84 +20,13 @@ from equilibria.core.solve import Solution
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Cell
 from equilibria.layers.equilibrium import Equilibrium
-from equilibria.lm.corpora import SYMBOLS, Segment, Segments, Stream
+from equilibria.lm.corpora import SYMBOLS, Segment, Segments, Stream, Vocabulary
 from equilibria.lm.device import device_of, to
 from equilibria.lm.model import LanguageModel, LanguageOutput
 from equilibria.lm.model.modes import eval_mode
 from equilibria.lm.ranks import ALONE, Ranks, reshard
+from equilibria.lm.score import Evaluation, Setting
 from equilibria.stability import spectral_radius
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """The settings on which a score depends, besides weights and text; report them with every perplexity."""
-
-    batch_size: int
-    """Streams that were read side by side; each begins without a past."""
-    segment_length: int
-    """Tokens of each stream per solve."""
-    overlap: int
-    """Tokens that a segment shares with the previous one, instead of a memory; 0 if the memory was carried."""
-    max_segments: int | None
-    """Number of segments to which the evaluation was limited; None for all."""
-    memory_length: int | None
-    """Past positions that the cell remembers; 0 with overlap, None for a layer whose memory has no length."""
-    max_evals: int | None
-    """Budget of a solve in evaluations of f; None for a layer that solves nothing."""
-    rtol: float | None
-    """Relative tolerance of a solve; None for a layer that solves nothing."""
-    atol: float | None
-    """Absolute tolerance of a solve, or None likewise; with both 0 the budget is the depth of a network."""
-    tokens: int
-    """Tokens that were scored."""
-    stream_tokens: int
-    """Tokens in the stream."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The score of a model on a stream, and the cost of its solves. Means are weighted by tokens."""
-
-    nll_per_token: float
-    """Mean negative log-likelihood per token, in nats."""
-    setting: Setting
-    """The settings of the measurement."""
-    forward: dict[str, float] | None
-    """Means over the solves: evals, residual (relative), converged (share of samples), steps; None without solves."""
-    accuracy: float | None
-    """Accuracy on the last ten targets of each episode, which are the answers of a synthetic task; None for text."""
-    seconds: float
-    """Duration of the evaluation."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that were scored."""
-        return self.setting.tokens
-
-    @property
-    def bits(self) -> float:
-        """Bits per token."""
-        return self.nll_per_token / math.log(2)
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nll per token), for at most 700 nats."""
-        return math.exp(min(self.nll_per_token, 700.0))
-
-    @property
-    def evals(self) -> float | None:
-        """Mean number of evaluations of f per segment; None without solves."""
-        return self.forward["evals"] if self.forward else None
-
-    @property
-    def residual(self) -> float | None:
-        """Mean relative residual; None without solves."""
-        return self.forward["residual"] if self.forward else None
-
-    @property
-    def converged(self) -> float | None:
-        """Share of samples that met the tolerance; None without solves."""
-        return self.forward["converged"] if self.forward else None
 
 
 def evaluate(
@@ -113,6 +41,7 @@ def evaluate(
     warm: bool = False,
     depth: int | None = None,
     ranks: Ranks = ALONE,
+    vocabulary: Vocabulary | None = None,
 ) -> Evaluation:
     """The score of the model on the stream, in evaluation mode and without gradients.
 
@@ -131,6 +60,7 @@ def evaluate(
         warm: start each solve from the last state in the memory.
         depth: number of layers of an explicit network to use; None for all.
         ranks: processes that share the batch if it can be divided evenly; otherwise each reads all of it.
+        vocabulary: the vocabulary of the text, to count its bytes; None counts none, as for a synthetic task.
 
     Raises:
         ValueError: an argument is out of its range, or the stream is too short for the batch.
@@ -148,9 +78,11 @@ def evaluate(
         world_size=ranks.size,
     )
     began, device = time.perf_counter(), device_of(model)
-    totals, memory = _Totals(answers=None if stream.episode is None else min(SYMBOLS, stream.episode)), None
+    answers = None if stream.episode is None else min(SYMBOLS, stream.episode)
+    totals, memory = _Totals(answers=answers, vocabulary=vocabulary), None
     with eval_mode(model):
         for segment in itertools.islice(segments.one_epoch(), max_segments):
+            totals.count(segment)
             segment = to(segment, device)
             past, options = None if segment.resets else memory, {"method": method, "warm": warm, "depth": depth}
             output = model(segment.tokens, segment.targets, past, skip=segment.skip, **options)
@@ -189,10 +121,16 @@ def _layer_setting(layer: nn.Module, method: Method | None, *, carried: bool) ->
 class _Totals:
     """Sums over segments."""
 
-    def __init__(self, *, answers: int | None) -> None:
-        self._answers = answers
+    def __init__(self, *, answers: int | None, vocabulary: Vocabulary | None) -> None:
+        self._answers, self._vocabulary, self._bytes = answers, vocabulary, 0
         self._nll, self.tokens, self._right, self._asked = 0.0, 0, 0, 0
         self._forward: dict[str, tuple[float, int]] = {}
+
+    def count(self, segment: Segment) -> None:
+        """Count the bytes of a segment's scored text, before it goes to a device."""
+        if self._vocabulary is not None:
+            scored = slice(segment.skip, None)
+            self._bytes += self._vocabulary.byte_count(segment.tokens[:, scored], segment.targets[:, scored])
 
     def add(self, model: LanguageModel, segment: Segment, output: LanguageOutput) -> None:
         count = segment.scored
@@ -214,9 +152,11 @@ class _Totals:
         if ranks.alone:
             return
         own = {"nll": self._nll, "tokens": self.tokens, "right": self._right, "asked": self._asked}
+        own["bytes"] = self._bytes
         every = ranks.of_all((own, self._forward))
         self._nll, self.tokens = (sum(one[name] for one, _ in every) for name in ("nll", "tokens"))
         self._right, self._asked = (sum(one[name] for one, _ in every) for name in ("right", "asked"))
+        self._bytes = sum(one["bytes"] for one, _ in every)
         forwards = [forward for _, forward in every]
         self._forward = {
             name: (sum(forward[name][0] for forward in forwards), sum(forward[name][1] for forward in forwards))
@@ -230,6 +170,7 @@ class _Totals:
             forward={name: total / (weight or math.nan) for name, (total, weight) in self._forward.items()} or None,
             accuracy=self._right / self._asked if self._asked else None,
             seconds=seconds,
+            bytes=None if self._vocabulary is None else self._bytes,
         )
 
 

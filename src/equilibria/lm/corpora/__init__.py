@@ -3,6 +3,8 @@
 For a corpus of your own, write a function that returns a ``Corpus`` and pass the result wherever one is expected.
 """
 
+from equilibria.lm.corpora.byte_pairs import BytePairVocabulary
+from equilibria.lm.corpora.characters import CharacterVocabulary
 from equilibria.lm.corpora.copying import SYMBOLS, Copying, copying, memoryless_optimum
 from equilibria.lm.corpora.corpus import Corpus, Stream, Unit
 from equilibria.lm.corpora.fetch import fetch_wikitext
@@ -29,6 +31,7 @@ from equilibria.lm.corpora.wikitext import (
     wikitext2,
     wikitext103,
 )
+from equilibria.lm.corpora.words import WordVocabulary
 
 CATALOGUE: tuple[type[Source], ...] = (
     PythonDocs,
@@ -48,6 +51,8 @@ __all__ = [
     "SYMBOLS",
     "WIKITEXT2_COUNTS",
     "WIKITEXT103_COUNTS",
+    "BytePairVocabulary",
+    "CharacterVocabulary",
     "Copying",
     "Corpus",
     "FolderSource",
@@ -65,6 +70,7 @@ __all__ = [
     "Vocabulary",
     "WikiText2",
     "WikiText103",
+    "WordVocabulary",
     "copying",
     "fetch_wikitext",
     "memoryless_optimum",

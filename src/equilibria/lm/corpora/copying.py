@@ -68,7 +68,7 @@ def copying(
         train=stream(train, 0),
         valid=stream(valid, 1),
         test=stream(test, 2),
-        vocabulary=Vocabulary(tokens=tuple("0123456789"), unit="character"),
+        vocabulary=Vocabulary.of_tokens("0123456789", "character"),
         unit="symbol",
     )
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from equilibria.lm.corpora.vocabulary import Vocabulary
 
-Unit = Literal["word", "character", "symbol"]
-"""The unit of a token: a word, a character, or a symbol of a synthetic task."""
+Unit = Literal["word", "character", "bpe", "symbol"]
+"""The unit of a token: as of ``TextUnit``, or a symbol of a synthetic task."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class Corpus:
     vocabulary: Vocabulary
     """The tokens of the ids."""
     unit: Unit
-    """The unit of a token; reports give bits per character for characters and perplexity for words."""
+    """The unit of a token; reports give bits per character for characters and perplexity for words and BPE tokens."""
 
     def __post_init__(self) -> None:
         for split in ("train", "valid", "test"):
@@ -99,3 +99,8 @@ class Corpus:
                         f"Corpus {self.name!r}: the {name} of {split} hold the id {low if low < 0 else high}, and its "
                         f"vocabulary has the ids 0 … {len(self.vocabulary) - 1}; encode all three with that vocabulary."
                     )
+
+    @property
+    def spelling(self) -> Vocabulary | None:
+        """The vocabulary if the ids spell a text; None for a synthetic task, whose symbols have no bytes."""
+        return None if self.unit == "symbol" else self.vocabulary

@@ -6,36 +6,40 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from equilibria.lm.corpora.byte_level import check_size
 from equilibria.lm.corpora.corpus import Corpus, Stream
 from equilibria.lm.corpora.source import FolderSource
-from equilibria.lm.corpora.vocabulary import TextUnit, Vocabulary, check_unit
+from equilibria.lm.corpora.vocabulary import BPE_SIZE, TextUnit, Vocabulary, kind_of, noun
 
 FILE_NAMES = ("{split}.txt", "ptb.{split}.txt", "wiki.{split}.tokens")
 """Possible names of the file of a split; the first one that exists is read."""
 
 
-def text_folder(root: Path, *, unit: TextUnit = "word", lowercase: bool = False) -> Corpus:
+def text_folder(
+    root: Path, *, unit: TextUnit = "word", lowercase: bool = False, vocabulary_size: int = BPE_SIZE
+) -> Corpus:
     """The corpus in the files ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8) of a folder.
 
     The vocabulary is that of the training text only. Other words in the validation or test text become ``<unk>`` if
-    the training text contains ``<unk>``, and raise an error otherwise.
+    the training text contains ``<unk>``, and raise an error otherwise; byte-pair tokens spell every text.
 
     Args:
         root: the folder; names such as ``ptb.train.txt`` and ``wiki.train.tokens`` are also accepted.
         unit: the unit of a token.
         lowercase: convert to lower case. Not for corpora that are already in lower case: the number token ``N`` of the
             Penn Treebank would become the word ``n``.
+        vocabulary_size: the number of byte-pair tokens to learn; other units have those of the training text.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is empty or not UTF-8, or has unknown words; names the file.
     """
-    check_unit(unit)
+    kind_of(unit)
     train, valid, test = (_find(root.expanduser(), split) for split in ("train", "valid", "test"))
     with _naming(train):
-        vocabulary, ids = Vocabulary.of_lines(lines_of(train, lowercase=lowercase), unit)
+        vocabulary, ids = Vocabulary.of_lines(lines_of(train, lowercase=lowercase), unit, size=vocabulary_size)
         learnt = Stream.of_text(ids)
 
     def encoded(path: Path) -> Stream:
@@ -52,29 +56,46 @@ def text_folder(root: Path, *, unit: TextUnit = "word", lowercase: bool = False)
     )
 
 
-def text_file(file: Path, *, unit: TextUnit = "character", lowercase: bool = False) -> Corpus:
+def text_file(
+    file: Path, *, unit: TextUnit = "character", lowercase: bool = False, vocabulary_size: int = BPE_SIZE
+) -> Corpus:
     """The corpus in one text file (UTF-8): the first 90 % for training, then 5 % for validation and 5 % for the test.
 
-    The vocabulary is that of the whole file, so that the whole text can be scored.
+    The vocabulary of words or characters is that of the whole file, so that the whole text can be scored. Byte-pair
+    tokens are learnt from the training part alone, and their file is cut at the same characters as one of characters.
 
     Args:
         file: the text file.
         unit: the unit of a token.
         lowercase: convert to lower case.
+        vocabulary_size: the number of byte-pair tokens to learn; other units have those of the text.
 
     Raises:
         ValueError: the file is not UTF-8, empty, or too short for three splits.
     """
-    check_unit(unit)
+    kind = kind_of(unit)
     with _naming(file):
-        vocabulary, ids = Vocabulary.of_lines(lines_of(file, lowercase=lowercase), unit)
-        first, second = len(ids) * 18 // 20, len(ids) * 19 // 20
-        if second - first < 2:
+        lines = lines_of(file, lowercase=lowercase)
+        if kind.spells_everything:
+            train, valid, test = _cut("".join(lines))
+            vocabulary = Vocabulary.of_text(train, unit, size=vocabulary_size)
+            parts = [vocabulary.encode(part) for part in (train, valid, test)]
+        else:
+            vocabulary, ids = Vocabulary.of_lines(lines, unit)
+            parts = _cut(ids)
+        if any(len(part) < 2 for part in parts):
             raise ValueError(
-                f"the text has {len(ids)} {unit}s, and 5 % of it are for validation; give a text of at least 40."
+                f"the text has {sum(map(len, parts))} {noun(unit)}s, and 5 % of it are for validation; give a text of "
+                "at least 40."
             )
-        train, valid, test = (Stream.of_text(part) for part in (ids[:first], ids[first:second], ids[second:]))
-    return Corpus(name=file.name, train=train, valid=valid, test=test, vocabulary=vocabulary, unit=unit)
+        learnt, chosen, kept = map(Stream.of_text, parts)
+    return Corpus(name=file.name, train=learnt, valid=chosen, test=kept, vocabulary=vocabulary, unit=unit)
+
+
+def _cut(text: Any) -> tuple[Any, Any, Any]:
+    """The first 90 % of a string or of ids, the next 5 % and the last 5 %."""
+    first, second = len(text) * 18 // 20, len(text) * 19 // 20
+    return text[:first], text[first:second], text[second:]
 
 
 def published(
@@ -166,13 +187,25 @@ def _naming(path: Path) -> Iterator[None]:
 class TextFolder(FolderSource):
     """Text of your own: a folder with train.txt, valid.txt and test.txt, or one file that is split 90 : 5 : 5."""
 
-    unit: Literal["word", "character"] = "word"
-    """The unit of a token."""
+    unit: Literal["word", "character", "bpe"] = "word"
+    """The unit of a token; "bpe" is byte-pair encoding, learnt from the training text."""
     lowercase: bool = False
     """True to convert the text to lower case."""
+    vocabulary_size: int = BPE_SIZE
+    """Number of tokens that byte-pair encoding learns; only for unit="bpe"."""
+
+    def __post_init__(self) -> None:
+        """Check the size of the vocabulary, and make the path absolute."""
+        super().__post_init__()
+        if self.unit != "bpe" and self.vocabulary_size != BPE_SIZE:
+            raise ValueError(
+                f"TextFolder(unit={self.unit!r}, vocabulary_size={self.vocabulary_size}): the {self.unit}s are those "
+                "of the text, and only byte-pair encoding has a size; give unit='bpe', or leave it out."
+            )
+        check_size(self.vocabulary_size)
 
     def load(self) -> Corpus:
-        """The corpus; its vocabulary is that of train.txt, or of the whole file."""
+        """The corpus; its vocabulary is that of train.txt, or of the whole file, or learnt from the training part."""
         root = self.folder()
         read = text_file if root.is_file() else text_folder
-        return read(root, unit=self.unit, lowercase=self.lowercase)
+        return read(root, unit=self.unit, lowercase=self.lowercase, vocabulary_size=self.vocabulary_size)

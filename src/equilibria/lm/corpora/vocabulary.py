@@ -1,153 +1,216 @@
-"""Vocabulary: the tokens of a corpus; converts text to ids and back.
+"""Vocabulary: the tokens of a corpus; converts text to ids and back. One class per unit stands behind it.
 
-Letters: L length of a stream of tokens.
+Letters: L length of a sequence of tokens, V size of the vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
 import io
-import re
 import typing
-import unicodedata
+from abc import ABC, abstractmethod
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-TextUnit = Literal["word", "character"]
-"""The unit of a token of text."""
+TextUnit = Literal["word", "character", "bpe"]
+"""The unit of a token of text: a word, a character, or a piece of bytes that byte-pair encoding has learnt."""
 
 END = "<eos>"
 """The token at the end of a line of words."""
 UNKNOWN = "<unk>"
 """The token for every word outside the vocabulary; in corpora that contain it, it is an ordinary word there."""
+BPE_SIZE = 4096
+"""Tokens of a byte-pair vocabulary unless another number is given."""
+_CHUNK = 1 << 20
+"""Tokens whose bytes are counted at once."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
+class Speller(ABC):
+    """Spells the tokens of one text one after the other, for showing it while it is made."""
+
+    @abstractmethod
+    def piece(self, place: int) -> str:
+        """The text that the next token adds; may be empty, if only the tokens after it complete a character."""
+
+    def rest(self) -> str:
+        """The text of what was held back, once no more tokens follow."""
+        return ""
+
+
+class Vocabulary(ABC):
     """The tokens of a corpus; the id of a token is its index.
 
-    Characters: ``decode(encode(text)) == text``. Words are separated by whitespace and keep their case, and every line
-    ends in ``<eos>``, also a blank one; ``decode`` then returns the same words separated by single spaces, with a line
-    break for each ``<eos>``.
+    ``decode(encode(text))`` is ``text`` for characters and byte-pair tokens. Words are separated by whitespace, so they
+    come back separated by single spaces, with a line break for each ``<eos>``.
     """
 
+    unit: ClassVar[TextUnit]
+    """The unit of a token."""
+    spells_everything: ClassVar[bool] = False
+    """True if every text can be encoded, whatever the vocabulary was learnt from."""
     tokens: tuple[str, ...]
     """All tokens, each once."""
-    unit: TextUnit
-    """The unit of a token: "word" or "character"."""
+    _kinds: ClassVar[dict[str, type[Vocabulary]]] = {}
 
-    def __post_init__(self) -> None:
-        check_unit(self.unit)
-        if not self.tokens:
-            raise ValueError(
-                "Vocabulary(tokens=()): a vocabulary has at least one token; give it the tokens of a text."
-            )
-        if len(self._ids) < len(self.tokens):
-            token, count = Counter(self.tokens).most_common(1)[0]
-            raise ValueError(
-                f"Vocabulary: the token {token!r} occurs {count} times and may occur only once; remove the others."
-            )
-        for token in self.tokens:
-            if self.unit == "character" and len(token) != 1 and token != UNKNOWN:
-                raise ValueError(
-                    f"Vocabulary(unit='character'): the token {token!r} has {len(token)} characters, and only one "
-                    f"character or {UNKNOWN!r} is allowed; try unit='word'."
-                )
-            if self.unit == "word" and token.split() != [token]:
-                raise ValueError(
-                    f"Vocabulary(unit='word'): the token {token!r} is empty or contains whitespace, which separates "
-                    "words; remove it, or try unit='character'."
-                )
+    def __init_subclass__(cls) -> None:
+        if "unit" in vars(cls):
+            cls._kinds[cls.unit] = cls
 
-    @classmethod
-    def of_text(cls, text: str, unit: TextUnit) -> Vocabulary:
-        """The vocabulary of a text.
+    @staticmethod
+    def of_text(text: str, unit: TextUnit, *, size: int = BPE_SIZE) -> Vocabulary:
+        """The vocabulary of a text; the arguments are those of ``of_lines``."""
+        vocabulary, _ = Vocabulary.of_lines(lines_in(text), unit, size=size)
+        return vocabulary
+
+    @staticmethod
+    def of_lines(lines: Iterable[str], unit: TextUnit, *, size: int = BPE_SIZE) -> tuple[Vocabulary, Int[Tensor, " L"]]:
+        """The vocabulary of a text, and the ids of the text (int32 or int64).
 
         Characters are in the order of their code points. Words follow ``<eos>``, which has id 0, by decreasing
         frequency, as adaptive softmaxes expect; words of equal frequency are in the order of first appearance.
-        """
-        vocabulary, _ = cls.of_lines(_lines(text), unit)
-        return vocabulary
-
-    @classmethod
-    def of_lines(cls, lines: Iterable[str], unit: TextUnit) -> tuple[Vocabulary, Int[Tensor, " L"]]:
-        """The vocabulary of a text, as from ``of_text``, and the ids of the text (int64).
-
-        The text is read once and needs about twelve bytes per token: every new token gets the next free id, and the
-        ids are renumbered at the end.
+        Byte-pair tokens are the 256 bytes, and then the merges in the order in which they were learnt.
 
         Args:
             lines: lines with their line feeds, which the last one may lack; for example an open text file.
             unit: the unit of a token.
+            size: the number of byte-pair tokens to learn; other units have those that occur in the text.
         """
-        check_unit(unit)
-        places, ids = _Places(), array("i")
-        if unit == "word":
-            places[END] = 0
-        for line in lines:
-            ids.extend(map(places.__getitem__, _tokens(line, unit=unit, end=END, finish=True)))
-        tokens, first = tuple(places), _tensor(ids)
-        if unit == "character":
-            order = torch.tensor(sorted(range(len(tokens)), key=tokens.__getitem__), dtype=torch.int64)
-        else:
-            counts = torch.bincount(first, minlength=len(tokens))
-            counts[0] = len(first) + 1  # <eos> comes first, however often it occurs
-            order = counts.argsort(descending=True, stable=True)
-        renumbered = torch.empty_like(order)
-        renumbered[order] = torch.arange(len(order))
-        ordered = tuple(tokens[place] for place in order.tolist())
-        return cls(tokens=ordered, unit=unit), renumbered.index_select(0, first)
+        return kind_of(unit).learnt(lines, size=size)
+
+    @staticmethod
+    def of_tokens(tokens: Iterable[str], unit: TextUnit) -> Vocabulary:
+        """The vocabulary with these words or characters, in this order.
+
+        Raises:
+            ValueError: a token cannot be one of this unit, or occurs twice; or the unit is "bpe", which has merges.
+        """
+        return kind_of(unit).listed(tuple(tokens))
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Vocabulary:
+        """The vocabulary from the dictionary of ``to_json``.
+
+        Raises:
+            ValueError: the dictionary has other fields.
+        """
+        unit = value.get("unit")
+        if not isinstance(unit, str):
+            raise wrong_fields(value, "'tokens' (a list of strings)")
+        return kind_of(unit).stored(value)
+
+    @classmethod
+    @abstractmethod
+    def learnt(cls, lines: Iterable[str], *, size: int) -> tuple[Vocabulary, Int[Tensor, " L"]]:
+        """As ``of_lines``, of this unit."""
+
+    @classmethod
+    @abstractmethod
+    def listed(cls, tokens: tuple[str, ...]) -> Vocabulary:
+        """As ``of_tokens``, of this unit."""
+
+    @classmethod
+    @abstractmethod
+    def stored(cls, value: Mapping[str, Any]) -> Vocabulary:
+        """As ``from_json``, of this unit."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """The vocabulary as a plain dictionary with its "unit"."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """A SHA-256 of everything on which the ids of a text depend."""
 
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.tokens)
 
     @property
+    def origin(self) -> str | None:
+        """The library that learnt the tokens, with its version; None if they are simply those of the text."""
+        return None
+
+    @property
     def unknown(self) -> str | None:
-        """The token for all tokens outside the vocabulary; None if these raise an error."""
-        return UNKNOWN if UNKNOWN in self._ids else None
+        """The token for all tokens outside the vocabulary; None if there is none."""
+        return None
 
     @property
     def end(self) -> str | None:
-        """The token at the end of a line; None if there is none, as for characters, whose lines end in a line feed."""
-        return END if self.unit == "word" and END in self._ids else None
+        """The token at the end of a line; None if lines end in a line feed, which is text like any other."""
+        return None
 
     def encode(self, text: str, *, finish: bool = True) -> Int[Tensor, " L"]:
         """The ids of a text (int64).
 
         Args:
             text: the text; its lines end in line feeds.
-            finish: also end a last line without line feed; False for a prompt that will be continued.
+            finish: also end a last line of words without line feed; False for a prompt that will be continued.
 
         Raises:
             ValueError: the text has a token outside the vocabulary, which has no ``<unk>``.
         """
-        return self.encode_lines(_lines(text), finish=finish)
+        return self.encode_lines(lines_in(text), finish=finish)
 
+    @abstractmethod
     def encode_lines(self, lines: Iterable[str], *, finish: bool = True) -> Int[Tensor, " L"]:
         """As ``encode``, for a text given line by line as in ``of_lines``, which need not fit into memory."""
-        ids, place = array("i"), self._places.__getitem__
-        for number, line in enumerate(lines, 1):
-            try:
-                ids.extend(map(place, _tokens(line, unit=self.unit, end=self.end, finish=finish)))
-            except KeyError as error:  # ids holds exactly the tokens before it
-                raise ValueError(self._unknown_token(error.args[0], position=len(ids), line=number)) from None
-        return _tensor(ids).long()
 
+    @abstractmethod
     def decode(self, ids: Int[Tensor, " L"]) -> str:
         """The text of the ids.
 
         Raises:
             ValueError: an id is outside 0 … V − 1.
         """
+
+    @abstractmethod
+    def speller(self, before: str) -> Speller:
+        """Spells the tokens that follow the text ``before``, one by one."""
+
+    @abstractmethod
+    def spelling(self, place: int) -> str:
+        """The text of one token, for people."""
+
+    @abstractmethod
+    def byte_sizes(self, tokens: Int[Tensor, "*S"] | None, targets: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:
+        """The UTF-8 bytes of the text that each target adds after its token, or at the beginning of a text (None).
+
+        What ``decode`` returns is counted: of words the word and the space before it, which the first word of a line
+        lacks; one byte for ``<eos>``, the line feed; five for ``<unk>``, which is what was predicted.
+        """
+
+    def byte_count(self, tokens: Int[Tensor, "*S"], targets: Int[Tensor, "*S"]) -> int:
+        """The sum of ``byte_sizes``."""
+        pairs = zip(tokens.reshape(-1).split(_CHUNK), targets.reshape(-1).split(_CHUNK), strict=True)
+        return sum(int(self.byte_sizes(*pair).sum()) for pair in pairs)
+
+    def text_bytes(self, ids: Int[Tensor, " L"]) -> int:
+        """The UTF-8 bytes of the text of these ids, without making the text: ``len(decode(ids).encode())``."""
+        return int(self.byte_sizes(None, ids[:1]).sum()) + self.byte_count(ids[:-1], ids[1:])
+
+    def place_of(self, text: str) -> int | None:
+        """The id of the token with this text; None if no single token has it."""
+        return self.tokens.index(text) if text in self.tokens else None
+
+    def translation(self, other: Vocabulary) -> Int[Tensor, " _"] | None:
+        """The id here of each token of ``other``, V for those that are missing here.
+
+        None if texts have to be decoded and encoded again, since the tokens do not correspond one by one.
+        """
+        return None
+
+    def remarks(self, prompts: Sequence[str]) -> list[str]:
+        """Sentences about what the model reads differently from how these prompts look."""
+        return []
+
+    def _places(self, ids: Tensor) -> list[int]:
+        """The ids as numbers; a ValueError if one is outside the vocabulary."""
         places = ids.tolist()
         if places and not (min(places) >= 0 and max(places) < len(self)):
             wrong = next(place for place in places if not 0 <= place < len(self))
@@ -155,105 +218,42 @@ class Vocabulary:
                 f"Vocabulary.decode: the id {wrong} is outside 0 … {len(self) - 1}; "
                 "decode with the vocabulary that the ids were encoded with."
             )
-        tokens = [self.tokens[place] for place in places]
-        if self.unit == "character":
-            return "".join(tokens)
-        return re.sub(" ?\n ?", "\n", " ".join("\n" if token == self.end else token for token in tokens))
+        return places
 
-    def to_json(self) -> dict[str, Any]:
-        """The vocabulary as a plain dictionary."""
-        return {"unit": self.unit, "tokens": list(self.tokens)}
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Vocabulary:
-        """The vocabulary from the dictionary of ``to_json``.
+def kind_of(unit: str) -> type[Vocabulary]:
+    """The class of the vocabularies of a unit; a ValueError if there is no such unit."""
+    check_unit(unit)
+    return Vocabulary._kinds[unit]
 
-        Raises:
-            ValueError: the dictionary has other fields.
-        """
-        tokens, unit = value.get("tokens"), value.get("unit")
-        strings = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
-        if set(value) != {"unit", "tokens"} or not strings or not isinstance(unit, str):
-            raise ValueError(
-                f"Vocabulary.from_json: the fields are {', '.join(sorted(map(str, value))) or 'none'}, and must be "
-                "'unit' (a string) and 'tokens' (a list of strings); pass what to_json returned."
-            )
-        check_unit(unit)
-        return cls(tokens=tuple(typing.cast(list[str], tokens)), unit=typing.cast(TextUnit, unit))
 
-    @functools.cached_property
-    def _ids(self) -> dict[str, int]:
-        return {token: place for place, token in enumerate(self.tokens)}
-
-    @functools.cached_property
-    def _places(self) -> dict[str, int]:
-        """The id of every token, and that of ``<unk>`` for all others if there is ``<unk>``."""
-        return self._ids if self.unknown is None else _Known(self._ids)
-
-    def _unknown_token(self, token: str, *, position: int, line: int) -> str:
-        """The error sentence for a token outside the vocabulary."""
-        place = f"position {position}"
-        if self.unit == "character" or self.end is not None:
-            place += f", line {line}"
-        near = ", ".join(map(repr, _nearest(token, self.tokens, self.unit)))
-        return (
-            f"The {self.unit} {token!r} ({place}) is not among the {len(self)} {self.unit}s of the vocabulary, which "
-            f"has no {UNKNOWN!r}{f'; the nearest are {near}' if near else ''}; "
-            f"replace it in the text, or use a vocabulary that contains it or {UNKNOWN!r}."
+def check_unit(unit: str) -> None:
+    """Raise a ValueError unless ``unit`` is one of ``TextUnit``."""
+    if unit not in typing.get_args(TextUnit):
+        raise ValueError(
+            f"unit={unit!r}: a token of text is a 'word' or a 'character', or one of 'bpe' (byte-pair encoding); try "
+            "unit='word'."
         )
 
 
-class _Places(dict[str, int]):
-    """Ids of tokens in the order of first appearance: a new token gets the next id."""
-
-    def __missing__(self, token: str) -> int:
-        self[token] = place = len(self)
-        return place
+def noun(unit: str) -> str:
+    """One token in words: the unit, except that of ``bpe`` it is a "BPE token"."""
+    return "BPE token" if unit == "bpe" else unit
 
 
-class _Known(dict[str, int]):
-    """Ids of known tokens; all other tokens have the id of ``<unk>`` and are not stored."""
-
-    def __missing__(self, token: str) -> int:
-        return self[UNKNOWN]
-
-
-def _lines(text: str) -> Iterable[str]:
+def lines_in(text: str) -> Iterable[str]:
     """The lines of a text with their line feeds; no other character ends a line."""
     return io.StringIO(text, newline="\n")
 
 
-def _tokens(line: str, *, unit: TextUnit, end: str | None, finish: bool) -> Sequence[str]:
-    """The tokens of one line: its characters, or its words and the token ``end``, if that is not None."""
-    if unit == "character":
-        return line
-    words = line.split()
-    if end is not None and (finish or line.endswith("\n")):
-        words.append(end)
-    return words
-
-
-def _tensor(ids: array[int]) -> Int[Tensor, " L"]:
+def as_tensor(ids: array[int]) -> Int[Tensor, " L"]:
     """The numbers of an array("i") as a tensor (int32) that shares its memory."""
     return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
 
 
-def check_unit(unit: str) -> None:
-    """Raise a ValueError unless ``unit`` is "word" or "character"."""
-    if unit not in typing.get_args(TextUnit):
-        raise ValueError(f"unit={unit!r}: a token of text is a 'word' or a 'character'; try unit='word'.")
-
-
-def _nearest(token: str, tokens: tuple[str, ...], unit: TextUnit) -> list[str]:
-    """Up to three similar tokens: words by spelling, characters by base letter and then by code point."""
-    if unit == "word":
-        return difflib.get_close_matches(token, tokens)
-
-    def distance(other: str) -> tuple[bool, int]:
-        return _base(other) != _base(token), abs(ord(other) - ord(token))
-
-    return sorted(tokens, key=distance)[:3]
-
-
-def _base(character: str) -> str:
-    return unicodedata.normalize("NFKD", character)[0].casefold()
+def wrong_fields(value: Mapping[str, Any], wanted: str) -> ValueError:
+    """The error for a stored vocabulary with other fields than it has to have."""
+    return ValueError(
+        f"Vocabulary.from_json: the fields are {', '.join(sorted(map(str, value))) or 'none'}, and must be 'unit' (a "
+        f"string) and {wanted}; pass what to_json returned."
+    )

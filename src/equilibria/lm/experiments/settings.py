@@ -127,17 +127,33 @@ class Logging:
     """Whether the peak memory of a training step, and of one of the unrolled cell, is measured at the end."""
     memory_depths: tuple[int, ...] = (8, 16, 32, 64)
     """Depths of the unrolled cell in that measurement."""
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where the numbers of the log are sent besides metrics.jsonl: TensorBoard, Trackio or Weights & Biases."""
     tensorboard: bool = False
-    """Whether the log is also written for TensorBoard."""
+    """The older name of tracker="tensorboard"."""
+
+    TRACKERS: ClassVar = ("none", "tensorboard", "trackio", "wandb")
 
     def __post_init__(self) -> None:
         finite(self)
+        if self.tracker not in self.TRACKERS:
+            raise ValueError(f"Logging(tracker={self.tracker!r}): it is one of {', '.join(map(repr, self.TRACKERS))}.")
+        if self.tensorboard and self.tracker not in ("none", "tensorboard"):
+            raise ValueError(
+                f"Logging(tracker={self.tracker!r}, tensorboard=True): there is one tracker at a time, and tensorboard "
+                "is the older name of tracker='tensorboard'; leave one of the two out."
+            )
         at_least(self, 1, "log_every")
         at_least(self, 0, "spectral_radius")
         if 0 < self.spectral_radius < 3:
             raise ValueError(
                 f"Logging(spectral_radius={self.spectral_radius}): give at least 3 iterations; try 40, or 0 for none."
             )
+
+    @property
+    def tracker_name(self) -> str:
+        """The tracker, by either name of its setting."""
+        return "tensorboard" if self.tensorboard else self.tracker
 
 
 @dataclasses.dataclass(frozen=True)

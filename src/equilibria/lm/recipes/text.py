@@ -10,5 +10,5 @@ from equilibria.lm.recipes.tiny import tiny
 
 
 def text() -> Experiment:
-    """Your own text: a file or folder named with --data, by characters, or by words with --unit word."""
+    """Your own text: a file or folder named with --data, by characters, by words with --unit word, or by --unit bpe."""
     return dataclasses.replace(tiny(), name="text", corpus=TextFolder(unit="character"))

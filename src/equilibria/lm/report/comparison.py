@@ -55,10 +55,16 @@ def differences(records: Sequence[Record]) -> list[list[str]]:
 
 
 def _warning(records: Sequence[Record]) -> str:
-    """A notice if the losses are not those of the same text."""
-    texts = {str((record.last("start") or {}).get("corpus")) for record in records}
-    if len(texts) < 2:
+    """A notice if the losses are not those of the same text, or not of the same tokens."""
+    corpora = [(record.last("start") or {}).get("corpus") or {} for record in records]
+    if len({str(corpus) for corpus in corpora}) < 2:
         return ""
+    texts = [(corpus.get("name"), corpus.get("bytes")) for corpus in corpora]
+    if texts[0][1] and all(text == texts[0] for text in texts):
+        return (
+            '<p class="notice">These runs read the same text as different tokens, so compare their bits per byte; '
+            "the other losses are per token.</p>"
+        )
     return '<p class="notice">These runs read different corpora, so their losses cannot be compared.</p>'
 
 

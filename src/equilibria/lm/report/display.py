@@ -93,7 +93,7 @@ class Display:
             solves = f", {cost[0].replace('evaluations', 'evals')}, {cost[2]}" if cost else ""
             right = "" if event.get("accuracy") is None else f", {formats.percent(event['accuracy'])} right"
             best = ", best" if event.get("best") else ""
-            return f"{number}  valid {formats.score(event, self._unit)}{right}{solves}{best}"
+            return f"{number}  valid {formats.full_score(event, self._unit)}{right}{solves}{best}"
         if kind == "rolled_back":
             return (
                 f"{number}  step {event['failed_step']:,} was not finite: continuing from this checkpoint with "
@@ -145,7 +145,7 @@ class Display:
             table.add_row("training", score, f"{step['loss']:.3f} nats", _speed(step))
         valid = self._latest.get("valid")
         if valid:
-            score = literal(formats.score(valid, self._unit))
+            score = literal(formats.full_score(valid, self._unit))
             table.add_row("validation", score, f"{valid['nats']:.3f} nats", _at(valid))
         for name in ("forward", "backward"):
             if step.get(name):

@@ -292,13 +292,20 @@ FIGURES: tuple[tuple[str, str, Callable[[Axes, Record], bool]], ...] = (
 
 
 def _validations(axes: Axes, records: Sequence[Record]) -> bool:
-    """The validation losses of several runs."""
-    return _side_by_side(axes, records, lambda axes, record, colour: _dots(axes, record.log.dots["valid"], *colour))
+    """The validation losses of several runs: bits per byte if their units differ."""
+    name = "valid" if _of_one_unit(records) else "per byte"
+    return _side_by_side(axes, records, lambda axes, record, colour: _dots(axes, record.log.dots[name], *colour))
 
 
 def _trainings(axes: Axes, records: Sequence[Record]) -> bool:
-    """The training losses of several runs."""
+    """The training losses of several runs, which are per token; none if their units differ."""
+    if not _of_one_unit(records):
+        return False
     return _side_by_side(axes, records, lambda axes, record, colour: _curve(axes, record.log.curves["loss"], *colour))
+
+
+def _of_one_unit(records: Sequence[Record]) -> bool:
+    return len({record.unit for record in records}) == 1
 
 
 def _side_by_side(
@@ -308,19 +315,23 @@ def _side_by_side(
         paint(axes, record, (COLOURS[place % len(COLOURS)], _label(str(record.path))))
     if not axes.lines:
         return False
-    unit = records[0].unit
-    if formats.measure(unit)[0] != "bits":
+    key, name = formats.measure(records[0].unit) if _of_one_unit(records) else ("bits", "bits per byte")
+    if key != "bits":
         axes.set_yscale("log")
     longest = max(record.step for record in records)
     axes.set_xlabel("training step")
     axes.set_xlim(-0.02 * max(longest, 1), 1.02 * max(longest, 1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.count(value)))
-    axes.set_ylabel(formats.measure(unit)[1])
+    axes.set_ylabel(name)
     axes.legend(loc="upper right", fontsize=8)
     return True
 
 
 COMPARISONS: tuple[tuple[str, str, Callable[[Axes, Sequence[Record]], bool]], ...] = (
-    ("validation", "The validation losses, each measured as the table says.", _validations),
+    (
+        "validation",
+        "The validation losses, each measured as the table says; runs of different tokens in bits per byte.",
+        _validations,
+    ),
     ("training", "The training losses: single steps pale, their running means as lines.", _trainings),
 )

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from equilibria.lm.corpora.vocabulary import noun
+
 
 def strict_json(value: dict[str, Any]) -> str:
     """The output of a verb with --json: one object of JSON in ASCII; a number that is not finite is null."""
@@ -81,8 +83,8 @@ def mean(values: Iterable[float | None]) -> float:
 
 def measure(unit: str) -> tuple[str, str]:
     """The key of a validation event that suits the unit of the text, and its name in words."""
-    if unit == "word":
-        return "perplexity", "perplexity per word"
+    if unit in ("word", "bpe"):
+        return "perplexity", f"perplexity per {noun(unit)}"
     if unit == "character":
         return "bits", "bits per character"
     return "nats", f"nats per {unit}"
@@ -109,6 +111,17 @@ def score(event: dict[str, Any], unit: str) -> str:
     value = quantity(event, unit)
     digits = f"{value:,.1f}" if value >= 100 else f"{value:.3f}" if value >= 0.1 else f"{value:.2e}"
     return f"{digits} {measure(unit)[1]}"
+
+
+def full_score(event: dict[str, Any], unit: str) -> str:
+    """``score``, and the bits per byte if the event has them."""
+    return ", ".join(part for part in (score(event, unit), per_byte(event)) if part)
+
+
+def per_byte(event: dict[str, Any]) -> str:
+    """The bits per byte of a validation in words; empty if it has none, as of a synthetic task."""
+    value = event.get("bits_per_byte")
+    return "" if value is None else f"{float(value):.3f} bits per byte"
 
 
 def conditions(event: dict[str, Any]) -> str:

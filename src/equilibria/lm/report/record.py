@@ -55,7 +55,7 @@ class Contents:
         self.best: dict[Any, tuple[float, int, Event]] = {}
         self.scored: Any = None  # the newest stage with a validation that is finite
         self.trained: Any = None  # the newest stage with a training step
-        self.dots: dict[str, Dots] = {"valid": {}, "mean": {}, "max": {}}
+        self.dots: dict[str, Dots] = {"valid": {}, "per byte": {}, "mean": {}, "max": {}}
         self.curves = {name: Curve() for name in COLUMNS[:-1]}
         self.sums: dict[Any, dict[str, tuple[int, int, float]]] = {}
         self._rows: list[tuple[float, ...]] = []
@@ -94,6 +94,9 @@ class Contents:
     def _add_valid(self, event: Event) -> None:
         stage, nll = event.get("stage"), formats.plain(event["nats"])
         self._dot("valid", event, formats.quantity(event, self.unit))
+        if formats.per_byte(event):
+            self._dot("per byte", event, formats.plain(event["bits_per_byte"]))
+            float(event["bytes"])
         if math.isfinite(nll):
             self.scored = stage
             found = (nll, sum(map(len, self.dots["valid"].values())), event)  # of equal ones the first

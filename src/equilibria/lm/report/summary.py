@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.report import formats
 from equilibria.lm.report.record import DIRECTIONS, PARTS, Event, Record
 from equilibria.lm.runs.files import check_own
@@ -42,7 +43,7 @@ def rows(record: Record) -> list[Row]:
 def data(record: Record) -> dict[str, Any]:
     """The content of ``rows`` as numbers, with their names in metrics.jsonl; None where nothing was measured."""
     start, best = record.last("start") or {}, record.best
-    scores = ("step", "stage", "nats", "bits", "perplexity", "accuracy", "setting")
+    scores = ("step", "stage", "nats", "bits", "bits_per_byte", "perplexity", "accuracy", "bytes", "setting")
     return {
         "parameters": _parameters(record),
         "corpus": start.get("corpus"),
@@ -86,7 +87,10 @@ def _model(record: Record) -> Iterator[Row]:
     number = _parameters(record)
     if number is not None:
         corpus = start.get("corpus") or {}
-        known = f"{corpus['name']}, {formats.count(corpus['vocabulary'])} different {corpus['unit']}s" if corpus else ""
+        known = ""
+        if corpus:
+            size = f"{formats.count(corpus['vocabulary'])} different {noun(corpus['unit'])}s"
+            known = f"{corpus['name']}, {size}"
         yield Row("Parameters", formats.count(number), known)
 
 
@@ -96,6 +100,9 @@ def _validation(record: Record) -> Iterator[Row]:
         conditions = formats.conditions(best)
         beside = f"step {formats.count(best['step'])}, the best" + (f"; {conditions}" if conditions else "")
         yield Row("Validation", formats.score(best, record.unit), beside)
+        if found := formats.per_byte(best):
+            size = f"of {formats.count(best['bytes'])} bytes of text; compares vocabularies"
+            yield Row("Bits per byte", found.removesuffix(" bits per byte"), size)
         if best.get("accuracy") is not None:
             yield Row("Right answers", formats.percent(best["accuracy"]), "of those asked for at the end of a sequence")
     marks = (baseline or {}).get("rows", [])

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from equilibria.lm.corpora import Language, Vocabulary
+from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.model import LanguageModel
 from equilibria.lm.model.generate import stream
 
@@ -45,9 +46,7 @@ def continuation(
     """
     vocabulary = language.vocabulary
     if language.unit == "symbol":
-        raise ValueError(
-            f"The corpus {language.name} is a synthetic task, not text; generate needs a run on characters or words."
-        )
+        raise ValueError(f"The corpus {language.name} is a synthetic task, not text; generate needs a run on text.")
     if length < 1:
         raise ValueError(f"The length {length} is the number of tokens to generate and is at least 1; try 400.")
     if not prompts:
@@ -65,12 +64,20 @@ def continuation(
         segment=segment,
     )
     texts = [Detokeniser(vocabulary, prompt, end) for prompt in prompts]
-    steps = itertools.islice(tokens, length)
-    return (tuple(text.piece(place) for text, place in zip(texts, step.tolist(), strict=True)) for step in steps)
+    return _pieces(itertools.islice(tokens, length), texts, length)
+
+
+def _pieces(steps: Iterator[Int[Tensor, " B"]], texts: Sequence[Detokeniser], length: int) -> Iterator[tuple[str, ...]]:
+    """The pieces of the texts; the last of ``length`` steps also shows what was held back."""
+    for number, step in enumerate(steps, 1):
+        pieces = [text.piece(place) for text, place in zip(texts, step.tolist(), strict=True)]
+        if number == length:
+            pieces = [piece + text.rest() for text, piece in zip(texts, pieces, strict=True)]
+        yield tuple(pieces)
 
 
 class Detokeniser:
-    """Turns the tokens of one text into pieces of text: puts spaces between words, and line breaks at ends of lines.
+    """Turns the tokens of one text into pieces of text, as the vocabulary spells them, until a token that ends it.
 
     Args:
         vocabulary: the vocabulary of the tokens.
@@ -79,19 +86,20 @@ class Detokeniser:
     """
 
     def __init__(self, vocabulary: Vocabulary, before: str, stop: int | None) -> None:
-        self._vocabulary, self._last, self._stop, self._ended = vocabulary, before[-1:], stop, False
+        self._speller, self._stop, self._ended = vocabulary.speller(before), stop, False
 
     def piece(self, place: int) -> str:
         """The text of the next token; empty once the text has ended."""
-        self._ended = self._ended or place == self._stop
         if self._ended:
             return ""
-        token = self._vocabulary.tokens[place]
-        if self._vocabulary.unit == "word":
-            joined = self._last in ("", " ", "\n")
-            token = "\n" if token == self._vocabulary.end else token if joined else f" {token}"
-        self._last = token[-1:]
-        return token
+        if place == self._stop:
+            return self.rest()
+        return self._speller.piece(place)
+
+    def rest(self) -> str:
+        """The text of what was held back: bytes that are no whole character. It ends the text."""
+        rest, self._ended = "" if self._ended else self._speller.rest(), True
+        return rest
 
 
 def _encoded(vocabulary: Vocabulary, prompt: str) -> Int[Tensor, " T"]:
@@ -109,11 +117,10 @@ def _encoded(vocabulary: Vocabulary, prompt: str) -> Int[Tensor, " T"]:
 def _token(vocabulary: Vocabulary, text: str) -> int:
     """The id of the token ``text``."""
     text = text.replace("\\n", "\n")
-    if vocabulary.unit == "word" and text == "\n" and vocabulary.end is not None:
-        text = vocabulary.end
-    if text not in vocabulary.tokens:
+    place = vocabulary.place_of(text)
+    if place is None:
         raise ValueError(
-            f"stop={text!r} is not one of the {len(vocabulary):,} {vocabulary.unit}s that the model knows; give one of "
-            "these, such as \\n for the end of a line."
+            f"stop={text!r} is not one of the {len(vocabulary):,} {noun(vocabulary.unit)}s that the model knows; give "
+            "one of these, such as \\n for the end of a line."
         )
-    return vocabulary.tokens.index(text)
+    return place

@@ -249,7 +249,13 @@ class Run:
 
 
 OF_A_RANK = frozenset(
-    {"corpus.root", "training.devices.device", "training.devices.threads", "training.log.tensorboard"}
+    {
+        "corpus.root",
+        "training.devices.device",
+        "training.devices.threads",
+        "training.log.tracker",
+        "training.log.tensorboard",
+    }
 )
 """Fields whose values may differ between the processes of one training."""
 

@@ -19,7 +19,7 @@ from equilibria.lm.corpora import Corpus, Stream, TextFolder, Vocabulary
 from equilibria.lm.corpora.language import Language
 from equilibria.lm.corpora.text_folder import lines_of
 from equilibria.lm.device import choose_device
-from equilibria.lm.evaluation import Evaluation, evaluate
+from equilibria.lm.evaluation import evaluate
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.model import LanguageConfig, LanguageModel
@@ -27,6 +27,7 @@ from equilibria.lm.runs.checkpoint import CheckpointError
 from equilibria.lm.runs.continuation import continuation
 from equilibria.lm.runs.run import Run, require
 from equilibria.lm.runs.weights import load_weights, weights
+from equilibria.lm.score import Evaluation
 
 _log = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class Trained:
             max_segments=max_segments,
             method=method or self.stage.evaluation_method,
             warm=self.stage.warm,
+            vocabulary=self.language.spelling,
         )
 
     @functools.cached_property
@@ -126,8 +128,7 @@ class Trained:
             )
         if changed:
             _log.warning("The text of %s in %s is not the text of the training.", ", ".join(changed), self.data)
-        same = corpus.vocabulary.tokens == self.language.vocabulary.tokens
-        return corpus if same else self.language.encoded(corpus)
+        return corpus if corpus.vocabulary == self.language.vocabulary else self.language.encoded(corpus)
 
     @property
     def is_file(self) -> bool:

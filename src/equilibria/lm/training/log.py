@@ -1,11 +1,13 @@
-"""Log: writes the events of a training to metrics.jsonl and TensorBoard, and calls ``on_event``."""
+"""Log: writes the events of a training to metrics.jsonl and a tracker, and calls ``on_event``."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,13 +15,16 @@ from torch import Tensor
 
 from equilibria.lm.corpora import Corpus
 from equilibria.lm.device import device_of
-from equilibria.lm.evaluation import Evaluation, mean_summary
+from equilibria.lm.evaluation import mean_summary
 from equilibria.lm.model import LanguageModel
 from equilibria.lm.ranks import ALONE, Ranks
 from equilibria.lm.runs.events import Event
 from equilibria.lm.runs.run import Run
-from equilibria.lm.training.board import Board
+from equilibria.lm.score import Evaluation
 from equilibria.lm.training.step import Step
+from equilibria.lm.training.tracker import Tracker, TrackerError, numbers_of, tracker_of
+
+_log = logging.getLogger(__name__)
 
 
 class Log:
@@ -34,7 +39,7 @@ class Log:
     def __init__(self, run: Run | None, on_event: Callable[[Event], None] | None, ranks: Ranks = ALONE) -> None:
         self._run, self._on_event = (run, on_event) if ranks.first else (None, None)
         self._ranks = ranks
-        self._board: Board | None = None
+        self._tracker: Tracker | None = None
         self._seconds, self._since = 0.0, time.perf_counter()
         self._tokens, self._busy = 0, 0.0
 
@@ -47,24 +52,60 @@ class Log:
         """Count the time from now on, after ``seconds`` of earlier training."""
         self._seconds, self._since = seconds, time.perf_counter()
 
-    def open_board(self, *, step: int) -> None:
-        """Also write for TensorBoard, from ``step`` on."""
+    def open_tracker(self, name: str, config: Mapping[str, Any], *, step: int) -> None:
+        """Also send the events after ``step`` to a tracker, with the experiment as plain values.
+
+        Raises:
+            ModuleNotFoundError: its package is not installed.
+            TrackerError: it cannot begin; all ranks raise.
+        """
+        fault = None
         if self._run is not None:
-            self._board = Board(self._run.folder / "tensorboard", step=step)
+            try:
+                self._tracker = tracker_of(name, self._run, config, step=step)
+            except (ModuleNotFoundError, TrackerError) as error:
+                fault = error
+        fault = self._ranks.of_first(fault)
+        if fault is not None:
+            raise fault
+
+    def close(self) -> None:
+        """Close the tracker, if there is one."""
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            try:
+                tracker.close()
+            except Exception as error:
+                _log.warning("The tracker did not close (%s: %s).", type(error).__name__, error)
+
+    def _track(self, event: Event) -> None:
+        """Send the numbers of an event to the tracker. One that fails is closed: the training must not end with it."""
+        if self._tracker is None:
+            return
+        try:
+            self._tracker.log(event["step"], numbers_of(event))
+        except Exception as error:
+            text = "The tracker failed at step %d (%s: %s) and gets no more numbers; metrics.jsonl has all of them."
+            _log.warning(text, event["step"], type(error).__name__, error)
+            tracker, self._tracker = self._tracker, None
+            with contextlib.suppress(Exception):
+                tracker.close()
 
     def write(self, event: str, *, step: int, **fields: Any) -> None:
         """Write one event to all outputs."""
         line: Event = {"event": event, "step": step, **fields}
         if self._run is not None:
             self._run.append(line)
-        if self._board is not None:
-            self._board.write(line)
+        self._track(line)
         if self._on_event is not None:
             self._on_event(line)
 
     def start_of(self, model: LanguageModel, corpus: Corpus) -> None:
         """Write the start event: sizes of model and corpus, device, and version of PyTorch."""
-        sizes = {split: len(getattr(corpus, split)) for split in ("train", "valid", "test")}
+        splits = {split: getattr(corpus, split) for split in ("train", "valid", "test")}
+        sizes: dict[str, Any] = {split: len(stream) for split, stream in splits.items()}
+        if (text := corpus.spelling) is not None:
+            sizes["bytes"] = {split: text.text_bytes(part.ids) for split, part in splits.items()}
         self.write(
             "start",
             step=0,
@@ -121,9 +162,11 @@ class Log:
             stage=stage,
             nats=evaluation.nll_per_token,
             bits=evaluation.bits,
+            bits_per_byte=evaluation.bits_per_byte,
             perplexity=evaluation.perplexity,
             accuracy=evaluation.accuracy,
             tokens=evaluation.tokens,
+            bytes=evaluation.bytes,
             forward=evaluation.forward,
             seconds=self.seconds,
             best=best,

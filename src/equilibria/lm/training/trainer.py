@@ -13,12 +13,13 @@ from equilibria.errors import EquilibriaError
 from equilibria.layers.sequence import Memory
 from equilibria.lm.corpora import Corpus, Language, Segment, Segments
 from equilibria.lm.device import choose_device, to
-from equilibria.lm.evaluation import Evaluation
 from equilibria.lm.experiments import Experiment
+from equilibria.lm.experiments.serialise import to_json
 from equilibria.lm.ranks import ALONE, Ranks
 from equilibria.lm.runs.checkpoint import Checkpoint
 from equilibria.lm.runs.events import Event
 from equilibria.lm.runs.run import Run, plain_values
+from equilibria.lm.score import Evaluation
 from equilibria.lm.training.compilation import compile_cells
 from equilibria.lm.training.keeper import Keeper
 from equilibria.lm.training.log import Log
@@ -61,7 +62,8 @@ class Trainer:
     ) -> None:
         training, devices = experiment.training, experiment.training.devices
         self.language = Language.of(corpus)
-        ranks.agree({**plain_values(experiment), **{f"text of {k}": v for k, v in self.language.sums.items()}})
+        texts = {f"text of {k}": v for k, v in self.language.sums.items()}
+        ranks.agree({**plain_values(experiment), **texts, "vocabulary": corpus.vocabulary.digest})
         self.ranks, self.streams = ranks, ranks.share_of(training.batches.batch_size, parts=devices.accumulate)
         if devices.threads is not None:
             torch.set_num_threads(devices.threads)
@@ -82,7 +84,7 @@ class Trainer:
         """Set it to True, at any time, to write a checkpoint after the step and raise ``TrainingInterrupted``."""
         self._asked_to_leave = False  # on any rank
         self.memory: Memory = None
-        self.validations = Validations(experiment, corpus.valid, self.optimiser, self.log)
+        self.validations = Validations(experiment, corpus, self.optimiser, self.log)
         self._enter_stage()
 
     def resume(self) -> int:
@@ -117,10 +119,17 @@ class Trainer:
         Raises:
             TrainingStopped: the loss or the gradient is not finite, or too many solves fail; names the step.
             TrainingInterrupted: ``leaving`` was set; a checkpoint of the last step has been written.
+            TrackerError: the tracker could not begin; nothing was trained.
         """
+        name = self.experiment.training.log.tracker_name
+        self.log.open_tracker(name, to_json(self.experiment), step=self.steps_done)
+        try:
+            self._train()
+        finally:
+            self.log.close()
+
+    def _train(self) -> None:
         settings = self.experiment.training.log
-        if settings.tensorboard and self.ranks.first:
-            self.log.open_board(step=self.steps_done)
         if self.steps_done == 0:
             self._begin()
         segments = iter(self._segments())

@@ -10,12 +10,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 from equilibria.fixed_point import Method
-from equilibria.lm.corpora import Stream
-from equilibria.lm.evaluation import Evaluation, evaluate, jacobian_radius
+from equilibria.lm.corpora import Corpus
+from equilibria.lm.evaluation import evaluate, jacobian_radius
 from equilibria.lm.experiments.decay import Validated
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.ranks import reshard
+from equilibria.lm.score import Evaluation
 from equilibria.lm.training.log import Log
 from equilibria.lm.training.optimiser import averaged, note_validation, restart_averages
 from equilibria.lm.training.step import Accumulation
@@ -26,13 +27,13 @@ class Validations:
 
     Args:
         experiment: the experiment, with the settings of the validations.
-        stream: the validation text.
+        corpus: its validation text is scored.
         optimiser: the optimiser of the training; a score may divide its rate, or start its averaging.
         log: the log of the scores.
     """
 
-    def __init__(self, experiment: Experiment, stream: Stream, optimiser: Optimizer, log: Log) -> None:
-        self._experiment, self._stream, self._optimiser, self._log = experiment, stream, optimiser, log
+    def __init__(self, experiment: Experiment, corpus: Corpus, optimiser: Optimizer, log: Log) -> None:
+        self._experiment, self._corpus, self._optimiser, self._log = experiment, corpus, optimiser, log
         self.best: dict[str, Any] | None = None
         """The best validation of the stage: its step, its stage and its nll ("nats")."""
         self.effect = Validated()
@@ -42,9 +43,10 @@ class Validations:
         """Evaluate the weights after ``step``, or their averages if ASGD averages, with ``method``."""
         training, model, ranks = self._experiment.training, accumulation.model, accumulation.ranks
         reading = {**training.evaluation, "max_segments": training.validation.valid_segments}
-        solve = {"method": method, "warm": stage.warm}
+        solve, text = {"method": method, "warm": stage.warm}, self._corpus.valid
+        how = {"depth": stage.depth, "ranks": ranks, "vocabulary": self._corpus.spelling}
         with averaged(self._optimiser), accumulation.arithmetic():
-            found = evaluate(model, self._stream, **reading, **solve, depth=stage.depth, ranks=ranks)
+            found = evaluate(model, text, **reading, **solve, **how)
             nll = found.nll_per_token
             best = math.isfinite(nll) and (self.best is None or nll < self.best["nats"])
             if best:
@@ -52,7 +54,7 @@ class Validations:
             self._log.valid(found, step=step, stage=stage.name, best=best, setting=reading)
             if training.log.spectral_radius and stage.method is not None:
                 sizes = {name: reading[name] for name in ("batch_size", "segment_length")}
-                radius = jacobian_radius(model, self._stream, **sizes, **solve, iterations=training.log.spectral_radius)
+                radius = jacobian_radius(model, text, **sizes, **solve, iterations=training.log.spectral_radius)
                 self._log.radius(radius, step=step, stage=stage.name)
             reshard(model)
         self.effect = note_validation(self._optimiser, self.effect, self._experiment, nll)
