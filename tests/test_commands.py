@@ -98,7 +98,7 @@ def test_every_verb_explains_itself(capsys, verb):
         ("evaluate runs/none --memory-length -1", "--memory-length -1: it must be at least 0"),
         ("evaluate runs/none --batch-size 0", "--batch-size 0: it must be at least 1"),
         ("evaluate text", "text holds no run (no experiment.json)"),
-        ("generate runs/none", "generate needs --prompt"),
+        ("generate runs/none", "runs/none does not exist"),
         ("report runs/none", "runs/none does not exist"),
         ("prepare pbt", "There is no corpus 'pbt'; did you mean ptb?"),
         ("prepare ptb", "ptb is read from a folder with train.txt, valid.txt and test.txt; give it with --data."),
