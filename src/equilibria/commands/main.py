@@ -106,6 +106,7 @@ Recipes for `equilibria train`; a function of your own is FILE.py:FUNCTION
 {_columns(recipes)}
 
 Example
+  equilibria generate tiny                            a trained model that ships with the library
   equilibria train tiny                               a few minutes, no download
   equilibria generate runs/tiny --prompt "The "
   equilibria train tiny --training.learning-rate 1e-3
