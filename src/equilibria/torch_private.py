@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TRIED = ("2.13.0",)
+TRIED = ("2.13.0", "2.14.1")
 """The versions of PyTorch with which the tests of the core, the solvers, the gradients and the layers passed."""
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

@@ -117,10 +117,10 @@ def with_models(user: Environment) -> None:
     assert user.run("equilibria", "generate", "tiny", "--length", "40").startswith("The ")
     user.run("equilibria", "evaluate", "tiny", "--split", "test", "--max-segments", "8")
     assert user.does("import sys, equilibria\nprint(sys.modules.get('equilibria.lm'))") == "None\n"
-    (user.place / "my_text.txt").write_text("The fixed point of a map is where the map leaves it.\n" * 80)
-    (block,) = (
-        text for text in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) if "equilibria train text" in text
-    )
+    text = "The fixed point of a map is where the map leaves it.\n" * 80
+    (user.place / "my_text.txt").write_text(text, encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    (block,) = (text for text in blocks if "equilibria train text" in text)
     for line in block.splitlines():
         words = re.findall(r'"[^"]*"|\S+', line.partition("#")[0])
         quick = ["--steps", "4", "--threads", "1", "--measure-memory", "False"] if "train" in words else []
@@ -137,7 +137,6 @@ def with_hugging_face(user: Environment) -> None:
 
 EVERY_MODULE = """\
 import importlib, pkgutil
-import equilibria.testing
 for room in ("core", "solvers", "gradients", "layers", "cells"):
     package = importlib.import_module(f"equilibria.{room}")
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
