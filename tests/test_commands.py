@@ -89,7 +89,7 @@ def test_every_verb_explains_itself(capsys, verb):
         ("train recipe.py:smal", "There is no function in recipe.py 'smal'; did you mean small?"),
         ("train recipe.py:number", "recipe.py:number returned int"),
         ("train nothing.py:x", "nothing.py does not exist"),
-        ("evaluate", "evaluate needs RUN: The folder that `equilibria train` has written."),
+        ("evaluate", "evaluate needs RUN: The folder that `equilibria train` has written, or `tiny` for the model"),
         ("evaluate runs/none", "runs/none does not exist"),
         ("evaluate runs/none --max-segments 0", "--max-segments 0: it must be at least 1"),
         ("evaluate runs/none --max-segments -1", "--max-segments -1: it must be at least 1"),

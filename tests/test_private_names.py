@@ -10,7 +10,8 @@ import equilibria
 from equilibria import torch_private
 
 ROOT = Path(equilibria.__file__).parent
-OF_PYTHON = {"_getframe"}  # sys._getframe, which CPython documents
+OF_OTHERS = {"_getframe", "_is_hf_initialized"}
+"""sys._getframe, which CPython documents, and the mark with which transformers tells its modules that it loads."""
 
 
 def private(name):
@@ -48,7 +49,7 @@ def foreign(tree, own):
 def of_the_library():
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(ROOT.rglob("*.py"))}
     others = {file: tree for file, tree in trees.items() if file.name != "torch_private.py"}
-    own = own_names(others.values()) | OF_PYTHON
+    own = own_names(others.values()) | OF_OTHERS
     return {file: list(foreign(tree, own)) for file, tree in trees.items()}
 
 
