@@ -28,7 +28,9 @@ def jaxtyped(thing=None, *, typechecker=None):
     if thing is None:
         return jaxtyped
     if isinstance(thing, type):
-        own = dataclasses.is_dataclass(thing) and not hasattr(thing.__init__, "__wrapped__")  # not another library's
+        own = dataclasses.is_dataclass(thing) and not any(
+            base.__module__.startswith("transformers") for base in thing.__mro__
+        )
         if own and not hasattr(thing.__init__, "checked"):
             thing.__init__ = jaxtyped(thing.__init__)
         return thing

@@ -42,7 +42,7 @@ TestSetCell = load("cell").TestSetCell
 )
 def test_runs(path, tmp_path):
     """As a user runs it: a process of its own, without the checks of the tests, drawing in the current folder."""
-    own = "ignore:`torch.jit.script`:DeprecationWarning"  # PyTorch's, at the first tensor of forward mode
+    own = "ignore:`torch.jit.script`"  # PyTorch's, at the first tensor of forward mode
     command = [sys.executable, "-W", "error", "-W", own, str(path), *WORDS.get(path.stem, [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

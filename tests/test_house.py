@@ -14,7 +14,18 @@ import pytest
 import equilibria
 
 ROOT = Path(equilibria.__file__).parent
-ROOMS = ("errors", "core", "solvers", "gradients", "fixed_point", "stability", "layers", "cells", "testing")
+ROOMS = (
+    "torch_private",
+    "errors",
+    "core",
+    "solvers",
+    "gradients",
+    "fixed_point",
+    "stability",
+    "layers",
+    "cells",
+    "testing",
+)
 """The library half, from the lowest room to the highest."""
 
 

@@ -83,7 +83,7 @@ def test_the_blocks_print_what_the_page_shows(page, tmp_path):
     text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
     file = tmp_path / f"{page}.py"
     file.write_text(program(text), encoding="utf-8")
-    own = "ignore:`torch.jit.script`:DeprecationWarning"  # PyTorch's, at the first tensor of forward mode
+    own = "ignore:`torch.jit.script`"  # PyTorch's, at the first tensor of forward mode
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error", "-W", own, str(file)]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -28,6 +28,7 @@ from equilibria.layers.layer import Layer, LayerOutput
 from equilibria.layers.sequence import SequenceCell
 from equilibria.peak_memory import PeakMemory
 from equilibria.solvers import Anderson, Broyden, NewtonKrylov, Picard, Reversible
+from equilibria.version import version as _version
 
 if TYPE_CHECKING:
     from equilibria.lm.runs.trained import load
@@ -78,6 +79,8 @@ __all__ = [
     "stability",
     "take_rows",
 ]
+
+__version__ = _version()
 
 
 def __getattr__(name: str) -> Any:

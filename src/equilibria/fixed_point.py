@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from equilibria.core.checks import check_choices, check_kind
 from equilibria.core.failure import WAYS, OnFailure, report
@@ -23,6 +22,7 @@ from equilibria.gradients.neumann import Neumann
 from equilibria.gradients.phantom import Phantom
 from equilibria.solvers.anderson import Anderson
 from equilibria.solvers.picard import Picard
+from equilibria.torch_private import without_forward_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def implicit(
     def decorate(procedure: Callable[..., State]) -> Callable[..., State]:
         @functools.wraps(procedure)
         def differentiable(*operands: Any, **options: Any) -> State:
-            with torch.no_grad(), forward_ad._set_fwd_grad_enabled(mode=False):
+            with torch.no_grad(), without_forward_mode():
                 z = procedure(*operands, **options)
             method = Method(Picard(), found, gradient, coupled=coupled, on_failure=on_failure)
             return method.run(_with_operands(as_map(f), operands), z).z

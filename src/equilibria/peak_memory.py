@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from equilibria.torch_private import Operations, storage_key, tree_leaves
 
 
 class PeakMemory:
@@ -52,7 +52,7 @@ class PeakMemory:
         return self._watch.peak
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Operations):
     """Counts the bytes of each storage that an operator returns and that is not the storage of an earlier tensor."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class _Watch(TorchDispatchMode):
         return out
 
     def _note(self, storage: UntypedStorage, *, size: int) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         if key not in self._known:
             self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size=size))
             self.live += size

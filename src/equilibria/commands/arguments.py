@@ -17,16 +17,32 @@ from typing import Annotated, Any, TypeVar
 import torch
 import tyro
 
+from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
 from equilibria.lm.experiments.serialise import DTYPES
+from equilibria.lm.runs.run import require
+from equilibria.lm.runs.shipped import is_shipped
 from equilibria.lm.suggestions import nearest
 
 Options = TypeVar("Options")
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-"""A positional argument: the folder of a run."""
+"""A positional argument: the folder of a run, or the name of a model that ships with the library."""
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]
 """Positional arguments: the folders of runs."""
+
+
+def found(run: Path) -> Path:
+    """The run directory that an argument names; where it is not the folder of that name, stderr says which it is.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = require(run)
+    if path != run:
+        where = "the model of that name inside the library" if is_shipped(path) else f"the run {path}"
+        complain(f"note: {run} is {where}.")
+    return path
 
 
 def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: Options | None = None) -> Options:

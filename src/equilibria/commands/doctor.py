@@ -13,14 +13,15 @@ from rich.console import Console
 from rich.text import Text
 
 from equilibria.commands.arguments import Run as Folder
-from equilibria.commands.arguments import parse
+from equilibria.commands.arguments import found, parse
 from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs import checkpoint, events
 from equilibria.lm.runs.checkpoint import CheckpointError
 from equilibria.lm.runs.files import ForeignFileError, check_own, check_readable
 from equilibria.lm.runs.folder import FILES, FOLDERS, GONE, LOCK, NEW, OLD, foreign_files, holder
-from equilibria.lm.runs.run import Run, require
+from equilibria.lm.runs.run import Run
+from equilibria.lm.runs.shipped import TEXTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Finding:
 
 def main(arguments: Sequence[str]) -> int:
     """Print one line per part; returns 1 if one of them is bad."""
-    run = Run(require(parse(Options, arguments, verb="doctor").run))
+    run = Run(found(parse(Options, arguments, verb="doctor").run))
     console, findings = Console(highlight=False), list(examined(run))
     for finding in findings:
         sign, colour = finding.mark
@@ -144,7 +145,10 @@ def _text(run: Run) -> Iterator[Finding]:
         advice = "generating needs no corpus; evaluating and continuing do: --data FOLDER says where it is."
         yield Finding("corpus", " ".join(str(error).split()), advice, remark=True)
         return
-    if changed:
+    if changed and (run.path / TEXTS).is_dir():
+        said = f"another text than that of the training: {', '.join(changed)}"
+        yield Finding("corpus", said, "evaluating uses the text that the run keeps.", remark=True)
+    elif changed:
         advice = "bring the old text back; `evaluate --data` scores another one."
         yield Finding("corpus", f"another text than that of the training: {', '.join(changed)}", advice)
     else:

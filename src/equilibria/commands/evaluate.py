@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from equilibria.commands.arguments import Run, parse
+from equilibria.commands.arguments import Run, found, parse
 from equilibria.commands.recipe import kinds_of
 from equilibria.errors import UsageError
 from equilibria.fixed_point import Method
@@ -28,7 +28,7 @@ class Options:
     """Score the model of a run on text that it was not trained on."""
 
     run: Run
-    """The folder that `equilibria train` has written."""
+    """The folder that `equilibria train` has written, or `tiny` for the model inside the library."""
     split: Literal["valid", "test"] = "valid"
     """Which part of the corpus."""
     checkpoint: Which = "best"
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print the score."""
     options = _checked(parse(Options, arguments, verb="evaluate"))
     loaded = load(
-        options.run,
+        found(options.run),
         checkpoint=options.checkpoint,
         data=options.data,
         extra=kinds_of(options.recipe),
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 def _object(result: Evaluation, loaded: Trained, options: Options) -> dict[str, Any]:
     """The score for programs; its numbers have the names that they have in metrics.jsonl."""
     return {
-        "run": str(options.run),
+        "run": str(loaded.path),
         "checkpoint": options.checkpoint,
         "step": loaded.step,
         "corpus": loaded.language.name,

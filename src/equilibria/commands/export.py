@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from equilibria.commands.arguments import Run as Folder
-from equilibria.commands.arguments import parse
+from equilibria.commands.arguments import found, parse
 from equilibria.errors import UsageError
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs.files import check_own, discard
 from equilibria.lm.runs.pieces import whole
-from equilibria.lm.runs.run import Run, require
+from equilibria.lm.runs.run import Run
+from equilibria.lm.runs.shipped import check_writable
 from equilibria.lm.runs.trained import Which
 
 
@@ -37,23 +38,23 @@ def main(arguments: Sequence[str]) -> int:
     from safetensors.torch import save_file
 
     options = parse(Options, arguments, verb="export")
-    run = Run.open(require(options.run))
-    found = run.best() if options.checkpoint == "best" else run.newest()
-    if found is None:
+    run = Run.open(found(options.run))
+    stored = run.best() if options.checkpoint == "best" else run.newest()
+    if stored is None:
         raise ValueError(f"{run.path} has no good checkpoint yet: continue the training with --resume.")
     target = _target(options, run)
-    metadata = {"format": "pt", "step": str(found.step), "experiment": json.dumps(run.stored())}
+    metadata = {"format": "pt", "step": str(stored.step), "experiment": json.dumps(run.stored())}
     beside = target.with_name(f".{target.name}.new")
     target.parent.mkdir(parents=True, exist_ok=True)
     discard(beside)
     try:
-        tensors = {name: whole(tensor).contiguous() for name, tensor in found.model.items()}
+        tensors = {name: whole(tensor).contiguous() for name, tensor in stored.model.items()}
         save_file(tensors, beside, metadata=metadata)
         beside.replace(target)
     finally:
         discard(beside)
     count = sum(tensor.numel() for tensor in tensors.values())
-    print(visible(f"{target}: {count:,} weights of step {found.step:,}"))
+    print(visible(f"{target}: {count:,} weights of step {stored.step:,}"))
     return 0
 
 
@@ -64,6 +65,7 @@ def _target(options: Options, run: Run) -> Path:
         UsageError: something else than a file has its name, such as a folder or a device.
     """
     if options.out is None:
+        check_writable(run.path, advice="name the file to write with --out.")
         check_own(run.path / "model.safetensors")
         return run.path / "model.safetensors"
     target = options.out

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from equilibria.commands.arguments import Run, parse
+from equilibria.commands.arguments import Run, found, parse
 from equilibria.commands.recipe import kinds_of
+from equilibria.commands.report import read_sample
 from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
 from equilibria.layers.layer import LayerOutput
@@ -23,9 +24,10 @@ class Options:
     """Let the model of a run continue a text."""
 
     run: Run
-    """The folder that `equilibria train` has written."""
-    prompt: tuple[str, ...]
-    """The beginning of the text; several are continued side by side, and shown one after another."""
+    """The folder that `equilibria train` has written, or `tiny` for the model inside the library."""
+    prompt: tuple[str, ...] | None = None
+    """The beginning of the text; several are continued side by side, and shown one after another. None for the prompt
+    of the sample in the report of the run."""
     length: int = 400
     """Tokens to generate: characters, words or BPE tokens, as the model was trained."""
     temperature: float = 0.8
@@ -56,37 +58,48 @@ def main(arguments: Sequence[str]) -> int:
             f"--memory-length {options.memory_length}: it counts positions and is at least 0; leave it out "
             "for those of the training."
         )
+    run = found(options.run)
+    options = dataclasses.replace(options, prompt=options.prompt or _usual_prompt(run))
     loaded = load(
-        options.run,
+        run,
         checkpoint=options.checkpoint,
         data=options.data,
         extra=kinds_of(options.recipe),
         memory_length=options.memory_length,
     )
+    prompts = options.prompt or ()
     failed = _Failures(loaded)
     # The first token comes before anything is printed: an impossible prompt gives its sentence and nothing else.
     pieces = _pieces(loaded, options)
     first = next(pieces)
     # What a terminal gets is for eyes, and must not steer it; a pipe or a file gets the text as it is.
     shown = visible if sys.stdout.isatty() else str
-    if len(options.prompt) > 1:
-        rows = zip(options.prompt, zip(first, *pieces, strict=True), strict=True)
+    if len(prompts) > 1:
+        rows = zip(prompts, zip(first, *pieces, strict=True), strict=True)
         sys.stdout.write(shown("\n\n".join(prompt + "".join(row) for prompt, row in rows)))
     else:
-        sys.stdout.write(shown("".join(options.prompt)))
+        sys.stdout.write(shown("".join(prompts)))
         for (piece,) in itertools.chain([first], pieces):
             sys.stdout.write(shown(piece))
             sys.stdout.flush()
     sys.stdout.write("\n")
-    for note in (*loaded.vocabulary.remarks(options.prompt), *failed.notes()):
+    for note in (*loaded.vocabulary.remarks(prompts), *failed.notes()):
         complain(f"note: {note}")
     return 0
+
+
+def _usual_prompt(run: Path) -> tuple[str, ...]:
+    """The prompt of the sample that `train` has written for the report of the run."""
+    sample = read_sample(run)
+    if sample is None:
+        raise UsageError(f"generate needs --prompt: the report of {run} has no sample whose prompt could be taken.")
+    return sample[:1]
 
 
 def _pieces(loaded: Trained, options: Options) -> Iterator[tuple[str, ...]]:
     names = ("length", "temperature", "top_k", "top_p", "seed", "stop")
     try:
-        return loaded.pieces(options.prompt, **{name: getattr(options, name) for name in names})
+        return loaded.pieces(options.prompt or (), **{name: getattr(options, name) for name in names})
     except ValueError as error:
         raise UsageError(str(error)) from None
 

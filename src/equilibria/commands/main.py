@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from equilibria.commands import terminal
 from equilibria.commands.errors import debugging, explain, unknown
 from equilibria.errors import UsageError
+from equilibria.version import version
 
 VERBS = {
     "train": ("RECIPE", "train a model and watch it; writes a run folder"),
@@ -74,9 +75,7 @@ def _dispatch(words: Sequence[str]) -> int:
         print(help_text())
         return 0
     if words[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"equilibria {version('equilibria')}")
+        print(f"equilibria {version()}")
         return 0
     _check_text(words)
     if words[0] not in VERBS:
@@ -107,6 +106,7 @@ Recipes for `equilibria train`; a function of your own is FILE.py:FUNCTION
 {_columns(recipes)}
 
 Example
+  equilibria generate tiny                            a trained model that ships with the library
   equilibria train tiny                               a few minutes, no download
   equilibria generate runs/tiny --prompt "The "
   equilibria train tiny --training.learning-rate 1e-3

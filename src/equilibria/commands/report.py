@@ -10,13 +10,14 @@ from typing import Any
 
 import tyro
 
-from equilibria.commands.arguments import Runs, parse
+from equilibria.commands.arguments import Runs, found, parse
 from equilibria.errors import UsageError
 from equilibria.lm.report import formats, page, summary
 from equilibria.lm.report.comparison import compared
 from equilibria.lm.report.record import Record, read
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs.files import check_own, replace
+from equilibria.lm.runs.shipped import check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Options:
 def main(arguments: Sequence[str]) -> int:
     """Write the report and say where it is."""
     options = parse(Options, arguments, verb="report")
-    records = [read(run) for run in options.runs]
+    records = [read(found(run)) for run in options.runs]
     if len(records) > 1:
         return _compare(records, options)
     if options.out is not None:
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _compare(records: Sequence[Record], options: Options) -> int:
+    if options.out is None:
+        check_writable(records[0].path, advice="name the page with --out.")
     target = options.out or records[0].path.parent / "comparison.html"
     _check_page(target)
     from equilibria.lm.report import figures  # matplotlib takes a second to load
@@ -122,6 +125,7 @@ def write(record: Record) -> Path:
 
 def _folder(run: Path) -> Path:
     """The folder of the report, made if it is not there."""
+    check_writable(run, advice="reports are about runs of your own.")
     folder = run / "report"
     check_own(folder)
     folder.mkdir(exist_ok=True)

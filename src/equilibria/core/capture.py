@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from equilibria.core.transforms import is_of_transform
 from equilibria.core.trees import map_tensors, tensors_in
+from equilibria.torch_private import is_of_transform
 
 
 def leaves_below(values: Sequence[Tensor]) -> Iterator[Tensor]:

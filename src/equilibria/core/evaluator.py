@@ -14,6 +14,7 @@ from equilibria.core.maps import Map
 from equilibria.core.products import JVP, Products
 from equilibria.core.state import Layout, State
 from equilibria.core.trees import tensors_in
+from equilibria.torch_private import version
 
 
 class Evaluator:
@@ -63,12 +64,12 @@ class Evaluator:
         self.evals += 1
         given = self._layout.unpack(z)
         tensors = self._tensors(given)
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        versions = [0 if tensor.is_inference() else version(tensor) for tensor in tensors]
         with self.autocast.on():
             value = self._layout.aligned(self._f(given))
-        for tensor, version, fz in zip(tensors, versions, self._tensors(value), strict=True):
+        for tensor, before, fz in zip(tensors, versions, self._tensors(value), strict=True):
             self._check(fz, tensor)
-            if not tensor.is_inference() and tensor._version != version:
+            if not tensor.is_inference() and version(tensor) != before:
                 raise ValueError(
                     "f changed its argument z in place, and the iteration would continue from a wrong value; return a "
                     "new tensor (no z.mul_(…), no inplace=True in the first layer), or begin f with z = z.clone()."

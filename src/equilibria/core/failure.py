@@ -21,8 +21,8 @@ from torch import Tensor
 
 from equilibria.core.solve import Solution
 from equilibria.core.stop import Stop
-from equilibria.core.transforms import is_batched
 from equilibria.errors import EquilibriaError
+from equilibria.torch_private import is_batched
 
 OnFailure = Literal["warn", "raise", "ignore"]
 """The reaction to a solve that does not converge."""

@@ -15,8 +15,8 @@ from equilibria.core.solve import Solution, solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
-from equilibria.core.transforms import is_forward_mode, is_transformed
 from equilibria.core.trees import map_tensors, tensors_in
+from equilibria.torch_private import is_forward_mode, is_transformed, without_forward_mode
 
 
 @runtime_checkable
@@ -85,7 +85,7 @@ def solve_without_graph(
     _check_no_transform()
     if not forward_mode:
         _check_no_tangent(f, z0)
-    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(mode=False):
+    with torch.no_grad(), without_forward_mode():
         solution = solve(
             f,
             map_tensors(torch.Tensor.detach, z0),

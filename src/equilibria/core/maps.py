@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -21,6 +20,7 @@ from equilibria.core.autocast import Autocast
 from equilibria.core.capture import leaves_below
 from equilibria.core.state import Layout, State
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
+from equilibria.torch_private import without_donated_buffers
 
 
 class Map(ABC):
@@ -102,7 +102,7 @@ class Linearised:
         reached = [(fz, c.to(fz.dtype)) for fz, c in zip(values, cotangents, strict=True) if fz.requires_grad]
         if not reached:
             return map_tensors(torch.zeros_like, u)
-        with self.autocast.on(), _without_donated_buffers() if self.compiled else contextlib.nullcontext():
+        with self.autocast.on(), without_donated_buffers() if self.compiled else contextlib.nullcontext():
             products = torch.autograd.grad(
                 [fz for fz, _ in reached],
                 self.start,
@@ -149,16 +149,8 @@ def _linearised(
 
 def linearised_for_products(f: Callable[[State], State], z: State, autocast: Autocast) -> Linearised:
     """The linearisation of a compiled f in which only z requires a gradient, so that a VJP computes nothing else."""
-    with autocast.on(), _without_donated_buffers():
+    with autocast.on(), without_donated_buffers():
         return dataclasses.replace(linearised(f, z), compiled=True)
-
-
-def _without_donated_buffers() -> contextlib.AbstractContextManager[Any]:
-    """Disable donated buffers: a compiled backward runs once per VJP and must not overwrite its saved tensors.
-
-    The setting is read when f is compiled and at each backward pass, in the thread where that runs.
-    """
-    return functorch_config.patch(donated_buffer=False)
 
 
 class Arrival:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from equilibria.core.trees import inverse, memory_order
+from equilibria.torch_private import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 State = Any
 """A tensor ``[B *shape]``, or a dict, tuple, named tuple or list of states, nested to any depth.
@@ -84,7 +84,7 @@ class Layout:
     """How the leaves of a state lie side by side in one row per sample."""
 
     leaves: tuple[_Leaf, ...]
-    spec: pytree.TreeSpec
+    spec: TreeSpec
     device: torch.device
     dtype: torch.dtype
     """The dtype of the rows: float64 if a leaf has it, else float32."""
@@ -107,7 +107,7 @@ class Layout:
             TypeError: a leaf is not a real floating tensor.
             ValueError: a leaf has no batch axis, a sample is empty, or the leaves differ in batch size or device.
         """
-        tensors, spec = pytree.tree_flatten(z0)
+        tensors, spec = tree_flatten(z0)
         _check_leaves(z0, tensors, coupled=coupled)
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         return cls(
@@ -139,7 +139,7 @@ class Layout:
         """The state as rows in ``dtype``; a single leaf is a view where its dtype and memory order allow."""
         if self.single:
             return self.leaves[0].flat(z, self.dtype)
-        parts = [leaf.flat(t, self.dtype) for leaf, t in zip(self.leaves, pytree.tree_leaves(z), strict=True)]
+        parts = [leaf.flat(t, self.dtype) for leaf, t in zip(self.leaves, tree_leaves(z), strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def unpack(self, flat: Float[Tensor, "B N"]) -> State:
@@ -147,7 +147,7 @@ class Layout:
         if self.single:
             return self.leaves[0].shaped(flat)
         pieces = zip(self.leaves, flat.split(self.sizes, dim=1), strict=True)
-        return pytree.tree_unflatten([leaf.shaped(piece.contiguous()) for leaf, piece in pieces], self.spec)
+        return tree_unflatten([leaf.shaped(piece.contiguous()) for leaf, piece in pieces], self.spec)
 
     def aligned(self, value: Any) -> State:
         """The value of f with the entries of its dicts in the order of z0.
@@ -157,11 +157,11 @@ class Layout:
         """
         if self.single and isinstance(value, Tensor):
             return value
-        leaves, spec = pytree.tree_flatten(value)
+        leaves, spec = tree_flatten(value)
         if spec == self.spec and all(isinstance(leaf, Tensor) for leaf in leaves):
             return value
         try:
-            return _aligned(pytree.tree_unflatten(range(len(self.leaves)), self.spec), value)
+            return _aligned(tree_unflatten(range(len(self.leaves)), self.spec), value)
         except _Different:
             raise TypeError(
                 f"f returned {described(value, coupled=self.coupled)}, and the state is {self.described()}; f must "
@@ -172,13 +172,13 @@ class Layout:
         """The state with every leaf in its own dtype, since autocast may have changed it."""
         if self.single:
             return value.to(self.leaves[0].dtype)
-        tensors = pytree.tree_leaves(value)
+        tensors = tree_leaves(value)
         cast = [tensor.to(leaf.dtype) for leaf, tensor in zip(self.leaves, tensors, strict=True)]
-        return pytree.tree_unflatten(cast, self.spec)
+        return tree_unflatten(cast, self.spec)
 
     def described(self) -> str:
         """The structure of the state, with the shapes of its leaves, for messages."""
-        return described(pytree.tree_unflatten([_Dims(leaf.shape, leaf.coupled) for leaf in self.leaves], self.spec))
+        return described(tree_unflatten([_Dims(leaf.shape, leaf.coupled) for leaf in self.leaves], self.spec))
 
 
 def described(value: Any, *, coupled: bool = False) -> str:
@@ -225,7 +225,7 @@ def _aligned(skeleton: Any, value: Any) -> Any:
 
 def check_finite(z0: State, *, coupled: bool = False) -> None:
     """Raise a ValueError that names the samples of a start that are NaN or infinite."""
-    tensors = [tensor.detach() for tensor in pytree.tree_leaves(z0)]
+    tensors = [tensor.detach() for tensor in tree_leaves(z0)]
     if all(math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all()) for tensor in tensors):
         return
     if coupled:
@@ -241,8 +241,8 @@ def check_finite(z0: State, *, coupled: bool = False) -> None:
 def _check_leaves(z0: State, tensors: Sequence[Any], *, coupled: bool) -> None:
     if not tensors:
         raise ValueError(f"z0 is {z0!r}, which holds no tensor; a state has at least one.")
-    for path, leaf in pytree.tree_flatten_with_path(z0)[0]:
-        _check_leaf(f"z0{pytree.keystr(path)}", leaf, coupled=coupled)
+    for path, leaf in tree_flatten_with_path(z0)[0]:
+        _check_leaf(f"z0{keystr(path)}", leaf, coupled=coupled)
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"the leaves of z0 are on {', '.join(sorted(devices))}; put all of them on one device.")

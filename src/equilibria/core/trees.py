@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from equilibria.torch_private import tree_map
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], tree: Any, *, strict: bool = False) -> Any:
@@ -40,7 +41,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], tree: Any, *, strict: bool =
             )
         return leaf
 
-    return changed(tree) if isinstance(tree, Tensor) else pytree.tree_map(changed, tree)
+    return changed(tree) if isinstance(tree, Tensor) else tree_map(changed, tree)
 
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
@@ -61,7 +62,7 @@ def with_tensors(tree: Any, tensors: Iterable[Tensor]) -> Any:
 
 def map_pairs(combine: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Any:
     """The tree of ``combine(a, b)`` for each pair of tensors of two trees with the same structure."""
-    return combine(a, b) if isinstance(a, Tensor) else pytree.tree_map(combine, a, b)
+    return combine(a, b) if isinstance(a, Tensor) else tree_map(combine, a, b)
 
 
 def take_rows(tree: Any, index: Int[Tensor, " R"]) -> Any:

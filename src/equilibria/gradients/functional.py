@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from equilibria.core.capture import Unknown
 from equilibria.core.failure import OnFailure, report
@@ -26,8 +25,8 @@ from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
-from equilibria.core.transforms import forward_modes, is_batched
 from equilibria.gradients.linearise import solve_linear, solve_rows
+from equilibria.torch_private import forward_modes, is_batched, without_forward_mode
 
 
 def solved(f: Map, z0: State, method: ForwardSolve, *, solver: Solver, stop: Stop) -> Solution:
@@ -158,7 +157,7 @@ class _Solved(torch.autograd.Function):
 
     @staticmethod
     def forward(system: System, x0: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(mode=False):
+        with torch.no_grad(), without_forward_mode():
             found = system.solve(x0.detach(), [operand.detach() for operand in operands])
         x = found.z if system.linear else found.fz
         # A tensor may not be two outputs of one Function.

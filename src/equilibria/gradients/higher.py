@@ -25,8 +25,8 @@ from equilibria.core.maps import Linearised, Map, linearised_through
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout
 from equilibria.core.stop import Stop
-from equilibria.core.transforms import at_the_end, task
 from equilibria.gradients.linearise import Edge
+from equilibria.torch_private import at_the_end, task
 
 _Crossing = tuple[Any, int, Edge]
 """A node, the number of one of its edges, and the target of that edge."""

@@ -10,7 +10,6 @@ import dataclasses
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from equilibria.core.failure import OnFailure, report
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
@@ -19,7 +18,6 @@ from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
-from equilibria.core.transforms import is_transformed
 from equilibria.gradients.functional import solved
 from equilibria.gradients.higher import AdjointMap, RowsMethod, TangentMap, deliver, through
 from equilibria.gradients.linearise import (
@@ -36,6 +34,7 @@ from equilibria.gradients.linearise import (
     split_dual,
 )
 from equilibria.solvers.anderson import Anderson
+from equilibria.torch_private import is_transformed, without_forward_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +89,7 @@ class _Systems(Orders):
 
     def again(self, point: Point, z: Float[Tensor, "B N"], g: Float[Tensor, "B N"], below: Edge) -> Tensor:
         """u = Jᵀu + g with graph and tangent, as a fixed point that this rule differentiates."""
-        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(mode=False):
+        with torch.no_grad(), without_forward_mode():
             found = self._solve_adjoint(point, g)
         there = through(point.f, z, point.tangent, point.layout, point.linearised)
         u = self._differentiable(AdjointMap(there, point.layout, g), found, point.layout)
@@ -102,7 +101,7 @@ class _Systems(Orders):
         there = through(point.f, z, (), layout, point.linearised)
         _, h = split_dual(there.value, layout)
         assert h is not None  # called only if f(z*) has a tangent
-        with forward_ad._set_fwd_grad_enabled(mode=False), point.linearised.autocast.off():
+        with without_forward_mode(), point.linearised.autocast.off():
             system = TangentMap(there, layout, h)
             with torch.no_grad():
                 found = solve_linear(system.linear, h, layout, rule.solver, rule.stop)

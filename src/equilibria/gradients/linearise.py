@@ -24,8 +24,8 @@ from equilibria.core.solve import Solution, solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
-from equilibria.core.transforms import by_older_vmap, is_forward_mode, is_last, is_many, is_transformed, will_run
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
+from equilibria.torch_private import by_older_vmap, is_forward_mode, is_last, is_many, is_transformed, will_run
 
 Edge = Any
 """A node of autograd's graph and the number of one of its outputs, as in ``next_functions``."""

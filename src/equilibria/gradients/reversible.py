@@ -21,9 +21,9 @@ from equilibria.core.norms import row_norm
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Status, Stop
-from equilibria.core.transforms import is_many
 from equilibria.gradients.linearise import differentiated_once
 from equilibria.solvers.reversible import Reversible
+from equilibria.torch_private import is_many
 
 ACCURACY = 1e-3
 """Largest relative error of the reconstructed start that is accepted."""

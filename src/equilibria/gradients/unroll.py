@@ -6,7 +6,6 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from equilibria.core.failure import is_heard, tell
@@ -14,8 +13,8 @@ from equilibria.core.gradient import ForwardSolve, GradientRule
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
-from equilibria.core.transforms import is_batched
 from equilibria.core.trees import map_tensors
+from equilibria.torch_private import is_batched, is_forward_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Unroll(GradientRule):
         if self.checkpoint and torch.is_grad_enabled():
             f = Recomputed(f)
         solution = solve(f, z0, method.solver, method.stop, coupled=method.coupled, keep=method.keep)
-        derived = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        derived = torch.is_grad_enabled() or is_forward_mode()
         if derived and is_heard(method.stop, method.on_failure):
             _check_steps(solution, method)
         # Fields that serve reports only must not keep the graph alive.

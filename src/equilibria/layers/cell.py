@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from equilibria.core.maps import Linearised, Map, linearised, linearised_for_products
 from equilibria.core.state import State
 from equilibria.core.trees import map_tensors, take_rows, tensors_in, with_tensors
+from equilibria.torch_private import is_compiled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -243,7 +244,7 @@ class CellMap(Map):
 
     @property
     def _compiled(self) -> bool:
-        return self.cell._compiled_call_impl is not None and not self.past_compilation
+        return is_compiled(self.cell) and not self.past_compilation
 
 
 class _Forward(nn.Module):

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from equilibria.torch_private import version
+
 Init = Literal["default_fan_in", "normal"]
 INITS: tuple[Init, ...] = ("default_fan_in", "normal")
 
@@ -147,7 +149,7 @@ class Held:
         parameters = list(module.parameters())
         if any(p.is_inference() for p in parameters):  # tensors of inference mode do not count changes
             return compute()
-        versions = [(id(p), p._version, p.dtype, p.device) for p in parameters]
+        versions = [(id(p), version(p), p.dtype, p.device) for p in parameters]
         devices = {p.device.type for p in parameters}
         autocast = [(torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in devices]
         key = (choices, versions, autocast)

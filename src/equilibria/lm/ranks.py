@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from equilibria.torch_private import drop_process_groups
+
 Parallel = Literal["none", "ddp", "fsdp"]
 KINDS: tuple[Parallel, ...] = ("none", "ddp", "fsdp")
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -267,7 +269,7 @@ def _drop_references_to_group() -> None:
     """
     for thing in gc.get_objects():
         if type(thing).__name__ == "DeviceMesh":  # DTensor's caches never release a mesh
-            getattr(thing, "_pg_registry", {}).clear()
+            drop_process_groups(thing)
     gc.collect()
 
 

@@ -89,6 +89,10 @@ class Language:
         found = sums or {split: _sum(getattr(corpus, split)) for split in SPLITS}
         return [split for split in SPLITS if found[split] != self.sums.get(split)]
 
+    def is_split(self, split: str, stream: Stream) -> bool:
+        """True if the stream, as ids of this vocabulary, is that split of the text of the run."""
+        return self.sums.get(split) == _sum(stream)
+
     def check_same(self, corpus: Corpus, language: Language, *, run: str) -> None:
         """Raise a ValueError if the corpus is not the text with which the run began, by the same vocabulary.
 

@@ -17,6 +17,7 @@ from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError
 from equilibria.lm.runs.events import Event
 from equilibria.lm.runs.files import check_own, check_readable, discard, replace
 from equilibria.lm.runs.folder import FILES, FOLDERS, GONE, LOCK, NEW, OLD, foreign_files
+from equilibria.lm.runs.shipped import check_writable, located, names
 from equilibria.lm.suggestions import nearest
 
 WITHOUT_INFLUENCE = ("corpus.root", "training.devices", "training.faults.keep", "training.log")
@@ -43,10 +44,12 @@ class Run:
         ``overwrite`` an existing run stays until ``settle`` replaces it by the new one.
 
         Raises:
+            UsageError: the folder is part of the library.
             ValueError: the folder contains a run, the run of another experiment, other files, or a symbolic link.
         """
         if resume and overwrite:
             raise ValueError("--resume continues a run and --overwrite replaces it; give one of the two.")
+        check_writable(path, advice="train into another folder with --out.")
         run = cls(path)
         run.check_own()
         run._recover()
@@ -275,14 +278,15 @@ def _leaves(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def require(path: Path) -> Path:
-    """``path``, if it is a run directory.
+    """The run directory for a path, or for the name of a model that ships with the library; see ``located``.
 
     Raises:
-        UsageError: it is not; names the runs nearby.
+        UsageError: there is none; names the runs nearby.
     """
+    path = located(path)
     if (path / "experiment.json").is_file():
         return path
     found = sorted(str(file.parent) for base in {path.parent, Path("runs")} for file in base.glob("*/experiment.json"))
     fault = "holds no run (no experiment.json)" if path.is_dir() else "does not exist"
-    hint = nearest(str(path), found) or (f"there are the runs {', '.join(found[:5])}." if found else "")
+    hint = nearest(str(path), [*found, *names()]) or (f"there are the runs {', '.join(found[:5])}." if found else "")
     raise UsageError(f"{path} {fault}; {hint or 'a run is a folder that `equilibria train` has written.'}")

@@ -26,6 +26,7 @@ from equilibria.lm.model import LanguageConfig, LanguageModel
 from equilibria.lm.runs.checkpoint import CheckpointError
 from equilibria.lm.runs.continuation import continuation
 from equilibria.lm.runs.run import Run, require
+from equilibria.lm.runs.shipped import TEXTS
 from equilibria.lm.runs.weights import load_weights, weights
 from equilibria.lm.score import Evaluation
 
@@ -49,6 +50,8 @@ class Trained:
     """The stage of the checkpoint; at the end of a stage, the next one."""
     step: int
     """The training step of the weights."""
+    path: Path | None = None
+    """The run directory; None for a model that was not read from one."""
     data: Path | None = None
     """Another text instead of the run's own: a folder like the corpus, or a file; None for the run's own."""
 
@@ -136,8 +139,23 @@ class Trained:
         return self.data is not None and self.data.is_file() and not _is_root(self.data, self.experiment)
 
     def stream(self, split: str) -> Stream:
-        """A split of the corpus, or the file ``data`` as one text."""
-        return self._text if self.is_file else getattr(self.corpus, split)
+        """A split of the corpus, as the run keeps it or as its source gives it; or the file ``data`` as one text."""
+        if self.is_file:
+            return self._text
+        kept = self._kept(split)
+        return getattr(self.corpus, split) if kept is None else kept
+
+    def _kept(self, split: str) -> Stream | None:
+        """The split as the run keeps it in its folder ``texts``; None if it keeps none, or has another text."""
+        if self.path is None or self.data is not None:
+            return None
+        file = self.path / TEXTS / f"{split}.txt"
+        if not file.is_file():
+            return None
+        kept = Stream.of_text(self.vocabulary.encode(file.read_bytes().decode()))
+        if not self.language.is_split(split, kept):
+            raise ValueError(f"{file} is not the {split} text of this run (its SHA-256 differs); take it from a copy.")
+        return kept
 
     @functools.cached_property
     def _text(self) -> Stream:
@@ -168,7 +186,8 @@ def load(
         print(run.generate("The ", length=200), run.evaluate("test").bits)
 
     Args:
-        path: the run directory.
+        path: the run directory, or the name of a model that ships with the library: "tiny". A folder of that name, and
+            a run of that name in the folder ``runs``, come first.
         checkpoint: the checkpoint with the best validation, or the last one.
         data: the new folder or file of the corpus, if it has moved; or a file with another text.
         memory_length: number of past positions that the cell remembers; None for that of the training.
@@ -179,8 +198,8 @@ def load(
         UsageError: there is no run in the folder; names the runs nearby.
         CheckpointError: the run has no good checkpoint yet, or its weights do not fit its experiment.
     """
-    path, data = Path(path), None if data is None else Path(data)
-    run = Run.open(require(path))
+    path, data = require(Path(path)), None if data is None else Path(data)
+    run = Run.open(path)
     experiment = run.experiment(extra=extra)
     if data is not None and (not data.is_file() or _is_corpus(data, experiment, run.language)):
         experiment = with_data(experiment, data)
@@ -204,7 +223,7 @@ def load(
             f"is {language.name} still the text it was trained on? Name the right folder with --data."
         ) from None
     model.eval().to(device(experiment))
-    return Trained(experiment, language, model, stage, stored.step, data)
+    return Trained(experiment, language, model, stage, stored.step, path, data)
 
 
 def _is_corpus(data: Path, experiment: Experiment, language: Language | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.compiler.config as compiler
 from torch import nn
 
 from equilibria.layers.cell import Cell
@@ -13,9 +14,7 @@ def compile_cells(model: nn.Module) -> None:
     The recompile limit is raised, because a cell is compiled for many combinations: with and without memory, with and
     without graph and dropout, for all samples of the batch and for some.
     """
-    import torch._dynamo  # takes seconds to import
-
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    compiler.recompile_limit = max(compiler.recompile_limit, 64)
     for module in model.modules():
         if isinstance(module, Cell):
             module.compile()

@@ -1,0 +1,207 @@
+"""Every private name of PyTorch that this library uses, each behind a function that says what it is for.
+
+PyTorch may change such a name in any release. No other file of the library has one (a test looks for them), so that a
+new version of PyTorch is a question about this file alone. Tried with: TRIED.
+
+What to do if a name is gone is the last sentence of its docstring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._functorch.config as _functorch_config
+from torch import Tensor, UntypedStorage, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import Node
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TRIED = ("2.13.0", "2.14.1")
+"""The versions of PyTorch with which the tests of the core, the solvers, the gradients and the layers passed."""
+
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---------------------------------------------------------------- transforms of torch.func and the older vmap
+
+
+def is_transformed() -> bool:
+    """True while a transform of torch.func (grad, vjp, jvp, vmap or a composition) is running.
+
+    Rules that store things in closures then take the functional way. If it goes: always take the functional way.
+    """
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def is_batched() -> bool:
+    """True inside torch.func.vmap, where no decision can depend on a value.
+
+    If it goes: try ``bool(tensor.sum() > 0)`` and catch its error.
+    """
+    return _count(_functorch.TransformType.Vmap) > 0
+
+
+def forward_modes() -> int:
+    """The number of nested torch.func.jvp that are running; PyTorch returns 0 for two, so they are refused.
+
+    If it goes: refuse torch.func.jvp altogether.
+    """
+    return _count(_functorch.TransformType.Jvp)
+
+
+def _count(kind: Any) -> int:
+    return sum(level.key() == kind for level in _functorch.get_interpreter_stack() or [])
+
+
+def is_of_transform(tensor: Tensor) -> bool:
+    """True for a tensor that a transform of torch.func tracks, and that f reads without being given it.
+
+    If it goes: the closure cannot be searched; ask for such tensors as operands.
+    """
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_many(cotangent: Tensor) -> bool:
+    """True if a backward pass runs for many cotangents at once, under either vmap.
+
+    If it goes: refuse ``is_grads_batched=True``.
+    """
+    return is_transformed() or _functorch.is_legacy_batchedtensor(cotangent)
+
+
+def by_older_vmap(of_all: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Apply ``of_all`` to a tensor of ``is_grads_batched=True``, unwrapped so that the axis of its copies is first.
+
+    If it goes: refuse ``is_grads_batched=True``.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    copies = torch._remove_batch_dim(tensor, level, 1, 0)  # pyright: ignore[reportPrivateImportUsage]
+    return torch._add_batch_dim(of_all(copies), 0, level)  # pyright: ignore[reportPrivateImportUsage]
+
+
+# ---------------------------------------------------------------- forward mode
+
+
+def is_forward_mode() -> bool:
+    """True inside ``torch.autograd.forward_ad.dual_level`` and torch.func.jvp.
+
+    If it goes: look for tangents with ``unpack_dual`` at every call.
+    """
+    return forward_ad._current_level >= 0
+
+
+def without_forward_mode() -> contextlib.AbstractContextManager[Any]:
+    """A context in which operators compute no tangents; what ``torch.no_grad`` is to backward mode.
+
+    If it goes: take the primal of every tensor that f reads, as an operand.
+    """
+    return forward_ad._set_fwd_grad_enabled(mode=False)
+
+
+# ---------------------------------------------------------------- the running backward pass
+
+
+def task() -> int:
+    """The number of the running backward pass; -1 if none is running.
+
+    If it goes: count the passes by a callback at the end of each.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def is_last() -> bool:
+    """True if the running backward pass releases the graph, so that no other can follow.
+
+    If it goes: return False, which keeps the graph of f for as long as the solution lives.
+    """
+    return not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def will_run(node: Node) -> bool:
+    """True if the backward pass that is running goes through this node, which is not a leaf.
+
+    It tells ``backward(inputs=…)`` apart. If it goes: return True, which costs products without a use.
+    """
+    return torch._C._will_engine_execute_node(node)
+
+
+def at_the_end(call: Callable[[], None]) -> None:
+    """Run ``call`` at the end of the running backward pass; it is dropped if that pass fails.
+
+    If it goes: ``torch.autograd.graph.register_multi_grad_hook``, which knows the gradients that are wanted.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(call)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---------------------------------------------------------------- tensors, storages, modules and process groups
+
+
+def version(tensor: Tensor) -> int:
+    """The number of changes in place that the tensor has seen; an error for tensors of inference mode.
+
+    It notices an f that changes its argument, and weights that an optimiser has moved. If it goes: compare a clone.
+    """
+    return tensor._version
+
+
+def storage_key(storage: UntypedStorage) -> int:
+    """A number that no other living storage has, also if both are empty.
+
+    If it goes: the address of its data, and no key for an empty one.
+    """
+    return storage._cdata
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True if ``module.compile()`` was called, so that a call runs compiled code.
+
+    If it goes: an option of ``Equilibrium`` that says so.
+    """
+    return module._compiled_call_impl is not None
+
+
+def without_donated_buffers() -> contextlib.AbstractContextManager[Any]:
+    """A context that disables donated buffers: a compiled backward pass then leaves its saved tensors as they are.
+
+    The VJPs of one adjoint solve run it many times. The setting is read when f is compiled and at each backward pass,
+    in the thread where that runs. If it goes: linearise again for each VJP.
+    """
+    return _functorch_config.patch(donated_buffer=False)
+
+
+def drop_process_groups(mesh: Any) -> None:
+    """Empty the table of process groups that a ``DeviceMesh`` holds, so that destroying a group ends its threads too.
+
+    DTensor's caches never release a mesh. If it goes: nothing, but look for jobs that abort at their exit.
+    """
+    getattr(mesh, "_pg_registry", {}).clear()
+
+
+class Operations(TorchDispatchMode):
+    """A context manager that sees each operator that runs in it, as ``__torch_dispatch__``.
+
+    If it goes: ``torch.profiler``, which measures memory too, and slowly.
+    """
+
+
+# ---------------------------------------------------------------- trees (optree is the public library of this kind)
+
+TreeSpec = _pytree.TreeSpec
+"""The structure of a tree without its leaves."""
+tree_flatten = _pytree.tree_flatten
+"""The leaves and the structure of a tree."""
+tree_unflatten = _pytree.tree_unflatten
+"""The tree with these leaves and this structure."""
+tree_leaves = _pytree.tree_leaves
+"""The leaves of a tree, in order."""
+tree_map = _pytree.tree_map
+"""The tree, or several of one structure, with a function applied to the leaves."""
+tree_flatten_with_path = _pytree.tree_flatten_with_path
+"""The leaves of a tree with their paths, and its structure."""
+keystr = _pytree.keystr
+"""A path as one writes it: ``['a'][0]``."""
