@@ -53,7 +53,7 @@ class AffineCell(Cell):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw A anew; the injection draws its own parameters."""
+        """Draw A again; the injection draws its own parameters."""
         a = torch.randn(self.a.shape, dtype=self.a.dtype, device=self.a.device)
         self.a.copy_(a * (self.config.norm / torch.linalg.matrix_norm(a, ord=2)))
 

@@ -24,7 +24,7 @@ def refuse(arguments: Mapping[str, Any]) -> None:
     if given:
         raise TypeError(
             f"EquilibriumForCausalLM.forward has no argument {', '.join(given)}; its arguments are those of its "
-            "docstring, and none is ignored without a word."
+            "docstring."
         )
 
 

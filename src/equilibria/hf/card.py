@@ -32,8 +32,9 @@ prompt = tokenizer("$prompt", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=200, do_sample=True, temperature=0.8)[0]))
 ```
 
-Without that import, `from_pretrained(folder, trust_remote_code=True)` finds the classes by `equilibrium.py`. The cache
-has one slot per position: ${blocks}. A position sees ${window}, as far as the training did. `model(..., rtol=1e-6, max_evals=100)` solves one call more exactly; the output tells `evals`, `residual` and
+Without that import, `from_pretrained(folder, trust_remote_code=True)` finds the classes by `equilibrium.py`. The
+cache has one slot per position: $blocks. A position sees $window, as far as the training did.
+`model(..., rtol=1e-6, max_evals=100)` solves one call more exactly; its output tells `evals`, `residual` and
 `converged`.
 
 ## Score

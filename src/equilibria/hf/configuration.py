@@ -77,16 +77,19 @@ class EquilibriumConfig(PreTrainedConfig):
             ValueError: the model solves nothing, or its layer cannot be built from a configuration.
         """
         edge = None if edge_reads_as is None else vocabulary_size
-        config = cls(
-            vocab_size=vocabulary_size + (edge is not None),
-            language=part_to_json(language),
-            method=part_to_json(Method() if method is None else method),
-            eval_stop=None if eval_stop is None else part_to_json(eval_stop),
-            folded=folded,
-            edge_token_id=edge,
-            edge_reads_as=edge_reads_as,
-            **({"bos_token_id": edge, "eos_token_id": edge, "pad_token_id": edge} | more),
-        )
+        fields: dict[str, Any] = {
+            "vocab_size": vocabulary_size + (edge is not None),
+            "language": part_to_json(language),
+            "method": part_to_json(Method() if method is None else method),
+            "eval_stop": None if eval_stop is None else part_to_json(eval_stop),
+            "folded": folded,
+            "edge_token_id": edge,
+            "edge_reads_as": edge_reads_as,
+            "bos_token_id": edge,
+            "eos_token_id": edge,
+            "pad_token_id": edge,
+        }
+        config = cls(**(fields | more))
         config.check()
         return config
 

@@ -22,10 +22,9 @@ EDGE = "<|edge|>"
 
 
 def with_edges_read(tokens: Int[Tensor, "B T"], config: EquilibriumConfig) -> Int[Tensor, "B T"]:
-    """The tokens, with the one that the model reads in the place of edges."""
-    if config.edge_token_id is None:
-        return tokens
-    return torch.where(tokens == config.edge_token_id, config.edge_reads_as, tokens)
+    """The tokens, with the one that the model reads instead of edges."""
+    edge, read = config.edge_token_id, config.edge_reads_as
+    return tokens if edge is None or read is None else tokens.masked_fill(tokens == edge, read)
 
 
 def lowest_at_edge(logits: Float[Tensor, "B T _"], config: EquilibriumConfig) -> Float[Tensor, "B T V"]:

@@ -52,12 +52,12 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             ``equilibria.hf.from_run`` makes config and model from a run.
     """
 
+    config: EquilibriumConfig
     config_class = EquilibriumConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
     accepts_loss_kwargs = True
     _no_split_modules = ["Equilibrium"]  # noqa: RUF012
-    _tied_weights_keys = None
     _can_compile_fullgraph = False
 
     def __init__(self, config: EquilibriumConfig) -> None:
@@ -145,6 +145,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self._logits(output, logits_to_keep)
         loss = None if labels is None else self._loss(out.output, output, labels, num_items_in_batch)
         solution = out.solution
+        kept: dict[str, Any] = {CACHE: past if use_cache else None}
         result = EquilibriumOutput(
             loss=loss,
             logits=logits,
@@ -152,7 +153,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             evals=solution.evals,
             residual=solution.residual,
             converged=solution.converged,
-            **{CACHE: past if use_cache else None},
+            **kept,
         )
         return result.to_tuple() if return_dict is False else result
 

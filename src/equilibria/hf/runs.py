@@ -14,7 +14,7 @@ from equilibria.hf.tokenization import EquilibriumTokenizer, tokenizer_of
 from equilibria.layers.linear import fold as fold_weights
 from equilibria.lm.corpora import Vocabulary
 from equilibria.lm.model import LanguageConfig
-from equilibria.lm.runs.run import Run
+from equilibria.lm.runs.run import Run, require
 from equilibria.lm.runs.trained import Trained, Which, load
 
 REMOTE = "equilibrium.py"
@@ -103,7 +103,7 @@ def export(path: Path | str, out: Path | str, *, checkpoint: Which = "best", fol
     if found.tokenizer is not None:
         found.tokenizer.save_pretrained(out)
     (out / REMOTE).write_text(_REMOTE_CODE, encoding="utf-8")
-    (out / "README.md").write_text(card.card(found.trained, Run.open(Path(path)).events()), encoding="utf-8")
+    (out / "README.md").write_text(card.card(found.trained, Run.open(require(Path(path))).events()), encoding="utf-8")
     return found
 
 

@@ -14,7 +14,7 @@ from equilibria.hf.edges import EDGE
 from equilibria.lm.corpora import Vocabulary
 
 _SPACES = "".join(re for re in map(chr, range(0x3001)) if re.isspace() and re != "\n")
-"""What ``str.split`` separates words at; the regular expressions of ``tokenizers`` know fewer."""
+"""The characters at which ``str.split`` separates words; the regular expressions of ``tokenizers`` know fewer."""
 
 
 class EquilibriumTokenizer(PreTrainedTokenizerFast):

@@ -46,7 +46,7 @@ class NormedLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
+        """Draw the parameters again."""
         if self.init == "normal":
             nn.init.normal_(self.direction, std=self.std)
         else:
@@ -86,8 +86,8 @@ class LinearWeights(NamedTuple):
 def weights_of(linear: nn.Module, *, inputs: int, like: Tensor, bias: bool = True) -> LinearWeights:
     """W and b of a linear module, with graph, computed once per forward pass.
 
-    Of a module that another library has put in the place of a ``NormedLinear`` or of an ``nn.Linear``, such as one with
-    a low-rank adapter or with quantised weights, W is what it makes of the identity, and b what it makes of zero.
+    If another library has replaced a ``NormedLinear`` or an ``nn.Linear`` by a module of its own, such as one with a
+    low-rank adapter or with quantised weights, W is its result for the identity, and b its result for zero.
 
     Args:
         linear: a ``NormedLinear``, an ``nn.Linear``, or any module that computes x ↦ W x + b.
@@ -107,7 +107,7 @@ def weights_of(linear: nn.Module, *, inputs: int, like: Tensor, bias: bool = Tru
     added = rows[-1]
     if not bias and bool(added.any()):
         raise ValueError(
-            f"a {type(linear).__name__} in the place of a linear map without bias adds a bias; replace it by one that "
+            f"a {type(linear).__name__} that replaces a linear map without bias adds a bias; replace it by one that "
             "does not."
         )
     return LinearWeights((rows[:-1] - added).t(), added if bias else None)
@@ -129,7 +129,8 @@ def _folded(linear: NormedLinear) -> nn.Linear:
     outputs, inputs = linear.direction.shape
     plain = nn.Linear(inputs, outputs, bias=linear.bias is not None, device="meta")
     plain.weight = nn.Parameter(linear.effective().detach().clone(), requires_grad=linear.direction.requires_grad)
-    plain.bias = linear.bias
+    if linear.bias is not None:
+        plain.bias = linear.bias
     return plain.train(linear.training)
 
 

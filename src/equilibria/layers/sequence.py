@@ -42,7 +42,7 @@ class SequenceCell(Cell, ABC):
             warm: start from the remembered state instead of the cell's own start; it is near z* if neighbouring
                 positions resemble each other.
             part: the rows of the whole batch that x holds, for random numbers.
-            key_padding_mask: True at padding, before or after the text of a row: f is 0 there, and no other position
+            key_padding_mask: True at padding, before or after a text: f is 0 there, and no other position
                 sees it, so that a row has the states and gradients that it has alone. None if there is no padding.
         """
 

@@ -99,7 +99,7 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw u anew; the matrices draw their own parameters."""
+        """Draw u again; the matrices draw their own parameters."""
         nn.init.normal_(self.u, std=self.std)
 
     def weights(self) -> AttentionWeights:

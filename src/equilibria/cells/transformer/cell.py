@@ -64,8 +64,8 @@ class TransformerConfig:
     positions: Literal["relative", "decay"] = "relative"
     """The term of Transformer-XL ("relative"), or a learned bias per head and distance ("decay"), quick to train."""
     longest: int = 1024
-    """Only with "decay": the number of distances that have a bias; memory and segment together may not be longer, unless
-    the window is at most this."""
+    """Only with "decay": the number of distances that have a bias; memory and segment together may not be longer,
+    unless the window is at most this."""
     norm: Literal["post", "pre", "pre-normalised"] = "post"
     """Where the layer norms are: "post" (the paper), "pre" (the textbook), or "pre-normalised" (see the cell)."""
     dropout: float = 0.0

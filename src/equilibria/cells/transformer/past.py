@@ -1,4 +1,4 @@
-"""What a ``TransformerCell`` can continue from: its memory, a cache of its own, or keys and values from elsewhere.
+"""The pasts of a ``TransformerCell``: its memory, a cache of its own, or keys and values from elsewhere.
 
 Letters: B batch, T time, M memory, S stored positions, K = M + T, D width, H heads, C width of a head.
 """
@@ -121,7 +121,7 @@ class TransformerCache:
 
 
 TransformerPast = TransformerMemory | TransformerCache | KeyValues
-"""What a ``TransformerCell`` can continue from."""
+"""The pasts that a ``TransformerCell`` can continue from."""
 
 
 def check_past(
@@ -149,7 +149,7 @@ def check_past(
                 f"the memory has keys of the shape {tuple(past.k.shape)}, and this cell reads [B, {heads}, S, "
                 f"{width}]; give keys and values that this cell has written."
             )
-        _check_no_gap(past, mask)
+        _check_continued(past, mask)
     elif past is not None:
         check_streams(len(past.z), x)
 
@@ -162,16 +162,16 @@ def _begun(memory: TransformerPast | None) -> Bool[Tensor, " B"] | None:
     return ~(like.new_zeros(like.shape[:2], dtype=torch.bool) if mask is None else mask).all(dim=1)
 
 
-def _check_no_gap(past: KeyValues, mask: Bool[Tensor, "B T"] | None) -> None:
+def _check_continued(past: KeyValues, mask: Bool[Tensor, "B T"] | None) -> None:
     """Raise a ValueError if the memory ends in padding where its text goes on."""
     before = past.key_padding_mask
     if before is None or past.length == 0:
         return
-    gap = before[:, -1] & ~before.all(dim=1)
+    apart = before[:, -1] & ~before.all(dim=1)
     if mask is not None:
-        gap = gap & ~mask.all(dim=1)
-    if bool(gap.any()):
+        apart = apart & ~mask.all(dim=1)
+    if bool(apart.any()):
         raise ValueError(
-            f"{int(gap.sum())} rows have padding between the text of the memory and the text that continues it, and "
+            f"{int(apart.sum())} rows have padding between the text of the memory and the text that continues it, and "
             "the distance of two positions would count it; put the padding before the text (padding_side='left')."
         )

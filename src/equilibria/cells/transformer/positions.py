@@ -126,7 +126,7 @@ class RelativePositions(Positions):
         self.project = NormedLinear(inputs=width, outputs=width, bias=False, normed=weight_norm, init=init, std=std)
 
     def reset_parameters(self) -> None:
-        """Draw v anew; W_r draws its own parameters."""
+        """Draw v again; W_r draws its own parameters."""
         nn.init.normal_(self.v, std=self.std)
 
     def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H C K1"]:

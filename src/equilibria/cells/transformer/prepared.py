@@ -25,12 +25,12 @@ class TransformerWeights:
     inner: LinearWeights
     """Effective weights [I D] and bias of the feed-forward network's first matrix."""
     outer: LinearWeights
-    """Those [D I] of its second one."""
+    """Effective weights [D I] and bias of its second matrix."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PastRead:
-    """What attention reads besides the segment itself."""
+    """The values that attention reads besides the segment itself."""
 
     weights: TransformerWeights
     past: Float[Tensor, "2 H B M C"] | KeyValueCache | None

@@ -117,7 +117,7 @@ class TrellisCell(SequenceCell):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the bias anew; the matrices draw their own parameters."""
+        """Draw the bias again; the matrices draw their own parameters."""
         assert self.state.bias is not None
         nn.init.normal_(self.state.bias, std=self.config.std)
 
@@ -257,7 +257,7 @@ class TrellisCell(SequenceCell):
         if not isinstance(linear, NormedLinear):
             raise ValueError(
                 f"TrellisConfig(weight_dropout={rate}) drops entries of weights before they are normalised, and this "
-                f"cell has a {type(linear).__name__} in the place of a NormedLinear; train it with weight_dropout=0."
+                f"cell has a {type(linear).__name__} instead of a NormedLinear; train it with weight_dropout=0."
             )
         shape = (len(linear.direction), inputs // 2)
         kept = torch.empty(shape, dtype=torch.bool, device=linear.direction.device).bernoulli_(1 - rate)

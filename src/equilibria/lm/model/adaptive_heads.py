@@ -108,7 +108,8 @@ class TiedAdaptiveHead(AdaptiveHead):
     ) -> None:
         super().__init__(embedding.clusters, dropout=dropout, output_dropout=output_dropout)
         slots, first = len(self.clusters.cutoffs), embedding.tables[0].shape[1]
-        self.std, self.projection_std, self.init, self.slot_std = std, projection_std, init, slot_std
+        self.std, self.projection_std, self.slot_std = std, projection_std, slot_std
+        self.init: Init = init
         self.projection = None if embedding.projection(0) is None else nn.Parameter(torch.empty(width, first))
         self.bias = nn.Parameter(torch.empty(self.clusters.vocabulary_size))
         self.slot_weight = nn.Parameter(torch.empty(slots, first))
@@ -116,7 +117,7 @@ class TiedAdaptiveHead(AdaptiveHead):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw Q_0 and the slots' weights anew, and set the biases to 0."""
+        """Draw Q_0 and the slots' weights again, and set the biases to 0."""
         if self.projection is not None:
             nn.init.normal_(self.projection, std=self.projection_std)
         std, init = (self.std, self.init) if self.slot_std is None else (self.slot_std, "normal")
@@ -172,11 +173,12 @@ class UntiedAdaptiveHead(AdaptiveHead):
         self.softmax = nn.AdaptiveLogSoftmaxWithLoss(
             width, clusters.vocabulary_size, clusters.cutoffs, div_value=division, head_bias=True
         )
-        self.std, self.projection_std, self.init, self.slot_std = std, projection_std, init, slot_std
+        self.std, self.projection_std, self.slot_std = std, projection_std, slot_std
+        self.init: Init = init
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, and set the bias to 0."""
+        """Draw the weights again, and set the bias to 0."""
         for name, parameter in self.softmax.named_parameters():
             if name == "head.bias":
                 nn.init.zeros_(parameter)

@@ -99,13 +99,14 @@ class AdaptiveEmbedding(nn.Module):
         if division == 1:
             shapes = [(clusters.vocabulary_size, widths[0])]
         projected = [d for _, d in shapes] if division > 1 or widths[0] != width else []
-        self.std, self.projection_std, self.init = std, projection_std, init
+        self.std, self.projection_std = std, projection_std
+        self.init: Init = init
         self.tables = nn.ParameterList([torch.empty(shape) for shape in shapes])
         self.projections = nn.ParameterList([torch.empty(width, d) for d in projected])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw tables and projections anew."""
+        """Draw tables and projections again."""
         for table in self.tables:
             started(table, std=self.std, init=self.init)
         for projection in self.projections:

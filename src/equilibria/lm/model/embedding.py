@@ -112,11 +112,12 @@ class Embedding(nn.Embedding):
             raise ValueError(f"Embedding(vocabulary_size={vocabulary_size}): a vocabulary has at least one token.")
         super().__init__(vocabulary_size, width, _weight=torch.empty(vocabulary_size, width))
         self.dropout, self.word_dropout, self.scale = dropout, word_dropout, math.sqrt(width) if scaled else 1.0
-        self.std, self.init = std, init
+        self.std = std
+        self.init: Init = init
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the table anew."""
+        """Draw the table again."""
         started(self.weight, std=self.std, init=self.init)
 
     def forward(self, input: Int[Tensor, "B T"], part: BatchSlice | None = None) -> Float[Tensor, "B T D"]:

@@ -90,13 +90,14 @@ class SoftmaxHead(Head[Embedding]):
         init: Init = "normal",
     ) -> None:
         super().__init__(dropout=dropout, output_dropout=output_dropout)
-        self.std, self.init = std, init
+        self.std = std
+        self.init: Init = init
         self.weight = None if tied else nn.Parameter(torch.empty(vocabulary_size, width))
         self.bias = nn.Parameter(torch.empty(vocabulary_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw an untied W anew, and set b to 0."""
+        """Draw an untied W again, and set b to 0."""
         if self.weight is not None:
             started(self.weight, std=self.std, init=self.init)
         nn.init.zeros_(self.bias)

@@ -121,13 +121,14 @@ class MixtureHead(Head[Embedding]):
         check_rate("MixtureHead", "latent_dropout", latent_dropout)
         self.experts, self.latent_dropout = experts, latent_dropout
         self.prior, self.latent = nn.Linear(width, experts), nn.Linear(width, experts * latent_width)
-        self.std, self.init = std, init
+        self.std = std
+        self.init: Init = init
         self.weight = None if tied else nn.Parameter(torch.empty(vocabulary_size, latent_width))
         self.bias = nn.Parameter(torch.empty(vocabulary_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw an untied E anew, and set b to 0; W_π and W_k draw their own parameters."""
+        """Draw an untied E again, and set b to 0; W_π and W_k draw their own parameters."""
         if self.weight is not None:
             started(self.weight, std=self.std, init=self.init)
         nn.init.zeros_(self.bias)
