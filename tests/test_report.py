@@ -72,9 +72,9 @@ def step(number: int) -> dict[str, Any]:
     }
 
 
-def valid(number: int, nats: float) -> dict[str, Any]:
+def valid(number: int, nats: float | None, *, best: bool = True) -> dict[str, Any]:
     name = "implicit" if number > 50 else "shallow"
-    scores = {"nats": nats, "bits": nats / math.log(2), "perplexity": math.exp(nats)}
+    scores = {"nats": nats, "bits": nats and nats / math.log(2), "perplexity": nats and math.exp(nats), "best": best}
     return {"event": "valid", "step": number, "stage": name, "tokens": 1000, "forward": solve(15), **scores}
 
 
@@ -249,7 +249,7 @@ def test_a_damaged_sample_is_left_out(tmp_path):
 
 def test_numbers_that_are_not_finite_do_not_stop_the_report(tmp_path):
     lines = [{**event, "loss": math.nan, "bits": math.nan} if event.get("step") == 7 else event for event in events()]
-    lines.append({**valid(100, 1.0), "nats": math.nan, "bits": math.nan, "perplexity": math.nan})
+    lines.append(valid(100, math.nan, best=False))
     run = write(tmp_path / "run", lines)
     assert "Finished" in page_of(run)
     assert summary.rows(read(run))[0].value == "2.020 bits per character"
@@ -262,7 +262,7 @@ def test_nulls_do_not_stop_the_report(tmp_path):
     for event in lines:
         if event.get("step") in (7, 60) and event["event"] == "step":
             event |= {"loss": None, "bits": None, "forward": solve(9) | null, "backward": solve(9) | null}
-    lines.append({**valid(100, 1.0), "nats": None, "bits": None, "perplexity": None, "forward": solve(15) | null})
+    lines.append(valid(100, None, best=False) | {"forward": solve(15) | null})
     for corpus in ("PythonDocs", "PennTreebank", "Copying"):
         run = write(tmp_path / corpus, lines, corpus={"kind": corpus})
         assert re.findall(r'<figure id="(\w+)">', page_of(run)) == NAMES
@@ -611,7 +611,7 @@ def test_a_backend_that_is_not_there_is_not_asked_for(tmp_path, backend):
 
 
 def test_the_report_for_programs_is_one_strict_object(tmp_path, capsys):
-    lines = [*events(), {**valid(100, 1.0), "nats": math.nan, "bits": math.nan, "perplexity": math.nan}]
+    lines = [*events(), valid(100, math.nan, best=False)]
     for line in lines[60:80]:
         line["forward"] = solve(14) | {"residual": math.nan}
     run = write(tmp_path / "run", lines)

@@ -657,6 +657,20 @@ def test_stages_that_solve_alike_have_one_best_checkpoint(tmp_path, monkeypatch)
     assert (found["step"], found["nats"], found["stage"]) == (6, 5, "implicit γ=0.1")
 
 
+def test_a_last_stage_without_a_finite_score_leaves_the_best_of_the_stage_before(tmp_path, monkeypatch):
+    value = experiment(valid_every=3, checkpoint_every=3)
+    scores = iter([2.0, 1.0, *itertools.repeat(math.nan, 9)])
+    monkeypatch.setattr(
+        "equilibria.lm.training.validation.evaluate",
+        lambda *given, **chosen: dataclasses.replace(evaluate(*given, **chosen), nll_per_token=next(scores)),
+    )
+    run = Run.start(tmp_path / "run", value)
+    Trainer(value, run, corpus()).fit()
+    assert run.newest().step == 18
+    assert run.best().step == read(run.path).best["step"] == 6
+    assert run.best().state["best"] == {"step": 6, "nats": 1.0, "stage": "shallow"}
+
+
 def test_the_log_goes_to_tensorboard_too(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -13,9 +13,8 @@ from equilibria.errors import UsageError
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs.files import check_own, discard
 from equilibria.lm.runs.pieces import whole
-from equilibria.lm.runs.run import Run
+from equilibria.lm.runs.run import Run, Which
 from equilibria.lm.runs.shipped import check_writable
-from equilibria.lm.runs.trained import Which
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
     options = parse(Options, arguments, verb="export")
     run = Run.open(found(options.run))
-    stored = run.best() if options.checkpoint == "best" else run.newest()
-    if stored is None:
-        raise ValueError(f"{run.path} has no good checkpoint yet: continue the training with --resume.")
+    stored = run.chosen(options.checkpoint)
     target = _target(options, run)
     metadata = {"format": "pt", "step": str(stored.step), "experiment": json.dumps(run.stored())}
     beside = target.with_name(f".{target.name}.new")

@@ -15,7 +15,8 @@ from equilibria.layers.linear import fold as fold_weights
 from equilibria.lm.corpora import Vocabulary
 from equilibria.lm.model import LanguageConfig
 from equilibria.lm.runs.run import Run
-from equilibria.lm.runs.trained import Trained, Which, load
+from equilibria.lm.runs.run import Which
+from equilibria.lm.runs.trained import Trained, load
 
 REMOTE = "equilibrium.py"
 """The file beside a model with which ``trust_remote_code=True`` finds its classes."""
