@@ -2,7 +2,7 @@
 
 ``jaxtyping.jaxtyped`` checks the same and takes twice the time of the tests: it checks parameters before and after each
 call, binds them by ``inspect``, and compiles the checks of an inner function again at every call of the outer one.
-Here they are checked once, and a ``def`` has its checks compiled once.
+Here they are checked once, and a ``def`` has its checks compiled once, at its first call.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def jaxtyped(thing=None, *, typechecker=None):
             thing.__init__ = jaxtyped(thing.__init__)
         return thing
     assert isinstance(thing, types.FunctionType), thing
-    key = id(thing.__code__), *thing.__annotations__.items()
-    if key not in CHECKS:
-        CHECKS[key] = thing.__code__, *checks(thing)  # with the code, so that its id is not given to another
-    _, parameters, result = CHECKS[key]
+    parameters = result = None
 
     @functools.wraps(thing)
     def function(*args, **kwargs):
         __tracebackhide__ = True
         if jaxtyping.config.jaxtyping_disable:
             return thing(*args, **kwargs)
+        nonlocal parameters, result
+        if parameters is None:  # the first call: most processes call a part of the functions
+            parameters, result = checks_once(thing)
         with context:
             parameters(*args, **kwargs)
             found = thing(*args, **kwargs)
@@ -53,6 +53,14 @@ def jaxtyped(thing=None, *, typechecker=None):
     function.checked = True
     function.__code__ = function.__code__.replace(co_filename="<checks>")  # a warning names the file of the caller
     return function
+
+
+def checks_once(function):
+    """As ``checks``, once for every ``def`` with its annotations."""
+    key = id(function.__code__), *function.__annotations__.items()
+    if key not in CHECKS:
+        CHECKS[key] = function.__code__, *checks(function)  # with the code, so that its id is not given to another
+    return CHECKS[key][1:]
 
 
 def checks(function):
