@@ -14,8 +14,7 @@ from equilibria.hf.tokenization import EquilibriumTokenizer, tokenizer_of
 from equilibria.layers.linear import fold as fold_weights
 from equilibria.lm.corpora import Vocabulary
 from equilibria.lm.model import LanguageConfig
-from equilibria.lm.runs.run import Run
-from equilibria.lm.runs.run import Which
+from equilibria.lm.runs.run import Run, Which
 from equilibria.lm.runs.trained import Trained, load
 
 REMOTE = "equilibrium.py"
