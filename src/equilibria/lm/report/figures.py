@@ -8,7 +8,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +70,12 @@ STYLE: dict[Any, Any] = {
 
 def draw(record: Record) -> list[Drawing]:
     """Every figure for which the run has data, in the order of the page."""
-    return _drawn([(name, caption, partial(paint, record=record)) for name, caption, paint in FIGURES])
+    return _drawn(FIGURES, record)
 
 
 def draw_together(records: Sequence[Record]) -> list[Drawing]:
     """The losses of several runs on the same axes: those of the validations, and those of the training."""
-    return _drawn([(name, caption, partial(paint, records=records)) for name, caption, paint in COMPARISONS])
+    return _drawn(COMPARISONS, records)
 
 
 def save(drawings: Sequence[Drawing], folder: Path) -> None:
@@ -85,8 +84,8 @@ def save(drawings: Sequence[Drawing], folder: Path) -> None:
         replace(folder / f"{drawing.name}.png", drawing.png)
 
 
-def _drawn(entries: Sequence[tuple[str, str, Callable[[Axes], bool]]]) -> list[Drawing]:
-    """The drawings whose functions return True, one after the other on the same figure, which holds many pixels."""
+def _drawn(entries: Sequence[tuple[str, str, Callable[[Axes, Any], bool]]], data: Any) -> list[Drawing]:
+    """The figures for which ``data`` suffices, one after the other on the same canvas, which holds many pixels."""
     drawings = []
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.4), dpi=200, layout="constrained")
@@ -94,7 +93,7 @@ def _drawn(entries: Sequence[tuple[str, str, Callable[[Axes], bool]]]) -> list[D
         for name, caption, paint in entries:
             figure.clear()
             axes = figure.add_subplot()
-            if paint(axes):
+            if paint(axes, data):
                 _spell(axes)
                 file = io.BytesIO()
                 figure.savefig(file, format="png")
