@@ -19,7 +19,7 @@ WORDS = {
     "correction": ["--steps", "100"],
 }
 """What is said to an example beside its name, to have it done sooner."""
-LONG = {"cell", "correction", "graph", "hyper_gradients", "multiscale"}
+LONG = {"cell", "correction", "graph", "hyper_gradients", "generation", "multiscale"}
 """Those that train for 10 to 30 seconds all the same; `make check` runs them."""
 
 
@@ -96,6 +96,15 @@ def test_long_examples_take_a_few_steps(name, steps, tmp_path, monkeypatch, caps
         assert max(errors) < 1e-8
     else:
         assert "converged" in printed
+
+
+def test_the_generation_example_takes_a_few_steps(capsys):
+    text = (ROOT / "examples" / "generation.py").read_text()
+    assert text.count("range(100)") == 1
+    exec(text.replace("range(100)", "range(3)"), {})
+    _, first, second = capsys.readouterr().out.split("\n", maxsplit=2)
+    assert first.startswith("the fixed")
+    assert second.startswith("a map is wh")
 
 
 def test_the_multiscale_example_takes_a_few_steps(tmp_path, monkeypatch, capsys):
