@@ -32,6 +32,14 @@ def unhooked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def one_figure(monkeypatch):
+    """A training ends with a report, and drawing takes longer than some trainings: here only its first figure."""
+    from equilibria.lm.report import figures
+
+    monkeypatch.setattr(figures, "FIGURES", figures.FIGURES[:1])
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder with the public corpora."""

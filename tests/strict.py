@@ -2,7 +2,7 @@
 
 ``jaxtyping.jaxtyped`` checks the same and takes twice the time of the tests: it checks parameters before and after each
 call, binds them by ``inspect``, and compiles the checks of an inner function again at every call of the outer one.
-Here they are checked once, and a ``def`` has its checks compiled once.
+Here they are checked once, and a ``def`` has its checks compiled once, at its first call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import types
 import typing
 
 import jaxtyping
+import torch
 from beartype import BeartypeConf, beartype
+from jaxtyping import _array_types, _storage
 
 compiled = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError))
 context = jaxtyping.jaxtyped("context")
@@ -35,16 +37,16 @@ def jaxtyped(thing=None, *, typechecker=None):
             thing.__init__ = jaxtyped(thing.__init__)
         return thing
     assert isinstance(thing, types.FunctionType), thing
-    key = id(thing.__code__), *thing.__annotations__.items()
-    if key not in CHECKS:
-        CHECKS[key] = thing.__code__, *checks(thing)  # with the code, so that its id is not given to another
-    _, parameters, result = CHECKS[key]
+    parameters = result = None
 
     @functools.wraps(thing)
     def function(*args, **kwargs):
         __tracebackhide__ = True
         if jaxtyping.config.jaxtyping_disable:
             return thing(*args, **kwargs)
+        nonlocal parameters, result
+        if parameters is None:  # the first call: most processes call a part of the functions
+            parameters, result = checks_once(thing)
         with context:
             parameters(*args, **kwargs)
             found = thing(*args, **kwargs)
@@ -53,6 +55,14 @@ def jaxtyped(thing=None, *, typechecker=None):
     function.checked = True
     function.__code__ = function.__code__.replace(co_filename="<checks>")  # a warning names the file of the caller
     return function
+
+
+def checks_once(function):
+    """As ``checks``, once for every ``def`` with its annotations."""
+    key = id(function.__code__), *function.__annotations__.items()
+    if key not in CHECKS:
+        CHECKS[key] = function.__code__, *checks(function)  # with the code, so that its id is not given to another
+    return CHECKS[key][1:]
 
 
 def checks(function):
@@ -95,4 +105,47 @@ def resolved(hint, names):
         return typing.Any
 
 
+def quick(hint, value, slow=_array_types._MetaAbstractArray.__instancecheck__):
+    """As jaxtyping's ``isinstance(value, hint)``, but three times as fast in the most frequent case.
+
+    That is a tensor with the right dtype, and with one letter for each of its axes: nothing else is decided here.
+    """
+    axes, dtypes = AXES.get(hint) or AXES.setdefault(hint, axes_of(hint))
+    if axes is None or not isinstance(value, torch.Tensor):
+        return slow(hint, value)
+    dtype, shape = value.dtype, value.shape
+    if dtype not in dtypes:
+        dtypes[dtype] = accepts(hint, dtype)
+    if not dtypes[dtype] or len(shape) != len(axes) or not _storage._has_shape_memo():
+        return slow(hint, value)
+    known = _storage._shape_storage.memo_stack[-1][0]
+    before = len(known)
+    for name, size in zip(axes, shape):  # noqa: B905 (it was compared, and takes time)
+        if known.setdefault(name, size) != size:
+            for new in list(known)[before:]:
+                del known[new]
+            return slow(hint, value)
+    return True
+
+
+AXES = {}
+"""For each hint the names of its axes, None if it has others than letters, and its answers about dtypes so far."""
+
+
+def axes_of(hint):
+    dims = getattr(hint, "dims", (None,))
+    plain = (type(dim) is _array_types._NamedDim and not dim.broadcastable and not dim.treepath for dim in dims)
+    if not all(plain) or hint._skip_instancecheck or hint.array_type is not torch.Tensor:
+        return None, {}
+    return tuple(dim.name for dim in dims), {}
+
+
+def accepts(hint, dtype):
+    """True if the hint is for this dtype, which it names or describes by patterns."""
+    name = str(dtype).removeprefix("torch.")
+    kinds = (name,) if hint.dtypes is _array_types._any_dtype else hint.dtypes
+    return any(name == kind if isinstance(kind, str) else kind.match(name) for kind in kinds)
+
+
+_array_types._MetaAbstractArray.__instancecheck__ = quick
 jaxtyping.jaxtyped = jaxtyped

@@ -21,7 +21,7 @@ from small_run import fails, furnish
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
+def place(tmp_path, monkeypatch, one_figure) -> Path:
     """A folder with a recipe and a corpus, which is where the commands run."""
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)

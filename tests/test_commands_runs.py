@@ -20,7 +20,7 @@ from equilibria.commands.errors import explain
 from equilibria.commands.recipe import experiment_of
 from equilibria.lm.evaluation import evaluate
 from equilibria.lm.recipes import RECIPES
-from equilibria.lm.report import summary
+from equilibria.lm.report import figures, summary
 from equilibria.lm.report.record import read
 from equilibria.lm.runs import Run, checkpoint
 from equilibria.lm.runs.checkpoint import CheckpointError
@@ -30,9 +30,12 @@ from equilibria.lm.training import Trainer, TrainingInterrupted, TrainingStopped
 from equilibria.lm.training.policy import NotFinite
 from small_run import fails, furnish
 
+FIGURES = figures.FIGURES
+"""All of them, which the fixture ``one_figure`` reduces to the first."""
+
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
+def place(tmp_path, monkeypatch, one_figure) -> Path:
     """A folder with a recipe and a corpus, which is where the commands run."""
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -412,7 +415,8 @@ def test_a_memory_is_set_in_every_block_of_a_chain():
 
 
 @pytest.mark.parametrize("words", ["--explicit 3", "--untied --explicit=3", "--explicit 3 --recompute --layer-memory"])
-def test_an_explicit_twin_goes_all_the_way(place, capsys, words):
+def test_an_explicit_twin_goes_all_the_way(place, capsys, monkeypatch, words):
+    monkeypatch.setattr(figures, "FIGURES", FIGURES)
     words = words.split()
     flags = ["--data", "text", "--stages.1.steps", "5", "--model.cell.inner", "6"]
     assert main(["train", *words, "recipe.py:small", *flags]) == 0

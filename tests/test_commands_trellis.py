@@ -37,7 +37,7 @@ def deep():
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
+def place(tmp_path, monkeypatch, one_figure) -> Path:
     """A folder with the recipes and a corpus, which is where the commands run."""
     furnish(tmp_path)
     with (tmp_path / "recipe.py").open("a") as file:

@@ -19,8 +19,8 @@ WORDS = {
     "correction": ["--steps", "100"],
 }
 """What is said to an example beside its name, to have it done sooner."""
-LONG = {"cell", "correction", "graph", "hyper_gradients"}
-"""Those that train for 18 to 30 seconds all the same; `make check` runs them."""
+LONG = {"cell", "correction", "graph", "hyper_gradients", "generation", "multiscale"}
+"""Those that train for 10 to 30 seconds all the same; `make check` runs them."""
 
 
 def load(name):
@@ -96,6 +96,24 @@ def test_long_examples_take_a_few_steps(name, steps, tmp_path, monkeypatch, caps
         assert max(errors) < 1e-8
     else:
         assert "converged" in printed
+
+
+def test_the_generation_example_takes_a_few_steps(capsys):
+    text = (ROOT / "examples" / "generation.py").read_text()
+    assert text.count("range(100)") == 1
+    exec(text.replace("range(100)", "range(3)"), {})
+    _, first, second = capsys.readouterr().out.split("\n", maxsplit=2)
+    assert first.startswith("the fixed")
+    assert second.startswith("a map is wh")
+
+
+def test_the_multiscale_example_takes_a_few_steps(tmp_path, monkeypatch, capsys):
+    multiscale = load("multiscale")
+    few = [part[:64] for part in multiscale.digits()]
+    monkeypatch.setattr(multiscale, "digits", lambda: few)
+    multiscale.main(epochs=1, picture=tmp_path / "multiscale.png")
+    assert "| 100.00% of all solves converged |" in capsys.readouterr().out
+    assert (tmp_path / "multiscale.png").is_file()
 
 
 def test_nodes_as_batch_axis_warn_without_the_flag():

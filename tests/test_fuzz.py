@@ -131,7 +131,7 @@ def spoilt(value, draw):
     return draw(plain)
 
 
-@campaign
+@fewer
 @given(data=st.data())
 def test_experiments(place, data):
     """experiment.json of a run, with a value that nobody has written; what is still an experiment may do its work."""

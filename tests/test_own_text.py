@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def place(trained, tmp_path, monkeypatch):
+def place(trained, tmp_path, monkeypatch, one_figure):
     shutil.copytree(trained, tmp_path / "own")
     monkeypatch.chdir(tmp_path / "own")
     return tmp_path / "own"

@@ -72,9 +72,9 @@ def step(number: int) -> dict[str, Any]:
     }
 
 
-def valid(number: int, nats: float) -> dict[str, Any]:
+def valid(number: int, nats: float | None, *, best: bool = True) -> dict[str, Any]:
     name = "implicit" if number > 50 else "shallow"
-    scores = {"nats": nats, "bits": nats / math.log(2), "perplexity": math.exp(nats)}
+    scores = {"nats": nats, "bits": nats and nats / math.log(2), "perplexity": nats and math.exp(nats), "best": best}
     return {"event": "valid", "step": number, "stage": name, "tokens": 1000, "forward": solve(15), **scores}
 
 
@@ -111,15 +111,33 @@ def page_of(run: Path) -> str:
     return report.write(read(run)).read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def one_figure(monkeypatch):
-    """For tests of the words of a page: drawing all figures takes most of a report's time."""
-    monkeypatch.setattr(figures, "FIGURES", figures.FIGURES[:1])
+ALL = {name: (name, caption, paint) for name, caption, paint in figures.FIGURES}
+assert list(ALL) == NAMES
 
 
-def test_a_finished_run_gets_every_figure_inside_the_page_and_beside_it(tmp_path):
-    run = write(tmp_path / "run", events())
-    text = page_of(run)
+@pytest.fixture(autouse=True)
+def draw(monkeypatch):
+    """A function that chooses the figures; the tests of words choose none, since drawing takes most of the time."""
+
+    def choose(*names: str) -> None:
+        monkeypatch.setattr(figures, "FIGURES", tuple(ALL[name] for name in names))
+
+    choose()
+    return choose
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run with a report, in which every figure is drawn."""
+    run = write(tmp_path_factory.mktemp("finished") / "run", events())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "FIGURES", tuple(ALL.values()))
+        page_of(run)
+    return run
+
+
+def test_a_finished_run_gets_every_figure_inside_the_page_and_beside_it(finished):
+    run, text = finished, (finished / "report" / "index.html").read_text(encoding="utf-8")
     pictures = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", text)]
     assert re.findall(r'<figure id="(\w+)">', text) == NAMES
     assert pictures == [(run / "report" / f"{name}.png").read_bytes() for name in NAMES]
@@ -127,8 +145,8 @@ def test_a_finished_run_gets_every_figure_inside_the_page_and_beside_it(tmp_path
     assert "Finished after 100 steps." in text
 
 
-def test_the_page_needs_nothing_from_elsewhere(tmp_path):
-    text = page_of(write(tmp_path / "run", events()))
+def test_the_page_needs_nothing_from_elsewhere(finished):
+    text = (finished / "report" / "index.html").read_text(encoding="utf-8")
     assert not re.findall(r"<(?:script|link|iframe)|https?://|(?:src|href)=\"(?!data:)", text)
 
 
@@ -183,7 +201,7 @@ def test_right_answers_stand_beside_a_loss_that_says_little(tmp_path):
         ({"kind": "RecurrentConfig", "network": "lstm", "hidden": 57}, "A recurrent network (LSTM) of 57 channels, in"),
     ],
 )
-def test_the_page_says_what_kind_of_network_it_is(tmp_path, one_figure, model, words):
+def test_the_page_says_what_kind_of_network_it_is(tmp_path, model, words):
     assert words in page_of(write(tmp_path / "run", events(), model=model))
 
 
@@ -196,20 +214,22 @@ def test_parameters_are_counted_in_the_header_of_the_weights(tmp_path):
     assert summary.rows(read(run))[0] == summary.Row("Parameters", "17")
 
 
-def test_an_unfinished_run_says_so_and_leaves_out_what_is_not_there(tmp_path):
+def test_an_unfinished_run_says_so_and_leaves_out_what_is_not_there(tmp_path, draw):
+    draw(*NAMES)
     text = page_of(write(tmp_path / "run", events()[:20], tail='{"event": "step", "st'))
     assert "Unfinished: 18 of 100 steps so far." in text
     assert re.findall(r'<figure id="(\w+)">', text) == ["loss", "evaluations", "residual"]
 
 
-def test_a_run_that_has_written_nothing_yet_still_gets_a_page(tmp_path):
+def test_a_run_that_has_written_nothing_yet_still_gets_a_page(tmp_path, draw):
+    draw(*NAMES)
     run = write(tmp_path / "run", [])
     assert "Unfinished: 0 of 100 steps so far." in page_of(run)
     (run / "metrics.jsonl").unlink()
     assert "Settings" in page_of(run)
 
 
-def test_a_stopped_run_says_where(tmp_path, one_figure):
+def test_a_stopped_run_says_where(tmp_path):
     lines = [*events()[:20], {"event": "stopped", "step": 19}]
     assert "Stopped at step 19" in page_of(write(tmp_path / "run", lines))
 
@@ -217,12 +237,13 @@ def test_a_stopped_run_says_where(tmp_path, one_figure):
 @pytest.mark.parametrize(
     "corpus", [{"kind": "PennTreebank"}, {"kind": "Copying"}, {"kind": "TextFolder", "unit": "word"}]
 )
-def test_every_unit_has_its_own_measure(tmp_path, corpus):
+def test_every_unit_has_its_own_measure(tmp_path, draw, corpus):
+    draw("loss")  # no other figure knows the unit
     record = read(write(tmp_path / "run", events(), corpus=corpus))
     value = next(row.value for row in summary.rows(record) if row.label == "Validation")
     words = {"Copying": "1.400 nats per symbol"}.get(corpus["kind"], "4.055 perplexity per word")
     assert value == words
-    assert [drawing.name for drawing in figures.draw(record)] == NAMES
+    assert [drawing.name for drawing in figures.draw(record)] == ["loss"]
 
 
 def test_everything_from_files_is_escaped(tmp_path):
@@ -247,36 +268,40 @@ def test_a_damaged_sample_is_left_out(tmp_path):
     assert "A sample" not in page_of(run)
 
 
-def test_numbers_that_are_not_finite_do_not_stop_the_report(tmp_path):
+def test_numbers_that_are_not_finite_do_not_stop_the_report(tmp_path, draw):
+    draw("loss")
     lines = [{**event, "loss": math.nan, "bits": math.nan} if event.get("step") == 7 else event for event in events()]
-    lines.append({**valid(100, 1.0), "nats": math.nan, "bits": math.nan, "perplexity": math.nan})
+    lines.append(valid(100, math.nan, best=False))
     run = write(tmp_path / "run", lines)
     assert "Finished" in page_of(run)
     assert summary.rows(read(run))[0].value == "2.020 bits per character"
 
 
-def test_nulls_do_not_stop_the_report(tmp_path):
+def test_nulls_do_not_stop_the_report(tmp_path, draw):
     """What metrics.jsonl says of numbers that are not finite."""
     null = {"residual": None}
     lines = [*events(), {"event": "spectral_radius", "step": 100, "mean": None, "max": None}]
     for event in lines:
         if event.get("step") in (7, 60) and event["event"] == "step":
             event |= {"loss": None, "bits": None, "forward": solve(9) | null, "backward": solve(9) | null}
-    lines.append({**valid(100, 1.0), "nats": None, "bits": None, "perplexity": None, "forward": solve(15) | null})
-    for corpus in ("PythonDocs", "PennTreebank", "Copying"):
+    lines.append(valid(100, None, best=False) | {"forward": solve(15) | null})
+    for corpus, names in (("PythonDocs", NAMES), ("PennTreebank", ["loss"]), ("Copying", ["loss"])):
         run = write(tmp_path / corpus, lines, corpus={"kind": corpus})
-        assert re.findall(r'<figure id="(\w+)">', page_of(run)) == NAMES
+        draw(*names)
+        assert re.findall(r'<figure id="(\w+)">', page_of(run)) == names
         rows = {row.label: row for row in summary.rows(read(run))}
         assert rows["Validation"].beside == "step 100, the best"
         assert "residual 8.0e-03" in rows["Forward solve"].beside
 
 
-def test_a_run_whose_numbers_were_never_finite_still_gets_a_page(tmp_path):
+def test_a_run_whose_numbers_were_never_finite_still_gets_a_page(tmp_path, draw):
+    draw(*NAMES)
     lines = [{**step(1), "loss": None, "bits": None, "forward": solve(9) | {"residual": None}}]
     assert 'id="residual"' in page_of(write(tmp_path / "run", lines))
 
 
-def test_a_run_that_stopped_right_after_its_first_validation_is_drawn(tmp_path):
+def test_a_run_that_stopped_right_after_its_first_validation_is_drawn(tmp_path, draw):
+    draw(*NAMES)
     radius = {"event": "spectral_radius", "step": 50, "mean": 0.0, "max": 0.0}
     stopped = {"event": "stopped", "step": 51, "stage": "implicit", "loss": math.inf}
     assert 'id="spectral_radius"' in page_of(write(tmp_path / "run", [*events()[1:3], radius, stopped]))
@@ -444,7 +469,7 @@ def test_drawing_takes_as_many_points_however_long_the_log_is(tmp_path, monkeypa
     lines = [*long_events(1000), *(valid(count, 1.0) for count in range(1, 90))]
     record = read(write(tmp_path / "run", lines))
     axes = figures.Figure().add_subplot()
-    assert {name: paint for name, _, paint in figures.FIGURES}["loss"](axes, record)
+    assert ALL["loss"][2](axes, record)
     lengths = [np.size(line.get_xdata()) for line in axes.get_lines()]
     assert max(lengths) <= 4 * 64
     assert 50 in lengths  # validations are all there: of the stage "shallow"
@@ -487,7 +512,8 @@ def test_brackets_inside_brackets_are_a_damaged_line(tmp_path):
         read(run)
 
 
-def test_a_report_is_whole_or_as_it_was(tmp_path, monkeypatch):
+def test_a_report_is_whole_or_as_it_was(tmp_path, monkeypatch, draw):
+    draw("loss")
     run = write(tmp_path / "run", events())
     before = page_of(run)
     with (run / "metrics.jsonl").open("a") as log:
@@ -509,11 +535,12 @@ needs_links = pytest.mark.skipif(os.name == "nt", reason="Windows asks for a rig
 
 
 @needs_links
-def test_a_link_in_the_place_of_a_file_of_the_report_is_replaced_and_its_target_left_alone(tmp_path):
+def test_a_link_in_the_place_of_a_file_of_the_report_is_replaced_and_its_target_left_alone(tmp_path, draw):
+    draw("loss", "memory")
     run, outside = write(tmp_path / "run", events()), tmp_path / "outside"
     outside.write_text("mine")
     (run / "report").mkdir()
-    names = ["index.html", "sample.json", *(f"{name}.png" for name in NAMES)]
+    names = ["index.html", "sample.json", "loss.png", "memory.png"]
     for name in names:
         (run / "report" / name).symlink_to(outside)
         (run / "report" / f".{name}.new").symlink_to(outside)
@@ -572,7 +599,8 @@ def test_weights_that_are_a_pipe_are_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["$x^$", r"$\frac{$", "_^", "$" * 200, "\ud800\x1b[31m"])
-def test_names_are_no_formulas(tmp_path, name):
+def test_names_are_no_formulas(tmp_path, draw, name):
+    draw("loss", "memory")  # the names of stages, of baselines, and of what memory was measured for
     lines = [{**event, "stage": name} if "stage" in event else event for event in events()]
     for line in lines:
         if line["event"] in ("baseline", "memory"):
@@ -580,14 +608,14 @@ def test_names_are_no_formulas(tmp_path, name):
     corpus = {"name": name, "unit": name, "vocabulary": 9}
     lines.insert(0, {"event": "start", "step": 0, "parameters": 3, "corpus": corpus})
     run = write(tmp_path / "run", lines, name=name, stages=[stage(name, rtol=1e-2)])
-    assert re.findall(r'<figure id="(\w+)">', page_of(run)) == NAMES
+    assert re.findall(r'<figure id="(\w+)">', page_of(run)) == ["loss", "memory"]
 
 
 def test_a_name_is_drawn_as_it_is(tmp_path):
     lines = [{**event, "stage": "$x$"} if "stage" in event else event for event in events()]
     record = read(write(tmp_path / "run", lines, stages=[stage("$x$", rtol=1e-2)]))
     axes = figures.Figure().add_subplot()
-    assert {name: paint for name, _, paint in figures.FIGURES}["loss"](axes, record)
+    assert ALL["loss"][2](axes, record)
     figures._spell(axes)
     (text, *_) = (text for text in axes.texts if "$x$" in text.get_text())
     assert not text.get_parse_math()
@@ -596,7 +624,7 @@ def test_a_name_is_drawn_as_it_is(tmp_path):
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
 def test_a_backend_that_is_not_there_is_not_asked_for(tmp_path, backend):
     """Jupyter sets MPLBACKEND for what is started in it."""
-    run = write(tmp_path / "run", events())
+    run = write(tmp_path / "run", events()[:3])
     code = (
         f"import os; from equilibria.commands.main import run; code = run(['report', {str(run)!r}]); "
         "print(code, os.environ['MPLBACKEND'])"
@@ -611,7 +639,7 @@ def test_a_backend_that_is_not_there_is_not_asked_for(tmp_path, backend):
 
 
 def test_the_report_for_programs_is_one_strict_object(tmp_path, capsys):
-    lines = [*events(), {**valid(100, 1.0), "nats": math.nan, "bits": math.nan, "perplexity": math.nan}]
+    lines = [*events(), valid(100, math.nan, best=False)]
     for line in lines[60:80]:
         line["forward"] = solve(14) | {"residual": math.nan}
     run = write(tmp_path / "run", lines)

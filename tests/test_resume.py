@@ -1,11 +1,13 @@
 """A run that was stopped at any moment and goes on ends with the same weights, bit for bit, as one never stopped."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,12 +78,23 @@ DECAYS = {
 def decaying(name):
     """Too fast to be good, so that validations get worse again and again."""
     rate = {"learning_rate": 0.1} if name == "plateau" else {"learning_rate": 20.0, "warmup": 0}
-    return experiment(valid_every=1, checkpoint_every=3, **rate, **DECAYS[name])
+    return experiment(valid_every=1, checkpoint_every=3, spectral_radius=0, **rate, **DECAYS[name])
 
 
-@pytest.fixture(scope="module", params=DECAYS)
-def decayed(request, tmp_path_factory):
-    weights, events = finished(tmp_path_factory.mktemp("run") / "whole", decaying(request.param))
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("decaying")
+
+
+@functools.cache
+def trained(folder, name):
+    """The weights and the log of the run that is trained at ``folder``."""
+    return finished(folder, decaying(name))
+
+
+@pytest.fixture(params=DECAYS)
+def decayed(request, place):
+    weights, events = trained(place / request.param, request.param)
     rates = {event["learning_rate"] for event in events if event["event"] == "step"}
     assert len(rates) == 1 if request.param == "asgd" else len(rates) > 3
     return request.param, weights, events
@@ -97,8 +110,9 @@ def test_what_the_validations_have_done_is_remembered(tmp_path, decayed, step):
     assert without_times(resumed_events) == without_times(events)
 
 
-def test_averages_and_weights_are_both_in_the_checkpoint(tmp_path):
-    finished(tmp_path / "run", decaying("asgd"))
+def test_averages_and_weights_are_both_in_the_checkpoint(tmp_path, place):
+    trained(place / "asgd", "asgd")
+    shutil.copytree(place / "asgd", tmp_path / "run")
     newest = Run(tmp_path / "run").newest()
     assert newest.state["validated"]["divisions"] > 0
     trainer = Trainer(decaying("asgd"), Run(tmp_path / "run"), corpus())

@@ -39,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, one_figure):
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path

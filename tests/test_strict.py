@@ -1,13 +1,15 @@
 """The checks under which all other tests run: they see a wrong type or shape wherever it passes."""
 
 import dataclasses
+import inspect
 
 import jaxtyping
 import pytest
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+import strict
 from equilibria import Stop
 from equilibria.solvers import Anderson
 from equilibria.testing.problems import rows_times
@@ -77,3 +79,27 @@ def test_the_library_is_checked():
 
 def test_the_checks_can_be_left_out(unhooked):
     assert product([1.0], None, wrong=True) == [1.0]
+
+
+def test_quick_answers_are_those_of_jaxtyping():
+    """Of all dtypes and shapes: with letters that are known, new, repeated, and after an answer that was no."""
+    axes = ("", "B", "B N", "N N", "B 1 N", "... N")
+    hints = [kind[Tensor, letters] for kind in (Float, Int, Bool, Shaped) for letters in axes]
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64)
+    shapes = ((), (2,), (3,), (2, 3), (3, 3), (2, 1, 3))
+    values = [torch.ones(shape, dtype=dtype) for dtype in dtypes for shape in shapes]
+    for first in values[: len(shapes)]:
+        for hint in hints:
+            quick, slow = (answers(asked, hint, first, values) for asked in (strict.quick, SLOW))
+            assert quick == slow
+    assert not strict.quick(hints[0], 3.0)
+
+
+SLOW = inspect.signature(strict.quick).parameters["slow"].default
+
+
+def answers(asked, hint, first, values):
+    """What is said of all values in one call in which ``first`` came before, and the values of the letters then."""
+    with strict.context:
+        asked(Shaped[Tensor, "B N"], first)
+        return [asked(hint, value) for value in values], dict(strict._storage.get_shape_memo()[0])

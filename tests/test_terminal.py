@@ -46,7 +46,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path, trained, monkeypatch) -> Path:
+def place(tmp_path, trained, monkeypatch, one_figure) -> Path:
     """A copy of that folder, which is where the commands run."""
     monkeypatch.chdir(shutil.copytree(trained, tmp_path / "place"))
     monkeypatch.setenv("COLUMNS", "120")

@@ -500,7 +500,7 @@ def test_the_budgets_of_a_stage_are_drawn_in_training_only():
     assert trainer.model.layer.method == trainer.stage.training_method
 
 
-@pytest.mark.parametrize("policy", ["continue", "raise_budget"])
+@pytest.mark.parametrize("policy", [pytest.param("continue", marks=pytest.mark.slow), "raise_budget"])
 def test_nobody_assigns_to_a_layer(monkeypatch, policy):
     value = with_stage(jittered(), 1, stop=Stop(rtol=1e-6, max_evals=8), eval_stop=Stop(rtol=1e-6, max_evals=5))
     numbers = {"unconverged": policy, "tolerated": 0.2, "measure_memory": True, "memory_depths": (2, 3)}
@@ -655,6 +655,20 @@ def test_stages_that_solve_alike_have_one_best_checkpoint(tmp_path, monkeypatch)
     assert run.best().state["best"] == {"step": 6, "nats": 5, "stage": "implicit γ=0.1"}
     found = read(run.path).best
     assert (found["step"], found["nats"], found["stage"]) == (6, 5, "implicit γ=0.1")
+
+
+def test_a_last_stage_without_a_finite_score_leaves_the_best_of_the_stage_before(tmp_path, monkeypatch):
+    value = experiment(valid_every=3, checkpoint_every=3)
+    scores = iter([2.0, 1.0, *itertools.repeat(math.nan, 9)])
+    monkeypatch.setattr(
+        "equilibria.lm.training.validation.evaluate",
+        lambda *given, **chosen: dataclasses.replace(evaluate(*given, **chosen), nll_per_token=next(scores)),
+    )
+    run = Run.start(tmp_path / "run", value)
+    Trainer(value, run, corpus()).fit()
+    assert run.newest().step == 18
+    assert run.best().step == read(run.path).best["step"] == 6
+    assert run.best().state["best"] == {"step": 6, "nats": None, "stage": "shallow"}  # nats of another kind of solve
 
 
 def test_the_log_goes_to_tensorboard_too(tmp_path):

@@ -77,11 +77,9 @@ def test_what_counts_as_the_same_output():
     assert seconds_left_out("12 ms, 0.3 s, 4 steps") == "some ms, some s, 4 steps"
 
 
-@pytest.mark.parametrize("page", TOLERANCE)
-def test_the_blocks_print_what_the_page_shows(page, tmp_path):
-    """As a reader runs them: one file, a process of its own. A warning that the page does not record is an error."""
-    text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
-    file = tmp_path / f"{page}.py"
+def printed_by(text, tmp_path):
+    """What each block prints, as a reader runs the page: one file, a process of its own. A warning is an error."""
+    file = tmp_path / "page.py"
     file.write_text(program(text), encoding="utf-8")
     own = "ignore:`torch.jit.script`"  # PyTorch's, at the first tensor of forward mode
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -90,8 +88,32 @@ def test_the_blocks_print_what_the_page_shows(page, tmp_path):
     assert run.returncode == 0, run.stderr
     *printed, rest = run.stdout.split(END_OF_BLOCK)
     assert rest == "\n"
-    pairs = [map(seconds_left_out, pair) for pair in zip(printed, outputs(text), strict=True)]
+    return printed
+
+
+SHORTENED = {
+    "vision": ("in train[torch.randperm(len(train))].split(32)", "in train[:96].split(32)"),
+    "force_field": ("steps=80", "steps=10"),
+}
+"""Pages that train for many seconds, and the change that makes their trainings short."""
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] if page in SHORTENED else []) for page in TOLERANCE]
+)
+def test_the_blocks_print_what_the_page_shows(page, tmp_path):
+    text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
+    pairs = [map(seconds_left_out, pair) for pair in zip(printed_by(text, tmp_path), outputs(text), strict=True)]
     assert [wrong for pair in pairs if (wrong := differences(*pair, TOLERANCE[page]))] == []
+
+
+@pytest.mark.parametrize("page", SHORTENED)
+def test_after_short_trainings_the_blocks_print_the_words_that_the_page_shows(page, tmp_path):
+    text = (FOLDER / f"{page}.md").read_text(encoding="utf-8")
+    assert text.count(SHORTENED[page][0]) == 1
+    found = printed_by(text.replace(*SHORTENED[page]), tmp_path)
+    words = [[re.sub(NUMBER, "#", " ".join(block.split())) for block in blocks] for blocks in (found, outputs(text))]
+    assert words[0] == words[1]
 
 
 def test_every_page_is_run():

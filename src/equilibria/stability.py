@@ -15,12 +15,11 @@ from torch import Tensor
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import AffineMap, Map, as_map
-from equilibria.core.norms import row_norm
 from equilibria.core.progress import relative
 from equilibria.core.solve import solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
-from equilibria.core.stop import Status, Stop
+from equilibria.core.stop import Status, Stop, row_norm
 from equilibria.core.trees import map_pairs, map_tensors, tensors_in
 from equilibria.fixed_point import Method
 from equilibria.solvers.history import ridge_solve, small_dtype

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from equilibria import Anderson, Broyden, Implicit, NewtonKrylov, Picard, Status, Stop, fixed_point, solve
-from equilibria.core.norms import row_norm
+from equilibria.core.stop import row_norm
 from equilibria.solvers.history import TINY
 
 

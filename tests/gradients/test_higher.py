@@ -29,9 +29,13 @@ def tanh(z, x, w):
     return torch.tanh(z @ w + x)
 
 
-@pytest.mark.parametrize("solver", [Anderson(), Broyden(), Picard(), NewtonKrylov()], ids=lambda s: type(s).__name__)
-def test_gradgradcheck(solver):
-    parts = draw(2, 2).requires_grad_(), (0.4 * draw(2, 2, seed=1)).requires_grad_()  # each number costs solves
+@pytest.mark.parametrize(
+    ("solver", "batch"),
+    [(Anderson(), 2), (Broyden(), 1), (Picard(), 1), (NewtonKrylov(), 1)],
+    ids=lambda s: type(s).__name__,
+)
+def test_gradgradcheck(solver, batch):
+    parts = draw(batch, 2).requires_grad_(), (0.2 * draw(2, 2, seed=1)).requires_grad_()  # each number costs solves
 
     def solved(x, w):
         return fixed_point(lambda z: tanh(z, x, w), torch.zeros_like(x), solver=solver, stop=TIGHT, gradient=rule).z

@@ -19,7 +19,8 @@ from equilibria.lm.experiments.serialise import to_json
 from equilibria.lm.report import formats
 from equilibria.lm.report.display import summary_table, waiting
 from equilibria.lm.report.summary import Row
-from equilibria.lm.runs.trained import Trained, Which, load
+from equilibria.lm.runs.run import Which
+from equilibria.lm.runs.trained import Trained, load
 from equilibria.lm.score import Evaluation, Setting
 
 

@@ -17,9 +17,9 @@ from equilibria.layers.linear import fold
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs.files import check_own, discard
 from equilibria.lm.runs.pieces import whole
-from equilibria.lm.runs.run import Run
+from equilibria.lm.runs.run import Run, Which
 from equilibria.lm.runs.shipped import check_writable
-from equilibria.lm.runs.trained import Which, load
+from equilibria.lm.runs.trained import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,7 @@ def _file(options: Options, run: Run) -> int:
     """Write one file of weights."""
     from safetensors.torch import save_file
 
-    stored = run.best() if options.checkpoint == "best" else run.newest()
-    if stored is None:
-        raise ValueError(f"{run.path} has no good checkpoint yet: continue the training with --resume.")
+    stored = run.chosen(options.checkpoint)
     target = _target(options, run)
     metadata = {
         "format": "pt",

@@ -16,7 +16,8 @@ from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
 from equilibria.layers.layer import LayerOutput
 from equilibria.lm.report.visible import visible
-from equilibria.lm.runs.trained import Trained, Which, load
+from equilibria.lm.runs.run import Which
+from equilibria.lm.runs.trained import Trained, load
 
 
 @dataclasses.dataclass(frozen=True)

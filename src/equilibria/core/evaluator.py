@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equilibria.core.autocast import Autocast
-from equilibria.core.maps import Map
+from equilibria.core.maps import Autocast, Map
 from equilibria.core.products import JVP, Products
 from equilibria.core.state import Layout, State
 from equilibria.core.trees import tensors_in

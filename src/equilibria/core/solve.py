@@ -1,6 +1,7 @@
 """The only loop of the library: iterate a solver until every sample has reached its fixed point.
 
-Letters: B batch, N flattened state, K evaluations of f. State ``z``, map ``f``, residual ``r``.
+Letters: B batch, R samples that are still evaluated, N flattened state, K evaluations of f. State ``z``, map ``f``,
+residual ``r``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equilibria.core.batch import Blocks, Whole, rows_per_block
 from equilibria.core.checks import check_kind
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.maps import Map, as_map
-from equilibria.core.solver import History, Solver
+from equilibria.core.progress import Outcome, Progress
+from equilibria.core.solver import History, Iterate, Solver
 from equilibria.core.state import Layout, State, check_finite
 from equilibria.core.stop import Status, Stop
 
@@ -168,3 +169,120 @@ def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+BLOCK = 1 << 18
+"""Numbers per thread in a block of samples: few enough that the tensors of a step stay in the cache."""
+
+
+def rows_per_block(z: Float[Tensor, "B N"], solver: Solver, evaluate: Evaluator) -> int:
+    """Number of samples stepped together: all, unless they are many and small and f cannot drop samples."""
+    if not solver.by_row or z.shape[1] > SMALL or z.device.type != "cpu" or torch.is_grad_enabled():
+        return len(z)
+    block = BLOCK * torch.get_num_threads() // z.shape[1]
+    return len(z) if len(z) < 2 * block or evaluate.divisible else block
+
+
+SMALL = 16
+"""A sample of at most this many numbers is small: a step then spends more time on memory traffic than on f."""
+
+
+class Whole:
+    """The samples of a batch, stepped together."""
+
+    def __init__(
+        self, z: Float[Tensor, "B N"], solver: Solver, stop: Stop, layout: Layout, evaluate: Evaluator
+    ) -> None:
+        self._solver, self._evaluate, self._progress = solver, evaluate, Progress(z, stop, layout)
+        self.history = solver.init(z)
+        self._at: Iterate | None = None
+        self.outcome = self._progress.outcome
+
+    @property
+    def moving(self) -> bool:
+        """True if a sample is still active."""
+        return self._progress.moving
+
+    @property
+    def converged(self) -> bool:
+        """True if every sample has converged."""
+        return self._progress.converged
+
+    def update(self, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], *, last: bool) -> None:
+        """Record the pair (z, f(z)); ``last`` says that no step follows."""
+        r = fz - z
+        self._at = Iterate(z=z, fz=fz, r=r, active=self._progress.update(z, fz, r))
+
+    def drop_converged(self) -> None:
+        """Drop the samples that are done from the batch, once enough of them are and if f supports it."""
+        if self._progress.worth_compacting and self._evaluate.divisible:
+            index, at = self._progress.still_active(), self._at
+            if len(index) and at is not None:
+                self._evaluate.take(index)
+                active = self._progress.take(index)
+                self._at = Iterate(z=at.z[index], fz=at.fz[index], r=at.r[index], active=active)
+                self.history = self._solver.select(self.history, index)
+
+    def step(self) -> Float[Tensor, "R N"]:
+        """The next iterate."""
+        at, self._at = self._at, None
+        assert at is not None  # ``update`` came before
+        proposal, self.history = self._solver.step(self._evaluate, at, self.history)
+        return self._progress.freeze(self._evaluate.rounded(proposal))
+
+    def residuals(self, final: Float[Tensor, " B"]) -> tuple[tuple[Tensor, ...], ...]:
+        """The relative residuals after each evaluation; a dropped sample repeats its ``final`` one."""
+        return tuple((row,) for row in self._progress.trace(final))
+
+
+class Blocks:
+    """The samples of a large batch of small states, stepped block by block."""
+
+    def __init__(
+        self, z: Float[Tensor, "B N"], solver: Solver, stop: Stop, layout: Layout, evaluate: Evaluator, block: int
+    ) -> None:
+        self._rows = [slice(start, start + block) for start in range(0, len(z), block)]
+        self._blocks = [Whole(z[rows], solver, stop, layout, evaluate) for rows in self._rows]
+        self.history = None
+        self._next: Tensor | None = None
+        self._final: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def moving(self) -> bool:
+        """True if a sample is still active."""
+        return any(block.moving for block in self._blocks)
+
+    def update(self, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], *, last: bool) -> None:
+        """Record the pair (z, f(z)) and, unless it is the ``last``, take the next step of each block at once."""
+        self._next = None if last else torch.empty_like(z)
+        for rows, block in zip(self._rows, self._blocks, strict=True):
+            if block.moving:
+                block.update(z[rows], fz[rows], last=last)
+            if self._next is not None:
+                self._next[rows] = block.step() if block.moving else z[rows]
+        # Converged samples no longer move: if all have converged, the full z and f(z) are the result already.
+        self._final = (z, fz) if all(block.converged for block in self._blocks) else None
+
+    def drop_converged(self) -> None:
+        """Do nothing: blocks are used only where f cannot drop samples."""
+
+    def step(self) -> Float[Tensor, "B N"]:
+        """The next iterate."""
+        following, self._next = self._next, None
+        assert following is not None  # ``update`` came before
+        return following
+
+    def outcome(self) -> Outcome:
+        """The outcome of all samples, in their order."""
+        parts = [block.outcome() for block in self._blocks]
+        whole = {} if self._final is None else dict(zip(("z", "fz"), self._final, strict=True))
+        names = [field.name for field in dataclasses.fields(Outcome) if field.name not in whole]
+        return Outcome(**whole, **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def residuals(self, final: Float[Tensor, " B"]) -> tuple[tuple[Tensor, ...], ...]:
+        """The relative residuals after each evaluation, block by block; a block that is done repeats its final ones."""
+        ends = [final[rows] for rows in self._rows]
+        parts = [block.residuals(end) for block, end in zip(self._blocks, ends, strict=True)]
+        length = max(map(len, parts))
+        padded = [part + ((end,),) * (length - len(part)) for part, end in zip(parts, ends, strict=True)]
+        return tuple(tuple(row for (row,) in rows) for rows in zip(*padded, strict=True))

@@ -18,12 +18,11 @@ from torch.autograd import forward_ad
 from equilibria.core.failure import OnFailure, check_repeats, is_heard
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import AffineMap, Linearised, Map
-from equilibria.core.norms import row_norm
 from equilibria.core.progress import relative
 from equilibria.core.solve import Solution, solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
-from equilibria.core.stop import Stop
+from equilibria.core.stop import Stop, row_norm
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 from equilibria.torch_private import by_older_vmap, is_forward_mode, is_last, is_many, is_transformed, will_run
 

@@ -13,14 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equilibria.core.autocast import Autocast
 from equilibria.core.capture import Constants, Substitution, leaves_below
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
-from equilibria.core.maps import FunctionMap, Map
-from equilibria.core.norms import row_norm
+from equilibria.core.maps import Autocast, FunctionMap, Map
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State
-from equilibria.core.stop import Status, Stop
+from equilibria.core.stop import Status, Stop, row_norm
 from equilibria.gradients.linearise import differentiated_once
 from equilibria.solvers.reversible import Reversible
 from equilibria.torch_private import is_many

@@ -14,8 +14,8 @@ from equilibria.hf.tokenization import EquilibriumTokenizer, tokenizer_of
 from equilibria.layers.linear import fold as fold_weights
 from equilibria.lm.corpora import Vocabulary
 from equilibria.lm.model import LanguageConfig
-from equilibria.lm.runs.run import Run, require
-from equilibria.lm.runs.trained import Trained, Which, load
+from equilibria.lm.runs.run import Run, Which, require
+from equilibria.lm.runs.trained import Trained, load
 
 REMOTE = "equilibrium.py"
 """The file beside a model with which ``trust_remote_code=True`` finds its classes."""

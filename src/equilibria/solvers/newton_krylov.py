@@ -14,9 +14,9 @@ from torch import Tensor
 
 from equilibria.core.checks import check_choices
 from equilibria.core.evaluator import Evaluator
-from equilibria.core.norms import row_norm
 from equilibria.core.products import JVP, WAYS
 from equilibria.core.solver import Iterate, Solver
+from equilibria.core.stop import row_norm
 from equilibria.solvers.history import combine, inner, ridge_solve, small_dtype
 
 

@@ -61,7 +61,7 @@ class SolverSuite:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_a_sample_alone_is_as_in_a_batch(self, name: str) -> None:
-        """It has the same answer and the same number of steps."""
+        """The first, the fastest and the slowest one have the same answer and the same number of steps."""
         problem, stop, dtype = self._problem(name), Stop(rtol=1e-4, atol=0, max_evals=300), torch.float32
         self._alone_as_together(problem, stop, dtype, tolerance=1e-6)
 
@@ -74,7 +74,7 @@ class SolverSuite:
     def _alone_as_together(self, problem: Problem, stop: Stop, dtype: torch.dtype, *, tolerance: float) -> None:
         with torch.no_grad():
             together = solve(problem.map(dtype), problem.start(dtype), self.make(), stop)
-            for row in range(problem.batch):
+            for row in sorted({0, int(together.steps.argmin()), int(together.steps.argmax())}):
                 alone = solve(problem.map(dtype, [row]), problem.start(dtype, [row]), self.make(), stop)
                 assert alone.status.item() == together.status[row].item()
                 assert alone.steps.item() == together.steps[row].item()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import math
 import os
@@ -71,20 +70,12 @@ STYLE: dict[Any, Any] = {
 
 def draw(record: Record) -> list[Drawing]:
     """Every figure for which the run has data, in the order of the page."""
-    drawings = []
-    for entry in FIGURES:
-        drawings.append(_draw(record, *entry))
-        gc.collect()  # a figure holds itself, and with it its pixels
-    return [drawing for drawing in drawings if drawing is not None]
+    return _drawn(FIGURES, record)
 
 
 def draw_together(records: Sequence[Record]) -> list[Drawing]:
     """The losses of several runs on the same axes: those of the validations, and those of the training."""
-    drawings = []
-    for name, caption, paint in COMPARISONS:
-        drawings.append(_drawn(name, caption, lambda axes, paint=paint: paint(axes, records)))
-        gc.collect()
-    return [drawing for drawing in drawings if drawing is not None]
+    return _drawn(COMPARISONS, records)
 
 
 def save(drawings: Sequence[Drawing], folder: Path) -> None:
@@ -93,21 +84,21 @@ def save(drawings: Sequence[Drawing], folder: Path) -> None:
         replace(folder / f"{drawing.name}.png", drawing.png)
 
 
-def _draw(record: Record, name: str, caption: str, paint: Callable[[Axes, Record], bool]) -> Drawing | None:
-    return _drawn(name, caption, lambda axes: paint(axes, record))
-
-
-def _drawn(name: str, caption: str, paint: Callable[[Axes], bool]) -> Drawing | None:
+def _drawn(entries: Sequence[tuple[str, str, Callable[[Axes, Any], bool]]], data: Any) -> list[Drawing]:
+    """The figures for which ``data`` suffices, one after the other on the same canvas, which holds many pixels."""
+    drawings = []
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.4), dpi=200, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        if not paint(axes):
-            return None
-        _spell(axes)
-        file = io.BytesIO()
-        figure.savefig(file, format="png")
-    return Drawing(name=name, caption=caption, png=file.getvalue())
+        for name, caption, paint in entries:
+            figure.clear()
+            axes = figure.add_subplot()
+            if paint(axes, data):
+                _spell(axes)
+                file = io.BytesIO()
+                figure.savefig(file, format="png")
+                drawings.append(Drawing(name=name, caption=caption, png=file.getvalue()))
+    return drawings
 
 
 def _spell(axes: Axes) -> None:

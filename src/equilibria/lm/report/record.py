@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from equilibria.lm.corpora import CATALOGUE
-from equilibria.lm.experiments.stage import SOLVES
 from equilibria.lm.report import formats
 from equilibria.lm.report.curve import Curve
 from equilibria.lm.runs import events
@@ -52,8 +51,7 @@ class Contents:
         self.final: Event | None = None
         self.newest: dict[Any, Event] = {}
         self.stages: list[Event] = []
-        self.best: dict[Any, tuple[float, int, Event]] = {}
-        self.scored: Any = None  # the newest stage with a validation that is finite
+        self.best: Event | None = None
         self.trained: Any = None  # the newest stage with a training step
         self.dots: dict[str, Dots] = {"valid": {}, "per byte": {}, "mean": {}, "max": {}}
         self.curves = {name: Curve() for name in COLUMNS[:-1]}
@@ -92,15 +90,12 @@ class Contents:
         self._rows.append(_row(event, self.unit))
 
     def _add_valid(self, event: Event) -> None:
-        stage, nll = event.get("stage"), formats.plain(event["nats"])
         self._dot("valid", event, formats.quantity(event, self.unit))
         if formats.per_byte(event):
             self._dot("per byte", event, formats.plain(event["bits_per_byte"]))
             float(event["bytes"])
-        if math.isfinite(nll):
-            self.scored = stage
-            found = (nll, sum(map(len, self.dots["valid"].values())), event)  # of equal ones the first
-            self.best[stage] = min(self.best.get(stage, found), found)
+        if event.get("best"):
+            self.best = event
 
     def _dot(self, name: str, event: Event, value: float) -> None:
         self.dots[name].setdefault(event.get("stage"), array("d")).extend((float(event["step"]), value))
@@ -183,23 +178,8 @@ class Record:
 
     @property
     def best(self) -> Event | None:
-        """The validation with the fewest nats in the newest stage that has one, or in those before that solve alike."""
-        alike = self._alike(self.log.scored) if self.log.best else set()
-        found = [best for stage, best in self.log.best.items() if stage in alike]
-        return min(found)[2] if found else None
-
-    def _alike(self, stage: Any) -> set[Any]:
-        """The stage, and the ones before it with the same solver, stop and gradient rule."""
-        names, how = {stage}, None
-        for part in reversed(self.experiment.get("stages", [])):
-            mine = [part.get(name) for name in SOLVES]
-            if part.get("name") == stage:
-                how = mine
-            elif how is not None and mine != how:
-                break
-            elif how is not None:
-                names.add(part.get("name"))
-        return names
+        """The validation of ``Run.best``: the last one that was the best so far; None if none had a finite score."""
+        return self.log.best
 
     def has_tolerance(self, stage: str) -> bool:
         """Whether the solves of a stage aim at a tolerance; a network of fixed depth does not."""

@@ -1,4 +1,4 @@
-"""Safe writing into a run's folder, which may come from a stranger: nothing outside it is read, changed or blocks.
+"""Safe reading and writing in a run's folder, which may come from a stranger: nothing outside is touched, or blocks.
 
 A file is written under a temporary name beside its final place and then renamed. So it is always complete, either new
 or old, and a symbolic link in its place is replaced instead of followed.
@@ -6,9 +6,11 @@ or old, and a symbolic link in its place is replaced instead of followed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from equilibria.errors import EquilibriaError
@@ -67,6 +69,15 @@ def check_readable(path: Path) -> None:
     """Raise a ForeignFileError if reading ``path``, or the target of a link, could block forever."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ForeignFileError(_WAITS.format(path=path))
+
+
+@contextlib.contextmanager
+def undamaged(file: Path) -> Iterator[None]:
+    """Within it, a ValueError about the content of ``file`` says that it is damaged, and what to do."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); take it from a copy, or train again.") from None
 
 
 def discard(path: Path) -> None:

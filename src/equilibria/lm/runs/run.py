@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from equilibria.errors import UsageError
 from equilibria.lm.corpora.language import Language
@@ -15,13 +15,15 @@ from equilibria.lm.experiments.serialise import from_json, kinds_in, to_json
 from equilibria.lm.runs import checkpoint, events
 from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError
 from equilibria.lm.runs.events import Event
-from equilibria.lm.runs.files import check_own, check_readable, discard, replace
+from equilibria.lm.runs.files import check_own, check_readable, discard, replace, undamaged
 from equilibria.lm.runs.folder import FILES, FOLDERS, GONE, LOCK, NEW, OLD, foreign_files
 from equilibria.lm.runs.shipped import check_writable, located, names
 from equilibria.lm.suggestions import nearest
 
 WITHOUT_INFLUENCE = ("corpus.root", "training.devices", "training.faults.keep", "training.log")
 """Settings, or groups of them, that may change when a run continues; those of the devices may change the last bits."""
+Which = Literal["best", "last"]
+"""The checkpoint with the best validation (see ``Run.best``), or the newest one."""
 FORMAT = 3
 """The version of the format of experiment.json, which is written there; equilibria 0.1 wrote no version."""
 
@@ -154,10 +156,8 @@ class Run:
         file = self.folder / "corpus.json"
         if not file.is_file():
             return None
-        try:
+        with undamaged(file):
             return Language.from_json(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}); take it from a copy, or train again.") from None
 
     def keep(self, language: Language) -> None:
         """Write corpus.json."""
@@ -173,12 +173,10 @@ class Run:
         Raises:
             ValueError: the file is damaged, or another version wrote it.
         """
-        try:
+        with undamaged(self.description):
             found = json.loads(self.description.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.description} is damaged ({error}); take it from a copy, or train again.") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{self.description} is damaged (not a JSON object); take it from a copy, or train again.")
+            if not isinstance(found, dict):
+                raise ValueError("not a JSON object")
         written = found.pop("format", None)
         if written != FORMAT:
             author = "version 0.1" if written is None else f"another version (its format is {written!r})"
@@ -203,16 +201,30 @@ class Run:
     def best(self) -> Checkpoint:
         """The checkpoint with the best validation of the last stage and the stages before it that solve alike.
 
+        The training has chosen it (see ``Validations``): every checkpoint says which one is the best so far. It is the
+        newest one if no validation had a finite score yet.
+
         Raises:
             CheckpointError: the run has no checkpoint yet, or the best one is damaged.
         """
-        newest = self.newest()
-        if newest is None:
-            raise CheckpointError(f"{self.path} has no good checkpoint yet: continue the training with --resume.")
+        newest = self.chosen("last")
         best = newest.state.get("best")
         if best is None or best["step"] == newest.step:
             return newest
         return checkpoint.load(self.checkpoints / checkpoint.name_of(best["step"]))
+
+    def chosen(self, which: Which) -> Checkpoint:
+        """The best or the newest good checkpoint.
+
+        Raises:
+            CheckpointError: the run has no checkpoint yet, or the chosen one is damaged.
+        """
+        if which == "best":
+            return self.best()
+        newest = self.newest()
+        if newest is None:
+            raise CheckpointError(f"{self.path} has no good checkpoint yet: continue the training with --resume.")
+        return newest
 
     def _describe(self, experiment: Experiment) -> None:
         replace(self.description, json.dumps({"format": FORMAT, **to_json(experiment)}, indent=2) + "\n", forced=True)

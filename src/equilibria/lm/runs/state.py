@@ -25,7 +25,7 @@ def check_state(state: Mapping[str, Any]) -> None:
     best = state.get("best")
     if best is not None:
         step, nll = best.get("step"), best.get("nats")
-        if type(step) is not int or not 0 <= step <= state["step"] or not isinstance(nll, int | float):
+        if type(step) is not int or not 0 <= step <= state["step"] or not isinstance(nll, int | float | None):
             raise ValueError(f"best is {best!r:.80}")
 
 

@@ -25,15 +25,12 @@ from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.model import LanguageConfig, LanguageModel
 from equilibria.lm.runs.checkpoint import CheckpointError
 from equilibria.lm.runs.continuation import continuation
-from equilibria.lm.runs.run import Run, require
+from equilibria.lm.runs.run import Run, Which, require
 from equilibria.lm.runs.shipped import TEXTS
 from equilibria.lm.runs.weights import load_weights, weights
 from equilibria.lm.score import Evaluation
 
 _log = logging.getLogger(__name__)
-
-Which = Literal["best", "last"]
-"""The checkpoint with the best validation (see ``Run.best``), or the newest one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,9 +200,7 @@ def load(
     experiment = run.experiment(extra=extra)
     if data is not None and (not data.is_file() or _is_corpus(data, experiment, run.language)):
         experiment = with_data(experiment, data)
-    stored = run.best() if checkpoint == "best" else run.newest()
-    if stored is None:
-        raise CheckpointError(f"{path} has no good checkpoint yet: continue the training with --resume.")
+    stored = run.chosen(checkpoint)
     language = run.language or Language.without_sums(experiment.corpus.load())
     stage = experiment.stage_named(stored.state.get("stage", ""))
     built = experiment if memory_length is None else with_memory(experiment, memory_length, segment=segment)

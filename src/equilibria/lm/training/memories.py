@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from equilibria.layers.sequence import Memory
@@ -28,28 +27,6 @@ def rebuild(template: Memory, tensors: Mapping[str, Tensor]) -> Memory:
     if set(flatten(template)) != set(tensors):
         raise KeyError(f"a memory of {sorted(flatten(template))} cannot be filled with {sorted(tensors)}")
     return _map(template, lambda path, tensor: tensors[path].to(tensor.device), path="")
-
-
-def owned(memory: Memory) -> Memory:
-    """A detached, contiguous copy of the memory.
-
-    A view would keep the longer state alive that it is a part of. And a resumed run has contiguous tensors from its
-    checkpoint: products of tensors with other strides could differ in the last bit.
-    """
-    return _map(memory, lambda _, t: t.detach().clone(memory_format=torch.contiguous_format), path="")
-
-
-def rows_of(memory: Memory, first: int, count: int) -> Memory:
-    """The memory of the ``count`` rows from ``first``."""
-    return _map(memory, lambda _, t: t[first : first + count], path="")
-
-
-def joined(memories: Sequence[Memory]) -> Memory:
-    """The rows of several memories as one memory, in order."""
-    parts = [flatten(memory) for memory in memories]
-    if len(parts) == 1 or not parts[0]:
-        return memories[0]
-    return rebuild(memories[0], {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _map(value: Any, change: Callable[[str, Tensor], Tensor], *, path: str) -> Any:

@@ -20,9 +20,10 @@ from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError, save
 from equilibria.lm.runs.pieces import Piece, like, whole
 from equilibria.lm.runs.shards import save_sharded
 from equilibria.lm.runs.weights import load_weights, weights
-from equilibria.lm.training.memories import flatten, owned, rebuild
+from equilibria.lm.training.memories import flatten, rebuild
 from equilibria.lm.training.optimiser import averaged
 from equilibria.lm.training.randomness import random_state, set_random_state
+from equilibria.lm.training.step import owned
 
 _log = logging.getLogger(__name__)
 

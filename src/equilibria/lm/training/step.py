@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equilibria.core.solve import Solution
+from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.sequence import Memory
@@ -25,7 +26,6 @@ from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.experiments.training import Training
 from equilibria.lm.model import LanguageModel, LanguageOutput
 from equilibria.lm.ranks import Ranks, full_tensor, gradients_kept
-from equilibria.lm.training.memories import joined, owned, rows_of
 from equilibria.lm.training.randomness import random_state, set_random_state
 
 
@@ -91,7 +91,7 @@ class Accumulation:
             if index > 0 and beginning is not None:
                 set_random_state(beginning, device_of(self.model))  # every part draws for the whole batch
             with gradients_kept(self.model, self.replica, last=index == parts - 1):
-                past = None if segment.resets or memory is None else rows_of(memory, index * rows, rows)
+                past = None if segment.resets or memory is None else _rows_of(memory, index * rows, rows)
                 part, piece = self._part(index, rows), _rows(segment, index * rows, rows)
                 found.append(self._pass(piece, past, stage, method=drawn, part=part))
         outputs, penalties = [output for output, _ in found], [penalty for _, penalty in found]
@@ -134,6 +134,27 @@ class Accumulation:
         if self.ranks.alone and parts == 1:
             return None
         return BatchSlice(first=(self.ranks.rank * parts + index) * rows, total=self.ranks.size * parts * rows)
+
+
+def owned(memory: Memory) -> Memory:
+    """A detached, contiguous copy of the memory.
+
+    A view would keep the longer state alive that it is a part of. And a resumed run has contiguous tensors from its
+    checkpoint: products of tensors with other strides could differ in the last bit.
+    """
+    return map_tensors(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format), memory)
+
+
+def joined(memories: Sequence[Memory]) -> Memory:
+    """The rows of several memories as one memory, in order."""
+    parts = [tensors_in(memory) for memory in memories]
+    if len(parts) == 1 or not parts[0]:
+        return memories[0]
+    return with_tensors(memories[0], map(torch.cat, zip(*parts, strict=True)))
+
+
+def _rows_of(memory: Memory, first: int, count: int) -> Memory:
+    return map_tensors(lambda tensor: tensor[first : first + count], memory)
 
 
 def _rows(segment: Segment, first: int, count: int) -> Segment:

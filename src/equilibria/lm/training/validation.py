@@ -35,7 +35,8 @@ class Validations:
     def __init__(self, experiment: Experiment, corpus: Corpus, optimiser: Optimizer, log: Log) -> None:
         self._experiment, self._corpus, self._optimiser, self._log = experiment, corpus, optimiser, log
         self.best: dict[str, Any] | None = None
-        """The best validation of the stage: its step, its stage and its nll ("nats")."""
+        """The best validation of the stage and of those before it that solve alike: its step, its stage and its nll
+        ("nats"). From the end of a stage until the next one has a finite score, that of the old one without "nats"."""
         self.effect = Validated()
         """The effect of the validations on the learning rate."""
 
@@ -48,7 +49,7 @@ class Validations:
         with averaged(self._optimiser), accumulation.arithmetic():
             found = evaluate(model, text, **reading, **solve, **how)
             nll = found.nll_per_token
-            best = math.isfinite(nll) and (self.best is None or nll < self.best["nats"])
+            best = math.isfinite(nll) and (self.best is None or self.best["nats"] is None or nll < self.best["nats"])
             if best:
                 self.best = {"step": step, "nats": nll, "stage": stage.name}
             self._log.valid(found, step=step, stage=stage.name, best=best, setting=reading)
@@ -62,7 +63,7 @@ class Validations:
 
     def restart(self) -> None:
         """Discard the scores when a stage changes the model, since later scores are not comparable with them."""
-        self.best = None
+        self.best = self.best and {**self.best, "nats": None}
         self.effect = restart_averages(self._optimiser, self.effect)
 
     def state(self) -> dict[str, Any]:
