@@ -201,11 +201,8 @@ class Run:
     def best(self) -> Checkpoint:
         """The checkpoint with the best validation of the last stage and the stages before it that solve alike.
 
-        The training has chosen it (see ``Validations``): every checkpoint says which one is the best so far. It is the
-        newest one if no validation had a finite score yet.
-
-        Raises:
-            CheckpointError: the run has no checkpoint yet, or the best one is damaged.
+        The training has chosen it, and says so in every checkpoint; it is the newest one if none has a finite score.
+        Raises the errors of ``chosen``.
         """
         newest = self.chosen("last")
         best = newest.state.get("best")
@@ -219,12 +216,10 @@ class Run:
         Raises:
             CheckpointError: the run has no checkpoint yet, or the chosen one is damaged.
         """
-        if which == "best":
-            return self.best()
-        newest = self.newest()
-        if newest is None:
+        found = self.best() if which == "best" else self.newest()
+        if found is None:
             raise CheckpointError(f"{self.path} has no good checkpoint yet: continue the training with --resume.")
-        return newest
+        return found
 
     def _describe(self, experiment: Experiment) -> None:
         replace(self.description, json.dumps({"format": FORMAT, **to_json(experiment)}, indent=2) + "\n", forced=True)
