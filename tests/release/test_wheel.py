@@ -129,12 +129,22 @@ def with_models(user: Environment) -> None:
 
 
 def with_hugging_face(user: Environment) -> None:
-    """The extra [hf]: the bridge imports, and the library alone still does without it."""
+    """The extra [hf]: the model in the wheel is exported, found without an import of the bridge, and generates."""
     assert {"transformers", "tokenizers"} <= user.packages()
-    user.does("import equilibria.hf")
+    user.does("import equilibria.hf\nequilibria.hf.export('tiny', 'tiny-hf')")
+    text = user.does(EXPORTED)
+    assert text.startswith("The function ")
+    assert len(text) > 30
     assert user.does("import sys, equilibria\nprint('transformers' in sys.modules)") == "False\n"
 
 
+EXPORTED = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("tiny-hf", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("tiny-hf", trust_remote_code=True)
+text = model.generate(**tokenizer("The function ", return_tensors="pt"), max_new_tokens=20)
+print(tokenizer.decode(text[0]))
+"""
 EVERY_MODULE = """\
 import importlib, pkgutil
 for room in ("core", "solvers", "gradients", "layers", "cells"):
