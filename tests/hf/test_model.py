@@ -15,6 +15,7 @@ from torch.testing import assert_close
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from equilibria import Stop
 from equilibria.hf import EquilibriumConfig, EquilibriumForCausalLM
@@ -65,7 +66,6 @@ def test_padded_training_has_the_gradient_of_the_rows_alone(kind, side):
         place = slice(9 - text.shape[1], None) if side == "left" else slice(0, text.shape[1])
         ids[row, place], mask[row, place] = text[0], 1
         labels[row, place] = text[0]
-        labels[row, place.start] = -100  # before it stands padding, from which nothing can be predicted
     model(ids, attention_mask=mask, labels=labels).loss.backward()
     together = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
@@ -215,6 +215,28 @@ def test_a_cache_with_gradients_is_refused():
             model(TEXT, **arguments)
     with torch.no_grad(), pytest.raises(ValueError, match="two names of one argument"):
         model(TEXT, cache=DynamicCache(), past_key_values=DynamicCache())
+
+
+class Forgetful(DynamicLayer):
+    """A layer that keeps the length of what it was given, but not all of it, as quantised and sliding ones do."""
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() + 3
+
+
+def test_a_cache_without_all_positions_is_refused():
+    model, trellis = small("transformer"), small("trellis")
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Forgetful()]
+    with torch.no_grad():
+        cache.layers[0].update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8))
+        with pytest.raises(ValueError, match="a Forgetful holds 4 of 7 positions"):
+            model(TEXT, **{CACHE: cache})
+        other = model(TEXT)[CACHE]
+        with pytest.raises(ValueError, match=r"slots of the shape \(1, 2, 6, 8\)"):
+            trellis(TEXT, **{CACHE: other})
+        with pytest.raises(ValueError, match=r"reads \[B, 2, S, 8\]"):
+            model(TEXT, **{CACHE: trellis(TEXT)[CACHE]})
 
 
 def test_an_explicit_network_is_refused():

@@ -67,7 +67,18 @@ def write(cache: Cache, cell: CellConfig, out: LayerOutput, *, x: Float[Tensor, 
 
 
 def _slots(cache: Any, index: int, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first ``length`` positions in a layer.
+
+    Raises:
+        ValueError: the cache does not store all of them as they were given, such as a quantised or a sliding one.
+    """
     layer = cache.layers[index]
+    if layer.keys.ndim != 4 or layer.keys.shape[2] < length:
+        raise ValueError(
+            f"a {type(layer).__name__} holds {layer.keys.shape[2] if layer.keys.ndim == 4 else 0} of {length} "
+            "positions as they were given, and a solve reads all of them; use a DynamicCache or a StaticCache of "
+            "transformers."
+        )
     return layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
@@ -75,7 +86,13 @@ def _state(cache: Cache, cell: TrellisConfig, length: int, like: Tensor) -> Trel
     """h, c and x of the last position: all that a trellis needs, although each position has a slot, as a crop needs."""
     if length == 0:
         return None
-    x, z = (slots[:, 0, -1:].to(like) for slots in _slots(cache, 0, length))
+    x, z = _slots(cache, 0, length)
+    if x.shape[1] != 1 or x.shape[3] != max(cell.width, 2 * cell.channels):
+        raise ValueError(
+            f"the cache has slots of the shape {tuple(x.shape)}, and this model reads [B, 1, S, "
+            f"{max(cell.width, 2 * cell.channels)}]; give a cache that this model has written."
+        )
+    x, z = (slots[:, 0, -1:].to(like) for slots in (x, z))
     return TrellisMemory(z=z[..., : 2 * cell.channels].clone(), x=x[..., : cell.width].clone())
 
 

@@ -103,7 +103,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             cache: a cache of transformers; solved positions are added to it. Only without gradients.
             past_key_values: the name of ``cache`` before transformers 5.24; give one of the two.
             inputs_embeds: the vectors of ``get_input_embeddings()`` instead of ``input_ids``.
-            labels: the tokens themselves; position t is scored by label t + 1, and −100 is not scored.
+            labels: the tokens themselves; position t is scored by label t + 1. Padding and labels of −100 are not.
             use_cache: return a cache; None for the configuration's choice, without gradients.
             logits_to_keep: number of last positions that get logits, 0 for all; or their indices.
             rtol: relative tolerance of this solve; None for that of the configuration.
@@ -143,7 +143,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             caches.write(past, self._cell, out, x=x)
         output = self.model.head.dropped(out.output)
         logits = self._logits(output, logits_to_keep)
-        loss = None if labels is None else self._loss(out.output, output, labels, num_items_in_batch)
+        loss = None if labels is None else self._loss(out.output, output, labels, new, num_items_in_batch)
         solution = out.solution
         kept: dict[str, Any] = {CACHE: past if use_cache else None}
         result = EquilibriumOutput(
@@ -174,10 +174,13 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         output: Float[Tensor, "B T O"],
         kept: Float[Tensor, "B T O"],
         labels: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"] | None,
         count: Tensor | int | None,
     ) -> Float[Tensor, ""]:
         """The mean nll of labels 1, 2, …, in float32 or wider, plus the extra losses of training."""
         targets = labels[:, 1:]
+        if mask is not None:  # nothing can be predicted from padding, not even the first token of a text
+            targets = targets.masked_fill(mask[:, :-1], -100)
         if self.config.edge_token_id is not None and bool((targets == self.config.edge_token_id).any()):
             raise ValueError(
                 f"labels hold the id {self.config.edge_token_id} of {EDGE!r}, which the model never predicts; give "
