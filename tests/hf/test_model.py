@@ -217,6 +217,14 @@ def test_a_cache_with_gradients_is_refused():
         model(TEXT, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
+def test_extra_losses_of_padding_are_refused():
+    model = trainable(**HEADS["extra losses"])
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="padding would count in them"):
+        model(TEXT, attention_mask=mask, labels=TEXT)
+    model.eval()(TEXT, attention_mask=mask, labels=TEXT)
+
+
 class Forgetful(DynamicLayer):
     """A layer that keeps the length of what it was given, but not all of it, as quantised and sliding ones do."""
 

@@ -190,6 +190,11 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         nll = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
         loss = nll / ((targets != -100).sum() if count is None else count)
         extra = self.model.losses.of(output[:, :-1], kept[:, :-1]) if self.training else None
+        if extra is not None and mask is not None:
+            raise ValueError(
+                "the extra losses of this configuration are means over all positions, and padding would count in them; "
+                "give texts of one length without padding, or a LanguageConfig with losses=ExtraLosses()."
+            )
         return loss if extra is None else loss + extra
 
     def get_input_embeddings(self) -> nn.Module:
