@@ -192,7 +192,11 @@ REFUSED = {
     "attentions": ({"output_attentions": True}, TypeError, "no argument output_attentions"),
     "a mask of pairs": ({"attention_mask": torch.ones(1, 1, 6, 6)}, ValueError, r"must be \[rows, 6\]"),
     "a short mask": ({"attention_mask": torch.ones(1, 5)}, ValueError, r"must be \[rows, 6\]"),
-    "holes": ({"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1]])}, ValueError, "padding inside the text of 1 rows"),
+    "holes": (
+        {"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1]])},
+        ValueError,
+        "padding between the tokens of 1 texts",
+    ),
     "packed texts": ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, ValueError, "give each text a row"),
     "an edge to predict": ({"labels": torch.tensor([[0, 1, 2, 3, 4, VOCABULARY]])}, ValueError, "never predicts"),
     "two inputs": ({"inputs_embeds": torch.zeros(1, 6, 16)}, ValueError, "either input_ids or inputs_embeds"),

@@ -41,6 +41,8 @@ def test_the_command_writes_a_folder_that_generates(tmp_path, capsys):
     assert_close(found, wanted, rtol=0, atol=1e-4)  # one text inside the window
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=5)[0])
     assert text.startswith("The function ")
+    model.save_pretrained(tmp_path / "again")  # as after a training
+    assert (tmp_path / "again" / "equilibrium.py").read_text() == (out / "equilibrium.py").read_text()
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "| this model | 2.0" in card
     assert "265,575 parameters and 103 characters" in card

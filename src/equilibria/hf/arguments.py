@@ -73,9 +73,9 @@ def _padding(attention_mask: Tensor, length: int) -> Bool[Tensor, "B _"] | None:
     starts = (text[:, 1:] & ~text[:, :-1]).sum(dim=1) + text[:, 0]
     if bool((starts > 1).any()):
         raise ValueError(
-            f"attention_mask has padding inside the text of {int((starts > 1).sum())} rows, and the distance of two "
-            "positions would count it; put padding before or after a text, and for generation before it "
-            "(padding_side='left')."
+            f"attention_mask has padding between the tokens of {int((starts > 1).sum())} texts, such as after a prompt "
+            "that goes on, and the distance of two positions would count it; put padding before the text "
+            "(tokenizer.padding_side = 'left'), or after a text that is complete."
         )
     return ~text
 

@@ -93,6 +93,10 @@ class EquilibriumConfig(PreTrainedConfig):
         config.check()
         return config
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: transformers would copy the source of this module beside the weights."""
+
     def check(self) -> None:
         """Raise a ValueError unless the configuration is that of an equilibrium of a cell of this library."""
         language = self.decoded_language()

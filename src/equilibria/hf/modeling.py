@@ -6,6 +6,8 @@ Letters: B batch, T time, S stored positions, D width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from equilibria.hf import cache as caches
+from equilibria.hf import remote
 from equilibria.hf.arguments import (
     check_no_gradient_of_a_cache,
     given_cache,
@@ -196,6 +199,16 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
                 "give texts of one length without padding, or a LanguageConfig with losses=ExtraLosses()."
             )
         return loss if extra is None else loss + extra
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **choices: Any) -> None:
+        """As in transformers, with the file that finds the classes of a model that was exported."""
+        super().save_pretrained(save_directory, *args, **choices)
+        if getattr(self.config, "auto_map", None):
+            remote.write(Path(save_directory))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Do nothing: transformers would copy the source of this module beside the weights."""
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding; its result can be given as ``inputs_embeds``."""

@@ -10,21 +10,13 @@ from equilibria.errors import UsageError
 from equilibria.hf import card
 from equilibria.hf.configuration import EquilibriumConfig, seen_in_training
 from equilibria.hf.modeling import EquilibriumForCausalLM
+from equilibria.hf.remote import AUTO_MAP
 from equilibria.hf.tokenization import EquilibriumTokenizer, tokenizer_of
 from equilibria.layers.linear import fold as fold_weights
 from equilibria.lm.corpora import Vocabulary
 from equilibria.lm.model import LanguageConfig
 from equilibria.lm.runs.run import Run, Which, require
 from equilibria.lm.runs.trained import Trained, load
-
-REMOTE = "equilibrium.py"
-"""The file beside a model with which ``trust_remote_code=True`` finds its classes."""
-_REMOTE_CODE = '''"""The classes of this model: pip install "equilibria[hf]"."""
-
-from equilibria.hf import EquilibriumConfig, EquilibriumForCausalLM, EquilibriumTokenizer
-
-__all__ = ["EquilibriumConfig", "EquilibriumForCausalLM", "EquilibriumTokenizer"]
-'''
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,10 +62,7 @@ def from_run(path: Path | str, *, checkpoint: Which = "best", fold: bool = False
         eval_stop=stage.eval_stop,
         edge_reads_as=_edge(trained.vocabulary) if text else None,
         architectures=["EquilibriumForCausalLM"],
-        auto_map={
-            "AutoConfig": f"{Path(REMOTE).stem}.EquilibriumConfig",
-            "AutoModelForCausalLM": f"{Path(REMOTE).stem}.EquilibriumForCausalLM",
-        },
+        auto_map=AUTO_MAP,
     )
     model = EquilibriumForCausalLM(config)
     model.model.load_state_dict(trained.model.state_dict())
@@ -102,7 +91,6 @@ def export(path: Path | str, out: Path | str, *, checkpoint: Which = "best", fol
     found.model.save_pretrained(out)
     if found.tokenizer is not None:
         found.tokenizer.save_pretrained(out)
-    (out / REMOTE).write_text(_REMOTE_CODE, encoding="utf-8")
     (out / "README.md").write_text(card.card(found.trained, Run.open(require(Path(path))).events()), encoding="utf-8")
     return found
 

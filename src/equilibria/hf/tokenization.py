@@ -20,6 +20,10 @@ _SPACES = "".join(re for re in map(chr, range(0x3001)) if re.isspace() and re !=
 class EquilibriumTokenizer(PreTrainedTokenizerFast):
     """A fast tokenizer that names the words or characters that its vocabulary lacks."""
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
+        """Do nothing: transformers would copy the source of this module beside the tokenizer."""
+
     def _encode_plus(self, text: Any, *args: Any, **choices: Any) -> Any:
         try:
             return super()._encode_plus(text, *args, **choices)
