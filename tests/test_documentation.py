@@ -77,10 +77,11 @@ def alike(shown, printed):
 
 @pytest.mark.parametrize("page", PROGRAMS)
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # a snippet whose solve warns would be a bad example
-def test_the_python_blocks_of_a_page_run(page, tmp_path):
+def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     """From top to bottom, as one file; what they print stands in the page's blocks with the title "output"."""
     file = tmp_path / "page.py"
     file.write_text(program(page), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         runpy.run_path(str(file))
