@@ -17,6 +17,8 @@ from equilibria.layers.linear import fold
 
 from .models import CELLS, small, tokens
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+
 LINEAR = {
     "transformer": ["qkv", "out", "inner", "outer", "inject"],
     "decay": ["qkv", "out", "inner", "outer", "inject"],
