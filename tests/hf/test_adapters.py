@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("transformers")
 from equilibria.hf import EquilibriumForCausalLM
 from equilibria.layers.linear import fold
 
-from .models import CELLS, small, tokens
+from .models import CELLS, METHOD, small, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 
@@ -43,13 +44,15 @@ def generated(model, text):
     return model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=8, do_sample=False)
 
 
+def chosen(kind, name, module):
+    return isinstance(module, nn.Linear) and name.split(".")[-1] in LINEAR[kind]
+
+
 def adapted(kind):
     """A LoRA model in float64, and its adapters' B, which begin at zero."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    config = peft.LoraConfig(
-        r=3, lora_alpha=6, lora_dropout=0.0, target_modules=LINEAR[kind], task_type="CAUSAL_LM"
-    )
+    config = peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=LINEAR[kind], task_type="CAUSAL_LM")
     model = peft.get_peft_model(folded(kind), config, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -72,18 +75,12 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(kind):
     assert_close(logits(model, text), logits(folded(kind), text), rtol=0, atol=1e-9)
     wanted = {name for name, _ in model.named_parameters() if "lora_" in name}
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == wanted
-    places = [module for module in folded(kind).modules() if type(module) is nn.Linear]
-    assert len(wanted) == 2 * sum(1 for name, m in folded(kind).named_modules() if _chosen(kind, name, m))
-    assert len(places) >= len(wanted) // 2
+    assert len(wanted) == 2 * sum(chosen(kind, *named) for named in folded(kind).named_modules())
     model.train()(text, labels=text).loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert set(grads) == wanted
     for name, grad in grads.items():
         assert bool(grad.any()) == ("lora_B" in name), name  # B is zero, so that A has no gradient yet
-
-
-def _chosen(kind, name, module):
-    return isinstance(module, nn.Linear) and name.split(".")[-1] in LINEAR[kind]
 
 
 @pytest.mark.parametrize("kind", CELLS)
@@ -123,7 +120,7 @@ def test_merged_saved_and_switched_off(kind, tmp_path):
     assert_close(logits(again, text), wanted, rtol=0, atol=1e-9)
     whole = model.merge_and_unload()
     assert isinstance(whole, EquilibriumForCausalLM)
-    assert all(type(m) is nn.Linear for name, m in whole.named_modules() if _chosen(kind, name, m))
+    assert all(type(m) is nn.Linear for name, m in whole.named_modules() if chosen(kind, name, m))
     assert_close(logits(whole, text), wanted, rtol=0, atol=1e-9)
     assert torch.equal(generated(whole, text), told)
     whole.save_pretrained(tmp_path / "whole")
@@ -135,8 +132,8 @@ def test_merged_saved_and_switched_off(kind, tmp_path):
 def test_dynamic_quantisation(kind):
     """int8 weights: one of 256 steps of the largest weight of a matrix, which the solve multiplies by little."""
     model, text = folded(kind).float(), tokens(2, 7)
-    method = model.model.layer.method
-    model.model.layer.method = _loose(method)  # the activations are quantised anew in every product
+    loose = dataclasses.replace(METHOD, stop=dataclasses.replace(METHOD.stop, rtol=1e-5))
+    model.model.layer.method = loose
     wanted = logits(model, text)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch moves it to another package
@@ -151,9 +148,3 @@ def test_dynamic_quantisation(kind):
     error = (found - wanted)[..., :edge].norm() / wanted[..., :edge].norm()
     assert 0 < error < 0.02
     assert told.shape == (2, 15)
-
-
-def _loose(method):
-    import dataclasses
-
-    return dataclasses.replace(method, stop=dataclasses.replace(method.stop, rtol=1e-5))

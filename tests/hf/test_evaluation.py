@@ -1,4 +1,4 @@
-"""lm_eval, the evaluation harness, gives the score of ``evaluate``; a process that knows only transformers loads a folder.
+"""lm_eval gives the score of ``evaluate``; a process that knows only transformers loads a folder.
 
 The protocol, and why it is the same text scored in the same way: docs/howto/huggingface_evaluation.md.
 """
@@ -54,7 +54,7 @@ for task, size, more in calls:
     print("SCORE", found["results"][task]["bits_per_byte,none"])
 """
 REMOTE = """
-import sys
+import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, text = sys.argv[1:]
@@ -62,14 +62,15 @@ assert "equilibria" not in sys.modules
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer(text, return_tensors="pt")
-print([type(model).__name__, type(tokenizer).__name__, tokenizer.decode(ids["input_ids"][0]), tokenizer.pad_token_id])
-print([tokenizer.decode(model.generate(**ids, max_new_tokens=12, do_sample=False)[0])])
+told = tokenizer.decode(model.generate(**ids, max_new_tokens=12, do_sample=False)[0])
+spelt = tokenizer.decode(ids["input_ids"][0])
+print(json.dumps([type(model).__name__, type(tokenizer).__name__, tokenizer.pad_token_id, spelt, told]))
 """
 
 
 def program(code: str, *words: str, home) -> str:
     """What a program says that knows no network and keeps its caches in ``home``."""
-    offline = {name: "1" for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")}
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"), "1")
     own = {"OMP_NUM_THREADS": "1", "HF_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-W", "ignore", "-c", code, *words]
     environment = {**os.environ, **offline, **own}
@@ -136,7 +137,7 @@ def test_the_harness_gives_the_score_of_evaluate(folder, tmp_path):
 def test_a_process_that_knows_only_transformers(folder, tmp_path):
     text = "The function returns\n  a "
     said = program(REMOTE, str(folder), text, home=tmp_path)
-    kinds, told = said.strip().splitlines()[-2:]
-    assert kinds == str(["EquilibriumForCausalLM", "EquilibriumTokenizer", text, 103])
-    assert told.startswith(f"[{text!r}"[:-1])
-    assert len(eval(told)[0]) == len(text) + 12
+    *found, told = json.loads(said.strip().splitlines()[-1])
+    assert found == ["EquilibriumForCausalLM", "EquilibriumTokenizer", 103, text]
+    assert told.startswith(text)
+    assert len(told) == len(text) + 12
