@@ -221,12 +221,14 @@ def test_a_cache_with_gradients_is_refused():
         model(TEXT, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
-def test_extra_losses_of_padding_are_refused():
-    model = trainable(**HEADS["extra losses"])
-    mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
-    with pytest.raises(ValueError, match="padding would count in them"):
-        model(TEXT, attention_mask=mask, labels=TEXT)
-    model.eval()(TEXT, attention_mask=mask, labels=TEXT)
+def test_extra_losses_of_padded_rows_are_those_of_the_rows():
+    """Each row counts by its share of the scored tokens."""
+    model, text = trainable(**HEADS["extra losses"]), tokens(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    found = model(text, attention_mask=mask, labels=text).loss
+    alone = model(text[:1, 2:], labels=text[:1, 2:]).loss, model(text[1:], labels=text[1:]).loss
+    assert_close(found, (3 * alone[0] + 5 * alone[1]) / 8, rtol=1e-9, atol=0)
+    assert model.eval()(text, attention_mask=mask, labels=text).loss < found
 
 
 class Forgetful(DynamicLayer):

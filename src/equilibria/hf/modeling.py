@@ -27,9 +27,11 @@ from equilibria.hf.arguments import (
     used_stop,
 )
 from equilibria.hf.configuration import EquilibriumConfig
-from equilibria.hf.edges import EDGE, lowest_at_edge, resized, with_edges_read
+from equilibria.hf.edges import lowest_at_edge, resized, with_edges_read
+from equilibria.hf.loss import IGNORED, check_labels_come_with_their_count, extra_loss, targets_of
 from equilibria.layers.linear import fold
 from equilibria.lm.model.embedding import widened
+from equilibria.lm.model.losses import NO_LOSSES
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """The name of the cache in outputs: "cache" since transformers 5.24."""
@@ -124,6 +126,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: an argument has no exact meaning here, such as a cache with gradients.
         """
         refuse({**refused, "output_attentions": output_attentions or None})
+        check_labels_come_with_their_count(labels, num_items_in_batch)
         past = given_cache(cache, past_key_values)
         if use_cache or past is not None:
             check_no_gradient_of_a_cache()
@@ -146,7 +149,8 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             caches.write(past, self._cell, out, x=x)
         output = self.model.head.dropped(out.output)
         logits = self._logits(output, logits_to_keep)
-        loss = None if labels is None else self._loss(out.output, output, labels, new, num_items_in_batch)
+        targets = None if labels is None else targets_of(labels, new, self.config, counted=num_items_in_batch is not None)
+        loss = None if targets is None else self._loss(out.output, output, targets, num_items_in_batch)
         solution = out.solution
         kept: dict[str, Any] = {CACHE: past if use_cache else None}
         result = EquilibriumOutput(
@@ -176,28 +180,17 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         output: Float[Tensor, "B T O"],
         kept: Float[Tensor, "B T O"],
-        labels: Int[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"] | None,
+        targets: Int[Tensor, "B _"],
         count: Tensor | int | None,
     ) -> Float[Tensor, ""]:
-        """The mean nll of labels 1, 2, …, in float32 or wider, plus the extra losses of training."""
-        targets = labels[:, 1:]
-        if mask is not None:  # nothing can be predicted from padding, not even the first token of a text
-            targets = targets.masked_fill(mask[:, :-1], -100)
-        if self.config.edge_token_id is not None and bool((targets == self.config.edge_token_id).any()):
-            raise ValueError(
-                f"labels hold the id {self.config.edge_token_id} of {EDGE!r}, which the model never predicts; give "
-                "−100 there, as DataCollatorForLanguageModeling does at padding."
-            )
+        """The mean nll of the targets of all positions but the last, in float32 or wider, plus the extra losses."""
         logits = widened(self._logits(kept[:, :-1]))
-        nll = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        loss = nll / ((targets != -100).sum() if count is None else count)
-        extra = self.model.losses.of(output[:, :-1], kept[:, :-1]) if self.training else None
-        if extra is not None and mask is not None:
-            raise ValueError(
-                "the extra losses of this configuration are means over all positions, and padding would count in them; "
-                "give texts of one length without padding, or a LanguageConfig with losses=ExtraLosses()."
-            )
+        nll = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        count = (targets != IGNORED).sum() if count is None else count
+        loss, losses = nll / count, self.model.losses
+        extra = None
+        if self.training and losses != NO_LOSSES:
+            extra = extra_loss(losses, output[:, :-1], kept[:, :-1], targets, count)
         return loss if extra is None else loss + extra
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **choices: Any) -> None:

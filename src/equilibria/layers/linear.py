@@ -113,6 +113,14 @@ def weights_of(linear: nn.Module, *, inputs: int, like: Tensor, bias: bool = Tru
     return LinearWeights((rows[:-1] - added).t(), added if bias else None)
 
 
+def like_of(module: nn.Module) -> Tensor:
+    """A tensor with dtype and device of the module's parameters.
+
+    Dynamically quantised weights are no parameters: they compute in float32 on a CPU.
+    """
+    return next(module.parameters(), torch.empty(0, dtype=torch.float32))
+
+
 @torch.no_grad()
 def fold(module: nn.Module) -> None:
     """Replace every ``NormedLinear`` inside the module by the ``nn.Linear`` with the same W and b, for use elsewhere.

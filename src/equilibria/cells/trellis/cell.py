@@ -29,7 +29,7 @@ from equilibria.cells.trellis.scan import scan
 from equilibria.core.checks import check_at_least, check_choices
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, check_rate, dropout_mask, masked
-from equilibria.layers.linear import INITS, Held, Init, LinearWeights, NormedLinear, weights_of
+from equilibria.layers.linear import INITS, Held, Init, LinearWeights, NormedLinear, like_of, weights_of
 from equilibria.layers.sequence import (
     SequenceCell,
     check_cache_use,
@@ -240,7 +240,7 @@ class TrellisCell(SequenceCell):
             )
         self._held.renew()
         if memory is None:
-            zero = next(self.parameters()).new_zeros(batch, 1, 2 * self.config.channels)
+            zero = like_of(self).new_zeros(batch, 1, 2 * self.config.channels)
             memory = TrellisMemory(z=zero, x=None)
         return TrellisCache(memory=memory, padding=padding, warm=warm)
 
@@ -253,7 +253,7 @@ class TrellisCell(SequenceCell):
         """The effective matrix, with DropConnect on the raw weights of the past (Merity, McCann, Socher 2017)."""
         rate = self.config.weight_dropout
         if rate == 0 or not self.training:
-            return weights_of(linear, inputs=inputs, like=next(self.parameters()), bias=bias)
+            return weights_of(linear, inputs=inputs, like=like_of(self), bias=bias)
         if not isinstance(linear, NormedLinear):
             raise ValueError(
                 f"TrellisConfig(weight_dropout={rate}) drops entries of weights before they are normalised, and this "
