@@ -1,8 +1,8 @@
 """Small models of transformers with random weights.
 
 With SDPA they are in float64, but for the norms of Llama and Qwen3, which compute in float32: so a solve stalls at a
-relative residual of about 2e-8, and values agree to about 1e-6. ``sharp`` replaces these norms. Eager attention has its softmax in float32 and makes NaN
-of padding in float64, with and without a loop, so these models are in float32 throughout.
+relative residual of about 2e-8, and values agree to about 1e-6. ``sharp`` replaces these norms. Eager attention has its
+softmax in float32 and makes NaN of padding in float64, with and without a loop, so these models are in float32.
 """
 
 from __future__ import annotations

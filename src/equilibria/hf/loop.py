@@ -187,9 +187,8 @@ def _check_pure(number: int, layer: nn.Module) -> None:
         return
     if getattr(layer, "gradient_checkpointing", False):
         raise ValueError(
-            f"gradient checkpointing is on for layer {number}, which is in a loop and keeps the memory of one evaluation "
-            "anyway; switch it off there: model.get_decoder().layers["
-            f"{number}].gradient_checkpointing = False."
+            f"gradient checkpointing is on for layer {number}, which is in a loop and keeps one evaluation anyway; "
+            f"switch it off there: model.get_decoder().layers[{number}].gradient_checkpointing = False."
         )
     for name, module in layer.named_modules():
         if not module.training:

@@ -100,8 +100,8 @@ def equilibrium_of(
         base = _fresh(decoder.layers[numbers.start], stop)
     if loop is not None and loop.numbers != numbers:
         raise ValueError(
-            f"layers={list(numbers)}: the layers {list(loop.numbers)} of this model are a loop already, and a model has "
-            "one; give these to change their settings, or load the model anew."
+            f"layers={list(numbers)}: the layers {list(loop.numbers)} of this model are a loop already, and a model "
+            "has one; give these to change their settings, or load the model anew."
         )
     given = {"solver": solver, "stop": stop, "gradient": gradient, "on_failure": on_failure}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -186,8 +186,8 @@ def _check_functions(settings: Settings, like: Tensor, width: int) -> None:
                 )
     if torch.equal(one, other):
         raise ValueError(
-            "inject(z, x) returned the same for two inputs x, so that the equilibrium would not depend on the text; mix "
-            "x into it, for example inject=0.5 for (x + z)/2."
+            "inject(z, x) returned the same for two inputs x, so that the equilibrium would not depend on the text; "
+            "mix x into it, for example inject=0.5 for (x + z)/2."
         )
 
 

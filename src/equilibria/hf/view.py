@@ -27,7 +27,7 @@ _WRITTEN = (StaticLayer, StaticSlidingWindowLayer)
 
 
 def view(cache: Cache, layers: Sequence[int]) -> Cache:
-    """A cache whose ``update`` returns past and present side by side, for one evaluation, and stores nothing in ``cache``.
+    """A cache for one evaluation: its ``update`` returns past and present side by side; ``cache`` stays as it is.
 
     Args:
         cache: the cache; its tensors are constants of the solve.
@@ -49,8 +49,9 @@ def check_cache(cache: Any, layers: Sequence[int]) -> None:
     for index in layers:
         if index < len(cache.layers) and type(cache.layers[index]) not in known:
             raise ValueError(
-                f"layer {index} of the cache is a {type(cache.layers[index]).__name__}, and a solve can read the layers "
-                f"{', '.join(kind.__name__ for kind in known)}; give a DynamicCache or a StaticCache, or use_cache=False."
+                f"layer {index} of the cache is a {type(cache.layers[index]).__name__}, and a solve can read a "
+                f"{' or a '.join(kind.__name__ for kind in known)}; give a DynamicCache or a StaticCache, or "
+                "use_cache=False."
             )
 
 
