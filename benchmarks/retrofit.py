@@ -81,7 +81,12 @@ def rows(seed: int, pretraining: int, steps: int) -> list[dict[str, Any]]:
     """One row per share of z."""
     train, held = texts()
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     base = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=LENGTH, **sizes))
     trained(base, train, pretraining, seed)
     found = []
@@ -106,8 +111,8 @@ def table(found: list[dict[str, Any]], pretraining: int, steps: int) -> str:
     for share in SHARES:
         chosen = [row for row in found if row["share"] == share]
 
-        def mean(*names: str, chosen: list[dict[str, Any]] = chosen) -> float | None:
-            values: list[Any] = [row[names[0]][names[1]] if len(names) > 1 else row[names[0]] for row in chosen]
+        def mean(when: str, name: str, chosen: list[dict[str, Any]] = chosen) -> float | None:
+            values = [row[when][name] for row in chosen]
             return None if values[0] is None else statistics.mean(values)
 
         cells = ["explicit" if share is None else f"a = {share}"]
@@ -115,7 +120,7 @@ def table(found: list[dict[str, Any]], pretraining: int, steps: int) -> str:
             evals, converged = mean(when, "evals"), mean(when, "converged")
             cells.append(f"{mean(when, 'bits'):.3f}")
             cells += ["", ""] if evals is None else [f"{evals:.1f}", f"{100 * (converged or 0):.0f} %"]
-        cells.append(f"{1000 * (mean('seconds') or 0):.0f}")
+        cells.append(f"{1000 * statistics.mean(row['seconds'] for row in chosen):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     seeds = sorted({row["seed"] for row in found})
     after = [[row["after"]["bits"] for row in found if row["share"] == share] for share in SHARES]
