@@ -125,11 +125,12 @@ def table(found: list[dict[str, Any]], pretraining: int, steps: int) -> str:
     seeds = sorted({row["seed"] for row in found})
     after = [[row["after"]["bits"] for row in found if row["share"] == share] for share in SHARES]
     spread = max(max(values) - min(values) for values in after)
+    average = f"Means over {len(seeds)} seeds, up to {spread:.3f} bits apart after fine-tuning"
+    average = "One seed" if len(seeds) == 1 else average
     lines += [
         "",
-        f"Means over {len(seeds)} seeds, which lie up to {spread:.3f} bits apart after fine-tuning. The network had "
-        f"{pretraining:,} steps before, and all rows had the same {steps} more, with solves to a relative tolerance of "
-        "1e-4. The time is per step, of one thread on a machine with other work.",
+        f"{average}. The network had {pretraining:,} steps before, and all rows had the same {steps} more, with solves to a "
+        "relative tolerance of 1e-4. The time is per step, of one thread on a machine with other work.",
     ]
     return "\n".join(lines)
 

@@ -97,11 +97,11 @@ def equilibrium_of(
         numbers, base = _recorded(model, inject, norm) if loop is None else (loop.numbers, loop.settings)
     else:
         numbers = _numbers(layers, len(decoder.layers))
-        base = _fresh(decoder.layers[numbers.start], stop)
+        base = _defaults(decoder.layers[numbers.start], stop)
     if loop is not None and loop.numbers != numbers:
         raise ValueError(
             f"layers={list(numbers)}: the layers {list(loop.numbers)} of this model are a loop already, and a model "
-            "has one; give these to change their settings, or load the model anew."
+            "has one; give these to change their settings, or load the model again."
         )
     given = {"solver": solver, "stop": stop, "gradient": gradient, "on_failure": on_failure}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -158,7 +158,7 @@ def _like(layer: nn.Module) -> Tensor:
     return next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
 
 
-def _fresh(layer: nn.Module, stop: Stop | None) -> Settings:
+def _defaults(layer: nn.Module, stop: Stop | None) -> Settings:
     """The default settings, with ``stop`` also for the gradient."""
     used = Stop(rtol=_RTOL.get(_like(layer).dtype, 1e-4), max_evals=60) if stop is None else stop
     method = Method(stop=used, gradient=Implicit(stop=used))

@@ -1,4 +1,4 @@
-"""What a layer of transformers is given during a solve in place of its cache, and the padding that its mask shows.
+"""The view of a cache that a layer of transformers reads during a solve, and the padding that its mask shows.
 
 Letters: B batch, T new positions, S stored positions, K positions that a mask covers.
 """
