@@ -6,6 +6,7 @@ Importing this package registers its classes, so that ``AutoModelForCausalLM.fro
 from equilibria.hf.configuration import EquilibriumConfig
 from equilibria.hf.edges import EDGE
 from equilibria.hf.modeling import EquilibriumForCausalLM, EquilibriumOutput
+from equilibria.hf.retrofit import equilibrium_of
 from equilibria.hf.runs import Converted, export, from_run
 from equilibria.hf.tokenization import EquilibriumTokenizer, tokenizer_of
 
@@ -16,6 +17,7 @@ __all__ = [
     "EquilibriumForCausalLM",
     "EquilibriumOutput",
     "EquilibriumTokenizer",
+    "equilibrium_of",
     "export",
     "from_run",
     "tokenizer_of",

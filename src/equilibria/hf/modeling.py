@@ -149,7 +149,9 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             caches.write(past, self._cell, out, x=x)
         output = self.model.head.dropped(out.output)
         logits = self._logits(output, logits_to_keep)
-        targets = None if labels is None else targets_of(labels, new, self.config, counted=num_items_in_batch is not None)
+        targets = (
+            None if labels is None else targets_of(labels, new, self.config, counted=num_items_in_batch is not None)
+        )
         loss = None if targets is None else self._loss(out.output, output, targets, num_items_in_batch)
         solution = out.solution
         kept: dict[str, Any] = {CACHE: past if use_cache else None}
