@@ -44,7 +44,12 @@ from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_
 
 WINDOW = 1000
 """Number of positions that a query sees, itself included, if ``TransformerConfig.window`` is 0."""
-_CHOICES = {"norm": ("post", "pre", "pre-normalised"), "positions": ("relative", "decay"), "init": INITS}
+_CHOICES = {
+    "norm": ("post", "pre", "pre-normalised"),
+    "positions": ("relative", "decay"),
+    "init": INITS,
+    "attention": ("exact", "auto"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +91,11 @@ class TransformerConfig:
     """Apply one more layer norm before the output matrix of the attention."""
     variational: bool = True
     """Use one dropout mask of channels for all positions; otherwise each position has its own."""
+    attention: Literal["exact", "auto"] = "exact"
+    """Write the attention scores to memory ("exact"), or compute attention by PyTorch's fused kernels where they give
+    the same function up to rounding ("auto"): quicker on long segments, and with less memory. "auto" takes the exact
+    form for one new position, for dropout of attention weights or of the table of each distance (``variational=False``)
+    in training, and on a GPU for relative positions with width / heads + width > 256."""
 
     def __post_init__(self) -> None:
         check_at_least(self, width=1, heads=1, inner=1, longest=1, memory=0, window=0)
@@ -139,6 +149,7 @@ class TransformerCell(SequenceCell):
             width=width,
             heads=config.heads,
             positions=self._positions(config),
+            form=config.attention,
             dropout=config.attention_dropout,
             weight_norm=config.weight_norm,
             norm=config.attention_norm,
