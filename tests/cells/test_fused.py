@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from equilibria import Anderson, Equilibrium, Implicit, Stop
 from equilibria.cells import KeyValues, TransformerConfig
-from equilibria.cells.transformer import kernel
+from equilibria.cells.transformer import fused, kernel
 from equilibria.cells.transformer.fused import prepare_fused
 from equilibria.cells.transformer.kernel import attention
 from equilibria.layers.cell import CellMap
@@ -37,7 +37,7 @@ def both(config, *, noise=0.3):
     with torch.no_grad():
         for parameter in exact.parameters():
             parameter.add_(torch.randn_like(parameter) * noise)
-    fast = dataclasses.replace(config, attention="auto").build().double()
+    fast = dataclasses.replace(config, attention="fused").build().double()
     fast.load_state_dict(exact.state_dict())
     return exact, fast
 
@@ -74,7 +74,7 @@ def test_values_and_gradients_are_those_of_the_exact_form(config, past):
     for cell in both(config):
         leaves = [x.clone().requires_grad_(), z.clone().requires_grad_(), *cell.parameters()]
         values = prepared(cell, leaves[0], past)
-        assert is_fused(values) == (cell.config.attention == "auto")
+        assert is_fused(values) == (cell.config.attention == "fused")
         f = cell(leaves[1], values)
         with torch.no_grad():
             assert_close(cell(z, prepared(cell, x, past)), f, rtol=0, atol=1e-13)
@@ -162,7 +162,7 @@ def test_caches(positions):
         with torch.no_grad():
             for piece in x.split([3, 1, 1, 3], dim=1):
                 values = cell.prepare(piece, cache)
-                assert is_fused(values) == (cell.config.attention == "auto" and piece.shape[1] > 1)
+                assert is_fused(values) == (cell.config.attention == "fused" and piece.shape[1] > 1)
                 z = cell(piece.cos(), values)
                 cache = cell.remember(z, values)
                 pieces.append(z)
@@ -246,7 +246,17 @@ def test_wide_heads_take_the_exact_form_on_a_gpu(width, expected):
     class OnGpu(torch.Tensor):
         is_cuda = True
 
-    attention = dataclasses.replace(SMALL, width=width, heads=4 if expected else 2, attention="auto").build().attention
+    attention = dataclasses.replace(SMALL, width=width, heads=4 if expected else 2, attention="fused").build().attention
     like = torch.zeros(1).as_subclass(OnGpu)
-    found = prepare_fused(attention.positions, attention.u, queries=4, memory=0, like=like)
+    found = prepare_fused("fused", attention.positions, attention.u, batch=1, queries=4, memory=0, like=like)
     assert (found is not None) == expected
+
+
+@pytest.mark.parametrize(("positions", "channels"), [("relative", 4 + 12), ("decay", 4)])
+def test_auto_is_fused_from_a_number_of_multiplications_on(positions, channels, monkeypatch):
+    """Those of all samples and heads count, with the keys of the memory and the further channels."""
+    cell = dataclasses.replace(SMALL, positions=positions, attention="auto").build().double()
+    x, number = torch.randn(B, T, 12, dtype=torch.float64), 3 * B * T * (T + M) * channels
+    for least, expected in ((number, True), (number + 1, False)):
+        monkeypatch.setattr(fused, "LEAST_WORK", least)
+        assert is_fused(prepared(cell, x, "memory")) == expected

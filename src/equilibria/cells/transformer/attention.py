@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.cells.transformer.cache import KeyValueCache
-from equilibria.cells.transformer.fused import FusedTerm, attend, prepare_fused
+from equilibria.cells.transformer.fused import Form, FusedTerm, attend, prepare_fused
 from equilibria.cells.transformer.positions import Positions
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
@@ -70,7 +70,8 @@ class Attention(nn.Module):
         width: D, channels of states and inputs.
         heads: H, which divide the width evenly.
         positions: computes the position term and the mask.
-        form: "auto" for fused attention where it computes the same function; "exact" to write the scores to memory.
+        form: "fused" for fused attention where it computes the same function, "auto" where it is also the quicker one,
+            "exact" to write the scores to memory.
         dropout: the share of the attention weights to drop.
         weight_norm: normalise the weights W_qkv and W_o.
         norm: apply a layer norm to the heads before W_o.
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         width: int,
         heads: int,
         positions: Positions,
-        form: Literal["exact", "auto"],
+        form: Form,
         dropout: float,
         weight_norm: bool,
         norm: bool,
@@ -146,11 +147,10 @@ class Attention(nn.Module):
         """
         batch, time, _ = x.shape
         length = past.seen if isinstance(past, KeyValueCache) else 0 if past is None else past.shape[3]
-        span = {"queries": time, "memory": length, "like": x, "key_padding_mask": key_padding_mask}
-        fused = None
-        if self.form == "auto" and not (self.training and self.dropout):
-            fused = prepare_fused(self.positions, self.u, **span)
-        positions = self.positions.prepare(self.u, batch=batch, table=table, **span) if fused is None else fused
+        span = {"batch": batch, "queries": time, "memory": length, "like": x, "key_padding_mask": key_padding_mask}
+        form = "exact" if self.training and self.dropout else self.form
+        fused = prepare_fused(form, self.positions, self.u, **span)
+        positions = self.positions.prepare(self.u, table=table, **span) if fused is None else fused
         shape = (self.heads, batch, time, length + time)
         drop = dropout_mask(shape, rate=self.dropout, training=self.training, like=x, rows=1, part=part)
         rows = AttentionRows(

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from equilibria.cells.transformer.attention import Attention
 from equilibria.cells.transformer.cache import KeyValueCache
+from equilibria.cells.transformer.fused import Form
 from equilibria.cells.transformer.past import (
     KeyValues,
     TransformerCache,
@@ -48,7 +49,7 @@ _CHOICES = {
     "norm": ("post", "pre", "pre-normalised"),
     "positions": ("relative", "decay"),
     "init": INITS,
-    "attention": ("exact", "auto"),
+    "attention": ("exact", "fused", "auto"),
 }
 
 
@@ -91,11 +92,12 @@ class TransformerConfig:
     """Apply one more layer norm before the output matrix of the attention."""
     variational: bool = True
     """Use one dropout mask of channels for all positions; otherwise each position has its own."""
-    attention: Literal["exact", "auto"] = "exact"
-    """Write the attention scores to memory ("exact"), or compute attention by PyTorch's fused kernels where they give
-    the same function up to rounding ("auto"): quicker on long segments, and with less memory. "auto" takes the exact
-    form for one new position, for dropout of attention weights or of the table of each distance (``variational=False``)
-    in training, and on a GPU for relative positions with width / heads + width > 256."""
+    attention: Form = "exact"
+    """Write the attention scores to memory ("exact"), or let PyTorch's fused kernels compute the same function up to
+    rounding without them: wherever they can ("fused"), or where they are also quicker ("auto": from 2²⁷ multiplications
+    on, B·H·T·(M + T) scores by width / heads channels, and width more with relative positions). They cannot for one new
+    position, with dropout of attention weights or of the table of each distance (``variational=False``) in training,
+    and on a GPU with relative positions if width / heads + width > 256; the exact form is then taken."""
 
     def __post_init__(self) -> None:
         check_at_least(self, width=1, heads=1, inner=1, longest=1, memory=0, window=0)

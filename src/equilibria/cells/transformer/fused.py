@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,11 +17,17 @@ from torch.nn import functional
 
 from equilibria.cells.transformer.kernel import attention
 from equilibria.cells.transformer.positions import Positions
-from equilibria.cells.transformer.separated import Channels
+from equilibria.cells.transformer.separated import Channels, by_distance
 from equilibria.layers.cell import Prepared
 
 WIDEST_ON_GPU = 256
 """The widest head that the fused kernels of a GPU compute."""
+LEAST_WORK = 2**27
+"""Number of multiplications in the products of queries and keys of a batch from which on "auto" is fused. With fewer of
+them the exact form is the quicker one on a CPU: its scores fit into the caches, or the fused call has too many further
+channels (benchmarks/attention.py; it was not measured on a GPU)."""
+Form = Literal["exact", "fused", "auto"]
+"""The values of ``TransformerConfig.attention``."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,9 +42,11 @@ class FusedTerm:
 
 
 def prepare_fused(
+    form: Form,
     positions: Positions,
     u: Float[Tensor, "H C"],
     *,
+    batch: int,
     queries: int,
     memory: int,
     like: Tensor,
@@ -45,18 +54,23 @@ def prepare_fused(
 ) -> Prepared | None:
     """Shared: a ``FusedTerm``. Rows: the bias [B G T K] of each sample, or None.
 
-    None comes back where only the exact form is right, or where it is the quicker one: for one new position.
+    None comes back for the exact form: where it is asked for, where only it is right, for one new position, and with
+    "auto" where it is the quicker one.
 
     Args:
+        form: what the configuration asks for.
         positions: the position term.
         u: the bias that is already added to the queries.
+        batch: B.
         queries: T.
         memory: M.
         like: gives dtype and device.
         key_padding_mask: True for padding keys, which a query of their stream sees only at its own position.
     """
-    too_wide = like.is_cuda and u.shape[1] + positions.channels > WIDEST_ON_GPU
-    if queries == 1 or too_wide or not positions.separable:
+    heads, channels = len(u), u.shape[1] + positions.channels
+    small = heads * batch * queries * (memory + queries) * channels < LEAST_WORK
+    too_wide = like.is_cuda and channels > WIDEST_ON_GPU
+    if form == "exact" or (form == "auto" and small) or queries == 1 or too_wide or not positions.separable:
         return None
     term = positions.separated(u, queries=queries, memory=memory, like=like)
     keys, padding = memory + queries, key_padding_mask
@@ -71,19 +85,6 @@ def prepare_fused(
     return Prepared(shared=FusedTerm(channels=term.channels, bias=None), rows=rows)
 
 
-def by_distance(row: Float[Tensor, "G K"], *, queries: int, window: int) -> Float[Tensor, "G T K"]:
-    """The entry of distance M + i − j at (i, j), and −∞ where query i does not see key j.
-
-    ``row`` holds the distances K−1, …, 0. Query i reads K consecutive entries of it and of T−1 future places.
-    """
-    keys = row.shape[1]
-    row = functional.pad(row, (0, queries - 1), value=-math.inf)
-    if keys > window:
-        far = torch.arange(row.shape[1], device=row.device) < keys - window
-        row = row.masked_fill(far, -math.inf)
-    return row.unfold(1, keys, 1).flip(1)
-
-
 def attend(
     q: Float[Tensor, "H B T C"], k: Float[Tensor, "H B K C"], v: Float[Tensor, "H B K C"], prepared: Prepared
 ) -> Float[Tensor, "B T H C"]:
@@ -92,7 +93,7 @@ def attend(
     bias = term.bias if prepared.rows is None else prepared.rows
     width, dtype = v.shape[3], q.dtype
     if term.channels is not None:
-        q = torch.cat([q, term.channels.of_queries(q).to(dtype)], dim=3)
+        q = torch.cat([q, *(half.to(dtype) for half in term.channels.of_queries(q))], dim=3)
         further = term.channels.keys.to(dtype)
         k = torch.cat([k, further.expand(*k.shape[:2], -1, -1)], dim=3)
         v = functional.pad(v, (0, further.shape[1]))  # the kernel of a CPU is for values as wide as the keys

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from equilibria.cells.transformer.separated import Channels, Separated
+from equilibria.cells.transformer.separated import Channels, Separated, by_distance
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import dropout_mask, masked
 from equilibria.layers.linear import Init, NormedLinear, weights_of
@@ -205,9 +205,8 @@ class RelativePositions(Positions):
 
     def separated(self, u: Float[Tensor, "H C"], *, queries: int, memory: int, like: Tensor) -> Separated:
         """P as D further channels of queries and keys."""
-        width = self.v.numel()
-        drop = dropout_mask((1, width), rate=self.dropout, training=self.training, like=like, rows=None)
-        weight, _ = weights_of(self.project, inputs=width, like=self.v, bias=False)
+        drop = dropout_mask((1, self.channels), rate=self.dropout, training=self.training, like=like, rows=None)
+        weight, _ = weights_of(self.project, inputs=self.channels, like=self.v, bias=False)
         projection = masked(weight, drop).unflatten(0, self.v.shape)
         shift = ((self.v - u) / math.sqrt(u.shape[1])).unsqueeze(1)
         return Separated(channels=Channels.of(projection, shift, queries=queries, memory=memory))
@@ -272,12 +271,7 @@ class DecayPositions(Positions):
         """Rows: the bias b [B H T K], heads first in memory, and −∞ where query i does not see key j."""
         keys = memory + queries
         row = self.table(queries=queries, memory=memory, like=like) if table is None else table[:, -keys:]
-        # One row per head: distances K−1 … 0, then T−1 future places. Query i reads K consecutive entries.
-        row = nn.functional.pad(row, (0, queries - 1), value=-math.inf)
-        if keys > self.window:
-            far = torch.arange(row.shape[1], device=like.device) < keys - self.window
-            row = row.masked_fill(far, -math.inf)
-        bias = row.unfold(1, keys, 1).flip(1).unsqueeze(1).expand(-1, batch, -1, -1)
+        bias = by_distance(row, queries=queries, window=self.window).unsqueeze(1).expand(-1, batch, -1, -1)
         if key_padding_mask is not None:
             itself = torch.arange(memory, keys, device=like.device)[:, None] == torch.arange(keys, device=like.device)
             bias = bias.masked_fill(key_padding_mask[:, None] & ~itself, -math.inf)

@@ -7,16 +7,19 @@ queries counted from M. With [α | β] = W_rᵀ (q_i + v − u) and the theorems
 
 D more channels of the query, times D channels of the key that are constant.
 
-Letters: B batch, T queries, M memory, K = M + T keys, D width, H heads, C width of a head, F = D/2 frequencies.
+Letters: B batch, T queries, M memory, K = M + T keys, D width, H heads, C width of a head, F = D/2 frequencies;
+G is H, or 1 for a bias that all heads share.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,13 +57,13 @@ class Channels:
             keys=torch.cat([cosines, sines], dim=1),
         )
 
-    def of_queries(self, q: Float[Tensor, "H B T C"]) -> Float[Tensor, "H B T D"]:
-        """The further channels of the queries; q already contains u and 1/√C."""
+    def of_queries(self, q: Float[Tensor, "H B T C"]) -> tuple[Float[Tensor, "H B T F"], Float[Tensor, "H B T F"]]:
+        """The further channels of the queries in two halves; q already contains u and 1/√C."""
         rows = torch.bmm(q.flatten(1, 2) + self.shift, self.projection).view(*q.shape[:3], 2, -1)
         alpha, beta = rows.unbind(3)
         of_cosines = torch.addcmul(alpha * self.sines, beta, self.cosines)
         of_sines = torch.addcmul(beta * self.sines, alpha, self.cosines, value=-1)
-        return torch.cat([of_cosines, of_sines], dim=3)
+        return of_cosines, of_sines
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,3 +74,16 @@ class Separated:
     """What is added to the scores, for the distances K−1, …, 0; None for nothing."""
     channels: Channels | None = None
     """Further channels of queries and keys; None for none."""
+
+
+def by_distance(row: Float[Tensor, "G K"], *, queries: int, window: int) -> Float[Tensor, "G T K"]:
+    """The entry of distance M + i − j at (i, j), and −∞ where query i does not see key j.
+
+    ``row`` holds the distances K−1, …, 0. Query i reads K consecutive entries of it and of T−1 future places.
+    """
+    keys = row.shape[1]
+    row = functional.pad(row, (0, queries - 1), value=-math.inf)
+    if keys > window:
+        far = torch.arange(row.shape[1], device=row.device) < keys - window
+        row = row.masked_fill(far, -math.inf)
+    return row.unfold(1, keys, 1).flip(1)

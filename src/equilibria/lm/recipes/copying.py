@@ -79,6 +79,7 @@ def copying_400() -> Experiment:
         short,
         name="copying-400",
         corpus=Copying(blank=400),
+        model=dataclasses.replace(short.model, cell=dataclasses.replace(short.model.cell, attention="auto")),
         stages=stages,
         training=short.training.changed(segment_length=420, learning_rate=3e-3, warmup=300),
     )
