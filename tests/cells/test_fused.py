@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from equilibria import Anderson, Equilibrium, Implicit, Stop
-from equilibria.cells import KeyValues, TransformerConfig
+from equilibria.cells import KeyValues, TransformerConfig, TransformerMemory
 from equilibria.cells.transformer import fused, kernel
 from equilibria.cells.transformer.fused import prepare_fused
 from equilibria.cells.transformer.kernel import attention
@@ -211,14 +212,11 @@ def test_scores_are_written_for_the_gradient_of_a_bias_alone(positions, passes, 
 
 def test_long_angles_are_those_of_float64():
     """In float32, at positions around 900, the fused form is nearer to the truth than the exact one."""
-    config = dataclasses.replace(SMALL, memory=900)
-    exact, fast = both(config)
+    exact, fast = both(dataclasses.replace(SMALL, memory=900))
     x, z = torch.randn(2, 1, T, 12, dtype=torch.float64).unbind(0)
-    memory = exact.remember(
-        torch.randn(1, 900, 12, dtype=torch.float64), exact.prepare(torch.randn(1, 900, 12).double())
-    )
-    truth = exact(z, exact.prepare(x, memory))
-    memory = dataclasses.replace(memory, z=memory.z.float(), u=memory.u.float())
+    past, injection = torch.randn(1, 900, 48, dtype=torch.float64).split([12, 36], dim=2)
+    truth = exact(z, exact.prepare(x, TransformerMemory(z=past, u=injection)))
+    memory = TransformerMemory(z=past.float(), u=injection.float())
     off = [(cell.float()(z.float(), cell.prepare(x.float(), memory)) - truth).abs().max() for cell in (exact, fast)]
     assert off[1] < min(off[0], 1e-5)
 
@@ -227,16 +225,16 @@ def test_long_angles_are_those_of_float64():
 def test_the_kernel_against_finite_differences(shape):
     """First and second derivatives, those of a bias included, shared by samples or by heads or by none."""
     q, k, v = (torch.randn(3, 2, n, 5, dtype=torch.float64, requires_grad=True) for n in (4, 4, 4))
-    bias = None
+    bias, hidden = None, torch.ones(4, 4, dtype=torch.bool).triu(1)
     if shape is not None:
-        hidden = torch.ones(4, 4, dtype=torch.bool).triu(1)
         bias = torch.randn(*shape, 4, 4, dtype=torch.float64).requires_grad_()
 
     def f(q, k, v, bias):
         return attention(q, k, v, bias if bias is None else bias.masked_fill(hidden, -math.inf))
 
-    assert torch.autograd.gradcheck(f, (q, k, v, bias))
-    assert torch.autograd.gradgradcheck(f, (q, k, v, bias), fast_mode=True)
+    inputs: Any = (q, k, v, bias)
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize(("width", "expected"), [(204, True), (206, False)])

@@ -46,7 +46,7 @@ class AttentionShared:
     positions: Any
     """The shared part of the position term."""
     fused: FusedTerm | None = None
-    """The same for fused attention, in the place of ``positions``; None for the exact form."""
+    """The same for fused attention, instead of ``positions``; None for the exact form."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,7 +148,7 @@ class Attention(nn.Module):
         batch, time, _ = x.shape
         length = past.seen if isinstance(past, KeyValueCache) else 0 if past is None else past.shape[3]
         span = {"batch": batch, "queries": time, "memory": length, "like": x, "key_padding_mask": key_padding_mask}
-        form = "exact" if self.training and self.dropout else self.form
+        form: Form = "exact" if self.training and self.dropout else self.form
         fused = prepare_fused(form, self.positions, self.u, **span)
         positions = self.positions.prepare(self.u, table=table, **span) if fused is None else fused
         shape = (self.heads, batch, time, length + time)

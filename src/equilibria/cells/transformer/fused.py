@@ -54,8 +54,8 @@ def prepare_fused(
 ) -> Prepared | None:
     """Shared: a ``FusedTerm``. Rows: the bias [B G T K] of each sample, or None.
 
-    None comes back for the exact form: where it is asked for, where only it is right, for one new position, and with
-    "auto" where it is the quicker one.
+    None comes back for the exact form: with "exact", where no other is right, for one new position, and with "auto"
+    where it is the quicker one.
 
     Args:
         form: what the configuration asks for.
@@ -97,5 +97,6 @@ def attend(
         further = term.channels.keys.to(dtype)
         k = torch.cat([k, further.expand(*k.shape[:2], -1, -1)], dim=3)
         v = functional.pad(v, (0, further.shape[1]))  # the kernel of a CPU is for values as wide as the keys
-    heads = attention(*(x.transpose(0, 1) for x in (q, k, v)), None if bias is None else bias.to(dtype))
+    bias = None if bias is None else bias.to(dtype)
+    heads = attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), bias)
     return heads[..., :width].transpose(1, 2)

@@ -1,7 +1,7 @@
 """softmax(Q Kᵀ + bias) V without the scores in memory, with the derivatives that PyTorch's fused kernels lack.
 
 These kernels have no second derivative, no forward mode and no rule for vmap, and none of them computes the gradient of
-a bias. Where one of these is asked for, the scores are written out.
+a bias. Where one of these is needed, the scores are written out.
 
 Letters: B batch, H heads, T queries, K keys, C channels of a head; G is H, or 1 for a bias that all heads share.
 """
@@ -60,7 +60,7 @@ class _Fused(torch.autograd.Function):
             return _fused(q, k, v, fixed)
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            out = _fused(*inputs, fixed)
+            out = _fused(inputs[0], inputs[1], inputs[2], fixed)
         ctx.inputs, ctx.out = inputs, out
         return out.detach()
 
@@ -79,12 +79,12 @@ class _Fused(torch.autograd.Function):
 
 
 def _is_wanted(node: Any) -> bool:
-    """True if the running backward pass goes on to this node of the graph; leaves are not asked."""
+    """True if the running backward pass goes on to this node of the graph; always True for a leaf."""
     return node is not None and (getattr(node, "variable", None) is not None or will_run(node))
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, bias: Bias, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Those of q, k, v and the bias, by operations that are differentiable in turn."""
+    """The gradients of q, k, v and the bias, by operations that are differentiable in turn."""
     weights = _weights(q, k, bias)
     scores = _of_scores(weights, g @ v.transpose(2, 3))
     of_bias = None if bias is None else scores.sum_to_size(bias.shape)

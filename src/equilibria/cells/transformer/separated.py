@@ -24,7 +24,7 @@ from torch.nn import functional
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Channels:
-    """What the further channels of queries and keys are made of."""
+    """The parts of the further channels of queries and keys."""
 
     projection: Float[Tensor, "H C D"]
     """W_r, head by head."""
@@ -71,7 +71,7 @@ class Separated:
     """A position term in the form that fused attention computes."""
 
     bias: Float[Tensor, "H K"] | None = None
-    """What is added to the scores, for the distances K−1, …, 0; None for nothing."""
+    """Added to the scores, for the distances K−1, …, 0; None for nothing."""
     channels: Channels | None = None
     """Further channels of queries and keys; None for none."""
 
