@@ -96,7 +96,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.dropout, self.positions = heads, dropout, positions
-        self.form = form
+        self.form: Form = form
         kind = {"normed": weight_norm, "init": init, "std": std}
         self.qkv = NormedLinear(inputs=width, outputs=3 * width, bias=False, **kind)
         self.out = NormedLinear(inputs=width, outputs=width, **kind)
