@@ -301,6 +301,7 @@ def test_implicit_gradient_is_that_of_a_deep_network(positions):
         ({"width": 9, "heads": 3}, r"even; try width=10, or positions='decay'"),
         ({"positions": "rotary"}, r"positions is 'relative' or 'decay'"),
         ({"norm": "none"}, r"norm is one of 'post', 'pre', 'pre-normalised'"),
+        ({"attention": "flash"}, r"attention is one of 'exact', 'fused', 'auto'"),
         ({"init": "xavier"}, r"init is 'default_fan_in' or 'normal'"),
         ({"dropout": 1.0}, r"dropout=1.0.*0 ≤ dropout < 1"),
         ({"attention_dropout": -0.1}, r"attention_dropout=-0.1"),

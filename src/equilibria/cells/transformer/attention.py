@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.cells.transformer.cache import KeyValueCache
+from equilibria.cells.transformer.fused import Form, FusedTerm, attend, prepare_fused
 from equilibria.cells.transformer.positions import Positions
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
@@ -44,6 +45,8 @@ class AttentionShared:
     """The effective weights."""
     positions: Any
     """The shared part of the position term."""
+    fused: FusedTerm | None = None
+    """The same for fused attention, instead of ``positions``; None for the exact form."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +70,8 @@ class Attention(nn.Module):
         width: D, channels of states and inputs.
         heads: H, which divide the width evenly.
         positions: computes the position term and the mask.
+        form: "fused" for fused attention where it computes the same function, "auto" where it is also the quicker one,
+            "exact" to write the scores to memory.
         dropout: the share of the attention weights to drop.
         weight_norm: normalise the weights W_qkv and W_o.
         norm: apply a layer norm to the heads before W_o.
@@ -81,6 +86,7 @@ class Attention(nn.Module):
         width: int,
         heads: int,
         positions: Positions,
+        form: Form,
         dropout: float,
         weight_norm: bool,
         norm: bool,
@@ -90,6 +96,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.dropout, self.positions = heads, dropout, positions
+        self.form: Form = form
         kind = {"normed": weight_norm, "init": init, "std": std}
         self.qkv = NormedLinear(inputs=width, outputs=3 * width, bias=False, **kind)
         self.out = NormedLinear(inputs=width, outputs=width, **kind)
@@ -140,9 +147,10 @@ class Attention(nn.Module):
         """
         batch, time, _ = x.shape
         length = past.seen if isinstance(past, KeyValueCache) else 0 if past is None else past.shape[3]
-        positions = self.positions.prepare(
-            self.u, batch=batch, queries=time, memory=length, like=x, table=table, key_padding_mask=key_padding_mask
-        )
+        span = {"batch": batch, "queries": time, "memory": length, "like": x, "key_padding_mask": key_padding_mask}
+        form: Form = "exact" if self.training and self.dropout else self.form
+        fused = prepare_fused(form, self.positions, self.u, **span)
+        positions = self.positions.prepare(self.u, table=table, **span) if fused is None else fused
         shape = (self.heads, batch, time, length + time)
         drop = dropout_mask(shape, rate=self.dropout, training=self.training, like=x, rows=1, part=part)
         rows = AttentionRows(
@@ -151,7 +159,8 @@ class Attention(nn.Module):
             positions=positions.rows,
             drop=None if drop is None else drop.transpose(0, 1),
         )
-        return Prepared(shared=AttentionShared(weights=weights, positions=positions.shared), rows=rows)
+        term = {"positions": positions.shared} if fused is None else {"positions": None, "fused": fused.shared}
+        return Prepared(shared=AttentionShared(weights=weights, **term), rows=rows)
 
     def forward(self, x: Float[Tensor, "B T D"], prepared: Prepared) -> Float[Tensor, "B T D"]:
         """The attention output o of the current positions: five matrix products, or four with decay."""
@@ -166,14 +175,28 @@ class Attention(nn.Module):
             cached = isinstance(past, KeyValueCache)
             kv = past.joined(kv) if cached else torch.cat([past.permute(1, 2, 0, 3, 4), kv], dim=3)
         k, v = kv
+        if shared.fused is None:
+            heads = self._exact(q, k, v, prepared)
+        else:
+            heads = attend(q, k, v, Prepared(shared=shared.fused, rows=rows.positions))
+        heads = heads.flatten(2)
+        heads = heads if self.norm is None else self.norm(heads)
+        return functional.linear(heads, *weights.out)
+
+    def _exact(
+        self,
+        q: Float[Tensor, "H B T C"],
+        k: Float[Tensor, "H B K C"],
+        v: Float[Tensor, "H B K C"],
+        prepared: Prepared,
+    ) -> Float[Tensor, "B T H C"]:
+        shared, rows = prepared.shared, prepared.rows
         positions = Prepared(shared=shared.positions, rows=rows.positions)
         scores = self.positions(q.flatten(0, 1), k.flatten(0, 1), positions)
         drop = None if rows.drop is None else rows.drop.transpose(0, 1).flatten(0, 1)
         attended = masked(torch.softmax(scores, dim=-1), drop)
-        heads = torch.bmm(attended, v.flatten(0, 1)).view(self.heads, batch, time, -1)
-        heads = heads.permute(1, 2, 0, 3).flatten(2)
-        heads = heads if self.norm is None else self.norm(heads)
-        return functional.linear(heads, *weights.out)
+        heads = torch.bmm(attended, v.flatten(0, 1)).view(*q.shape[:3], -1)
+        return heads.permute(1, 2, 0, 3)
 
     def keys_and_values(
         self, x: Float[Tensor, "B L D"], injection: Float[Tensor, "B L 3*D"] | None, weights: AttentionWeights

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from equilibria.cells.transformer.attention import Attention
 from equilibria.cells.transformer.cache import KeyValueCache
+from equilibria.cells.transformer.fused import Form
 from equilibria.cells.transformer.past import (
     KeyValues,
     TransformerCache,
@@ -44,7 +45,12 @@ from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_
 
 WINDOW = 1000
 """Number of positions that a query sees, itself included, if ``TransformerConfig.window`` is 0."""
-_CHOICES = {"norm": ("post", "pre", "pre-normalised"), "positions": ("relative", "decay"), "init": INITS}
+_CHOICES = {
+    "norm": ("post", "pre", "pre-normalised"),
+    "positions": ("relative", "decay"),
+    "init": INITS,
+    "attention": ("exact", "fused", "auto"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +92,12 @@ class TransformerConfig:
     """Apply one more layer norm before the output matrix of the attention."""
     variational: bool = True
     """Use one dropout mask of channels for all positions; otherwise each position has its own."""
+    attention: Form = "exact"
+    """Write the attention scores to memory ("exact"), or let PyTorch's fused kernels compute the same function up to
+    rounding without them: wherever they can ("fused"), or where they are also quicker ("auto": from 2²⁷ multiplications
+    on, B·H·T·(M + T) scores by width / heads channels, and width more with relative positions). They cannot for one new
+    position, with dropout of attention weights or of the table of each distance (``variational=False``) in training,
+    and on a GPU with relative positions if width / heads + width > 256; the exact form is then taken."""
 
     def __post_init__(self) -> None:
         check_at_least(self, width=1, heads=1, inner=1, longest=1, memory=0, window=0)
@@ -139,6 +151,7 @@ class TransformerCell(SequenceCell):
             width=width,
             heads=config.heads,
             positions=self._positions(config),
+            form=config.attention,
             dropout=config.attention_dropout,
             weight_norm=config.weight_norm,
             norm=config.attention_norm,

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from equilibria.cells.transformer.separated import Channels, Separated, by_distance
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import dropout_mask, masked
 from equilibria.layers.linear import Init, NormedLinear, weights_of
@@ -44,6 +45,20 @@ def relative_shift(raw: Float[Tensor, "N T K1"]) -> Float[Tensor, "N T K"]:
 
 class Positions(nn.Module, ABC):
     """A position term: a table that depends on parameters and distances alone, and the scores computed with it."""
+
+    window: int
+    """Number of keys that a query sees, itself included."""
+    channels: int
+    """Number of channels that ``separated`` adds to those of a head."""
+
+    @property
+    @abstractmethod
+    def separable(self) -> bool:
+        """True where ``separated`` gives the same scores."""
+
+    @abstractmethod
+    def separated(self, u: Float[Tensor, "H C"], *, queries: int, memory: int, like: Tensor) -> Separated:
+        """The term without its mask, for fused attention; it draws the same random numbers as ``table``."""
 
     @abstractmethod
     def table(self, *, queries: int, memory: int, like: Tensor) -> Tensor:
@@ -121,6 +136,7 @@ class RelativePositions(Positions):
         super().__init__()
         self.window, self.dropout, self.variational = window, dropout, variational
         self.std = std
+        self.channels = width
         self.v = nn.Parameter(torch.empty(heads, width // heads))
         self.reset_parameters()
         self.project = NormedLinear(inputs=width, outputs=width, bias=False, normed=weight_norm, init=init, std=std)
@@ -182,6 +198,19 @@ class RelativePositions(Positions):
         )
         return torch.baddbmm(relative_shift(by_distance), q, k.transpose(1, 2))
 
+    @property
+    def separable(self) -> bool:
+        """False where each distance has its own dropout mask."""
+        return self.variational or not self.training or self.dropout == 0
+
+    def separated(self, u: Float[Tensor, "H C"], *, queries: int, memory: int, like: Tensor) -> Separated:
+        """P as D further channels of queries and keys."""
+        drop = dropout_mask((1, self.channels), rate=self.dropout, training=self.training, like=like, rows=None)
+        weight, _ = weights_of(self.project, inputs=self.channels, like=self.v, bias=False)
+        projection = masked(weight, drop).unflatten(0, self.v.shape)
+        shift = ((self.v - u) / math.sqrt(u.shape[1])).unsqueeze(1)
+        return Separated(channels=Channels.of(projection, shift, queries=queries, memory=memory))
+
     def _mask(
         self, *, batch: int, queries: int, keys: int, key_padding_mask: Bool[Tensor, "B K"] | None, like: Tensor
     ) -> Float[Tensor, "B T K1"] | None:
@@ -206,6 +235,7 @@ class DecayPositions(Positions):
     def __init__(self, *, heads: int, window: int, longest: int) -> None:
         super().__init__()
         self.window, self.longest = window, longest
+        self.channels = 0
         self.bias = nn.Parameter(torch.empty(heads, longest))
         self.reset_parameters()
 
@@ -241,12 +271,7 @@ class DecayPositions(Positions):
         """Rows: the bias b [B H T K], heads first in memory, and −∞ where query i does not see key j."""
         keys = memory + queries
         row = self.table(queries=queries, memory=memory, like=like) if table is None else table[:, -keys:]
-        # One row per head: distances K−1 … 0, then T−1 future places. Query i reads K consecutive entries.
-        row = nn.functional.pad(row, (0, queries - 1), value=-math.inf)
-        if keys > self.window:
-            far = torch.arange(row.shape[1], device=like.device) < keys - self.window
-            row = row.masked_fill(far, -math.inf)
-        bias = row.unfold(1, keys, 1).flip(1).unsqueeze(1).expand(-1, batch, -1, -1)
+        bias = by_distance(row, queries=queries, window=self.window).unsqueeze(1).expand(-1, batch, -1, -1)
         if key_padding_mask is not None:
             itself = torch.arange(memory, keys, device=like.device)[:, None] == torch.arange(keys, device=like.device)
             bias = bias.masked_fill(key_padding_mask[:, None] & ~itself, -math.inf)
@@ -257,6 +282,15 @@ class DecayPositions(Positions):
     ) -> Float[Tensor, "N T K"]:
         """A_ij = q_i·k_j + b_(M+i−j)."""
         return torch.baddbmm(prepared.rows.transpose(0, 1).flatten(0, 1), q, k.transpose(1, 2))
+
+    @property
+    def separable(self) -> bool:
+        """Always."""
+        return True
+
+    def separated(self, u: Float[Tensor, "H C"], *, queries: int, memory: int, like: Tensor) -> Separated:
+        """b by distance."""
+        return Separated(bias=self.table(queries=queries, memory=memory, like=like))
 
 
 def slopes(heads: int) -> Float[Tensor, " heads"]:

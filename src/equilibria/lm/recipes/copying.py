@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from equilibria.cells.transformer.cell import TransformerConfig
 from equilibria.core.stop import Stop
@@ -34,11 +35,7 @@ def copying() -> Experiment:
     return Experiment(
         name="copying",
         corpus=Copying(blank=100),
-        model=LanguageConfig(
-            cell=TransformerConfig(width=32, heads=4, inner=76, memory=0, positions="relative"),
-            tied=False,
-            std=0.3,  # as in `tiny`: embeddings that start small learn late
-        ),
+        model=_model(),
         stages=(
             network_of(3, name="shallow", steps=400),
             Stage(
@@ -61,6 +58,14 @@ def copying() -> Experiment:
     )
 
 
+def _model(attention: Literal["exact", "auto"] = "exact") -> LanguageConfig:
+    return LanguageConfig(
+        cell=TransformerConfig(width=32, heads=4, inner=76, memory=0, positions="relative", attention=attention),
+        tied=False,
+        std=0.3,  # as in `tiny`: embeddings that start small learn late
+    )
+
+
 def copying_400() -> Experiment:
     """The task at its full length, 400 blanks, for a GPU; the published loss is 3.5e-6 nats per symbol.
 
@@ -79,6 +84,7 @@ def copying_400() -> Experiment:
         short,
         name="copying-400",
         corpus=Copying(blank=400),
+        model=_model(attention="auto"),
         stages=stages,
         training=short.training.changed(segment_length=420, learning_rate=3e-3, warmup=300),
     )

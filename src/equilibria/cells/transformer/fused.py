@@ -1,0 +1,102 @@
+"""Attention by one fused call, which writes no scores to memory: the same function as the exact form, up to rounding.
+
+Letters: B batch, T time (queries), M memory, K = M + T keys, D width, H heads, C width of a head; G is H, or 1 for a
+bias that all heads share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+from equilibria.cells.transformer.kernel import attention
+from equilibria.cells.transformer.positions import Positions
+from equilibria.cells.transformer.separated import Channels, by_distance
+from equilibria.layers.cell import Prepared
+
+WIDEST_ON_GPU = 256
+"""The widest head that the fused kernels of a GPU compute."""
+LEAST_WORK = 2**27
+"""Number of multiplications in the products of queries and keys of a batch from which on "auto" is fused. With fewer of
+them the exact form is the quicker one on a CPU: its scores fit into the caches, or the fused call has too many further
+channels (benchmarks/attention.py; it was not measured on a GPU)."""
+Form = Literal["exact", "fused", "auto"]
+"""The values of ``TransformerConfig.attention``."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FusedTerm:
+    """The position term and the mask, as far as all samples share them."""
+
+    channels: Channels | None
+    """Further channels of queries and keys."""
+    bias: Float[Tensor, "1 G T K"] | None
+    """Added to the scores, −∞ where query i does not see key j. None where each sample has its own, or where there is
+    no memory and every query sees all keys before it."""
+
+
+def prepare_fused(
+    form: Form,
+    positions: Positions,
+    u: Float[Tensor, "H C"],
+    *,
+    batch: int,
+    queries: int,
+    memory: int,
+    like: Tensor,
+    key_padding_mask: Bool[Tensor, "B K"] | None = None,
+) -> Prepared | None:
+    """Shared: a ``FusedTerm``. Rows: the bias [B G T K] of each sample, or None.
+
+    None comes back for the exact form: with "exact", where no other is right, for one new position, and with "auto"
+    where it is the quicker one.
+
+    Args:
+        form: what the configuration asks for.
+        positions: the position term.
+        u: the bias that is already added to the queries.
+        batch: B.
+        queries: T.
+        memory: M.
+        like: gives dtype and device.
+        key_padding_mask: True for padding keys, which a query of their stream sees only at its own position.
+    """
+    heads, channels = len(u), u.shape[1] + positions.channels
+    small = heads * batch * queries * (memory + queries) * channels < LEAST_WORK
+    too_wide = like.is_cuda and channels > WIDEST_ON_GPU
+    if form == "exact" or (form == "auto" and small) or queries == 1 or too_wide or not positions.separable:
+        return None
+    term = positions.separated(u, queries=queries, memory=memory, like=like)
+    keys, padding = memory + queries, key_padding_mask
+    if term.bias is None and memory == 0 and keys <= positions.window and padding is None:
+        return Prepared(shared=FusedTerm(channels=term.channels, bias=None))
+    row = like.new_zeros(1, keys) if term.bias is None else term.bias
+    bias = by_distance(row, queries=queries, window=positions.window).unsqueeze(0)
+    if padding is None:
+        return Prepared(shared=FusedTerm(channels=term.channels, bias=bias))
+    itself = torch.arange(memory, keys, device=like.device)[:, None] == torch.arange(keys, device=like.device)
+    rows = bias.masked_fill(padding[:, None, None] & ~itself, -math.inf)
+    return Prepared(shared=FusedTerm(channels=term.channels, bias=None), rows=rows)
+
+
+def attend(
+    q: Float[Tensor, "H B T C"], k: Float[Tensor, "H B K C"], v: Float[Tensor, "H B K C"], prepared: Prepared
+) -> Float[Tensor, "B T H C"]:
+    """The values, weighted by the softmax of the scores; q already contains u and 1/√C."""
+    term: FusedTerm = prepared.shared
+    bias = term.bias if prepared.rows is None else prepared.rows
+    width, dtype = v.shape[3], q.dtype
+    if term.channels is not None:
+        q = torch.cat([q, *(half.to(dtype) for half in term.channels.of_queries(q))], dim=3)
+        further = term.channels.keys.to(dtype)
+        k = torch.cat([k, further.expand(*k.shape[:2], -1, -1)], dim=3)
+        v = functional.pad(v, (0, further.shape[1]))  # the kernel of a CPU is for values as wide as the keys
+    bias = None if bias is None else bias.to(dtype)
+    heads = attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), bias)
+    return heads[..., :width].transpose(1, 2)
