@@ -129,7 +129,7 @@ def table(found: list[dict[str, Any]], pretraining: int, steps: int) -> str:
     average = "One seed" if len(seeds) == 1 else average
     lines += [
         "",
-        f"{average}. The network had {pretraining:,} steps before, and all rows had the same {steps} more, with solves to a "
+        f"{average}. The network had {pretraining:,} steps before, and all rows had the same {steps} more, solved to a "
         "relative tolerance of 1e-4. The time is per step, of one thread on a machine with other work.",
     ]
     return "\n".join(lines)
