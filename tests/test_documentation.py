@@ -79,6 +79,7 @@ def alike(shown, printed):
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # a snippet whose solve warns would be a bad example
 def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     """From top to bottom, as one file; what they print stands in the page's blocks with the title "output"."""
+    monkeypatch.chdir(tmp_path)  # pages write folders
     file = tmp_path / "page.py"
     file.write_text(program(page), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
