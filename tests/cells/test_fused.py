@@ -251,10 +251,21 @@ def test_wide_heads_take_the_exact_form_on_a_gpu(width, expected):
 
 
 @pytest.mark.parametrize(("positions", "channels"), [("relative", 4 + 12), ("decay", 4)])
-def test_auto_is_fused_from_a_number_of_multiplications_on(positions, channels, monkeypatch):
-    """Those of all samples and heads count, with the keys of the memory and the further channels."""
+def test_auto_is_fused_from_a_number_of_scores_per_channel_on(positions, channels, monkeypatch):
+    """Those of all samples and heads count, with the keys of the memory; further channels ask for more of them."""
     cell = dataclasses.replace(SMALL, positions=positions, attention="auto").build().double()
-    x, number = torch.randn(B, T, 12, dtype=torch.float64), 3 * B * T * (T + M) * channels
-    for least, expected in ((number, True), (number + 1, False)):
-        monkeypatch.setattr(fused, "LEAST_WORK", least)
+    x, number = torch.randn(B, T, 12, dtype=torch.float64), 3 * B * T * (T + M) / channels
+    for least, expected in ((number, True), (number + 0.1, False)):
+        monkeypatch.setattr(fused, "LEAST_SCORES", least)
         assert is_fused(prepared(cell, x, "memory")) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "batch", "time", "expected"),
+    [(32, 32, 420, True), (32, 32, 120, False), (128, 4, 1024, True), (128, 8, 512, False), (128, 8, 64, False)],
+)
+def test_auto_takes_the_quicker_form_of_the_measured_sizes(width, batch, time, expected):
+    """Those of benchmarks/attention.py."""
+    attention = TransformerConfig(width=width, heads=4, attention="auto", window=1024).build().attention
+    span = {"batch": batch, "queries": time, "memory": 0, "like": torch.zeros(1)}
+    assert (prepare_fused("auto", attention.positions, attention.u, **span) is not None) == expected

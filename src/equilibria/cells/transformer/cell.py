@@ -94,10 +94,11 @@ class TransformerConfig:
     """Use one dropout mask of channels for all positions; otherwise each position has its own."""
     attention: Form = "exact"
     """Write the attention scores to memory ("exact"), or let PyTorch's fused kernels compute the same function up to
-    rounding without them: wherever they can ("fused"), or where they are also quicker ("auto": from 2²⁷ multiplications
-    on, B·H·T·(M + T) scores by width / heads channels, and width more with relative positions). They cannot for one new
-    position, with dropout of attention weights or of the table of each distance (``variational=False``) in training,
-    and on a GPU with relative positions if width / heads + width > 256; the exact form is then taken."""
+    rounding without them: wherever they can ("fused"), or where they are also quicker ("auto": from 100,000 scores per
+    channel on, where a batch has B·H·T·(M + T) scores, and a head width / heads channels, and width more with relative
+    positions). They cannot for one new position, with dropout of attention weights or of the table of each distance
+    (``variational=False``) in training, and on a GPU with relative positions if width / heads + width > 256; the exact
+    form is then taken."""
 
     def __post_init__(self) -> None:
         check_at_least(self, width=1, heads=1, inner=1, longest=1, memory=0, window=0)

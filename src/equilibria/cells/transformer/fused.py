@@ -22,10 +22,10 @@ from equilibria.layers.cell import Prepared
 
 WIDEST_ON_GPU = 256
 """The widest head that the fused kernels of a GPU compute."""
-LEAST_WORK = 2**27
-"""Number of multiplications in the products of queries and keys of a batch from which on "auto" is fused. With fewer of
-them the exact form is the quicker one on a CPU: its scores fit into the caches, or the fused call has too many further
-channels (benchmarks/attention.py; it was not measured on a GPU)."""
+LEAST_SCORES = 100_000
+"""Number of scores of a batch, for each channel of a head in the fused call, from which on "auto" is fused. With fewer
+of them the exact form is the quicker one on a CPU: its scores fit into the caches, or the fused call has too many
+further channels (benchmarks/attention.py; it was not measured on a GPU)."""
 Form = Literal["exact", "fused", "auto"]
 """The values of ``TransformerConfig.attention``."""
 
@@ -68,7 +68,7 @@ def prepare_fused(
         key_padding_mask: True for padding keys, which a query of their stream sees only at its own position.
     """
     heads, channels = len(u), u.shape[1] + positions.channels
-    small = heads * batch * queries * (memory + queries) * channels < LEAST_WORK
+    small = heads * batch * queries * (memory + queries) < LEAST_SCORES * channels
     too_wide = like.is_cuda and channels > WIDEST_ON_GPU
     if form == "exact" or (form == "auto" and small) or queries == 1 or too_wide or not positions.separable:
         return None
