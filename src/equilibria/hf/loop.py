@@ -14,7 +14,6 @@ from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import Cache
 
 from equilibria.core.maps import as_map
@@ -27,6 +26,8 @@ from equilibria.layers.layer import LayerOutput
 Hidden = Float[Tensor, "B T D"]
 _CALLS = "_equilibrium_calls"
 """The attribute of passed hidden states that holds the calls so far."""
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+"""The modules that drop a random share p of their input."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +194,9 @@ def _check_pure(number: int, layer: nn.Module) -> None:
     for name, module in layer.named_modules():
         if not module.training:
             continue
-        found = {"p": module.p} if isinstance(module, _DropoutNd) else vars(module)
+        found = {"p": module.p} if isinstance(module, DROPOUTS) else vars(module)
         for setting, value in found.items():
-            random = isinstance(module, _DropoutNd) or "dropout" in setting or "jitter" in setting
+            random = isinstance(module, DROPOUTS) or "dropout" in setting or "jitter" in setting
             if random and isinstance(value, float) and value > 0:
                 raise ValueError(
                     f"{name or type(layer).__name__} of layer {number} has {setting}={value}, and draws at each "
