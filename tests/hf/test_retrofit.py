@@ -250,6 +250,7 @@ def test_low_rank_adapters_inside_the_loop():
     assert_equal_gradients(*found, 1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 def test_lora_of_peft_inside_the_loop():
     peft = pytest.importorskip("peft")
     ids, found = tokens(2, 8), []
