@@ -121,7 +121,9 @@ def test_generation_with_a_cache_is_generation_without(kind, mode):
     plain_options = {name: value for name, value in options.items() if "cache" not in name and "lookup" not in name}
     found = generated(model, ids, mask, **options)
     wanted = generated(model, ids, mask, use_cache=False, **plain_options)
-    assert torch.equal(found.sequences, wanted.sequences)
+    # With prompt lookup transformers 5.0 makes a token more than it was asked for.
+    count = wanted.sequences.shape[1] if mode == "prompt lookup" else found.sequences.shape[1]
+    assert torch.equal(found.sequences[:, :count], wanted.sequences)
     assert len(set(found.sequences[0, 9:].tolist())) > 1
     if mode == "beams":
         assert_close(found.sequences_scores, wanted.sequences_scores, **CLOSE["sdpa"])
