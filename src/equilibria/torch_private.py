@@ -133,7 +133,7 @@ def will_run(node: Node) -> bool:
 def at_the_end(call: Callable[[], None]) -> None:
     """Run ``call`` at the end of the running backward pass; it is dropped if that pass fails.
 
-    If it goes: ``torch.autograd.graph.register_multi_grad_hook``, which knows the gradients that are wanted.
+    If it goes: call ``torch.autograd.graph.register_multi_grad_hook``, whose hook runs once the gradients are there.
     """
     torch.autograd.Variable._execution_engine.queue_callback(call)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -62,6 +62,11 @@ def prepared(cell, x, past):
     return cell.prepare(x, memory, key_padding_mask=mask)
 
 
+def leaves_of(cell, x, z):
+    """Input, state and parameters, for their gradients."""
+    return [x.clone().requires_grad_(), z.clone().requires_grad_(), *cell.parameters()]
+
+
 def is_fused(values):
     return values.shared.attention.fused is not None
 
@@ -73,7 +78,7 @@ def test_values_and_gradients_are_those_of_the_exact_form(config, past):
     x, z, g = torch.randn(3, B, T, 12, dtype=torch.float64).unbind(0)
     found = []
     for cell in both(config):
-        leaves = [x.clone().requires_grad_(), z.clone().requires_grad_(), *cell.parameters()]
+        leaves = leaves_of(cell, x, z)
         values = prepared(cell, leaves[0], past)
         assert is_fused(values) == (cell.config.attention == "fused")
         f = cell(leaves[1], values)
@@ -91,7 +96,7 @@ def test_second_derivatives_are_those_of_the_exact_form(config, past):
     x, z, g = torch.randn(3, B, T, 12, dtype=torch.float64).unbind(0)
     found = []
     for cell in both(config):
-        leaves = [x.clone().requires_grad_(), z.clone().requires_grad_(), *cell.parameters()]
+        leaves = leaves_of(cell, x, z)
         f = cell(leaves[1], prepared(cell, leaves[0], past))
         first = torch.autograd.grad(f, leaves, g, create_graph=True)
         total = torch.stack([gradient.square().sum() for gradient in first]).sum()

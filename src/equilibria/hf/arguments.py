@@ -74,7 +74,7 @@ def _padding(attention_mask: Tensor, length: int) -> Bool[Tensor, "B _"] | None:
     if bool((starts > 1).any()):
         raise ValueError(
             f"attention_mask has padding between the tokens of {int((starts > 1).sum())} texts, such as after a prompt "
-            "that goes on, and the distance of two positions would count it; put padding before the text "
+            "that continues, and the distance of two positions would count it; put padding before the text "
             "(tokenizer.padding_side = 'left'), or after a text that is complete."
         )
     return ~text

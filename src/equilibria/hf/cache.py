@@ -1,4 +1,4 @@
-"""The caches of transformers as the memory of a cell: one layer per block, one slot per position.
+"""Reading and writing a cache of transformers as the memory of a cell: one layer per block, one slot per position.
 
 A solve reads a layer as a constant past; the layer is updated once, after the solve, with the values of z*. So every
 kind of cache that stores what it is given (dynamic or static) works, and beams, crops and offloading are its own.

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "..."  # this folder
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-prompt = tokenizer("$prompt", return_tensors="pt")
+prompt = tokenizer("The ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=200, do_sample=True, temperature=0.8)[0]))
 ```
 
@@ -63,7 +63,6 @@ def card(trained: Trained, events: Iterable[Mapping[str, Any]]) -> str:
         parameters=f"{sum(parameter.numel() for parameter in trained.model.parameters()):,}",
         vocabulary=f"{len(trained.vocabulary):,}",
         unit=_UNITS.get(trained.language.unit, "tokens"),
-        prompt="The ",
         blocks="one layer" if len(windows) <= 1 else f"{len(windows)} layers, one per block of the cell",
         window=f"{min(windows):,} positions, itself included" if windows else "all earlier positions",
         score=_score(trained, events),

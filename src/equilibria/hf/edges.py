@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.hf.configuration import EquilibriumConfig
-from equilibria.lm.model import Embedding, MixtureHead, SoftmaxHead
+from equilibria.lm.model import Embedding
+from equilibria.lm.model.heads import TableHead
 
 EDGE = "<|edge|>"
 """The token that stands for beginning, end and padding."""
@@ -51,7 +52,7 @@ def resized(
     """
     language, config = model.model, model.config
     head, known = language.head, config.vocab_size
-    if not isinstance(language.embedding, Embedding) or not isinstance(head, SoftmaxHead | MixtureHead):
+    if not isinstance(language.embedding, Embedding) or not isinstance(head, TableHead):
         raise ValueError(
             f"resize_token_embeddings({rows}): this model has an {type(language.embedding).__name__}, whose words are "
             "divided into clusters by frequency, so no token can be added at the end."

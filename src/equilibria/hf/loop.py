@@ -79,7 +79,7 @@ class Loop:
         self.numbers = numbers
         self.config = decoder.config
         self.settings = settings
-        # An instance may have a forward of its own already, as accelerate gives it one.
+        # Other libraries, such as accelerate, may have replaced the forward of this instance.
         self._own = [vars(layer).get("forward") for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.forward = Place(self, index)

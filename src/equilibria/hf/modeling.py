@@ -148,11 +148,14 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past is not None:
             caches.write(past, self._cell, out, x=x)
         output = self.model.head.dropped(out.output)
-        logits = self._logits(output, logits_to_keep)
-        targets = (
-            None if labels is None else targets_of(labels, new, self.config, counted=num_items_in_batch is not None)
-        )
-        loss = None if targets is None else self._loss(out.output, output, targets, num_items_in_batch)
+        chosen = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is None:
+            loss, logits = None, self._logits(output[:, chosen])
+        else:  # the loss needs the logits of all positions
+            targets = targets_of(labels, new, self.config, counted=num_items_in_batch is not None)
+            every = self._logits(output)
+            loss = self._loss(every, out.output, output, targets, num_items_in_batch)
+            logits = every[:, chosen]
         solution = out.solution
         kept: dict[str, Any] = {CACHE: past if use_cache else None}
         result = EquilibriumOutput(
@@ -174,20 +177,20 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             return inputs_embeds
         return self.model.embedding(with_edges_read(input_ids, self.config))
 
-    def _logits(self, output: Float[Tensor, "B T O"], kept: int | Tensor = 0) -> Float[Tensor, "B _ V"]:
-        chosen = slice(-kept, None) if isinstance(kept, int) else kept
-        return lowest_at_edge(self.model.head.logits(output[:, chosen], self.model.embedding), self.config)
+    def _logits(self, output: Float[Tensor, "B T O"]) -> Float[Tensor, "B T V"]:
+        return lowest_at_edge(self.model.head.logits(output, self.model.embedding), self.config)
 
     def _loss(
         self,
+        logits: Float[Tensor, "B T V"],
         output: Float[Tensor, "B T O"],
         kept: Float[Tensor, "B T O"],
         targets: Int[Tensor, "B _"],
         count: Tensor | int | None,
     ) -> Float[Tensor, ""]:
         """The mean nll of the targets of all positions but the last, in float32 or wider, plus the extra losses."""
-        logits = widened(self._logits(kept[:, :-1]))
-        nll = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        scored = widened(logits[:, :-1])
+        nll = functional.cross_entropy(scored.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         count = (targets != IGNORED).sum() if count is None else count
         loss, losses = nll / count, self.model.losses
         extra = None

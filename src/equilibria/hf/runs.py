@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from equilibria.errors import UsageError
 from equilibria.hf import card
@@ -97,11 +96,5 @@ def export(path: Path | str, out: Path | str, *, checkpoint: Which = "best", fol
 
 def _edge(vocabulary: Vocabulary) -> int:
     """The token to read at the edge of a text: the end of a line, or else a space, or else the first token."""
-    for text in ("\n", " "):
-        try:
-            ids: Any = vocabulary.encode(text, finish=False)
-        except ValueError:  # the vocabulary lacks it
-            continue
-        if len(ids) == 1:
-            return int(ids[0])
-    return 0
+    places = map(vocabulary.place_of, ("\n", " "))
+    return next((place for place in places if place is not None), 0)

@@ -49,9 +49,10 @@ class Evaluation:
     bytes: int | None = None
     """UTF-8 bytes of the text that was scored; None for a synthetic task, or if no vocabulary was given.
 
-    The text is what ``Vocabulary.decode`` returns: characters and BPE tokens are the text of the corpus, byte for byte.
-    Of words each counts its own bytes and the one space before it, unless it begins a line; ``<eos>`` counts one, for
-    the line feed; ``<unk>`` counts five, since that is the text which was predicted, whatever stood there before.
+    The bytes are those of the text that ``Vocabulary.decode`` returns, which with characters and BPE tokens is the text
+    of the corpus, byte for byte. Of words each counts its own bytes and the one space before it, unless it begins a
+    line; ``<eos>`` counts one, for the line feed; ``<unk>`` counts five, since that is the text which was predicted,
+    whatever stood there before.
     """
 
     @property

@@ -79,7 +79,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _is_wanted(node: Any) -> bool:
-    """True if the running backward pass goes on to this node of the graph; always True for a leaf."""
+    """True if the running backward pass reaches this node of the graph; always True for a leaf."""
     return node is not None and (getattr(node, "variable", None) is not None or will_run(node))
 
 
@@ -97,7 +97,7 @@ def _of_scores(weights: Tensor, of_weights: Tensor) -> Tensor:
 
 
 def _of_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, g: Tensor) -> Tensor:
-    """The gradient of the bias, with the scores of a few samples in memory at a time."""
+    """The gradient of the bias. It is summed over groups of samples, so that few scores are in memory at once."""
     found = torch.zeros_like(bias)
     step = max(1, SCORES // (q.shape[1] * q.shape[2] * k.shape[2]))
     for first in range(0, len(q), step):

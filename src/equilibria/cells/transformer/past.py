@@ -163,7 +163,7 @@ def _begun(memory: TransformerPast | None) -> Bool[Tensor, " B"] | None:
 
 
 def _check_continued(past: KeyValues, mask: Bool[Tensor, "B T"] | None) -> None:
-    """Raise a ValueError if the memory ends in padding where its text goes on."""
+    """Raise a ValueError if the memory ends in padding where its text continues."""
     before = past.key_padding_mask
     if before is None or past.length == 0:
         return

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from equilibria.cells.transformer.separated import Channels, Separated, by_distance
+from equilibria.cells.transformer.separated import Channels, Separated, angles, by_distance
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import dropout_mask, masked
 from equilibria.layers.linear import Init, NormedLinear, weights_of
@@ -27,8 +27,7 @@ def sinusoids(count: int, width: int, like: Tensor) -> Float[Tensor, "count widt
     """Rows [sin δω, cos δω] for the distances δ = count−1, …, 0; ω_i = 10000^(−2i/width) (Vaswani et al. 2017)."""
     wide = torch.promote_types(like.dtype, torch.float32)
     distance = torch.arange(count - 1, -1, -1, dtype=wide, device=like.device)
-    omega = 10000 ** (-torch.arange(0, width, 2, dtype=wide, device=like.device) / width)
-    angle = distance[:, None] * omega
+    angle = angles(distance, width)
     return torch.cat([angle.sin(), angle.cos()], dim=1).to(like.dtype)
 
 

@@ -22,6 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def angles(distance: Float[Tensor, " N"], width: int) -> Float[Tensor, "N F"]:
+    """δω_f for each distance δ, with ω_f = 10000^(−2f/width) (Vaswani et al. 2017)."""
+    even = torch.arange(0, width, 2, dtype=distance.dtype, device=distance.device)
+    return distance[:, None] * 10000 ** (-even / width)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Channels:
     """The parts of the further channels of queries and keys."""
@@ -46,8 +52,8 @@ class Channels:
         The angles are computed in float64: in float32 an angle of 1000 is off by 3e-5.
         """
         width, device = projection.shape[2], projection.device
-        omega = 10000 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
-        angle = torch.arange(memory + queries, dtype=torch.float64, device=device)[:, None] * omega
+        position = torch.arange(memory + queries, dtype=torch.float64, device=device)
+        angle = angles(position, width)
         sines, cosines = (wave.to(projection.dtype) for wave in (angle.sin(), angle.cos()))
         return cls(
             projection=projection,

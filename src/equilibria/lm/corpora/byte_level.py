@@ -1,4 +1,4 @@
-"""Tokenizers of the library ``tokenizers`` for byte-level byte-pair encoding: learnt, read and checked."""
+"""Byte-level byte-pair encoding by the library ``tokenizers``: functions that learn, read and check its tokenizers."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class TiedAdaptiveHead(AdaptiveHead):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw Q_0 and the slots' weights again, and set the biases to 0."""
+        """Initialise the parameters again: Q_0 and the weights of the slots are drawn, and the biases are 0."""
         if self.projection is not None:
             nn.init.normal_(self.projection, std=self.projection_std)
         std, init = (self.std, self.init) if self.slot_std is None else (self.slot_std, "normal")

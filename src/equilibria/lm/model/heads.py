@@ -62,7 +62,33 @@ LOGITS = 2**22
 """At most this many logits are computed at a time, so that few of them are in memory at once."""
 
 
-class SoftmaxHead(Head[Embedding]):
+class TableHead(Head[Embedding], ABC):
+    """A head with one row of a table and one bias per token, whose table may be the embedding's."""
+
+    weight: nn.Parameter | None
+    """The head's own table; None if it is tied."""
+    bias: nn.Parameter
+
+    def _add_table(self, vocabulary_size: int, width: int, *, tied: bool, std: float, init: Init) -> None:
+        """Add the table, unless it is tied, and the bias; a subclass calls it once, at the end of ``__init__``."""
+        self.std = std
+        self.init: Init = init
+        self.weight = None if tied else nn.Parameter(torch.empty(vocabulary_size, width))
+        self.bias = nn.Parameter(torch.empty(vocabulary_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw an untied table again, and set the bias to 0; modules inside the head draw their own parameters."""
+        if self.weight is not None:
+            started(self.weight, std=self.std, init=self.init)
+        nn.init.zeros_(self.bias)
+
+    def _scores(self, h: Float[Tensor, "*shape D"], embedding: Embedding) -> Float[Tensor, "*shape V"]:
+        """The product of h with the head's table, or with the embedding's, plus the bias."""
+        return functional.linear(h, embedding.weight if self.weight is None else self.weight, self.bias)
+
+
+class SoftmaxHead(TableHead):
     """logits = W h + b over the whole vocabulary.
 
     A tied head has no W: it reads the embedding's table at each call (Press and Wolf 2017). So there is one Parameter,
@@ -90,22 +116,11 @@ class SoftmaxHead(Head[Embedding]):
         init: Init = "normal",
     ) -> None:
         super().__init__(dropout=dropout, output_dropout=output_dropout)
-        self.std = std
-        self.init: Init = init
-        self.weight = None if tied else nn.Parameter(torch.empty(vocabulary_size, width))
-        self.bias = nn.Parameter(torch.empty(vocabulary_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw an untied W again, and set b to 0."""
-        if self.weight is not None:
-            started(self.weight, std=self.std, init=self.init)
-        nn.init.zeros_(self.bias)
+        self._add_table(vocabulary_size, width, tied=tied, std=std, init=init)
 
     def logits(self, h: Float[Tensor, "*shape D"], embedding: Embedding) -> Float[Tensor, "*shape V"]:
         """W h + b."""
-        weight = embedding.weight if self.weight is None else self.weight
-        return functional.linear(h, weight, self.bias)
+        return self._scores(h, embedding)
 
     def nll(self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: Embedding) -> Float[Tensor, "B T"]:
         """−log p(target) at each position, in nats, in float32 or wider."""

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.layers.dropout import check_rate
-from equilibria.lm.model.embedding import Dropped, Embedding, Init, dropped, started, widened
-from equilibria.lm.model.heads import Head
+from equilibria.lm.model.embedding import Dropped, Embedding, Init, dropped, widened
+from equilibria.lm.model.heads import TableHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ class MixtureConfig:
         )
 
 
-class MixtureHead(Head[Embedding]):
+class MixtureHead(TableHead):
     """p(w) = Σ_k π_k softmax(E tanh(mask ⊙ (W_k h + b_k)) + b)[w], where π = softmax(W_π h + b_π).
 
     Yang, Dai, Salakhutdinov and Cohen (2018). The experts share E and b. Deviations: (1) log-probabilities are
@@ -121,17 +120,7 @@ class MixtureHead(Head[Embedding]):
         check_rate("MixtureHead", "latent_dropout", latent_dropout)
         self.experts, self.latent_dropout = experts, latent_dropout
         self.prior, self.latent = nn.Linear(width, experts), nn.Linear(width, experts * latent_width)
-        self.std = std
-        self.init: Init = init
-        self.weight = None if tied else nn.Parameter(torch.empty(vocabulary_size, latent_width))
-        self.bias = nn.Parameter(torch.empty(vocabulary_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw an untied E again, and set b to 0; W_π and W_k draw their own parameters."""
-        if self.weight is not None:
-            started(self.weight, std=self.std, init=self.init)
-        nn.init.zeros_(self.bias)
+        self._add_table(vocabulary_size, latent_width, tied=tied, std=std, init=init)
 
     def logits(self, h: Float[Tensor, "B T O"], embedding: Embedding) -> Float[Tensor, "B T V"]:
         """The log-probabilities of all tokens."""
@@ -150,8 +139,7 @@ class MixtureHead(Head[Embedding]):
 
     def _expert_logits(self, h: Tensor, embedding: Embedding) -> Float[Tensor, "B T K V"]:
         latents = dropped(self.latent(h), rate=self.latent_dropout, training=self.training)
-        weight = embedding.weight if self.weight is None else self.weight
-        return functional.linear(latents.tanh().unflatten(-1, (self.experts, -1)), weight, self.bias)
+        return self._scores(latents.tanh().unflatten(-1, (self.experts, -1)), embedding)
 
     def extra_repr(self) -> str:
         """Sizes, tying and dropout."""

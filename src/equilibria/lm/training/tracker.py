@@ -108,7 +108,7 @@ class WeightsAndBiases(Tracker):
 
 
 def tracker_of(name: str, run: Run, config: Mapping[str, Any], *, step: int) -> Tracker | None:
-    """The tracker with this name, ready for the events after ``step``; None for "none".
+    """The tracker with this name, which takes the events after ``step``; None if the name is "none".
 
     Args:
         name: a value of ``Logging.tracker``.
