@@ -21,6 +21,7 @@ from equilibria.lm.corpora import (
     SYMBOLS,
     WIKITEXT103_COUNTS,
     Corpus,
+    PrefixSums,
     Segments,
     Stream,
     Vocabulary,
@@ -28,6 +29,7 @@ from equilibria.lm.corpora import (
     memoryless_optimum,
     penn_treebank,
     penn_treebank_characters,
+    prefix_sums,
     python_docs,
     text_folder,
     wikitext103,
@@ -283,6 +285,27 @@ def test_the_yardstick_of_copying_is_the_loss_of_constant_predictions():
     assert ((corpus.valid.targets > 0) == recall).all()
     assert nats.mean().item() == pytest.approx(memoryless_optimum(400), rel=1e-6)
     assert memoryless_optimum(400) == pytest.approx(0.0495, abs=5e-5)
+
+
+def test_prefix_sums_follow_their_definition():
+    corpus = prefix_sums(length=6, train=50, valid=3, test=2)
+    assert (corpus.train.episode, len(corpus.train), len(corpus.valid), len(corpus.test)) == (6, 300, 18, 12)
+    bits, sums = corpus.train.tokens.view(50, 6), corpus.train.targets.view(50, 6)
+    assert bits.unique().tolist() == [0, 1]
+    assert all(int(sums[e, i]) == sum(bits[e, : i + 1].tolist()) % 2 for e in range(50) for i in range(6))
+    assert torch.equal(corpus.valid.tokens, prefix_sums(length=6, train=1, valid=3, test=1).valid.tokens)
+    assert (len(corpus.vocabulary), corpus.unit, corpus.train.answers) == (2, "symbol", None)
+    assert PrefixSums(length=4).memoryless_nll() == pytest.approx(0.75 * math.log(2))
+    with pytest.raises(ValueError, match=r"prefix_sums\(length=0\): it must be at least 1"):
+        prefix_sums(length=0)
+
+
+def test_answers_are_the_last_targets_of_an_episode():
+    assert copying(blank=5, train=1, valid=1, test=1).train.answers == SYMBOLS
+    ids = torch.zeros(8, dtype=torch.int64)
+    for episode, answers in ((4, 5), (4, 0), (None, 1)):
+        with pytest.raises(ValueError, match=rf"answers={answers}\): the answers are the last targets of an episode"):
+            Stream(tokens=ids, targets=ids, episode=episode, answers=answers)
 
 
 @pytest.mark.parametrize("size", ["blank", "train"])

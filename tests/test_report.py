@@ -199,6 +199,10 @@ def test_right_answers_stand_beside_a_loss_that_says_little(tmp_path):
         ),
         ({"explicit": {"depth": 1, "tied": False}}, "An explicit network of 1 layer with weights of their own, in"),
         ({"kind": "RecurrentConfig", "network": "lstm", "hidden": 57}, "A recurrent network (LSTM) of 57 channels, in"),
+        (
+            {"kind": "ConvolutionalConfig", "levels": 8, "channels": 10},
+            "A convolutional network (TCN) of 8 blocks and 10 channels, in",
+        ),
     ],
 )
 def test_the_page_says_what_kind_of_network_it_is(tmp_path, model, words):

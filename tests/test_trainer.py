@@ -16,7 +16,7 @@ from equilibria.core.solve import solve
 from equilibria.core.stop import Stop
 from equilibria.errors import UsageError
 from equilibria.gradients import Implicit
-from equilibria.lm.corpora import Segments, copying
+from equilibria.lm.corpora import Segments, copying, prefix_sums
 from equilibria.lm.evaluation import evaluate, jacobian_radius, summary
 from equilibria.lm.experiments import NonMonotone, growing_penalty, learning_rate
 from equilibria.lm.model import ExtraLosses, LanguageConfig
@@ -289,17 +289,25 @@ def test_a_trellis_is_trained_validated_and_measured(tmp_path, overlap):
         with_memory(value, 3)
 
 
-def test_the_answers_of_a_trellis_are_read_off_its_output():
+@pytest.mark.parametrize(
+    ("task", "answers"),
+    [(copying(blank=5, train=4, valid=4, test=4), 10), (prefix_sums(length=6, train=4, valid=4, test=4), 6)],
+    ids=["copying", "prefix sums"],
+)
+def test_the_answers_of_a_trellis_are_read_off_its_output(task, answers):
     """Its state is wider than what the head reads."""
-    task = copying(blank=5, train=4, valid=4, test=4)
     config = LanguageConfig(cell=TrellisConfig(width=6, hidden=5, outputs=6))
     model = config.build(len(task.vocabulary), method=experiment().stages[1].method)
     found = evaluate(model, task.valid, batch_size=2)
     with torch.no_grad():
         model.eval()
         segments = list(Segments(task.valid, batch_size=2).one_epoch())
-        right = [model.logits(piece.tokens)[0][:, -10:].argmax(dim=-1) == piece.targets[:, -10:] for piece in segments]
+        right = [_right(model, piece, answers) for piece in segments]
     assert found.accuracy == pytest.approx(float(torch.stack(right).double().mean()))
+
+
+def _right(model, piece, answers):
+    return model.logits(piece.tokens)[0][:, -answers:].argmax(dim=-1) == piece.targets[:, -answers:]
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])

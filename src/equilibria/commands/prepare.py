@@ -23,13 +23,13 @@ from equilibria.lm.corpora import (
     Corpus,
     PennTreebank,
     PennTreebankCharacters,
+    PrefixSums,
     PythonDocs,
     Source,
     Stream,
     TextFolder,
     WikiText2,
     WikiText103,
-    memoryless_optimum,
 )
 from equilibria.lm.corpora.fetch import DATASET, WikiText, fetch_wikitext, is_vacant
 from equilibria.lm.corpora.vocabulary import BPE_SIZE, noun
@@ -44,10 +44,10 @@ class Options:
     """Read a corpus, check it, and say what is in it."""
 
     corpus: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
-    """python-docs, ptb (words) or ptb-char (its characters), wikitext103, wikitext2, text-folder or copying. WikiText
-    is fetched from the Hugging Face Hub if its folder is absent or empty, and written there as the three token files
-    that it was published as; it needs pip install "equilibria[data]". Files that are there are read, and never
-    overwritten."""
+    """python-docs, ptb (words) or ptb-char (its characters), wikitext103, wikitext2, text-folder, copying or
+    prefix-sums. WikiText is fetched from the Hugging Face Hub if its folder is absent or empty, and written there as
+    the three token files that it was published as; it needs pip install "equilibria[data]". Files that are there are
+    read, and never overwritten."""
     data: Path | None = None
     """The folder with train.txt, valid.txt and test.txt, for ptb, ptb-char and text-folder, or with the token files,
     for wikitext103 and wikitext2; these are in data/wikitext-103 and data/wikitext-2 if no folder is named."""
@@ -59,6 +59,8 @@ class Options:
     """Whether text-folder lowers capital letters."""
     blank: int = 400
     """Steps between the symbols and their recall, for copying."""
+    length: int = 32
+    """Bits per sequence, for prefix-sums."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object instead of the table."""
 
@@ -74,6 +76,7 @@ SOURCES: dict[str, Callable[[Options], Source]] = {
     "wikitext2": lambda options: WikiText2(root=_fetched(options, "wikitext-2-v1")),
     "text-folder": lambda options: _text(options),
     "copying": lambda options: Copying(blank=options.blank),
+    "prefix-sums": lambda options: PrefixSums(length=options.length),
 }
 
 
@@ -82,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Options, arguments, verb="prepare")
     if options.corpus not in SOURCES:
         raise unknown("corpus", options.corpus, SOURCES)
-    if options.data is not None and options.corpus in ("python-docs", "copying"):
+    if options.data is not None and options.corpus in ("python-docs", "copying", "prefix-sums"):
         raise UsageError(f"--data {options.data}: {options.corpus} is not read from a folder; leave --data out.")
     if options.unit == "bpe" and options.corpus != "text-folder":
         raise UsageError(
@@ -91,10 +94,12 @@ def main(arguments: Sequence[str]) -> int:
         )
     if options.blank < 1:
         raise UsageError(f"--blank {options.blank}: it counts steps and is at least 1; try 400.")
+    if options.length < 1:
+        raise UsageError(f"--length {options.length}: it counts bits and is at least 1; try 32.")
     source = SOURCES[options.corpus](options)
     with waiting(f"reading {options.corpus}"):
         corpus = source.load()
-        found = _object(corpus, options)
+        found = _object(corpus, source)
     if options.json:
         print(formats.strict_json(found))
         return 0
@@ -133,7 +138,7 @@ def _fetched(options: Options, name: WikiText) -> Path:
     return root
 
 
-def _object(corpus: Corpus, options: Options) -> dict[str, Any]:
+def _object(corpus: Corpus, source: Source) -> dict[str, Any]:
     """The content of the corpus, as --json prints it: numbers of tokens, shares between 0 and 1, bits and nats."""
     counts = torch.bincount(corpus.train.tokens, minlength=len(corpus.vocabulary))
     frequent = counts.argsort(descending=True, stable=True)[:10].tolist()
@@ -147,7 +152,7 @@ def _object(corpus: Corpus, options: Options) -> dict[str, Any]:
         "splits": {name: _split(corpus, getattr(corpus, name)) for name in SPLITS},
         "most_frequent": [{"token": corpus.vocabulary.spelling(place), "share": shares[place]} for place in frequent],
         "baseline": ngram_baseline(corpus) if corpus.unit == "character" else [],
-        "memoryless_nats": memoryless_optimum(options.blank) if corpus.unit == "symbol" else None,
+        "memoryless_nats": source.memoryless_nll(),
     }
 
 

@@ -20,7 +20,7 @@ from equilibria.core.solve import Solution
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Cell
 from equilibria.layers.equilibrium import Equilibrium
-from equilibria.lm.corpora import SYMBOLS, Segment, Segments, Stream, Vocabulary
+from equilibria.lm.corpora import Segment, Segments, Stream, Vocabulary
 from equilibria.lm.device import device_of, to
 from equilibria.lm.model import LanguageModel, LanguageOutput
 from equilibria.lm.model.modes import eval_mode
@@ -78,7 +78,7 @@ def evaluate(
         world_size=ranks.size,
     )
     began, device = time.perf_counter(), device_of(model)
-    answers = None if stream.episode is None else min(SYMBOLS, stream.episode)
+    answers = stream.answers or stream.episode
     totals, memory = _Totals(answers=answers, vocabulary=vocabulary), None
     with eval_mode(model):
         for segment in itertools.islice(segments.one_epoch(), max_segments):

@@ -43,7 +43,7 @@ class Evaluation:
     forward: dict[str, float] | None
     """Means over the solves: evals, residual (relative), converged (share of samples), steps; None without solves."""
     accuracy: float | None
-    """Accuracy on the last ten targets of each episode, which are the answers of a synthetic task; None for text."""
+    """Share of right answers of a synthetic task: of ``Stream.answers`` in each episode; None for text."""
     seconds: float
     """Duration of the evaluation."""
     bytes: int | None = None

@@ -18,6 +18,7 @@ from equilibria.lm.corpora.penn_treebank import (
     penn_treebank,
     penn_treebank_characters,
 )
+from equilibria.lm.corpora.prefix_sums import PrefixSums, prefix_sums
 from equilibria.lm.corpora.python_docs import PythonDocs, python_docs
 from equilibria.lm.corpora.segments import Segment, Segments
 from equilibria.lm.corpora.source import FolderSource, Source
@@ -41,6 +42,7 @@ CATALOGUE: tuple[type[Source], ...] = (
     WikiText103,
     WikiText2,
     Copying,
+    PrefixSums,
 )
 """All sources of the library."""
 
@@ -59,6 +61,7 @@ __all__ = [
     "Language",
     "PennTreebank",
     "PennTreebankCharacters",
+    "PrefixSums",
     "PythonDocs",
     "Segment",
     "Segments",
@@ -76,6 +79,7 @@ __all__ = [
     "memoryless_optimum",
     "penn_treebank",
     "penn_treebank_characters",
+    "prefix_sums",
     "python_docs",
     "text_file",
     "text_folder",

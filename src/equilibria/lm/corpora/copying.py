@@ -90,7 +90,7 @@ def _episodes(symbols: Int[Tensor, "E 10"], *, blank: int, after: int) -> Stream
     tokens[:, -SYMBOLS:] = after
     targets = torch.zeros_like(tokens)
     targets[:, -SYMBOLS:] = symbols
-    return Stream(tokens=tokens.flatten(), targets=targets.flatten(), episode=length)
+    return Stream(tokens=tokens.flatten(), targets=targets.flatten(), episode=length, answers=SYMBOLS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,3 +122,7 @@ class Copying(Source):
             variant=self.variant,
             seed=self.seed,
         )
+
+    def memoryless_nll(self) -> float:
+        """``memoryless_optimum`` of the blank."""
+        return memoryless_optimum(self.blank)

@@ -28,6 +28,8 @@ class Stream:
     """The right answers at the same positions (int64)."""
     episode: int | None = None
     """Length in tokens of the independent sequences in the stream; None for one continuous text."""
+    answers: int | None = None
+    """The last so many targets of each episode are what the task asks for, and accuracy counts them; None for all."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "targets"):
@@ -46,6 +48,11 @@ class Stream:
             raise ValueError(
                 f"Stream(episode={self.episode}): the {len(self.tokens)} tokens must be a whole number of episodes of "
                 "at least 1 token; give the length of one independent sequence, or None for continuous text."
+            )
+        if self.answers is not None and not 1 <= self.answers <= (self.episode or 0):
+            raise ValueError(
+                f"Stream(episode={self.episode}, answers={self.answers}): the answers are the last targets of an "
+                "episode, from 1 to all of them; give such a number, or None for all (and for continuous text)."
             )
 
     @classmethod

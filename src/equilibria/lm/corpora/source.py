@@ -17,6 +17,10 @@ class Source(ABC):
     def load(self) -> Corpus:
         """The corpus; every call reads or draws it again."""
 
+    def memoryless_nll(self) -> float | None:
+        """The mean loss of the best model without memory, in nats per token, of a synthetic task; None for text."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource(Source):
@@ -32,7 +36,7 @@ class FolderSource(Source):
     def __post_init__(self) -> None:
         """Make the path absolute: a run may be continued from another working directory."""
         if self.root is not None:
-            object.__setattr__(self, "root", self.root.expanduser().absolute())
+            object.__setattr__(self, "root", Path(self.root).expanduser().absolute())
 
     def folder(self) -> Path:
         """The folder; a ValueError if none was named."""

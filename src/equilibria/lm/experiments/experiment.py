@@ -10,7 +10,7 @@ from equilibria.lm.corpora.source import Source
 from equilibria.lm.experiments.checks import finite
 from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.experiments.training import Training
-from equilibria.lm.model import LanguageConfig, LanguageModel, RecurrentConfig
+from equilibria.lm.model import ConvolutionalConfig, LanguageConfig, LanguageModel, RecurrentConfig
 from equilibria.lm.suggestions import nearest_or_all
 
 
@@ -22,7 +22,7 @@ class Experiment:
     """The name of the run."""
     corpus: Source
     """The corpus to load."""
-    model: LanguageConfig | RecurrentConfig
+    model: LanguageConfig | RecurrentConfig | ConvolutionalConfig
     """The hyper-parameters of the model."""
     stages: tuple[Stage, ...]
     """The stages of the training, in order."""

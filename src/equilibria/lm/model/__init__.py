@@ -4,6 +4,7 @@ from equilibria.lm.model.adaptive import AdaptiveConfig
 from equilibria.lm.model.adaptive_heads import AdaptiveHead, TiedAdaptiveHead, UntiedAdaptiveHead
 from equilibria.lm.model.clusters import AdaptiveEmbedding
 from equilibria.lm.model.config import Explicit, LanguageConfig
+from equilibria.lm.model.convolutional import ConvolutionalConfig
 from equilibria.lm.model.embedding import Embedding
 from equilibria.lm.model.generate import generate, stream
 from equilibria.lm.model.heads import SoftmaxHead
@@ -16,6 +17,7 @@ __all__ = [
     "AdaptiveConfig",
     "AdaptiveEmbedding",
     "AdaptiveHead",
+    "ConvolutionalConfig",
     "Embedding",
     "Explicit",
     "ExtraLosses",

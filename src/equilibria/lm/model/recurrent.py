@@ -12,90 +12,44 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from equilibria.core.maps import FunctionMap
-from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
-from equilibria.layers.dropout import BatchSlice, check_rate
+from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.layer import Layer, LayerOutput, check_no_method
 from equilibria.layers.sequence import check_streams
-from equilibria.lm.model.embedding import Embedding
-from equilibria.lm.model.heads import SoftmaxHead
-from equilibria.lm.model.model import LanguageModel
+from equilibria.lm.model.baseline import BaselineConfig, no_map
 
 Network = Literal["lstm", "gru"]
 _NETWORKS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
 @dataclasses.dataclass(frozen=True)
-class RecurrentConfig:
+class RecurrentConfig(BaselineConfig):
     """The hyper-parameters of a recurrent language model: embedding, one layer of LSTM or GRU, untied head.
 
-    The baselines of Bai, Kolter and Koltun (2019, table 1) have 14 thousand parameters and read each symbol as one
-    number. With ``inputs=1`` that number is learned, one per symbol. On ten symbols, an LSTM of 57 channels then has
-    14,260 parameters and a GRU of 65 channels 13,920, not counting the ten numbers.
+    The baselines of Bai, Kolter and Koltun (2019, table 1) have 14 thousand parameters: on ten symbols, each read as
+    one number, an LSTM of 57 channels has 14,260 and a GRU of 65 channels 13,920, not counting the ten numbers.
     """
 
     network: Network = "lstm"
     """LSTM (Hochreiter and Schmidhuber 1997) or GRU (Cho et al. 2014), with PyTorch's gates and initialisation."""
     hidden: int = 57
     """H, channels of the state."""
-    inputs: int = 1
-    """I, width of the embedding."""
-    dropout: float = 0.0
-    """Share of channels dropped from the embedding and from the output."""
-    std: float = 1.0
-    """The embedding starts from N(0, std²) and is multiplied by √inputs; the head from N(0, 1/hidden)."""
 
     def __post_init__(self) -> None:
         if self.network not in _NETWORKS:
             choices = " or ".join(map(repr, _NETWORKS))
             raise ValueError(f"RecurrentConfig(network={self.network!r}): network is {choices}.")
-        for name in ("hidden", "inputs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"RecurrentConfig({name}={getattr(self, name)}): {name} is at least 1.")
-        check_rate("RecurrentConfig", "dropout", self.dropout)
-        if self.dropout and self.inputs == 1:
-            raise ValueError(
-                f"RecurrentConfig(inputs=1, dropout={self.dropout}): dropping the only channel of the embedding leaves "
-                "nothing to read; try dropout=0, or wider inputs."
-            )
+        self._check_positive("hidden")
+        super().__post_init__()
 
     @property
-    def solves(self) -> bool:
-        """False: a recurrent network has no equilibrium."""
-        return False
+    def outputs(self) -> int:
+        """H."""
+        return self.hidden
 
-    @property
-    def explicit(self) -> None:
-        """None: a recurrent network is not an explicit network of the cell."""
-        return None
-
-    def build(
-        self,
-        vocabulary_size: int,
-        *,
-        method: Method | None = None,
-        eval_stop: Stop | None = None,
-        depth: int | None = None,
-    ) -> LanguageModel:
-        """The model over ``vocabulary_size`` tokens, with fresh parameters.
-
-        Raises:
-            ValueError: a method, a stop or a depth is given; a recurrent network has none of them.
-        """
-        if not method is eval_stop is depth is None:
-            raise ValueError(
-                "RecurrentConfig.build(method=…, depth=…): a recurrent network solves nothing and has one layer; leave "
-                "them out."
-            )
-        embedding = Embedding(vocabulary_size=vocabulary_size, width=self.inputs, dropout=self.dropout, std=self.std)
-        head = SoftmaxHead(
-            vocabulary_size=vocabulary_size,
-            width=self.hidden,
-            tied=False,
-            dropout=self.dropout,
-            std=self.hidden**-0.5,
-        )
-        return LanguageModel(embedding, Recurrent(network=self.network, inputs=self.inputs, hidden=self.hidden), head)
+    def layer(self) -> Recurrent:
+        """The LSTM or GRU, with fresh parameters."""
+        return Recurrent(network=self.network, inputs=self.inputs, hidden=self.hidden)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,7 +93,7 @@ class Recurrent(Layer):
         z, last = self.network(x, state)
         h, c = last if lstm else (last, None)
         kept = RecurrentMemory(h=h[0].detach(), c=None if c is None else c[0].detach())
-        return LayerOutput(output=z, z=z, memory=kept, f=FunctionMap(_no_map), solution=None)
+        return LayerOutput(output=z, z=z, memory=kept, f=FunctionMap(no_map), solution=None)
 
     def cache(
         self,
@@ -169,10 +123,3 @@ class Recurrent(Layer):
         if lstm and memory.c is not None:
             return memory.h[None].contiguous(), memory.c[None].contiguous()
         return memory.h[None].contiguous()
-
-
-def _no_map(z: Tensor) -> Tensor:
-    raise TypeError(
-        f"a recurrent layer has no map to apply to a state of shape {tuple(z.shape)}: only an equilibrium has a "
-        "Jacobian, a spectral radius and a penalty; leave these out for this model."
-    )

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from equilibria.lm.experiments import Experiment
 from equilibria.lm.recipes.copying import copying, copying_400
-from equilibria.lm.recipes.copying_recurrent import copying_gru, copying_lstm
+from equilibria.lm.recipes.copying_baselines import copying_gru, copying_lstm, copying_tcn
+from equilibria.lm.recipes.prefix_sums import prefix_sums
 from equilibria.lm.recipes.ptb import ptb
 from equilibria.lm.recipes.text import text
 from equilibria.lm.recipes.tiny import tiny
@@ -35,6 +36,8 @@ RECIPES: dict[str, Callable[[], Experiment]] = {
     "copying-400": copying_400,
     "copying-lstm": copying_lstm,
     "copying-gru": copying_gru,
+    "copying-tcn": copying_tcn,
+    "prefix-sums": prefix_sums,
     "ptb": ptb,
     "ptb-trellis": ptb_trellis,
     "ptb-trellis-deep": ptb_trellis_deep,
@@ -58,6 +61,8 @@ __all__ = [
     "copying_400",
     "copying_gru",
     "copying_lstm",
+    "copying_tcn",
+    "prefix_sums",
     "ptb",
     "ptb_char_trellis",
     "ptb_char_trellis_deep",

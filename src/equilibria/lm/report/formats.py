@@ -178,6 +178,9 @@ def network(model: dict[str, Any]) -> str:
     if model.get("kind") == "RecurrentConfig":
         channels = numbered(model.get("hidden", 0), "channel")
         return f"a recurrent network ({str(model.get('network', '')).upper()}) of {channels}"
+    if model.get("kind") == "ConvolutionalConfig":
+        size = f"{numbered(model.get('levels', 0), 'block')} and {numbered(model.get('channels', 0), 'channel')}"
+        return f"a convolutional network (TCN) of {size}"
     if explicit:
         weights = "the weights of one cell" if explicit.get("tied", True) else "weights of their own"
         return f"an explicit network of {numbered(explicit.get('depth', 0), 'layer')} with {weights}"

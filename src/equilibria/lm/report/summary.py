@@ -104,7 +104,7 @@ def _validation(record: Record) -> Iterator[Row]:
             size = f"of {formats.count(best['bytes'])} bytes of text; compares vocabularies"
             yield Row("Bits per byte", found.removesuffix(" bits per byte"), size)
         if best.get("accuracy") is not None:
-            yield Row("Right answers", formats.percent(best["accuracy"]), "of those asked for at the end of a sequence")
+            yield Row("Right answers", formats.percent(best["accuracy"]), "of those that the task asks for")
     marks = (baseline or {}).get("rows", [])
     if marks:
         name, shorts = formats.common(row["label"] for row in marks)

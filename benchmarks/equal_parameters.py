@@ -1,0 +1,140 @@
+"""Penn Treebank by characters at equal parameters and equal time: an equilibrium beside explicit networks.
+
+python benchmarks/equal_parameters.py --data FOLDER [--minutes 10] [--seeds 3] [--processes 2]
+
+Four networks of about one million parameters: the deep equilibrium transformer, the same cell applied twelve times, and
+untied Transformer-XLs of four and of twelve layers, which are narrower. Each gets its best learning rate of three after
+short runs with one seed; then each is trained with every seed for the same processor time, and the checkpoint of its
+best validation score reads the whole test text. Trainings that have ended are not repeated, so the script can be
+stopped and called again. Writes results/equal_parameters.json and its part of docs/evidence/reproducing.md after every
+seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import publish
+from trainings import QUIET, RATES, fitted, planned, scored, together, tuned
+
+from equilibria.lm.corpora import PennTreebankCharacters
+from equilibria.lm.experiments import Experiment, explicit
+from equilibria.lm.recipes import tiny
+from equilibria.lm.runs.trained import with_data
+
+SHALLOW = 0.3
+"""Share of the time in which the two networks with one cell have three layers."""
+TUNING = 12
+"""The short runs take one part in so many of the time."""
+LABELS = {
+    "equilibrium": "equilibrium, width 256",
+    "tied-12": "12 layers, tied, width 256",
+    "untied-4": "4 layers, untied, width 144",
+    "untied-12": "12 layers, untied, width 80",
+}
+
+
+def experiments(data: Path) -> dict[str, Experiment]:
+    """The four networks by name, with the steps of ``tiny``."""
+
+    def sized(width: int) -> Experiment:
+        whole = dataclasses.replace(tiny(), name=f"equal-parameters-{width}", corpus=PennTreebankCharacters())
+        cell = dataclasses.replace(whole.model.cell, width=width, inner=4 * width)
+        training = whole.training.changed(**QUIET, batch_size=16, valid_segments=40, eval_batch_size=20)
+        model = dataclasses.replace(whole.model, cell=cell)
+        return with_data(dataclasses.replace(whole, model=model, training=training), data)
+
+    def untied(width: int, depth: int) -> Experiment:
+        """In one stage, and with the embedding's own scale, which decides how early a network learns."""
+        whole = sized(width)
+        network = explicit(whole, depth, tied=False)
+        (*_, last) = network.stages
+        model = dataclasses.replace(network.model, std=whole.model.std)
+        return dataclasses.replace(network, model=model, stages=(dataclasses.replace(last, steps=whole.total_steps),))
+
+    return {
+        "equilibrium": sized(256),
+        "tied-12": explicit(sized(256), 12),
+        "untied-4": untied(144, 4),
+        "untied-12": untied(80, 12),
+    }
+
+
+def seeded(experiment: Experiment, seed: int) -> Experiment:
+    """The experiment with another seed of weights and batches."""
+    return dataclasses.replace(experiment, training=experiment.training.changed(seed=seed))
+
+
+def table(rows: dict[str, Any], minutes: float) -> str:
+    """The networks side by side, for the docs: means over the seeds, and the smallest and largest score."""
+
+    def line(label: str, tell: Callable[[list[dict[str, Any]]], str]) -> str:
+        return f"| {label} | " + " | ".join(tell(rows[name]["runs"]) for name in names) + " |"
+
+    def mean(values: list[float]) -> float:
+        return statistics.fmean(values)
+
+    names = [name for name in LABELS if rows.get(name, {}).get("runs")]
+    seeds = max(len(rows[name]["runs"]) for name in names)
+    lines = [
+        f"| {minutes:g} minutes each, {seeds} seed{'s' * (seeds > 1)} | {' | '.join(LABELS[name] for name in names)} |",
+        "|---|" + "---:|" * len(names),
+        line("parameters", lambda runs: f"{runs[0]['parameters']:,}"),
+        line("learning rate of " + ", ".join(f"{rate:g}" for rate in RATES), lambda runs: f"{runs[0]['rate']:g}"),
+        line("training steps", lambda runs: " + ".join(f"{n:,}" for n in runs[0]["steps"])),
+        line("processor time of the steps, s", lambda runs: f"{mean([run['seconds'] for run in runs]):.0f}"),
+        line(
+            "evaluations of f + VJPs per step",
+            lambda runs: (
+                f"{mean(runs[0]['forward']):.1f} + {mean(runs[0]['backward']):.1f}" if runs[0]["backward"] else "–"
+            ),
+        ),
+        line("peak memory of a training step", lambda runs: f"{runs[0]['peak_bytes'] / 2**20:.0f} MiB"),
+        line("validation, bits per character", lambda runs: f"{mean([run['valid']['bits'] for run in runs]):.3f}"),
+        line("**test, bits per character**", lambda runs: f"**{mean([run['test']['bits'] for run in runs]):.3f}**"),
+        line(
+            "test, smallest and largest",
+            lambda runs: " – ".join(f"{f(run['test']['bits'] for run in runs):.3f}" for f in (min, max)),
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Tune, train, score, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/equal-parameters"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    networks, budget = experiments(options.data), 60 * options.minutes
+    speed = tuned(networks, {name: (10,) * len(e.stages) for name, e in networks.items()}, options.out / "speed", 1)
+    short = {name: fitted(e, speed[name]["seconds_per_step"], budget / TUNING, SHALLOW) for name, e in networks.items()}
+    rows = tuned(networks, short, options.out, options.processes)
+    plan = options.out / "plan.json"  # a second call keeps the plan of the first, and so its trainings
+    if not plan.exists():
+        steps = {name: fitted(e, rows[name]["seconds_per_step"], budget, SHALLOW) for name, e in networks.items()}
+        plan.write_text(json.dumps(steps), encoding="utf-8")
+    steps = json.loads(plan.read_text(encoding="utf-8"))
+    for seed in range(options.seeds):
+        jobs = {
+            name: (planned(seeded(e, seed), tuple(steps[name]), rows[name]["rate"]), options.out / f"{name}-{seed}")
+            for name, e in networks.items()
+        }
+        for (name, (_, path)), found in zip(jobs.items(), together([*jobs.values()], options.processes), strict=True):
+            rows[name].setdefault("runs", []).append(found | scored(path, batch_size=20))
+        publish("equal_parameters", rows | {"minutes": options.minutes}, table(rows, options.minutes))
+
+
+if __name__ == "__main__":
+    main()

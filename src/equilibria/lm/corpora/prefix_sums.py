@@ -1,0 +1,81 @@
+"""prefix-sums: at each position, is the number of ones so far odd? Longer sequences are harder in the same way.
+
+Letters: E episodes, N length of an episode in tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+
+from equilibria.lm.corpora.corpus import Corpus, Stream
+from equilibria.lm.corpora.source import Source
+from equilibria.lm.corpora.vocabulary import Vocabulary
+
+
+def prefix_sums(*, length: int = 32, train: int = 20000, valid: int = 2000, test: int = 2000, seed: int = 0) -> Corpus:
+    """Independent episodes of random bits x_1 … x_N, whose targets are the sums y_i = (x_1 + … + x_i) mod 2.
+
+    A model with a local receptive field has to pass the sum on from position to position, so that an episode twice as
+    long needs twice the steps: the task asks whether more computation in the test solves harder episodes.
+
+    Reference: Schwarzschild et al. 2021, "Can you learn an algorithm? Generalizing from easy to hard problems with
+    recurrent networks"; Anil et al. 2022, "Path independent equilibrium models can better exploit test-time
+    computation".
+
+    Args:
+        length: N, in tokens.
+        train: number of episodes for training.
+        valid: number of episodes for validation.
+        test: number of episodes for the test.
+        seed: seed of the bits; each set has its own draw, so the size of one does not change another.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+    for name, value in (("length", length), ("train", train), ("valid", valid), ("test", test)):
+        if value < 1:
+            raise ValueError(f"prefix_sums({name}={value}): it must be at least 1; try length=32, train=20000.")
+
+    def stream(episodes: int, place: int) -> Stream:
+        generator = torch.Generator().manual_seed(3 * seed + place)
+        bits = torch.randint(2, (episodes, length), generator=generator)
+        return Stream(tokens=bits.flatten(), targets=(bits.cumsum(dim=1) % 2).flatten(), episode=length)
+
+    return Corpus(
+        name=f"prefix-sums-{length}",
+        train=stream(train, 0),
+        valid=stream(valid, 1),
+        test=stream(test, 2),
+        vocabulary=Vocabulary.of_tokens("01", "character"),
+        unit="symbol",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixSums(Source):
+    """Random bits, and at each position the parity of the bits so far."""
+
+    unit: ClassVar = "symbol"
+    """The unit of a token."""
+    length: int = 32
+    """N: bits per sequence."""
+    train: int = 20_000
+    """Number of sequences for training."""
+    valid: int = 2_000
+    """Number of sequences for validation."""
+    test: int = 2_000
+    """Number of sequences for the test."""
+    seed: int = 0
+    """Seed of the sequences."""
+
+    def load(self) -> Corpus:
+        """The corpus; the same seed always gives the same sequences."""
+        return prefix_sums(length=self.length, train=self.train, valid=self.valid, test=self.test, seed=self.seed)
+
+    def memoryless_nll(self) -> float:
+        """(N − 1) / N · ln 2: without the bits before it, every sum but the first is a guess."""
+        return (self.length - 1) / self.length * math.log(2)

@@ -1,0 +1,106 @@
+"""BaselineConfig: the part that language models without an equilibrium share."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import NoReturn
+
+from torch import Tensor
+
+from equilibria.core.stop import Stop
+from equilibria.fixed_point import Method
+from equilibria.layers.dropout import check_rate
+from equilibria.layers.layer import Layer
+from equilibria.lm.model.embedding import Embedding
+from equilibria.lm.model.heads import SoftmaxHead
+from equilibria.lm.model.model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineConfig(ABC):
+    """The hyper-parameters of a language model without an equilibrium: embedding, one network, untied head.
+
+    The baselines of Bai, Kolter and Koltun (2019, table 1) read each symbol as one number. With ``inputs=1`` that
+    number is learned, one per symbol.
+    """
+
+    inputs: int = 1
+    """I, width of the embedding."""
+    dropout: float = 0.0
+    """Share of channels dropped from the embedding and from the output."""
+    std: float = 1.0
+    """The embedding starts from N(0, std²) and is multiplied by √inputs; the head from N(0, 1/outputs)."""
+
+    def __post_init__(self) -> None:
+        self._check_positive("inputs")
+        check_rate(type(self).__name__, "dropout", self.dropout)
+        if self.dropout and self.inputs == 1:
+            raise ValueError(
+                f"{type(self).__name__}(inputs=1, dropout={self.dropout}): dropping the only channel of the embedding "
+                "leaves nothing to read; try dropout=0, or wider inputs."
+            )
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{type(self).__name__}({name}={getattr(self, name)}): {name} is at least 1.")
+
+    @property
+    def solves(self) -> bool:
+        """False: there is no equilibrium."""
+        return False
+
+    @property
+    def explicit(self) -> None:
+        """None: it is not an explicit network of a cell."""
+        return None
+
+    @property
+    @abstractmethod
+    def outputs(self) -> int:
+        """Channels of the network's output."""
+
+    @abstractmethod
+    def layer(self) -> Layer:
+        """The network between embedding and head, with fresh parameters."""
+
+    def build(
+        self,
+        vocabulary_size: int,
+        *,
+        method: Method | None = None,
+        eval_stop: Stop | None = None,
+        depth: int | None = None,
+    ) -> LanguageModel:
+        """The model over ``vocabulary_size`` tokens, with fresh parameters.
+
+        Raises:
+            ValueError: a method, a stop or a depth is given; such a network has none of them.
+        """
+        if not method is eval_stop is depth is None:
+            raise ValueError(
+                f"{type(self).__name__}.build(method=…, depth=…): this network solves nothing and has one depth; leave "
+                "them out."
+            )
+        embedding = Embedding(vocabulary_size=vocabulary_size, width=self.inputs, dropout=self.dropout, std=self.std)
+        head = SoftmaxHead(
+            vocabulary_size=vocabulary_size,
+            width=self.outputs,
+            tied=False,
+            dropout=self.dropout,
+            std=self.outputs**-0.5,
+        )
+        return LanguageModel(embedding, self.layer(), head)
+
+
+def no_map(z: Tensor) -> NoReturn:
+    """The ``LayerOutput.f`` of a network without a fixed point.
+
+    Raises:
+        TypeError: always.
+    """
+    raise TypeError(
+        f"this network has no map to apply to a state of shape {tuple(z.shape)}: only an equilibrium has a "
+        "Jacobian, a spectral radius and a penalty; leave these out for this model."
+    )
