@@ -52,13 +52,16 @@ LONG = TransformerConfig(width=128, heads=4, inner=512, memory=0, window=1024)
 SIZES = {
     "copying-400": Size(32, 420, COPYING),
     "copying-400, decay": Size(32, 420, dataclasses.replace(COPYING, positions="decay")),
+    "copying-400, rotary": Size(32, 420, dataclasses.replace(COPYING, positions="rotary")),
     "copying": Size(32, 120, COPYING),
     "1024 positions, narrow": Size(8, 1024, dataclasses.replace(COPYING, window=1024)),
     "1024 positions": Size(4, 1024, LONG),
     "1024 positions, decay": Size(4, 1024, dataclasses.replace(LONG, positions="decay")),
+    "1024 positions, rotary": Size(4, 1024, dataclasses.replace(LONG, positions="rotary")),
     "512 positions with memory": Size(4, 512, dataclasses.replace(LONG, memory=512)),
     "tiny": Size(8, 64, TransformerConfig(memory=64)),
     "ptb": Size(16, 70, TransformerConfig(width=200, heads=4, inner=800, memory=70, positions="decay")),
+    "ptb, rotary": Size(16, 70, TransformerConfig(width=200, heads=4, inner=800, memory=70, positions="rotary")),
 }
 
 

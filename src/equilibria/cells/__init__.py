@@ -23,6 +23,8 @@ CELLS: tuple[AffineConfig | TransformerConfig | ChainConfig | TrellisConfig, ...
     ),
     TransformerConfig(width=8, heads=2, inner=12, memory=5, dropout=0.2, attention="fused"),
     TransformerConfig(width=12, heads=3, inner=8, memory=16, positions="decay", window=4, attention="fused"),
+    TransformerConfig(width=8, heads=2, inner=12, memory=16, positions="rotary"),
+    TransformerConfig(width=12, heads=3, inner=8, memory=16, positions="rotary", window=4, attention="fused"),
     ChainConfig(
         cells=(
             TransformerConfig(width=8, heads=2, inner=12, memory=16),

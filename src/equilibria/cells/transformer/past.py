@@ -60,7 +60,7 @@ class KeyValues:
     """
 
     k: Float[Tensor, "B H S C"]
-    """Keys, without the position term, which depends on distances alone."""
+    """Keys without positions: neither turned nor with a term, so that the past may begin anywhere in the text."""
     v: Float[Tensor, "B H S C"]
     """Values."""
     key_padding_mask: Bool[Tensor, "B S"] | None = None
