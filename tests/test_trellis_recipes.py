@@ -73,7 +73,7 @@ WIKITEXT = WORDS | {
     "segment, overlap": (100, 0),
     "batch, in evaluation": (49, 4),
     "optimiser": ("adam", 1e-3, 0.0, 0.0),
-    "decay": Milestones(steps=(316_005, 421_340), divide=10.0),
+    "decay": Milestones(steps=(316_005, 421_340, 484_541), divide=10.0),
     "steps per epoch, epochs": (21_067, 25),
     "clip": 0.07,
     "shallow": (40, 30_000),
