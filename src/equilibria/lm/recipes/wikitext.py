@@ -10,6 +10,8 @@ an accident of all three: output dropout drops whole tokens (``output_dropout="t
 4. The loss is computed at f(z*) in evaluation too, with as much memory as in training. Their models reach perplexities
    up to 0.7 lower with a memory of 300 or 480 positions than with 150.
 5. A projection that embedding and softmax share is one parameter; in version 2.0 Adam updated it twice per step.
+6. The ridge of Anderson's method is 1e-7 of the length of each difference; theirs adds 1e-4 to the Gram matrix, whatever
+   the scale of the residuals, so that near the equilibrium their step is a plain average.
 """
 
 from __future__ import annotations
