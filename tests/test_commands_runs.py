@@ -291,7 +291,7 @@ def test_evaluate_by_the_authors_protocol(run, capsys):
     again = trained.evaluate(batch_size=streams, official=True)
     assert (again.nll_per_token, again.tokens) == (found["nats"], found["tokens"])
     assert main([*words, "--batch-size", "3"]) == 0
-    assert "official: of n tokens a stream has n // 3, and its first token is not" in capsys.readouterr().out
+    assert "official: each has n // 3 of the n tokens, and its first token is not" in capsys.readouterr().out
 
 
 def test_evaluate_finds_a_corpus_that_has_moved(run, place, capsys):

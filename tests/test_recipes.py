@@ -212,10 +212,11 @@ def shrunk(name):
     """The recipe with all its stages and parts, at a size that trains in seconds; a penalty is in every step."""
     value = RECIPES[name]()
     steps = max(1, 4 // len(value.stages))
-    small = {"width": 16, "heads": 2, "inner": 24, "memory": value.model.cell.memory // 15}
     cell = value.model.cell
+    first = cell.cells[0] if isinstance(cell, ChainConfig) else cell
+    small = {"width": 16, "heads": 2, "inner": 24, "memory": first.memory // 15}
     if isinstance(cell, ChainConfig):
-        cell = ChainConfig(cells=tuple(dataclasses.replace(block, **small) for block in cell.cells))
+        cell = dataclasses.replace(cell, cells=tuple(dataclasses.replace(block, **small) for block in cell.cells))
     else:
         cell = dataclasses.replace(cell, **small)
     adaptive = dataclasses.replace(

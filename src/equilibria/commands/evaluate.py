@@ -194,7 +194,7 @@ def _conditions(loaded: Trained, setting: Setting, *, episodes: bool) -> list[Ro
         streams = "each sequence stands alone"
     elif setting.official:
         first = f"first {setting.overlap + 1:,} tokens are" if setting.overlap else "first token is"
-        streams = f"official: of n tokens a stream has n // {setting.batch_size}, and its {first} not scored"
+        streams = f"official: each has n // {setting.batch_size} of the n tokens, and its {first} not scored"
     elif setting.batch_size > 1:
         streams = "each begins without memory, and its first token has no past"
     else:

@@ -50,8 +50,8 @@ class Solution:
     adjoint: list[Solution] = dataclasses.field(default_factory=list)
     """Each backward pass appends the solution of its adjoint solve; ``dataclasses.replace`` shares the list."""
     point: State | None = None
-    """z*, the iterate that the loop returned, without graph, if a gradient rule has put f(z*) in the place of z; None
-    if z is z* itself."""
+    """z*, the iterate that the loop returned, without graph, if a gradient rule has replaced z by f(z*); None if z is
+    z* itself."""
 
     @property
     def converged(self) -> Bool[Tensor, " B"]:

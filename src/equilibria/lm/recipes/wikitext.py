@@ -10,8 +10,8 @@ an accident of all three: output dropout drops whole tokens (``output_dropout="t
 4. The loss is computed at f(z*) in evaluation too, with as much memory as in training. Their models reach perplexities
    up to 0.7 lower with a memory of 300 or 480 positions than with 150.
 5. A projection that embedding and softmax share is one parameter; in version 2.0 Adam updated it twice per step.
-6. The ridge of Anderson's method is 1e-7 of the length of each difference; theirs adds 1e-4 to the Gram matrix, whatever
-   the scale of the residuals, so that near the equilibrium their step is a plain average.
+6. The ridge of Anderson's method is 1e-7 of the length of each difference; theirs adds 1e-4 to the Gram matrix,
+   whatever the scale of the residuals, so that near the equilibrium their step is a plain average.
 """
 
 from __future__ import annotations
@@ -146,10 +146,10 @@ def wikitext103_unrolled() -> Experiment:
     """Three blocks, applied twelve times, trained by back-propagation without equilibrium; theirs reaches 22.34.
 
     "DEQ-LM" of TorchDEQ (Geng, Kolter 2023), 98M parameters; 21.85 with a memory of 480 positions. In evaluation the
-    output is the state with the smallest residual within twelve steps, which is not always the last one. Deviations:
-    (1) each block remembers its own input; theirs share one memory of the last block's output; (2) the backward pass
-    recomputes whole steps; theirs half blocks; (3) the attention biases u, v start from N(0, 0.01²), theirs from
-    U(−0.05, 0.05), and the gains of the layer norms from 1, theirs from N(1, 0.01²).
+    output is the state with the smallest residual within twelve steps, which is not always the last one. As in their
+    code all blocks read one memory, of the final state. Deviations: (1) the backward pass recomputes whole steps;
+    theirs half blocks; (2) the attention biases u, v start from N(0, 0.01²), theirs from U(−0.05, 0.05), and the gains
+    of the layer norms from 1, theirs from N(1, 0.01²).
     """
     block = TransformerConfig(
         width=700,
@@ -166,7 +166,7 @@ def wikitext103_unrolled() -> Experiment:
     unrolled = dataclasses.replace(
         network_of(12, name="unrolled", steps=150_000, checkpoint=True), eval_stop=Stop(rtol=1e-3, max_evals=13)
     )
-    cell = ChainConfig(cells=(block, block, block))
+    cell = ChainConfig(cells=(block, block, block), memory="last")
     return _experiment("wikitext103-unrolled", cell, (unrolled,), division=4, warmup=8_000, eval_batch_size=16)
 
 
