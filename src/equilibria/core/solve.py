@@ -49,6 +49,9 @@ class Solution:
     """The states after the numbers of steps in ``keep``; only ``Unroll`` gives them a gradient."""
     adjoint: list[Solution] = dataclasses.field(default_factory=list)
     """Each backward pass appends the solution of its adjoint solve; ``dataclasses.replace`` shares the list."""
+    point: State | None = None
+    """z*, the iterate that the loop returned, without graph, if a gradient rule has replaced z by f(z*); None if z is
+    z* itself."""
 
     @property
     def converged(self) -> Bool[Tensor, " B"]:

@@ -102,7 +102,7 @@ def attached(
     """
     dual = orders is not None and is_forward_mode()
     if not torch.is_grad_enabled() and not dual:
-        return dataclasses.replace(solution, z=solution.fz)
+        return dataclasses.replace(solution, z=solution.fz, point=solution.z)
     layout = Layout.of(solution.z, coupled=method.coupled)
     f = f.eager() if dual else f
     pinned = f if orders is None else f.eager().pinned()
@@ -113,7 +113,7 @@ def attached(
         with torch.no_grad():
             check_again(method, change(layout.pack(known), recorded(solution, layout), method.stop, layout), known)
     # The same bits as the f(z*) of the solve, whose memory is released.
-    out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1)
+    out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1, point=solution.z)
     primal, h = split_dual(fz, layout) if dual else (fz, None)
     if constant or not torch.is_grad_enabled():  # no graph is kept, no adjoint solved
         z = layout.pack(known) if h is not None else None
