@@ -379,5 +379,5 @@ class TransformerCell(SequenceCell):
         return self.attention.keys_and_values(z, injection, weights.attention)
 
     def _mask(self, x: Tensor, width: int, part: BatchSlice | None) -> Tensor | None:
-        shape = (len(x), 1 if self.config.variational else x.shape[1], width)
+        shape = (x.shape[0], 1 if self.config.variational else x.shape[1], width)
         return dropout_mask(shape, rate=self.config.dropout, training=self.training, like=x, part=part)
