@@ -22,6 +22,7 @@ from equilibria.core.progress import Outcome, Progress
 from equilibria.core.solver import History, Iterate, Solver
 from equilibria.core.state import Layout, State, check_finite
 from equilibria.core.stop import Status, Stop
+from equilibria.core.tracing import check_not_exported, untraced
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -77,6 +78,7 @@ class Solution:
     __repr__ = __str__
 
 
+@untraced
 def solve(
     f: Map | Callable[[State], State],
     z0: State,
@@ -112,6 +114,7 @@ def solve(
         ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes structure, shape, dtype or
             device.
     """
+    check_not_exported()
     check_kind("solver", solver, Solver, "Anderson()")
     check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
     check_keep(keep)

@@ -410,5 +410,5 @@ class TransformerCell(SequenceCell):
         return self.attention.positions.rotation(first=0, count=count, like=self.attention.u)
 
     def _mask(self, x: Tensor, width: int, part: BatchSlice | None) -> Tensor | None:
-        shape = (len(x), 1 if self.config.variational else x.shape[1], width)
+        shape = (x.shape[0], 1 if self.config.variational else x.shape[1], width)
         return dropout_mask(shape, rate=self.config.dropout, training=self.training, like=x, part=part)
