@@ -1,6 +1,7 @@
 # make demo    train a deep equilibrium model on real text, in about four minutes
 # make test    style, types, layers and all tests that are not marked slow
 # make check   the slow tests too: several processes, compilation, campaigns
+# make paper   the claims and tables of the paper: hours; DATA is a folder with the Penn Treebank
 # make docs    the documentation as a site that needs no server and no network: site/index.html
 # make install the virtual environment alone
 
@@ -8,10 +9,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+DATA ?= data/ptb
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test check docs install lint clean
+.PHONY: demo test check paper docs install lint clean
 
 install: $(STAMP)
 
@@ -41,6 +43,9 @@ test: lint
 
 check: lint
 	$(BIN)/pytest -n 2
+
+paper: $(STAMP)
+	$(BIN)/python benchmarks/paper.py --data $(DATA)
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from device import seconds
 from machine import publish
 from torch import Tensor
 
@@ -52,23 +53,26 @@ LONG = TransformerConfig(width=128, heads=4, inner=512, memory=0, window=1024)
 SIZES = {
     "copying-400": Size(32, 420, COPYING),
     "copying-400, decay": Size(32, 420, dataclasses.replace(COPYING, positions="decay")),
+    "copying-400, rotary": Size(32, 420, dataclasses.replace(COPYING, positions="rotary")),
     "copying": Size(32, 120, COPYING),
     "1024 positions, narrow": Size(8, 1024, dataclasses.replace(COPYING, window=1024)),
     "1024 positions": Size(4, 1024, LONG),
     "1024 positions, decay": Size(4, 1024, dataclasses.replace(LONG, positions="decay")),
+    "1024 positions, rotary": Size(4, 1024, dataclasses.replace(LONG, positions="rotary")),
     "512 positions with memory": Size(4, 512, dataclasses.replace(LONG, memory=512)),
     "tiny": Size(8, 64, TransformerConfig(memory=64)),
     "ptb": Size(16, 70, TransformerConfig(width=200, heads=4, inner=800, memory=70, positions="decay")),
+    "ptb, rotary": Size(16, 70, TransformerConfig(width=200, heads=4, inner=800, memory=70, positions="rotary")),
 }
 
 
 class Measured:
     """One form of one size: what can be timed."""
 
-    def __init__(self, size: Size, form: Form) -> None:
+    def __init__(self, size: Size, form: Form, device: torch.device) -> None:
         torch.manual_seed(0)
-        cell = dataclasses.replace(size.cell, attention=form).build()
-        self.x = torch.randn(size.batch, size.time, size.cell.width)
+        cell = dataclasses.replace(size.cell, attention=form).build().to(device)
+        self.x = torch.randn(size.batch, size.time, size.cell.width).to(device)
         fixed = Stop(rtol=0, atol=0, max_evals=4, best=False)
         self.layer = Equilibrium(cell, Anderson(), fixed, Implicit(Anderson(), fixed))
         with torch.no_grad():
@@ -95,41 +99,43 @@ class Measured:
 
     def peak(self) -> int:
         """Bytes of a step."""
-        with PeakMemory() as measured:
+        with PeakMemory(self.x.device) as measured:
             self.step()
         return measured.peak
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Seconds of this process, which other processes of a busy machine do not lengthen much."""
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds: on a CPU of this process, which other processes of a busy machine do not lengthen much."""
+    if device.type == "cuda":
+        return seconds(call, device)
     began = time.process_time()
     call()
     return time.process_time() - began
 
 
-def measure(name: str, size: Size, rounds: int) -> dict[str, Any]:
+def measure(name: str, size: Size, rounds: int, device: torch.device) -> dict[str, Any]:
     """One row."""
     row: dict[str, Any] = {"name": name, "size": size.words, "positions": size.cell.positions, "load": os.getloadavg()}
-    forms = {form: Measured(size, form) for form in FORMS}
+    forms = {form: Measured(size, form, device) for form in FORMS}
     row["difference"] = float((forms["fused"].f() - forms["exact"].f()).norm() / forms["exact"].f().norm())
     for what in ("f", "vjp", "step"):
         for form in FORMS:
             getattr(forms[form], what)()  # once before anything is timed
-        seconds = [{form: timed(getattr(forms[form], what)) for form in FORMS} for _ in range(rounds)]
-        row |= {f"{what}, {form}": statistics.median(pair[form] for pair in seconds) for form in FORMS}
-        row[f"{what}, ratio"] = statistics.median(pair["fused"] / pair["exact"] for pair in seconds)
+        pairs = [{form: timed(getattr(forms[form], what), device) for form in FORMS} for _ in range(rounds)]
+        row |= {f"{what}, {form}": statistics.median(pair[form] for pair in pairs) for form in FORMS}
+        row[f"{what}, ratio"] = statistics.median(pair["fused"] / pair["exact"] for pair in pairs)
     row |= {f"bytes, {form}": forms[form].peak() for form in FORMS}
-    row["auto"] = "fused" if is_fused(size) else "exact"
+    row["auto"] = "fused" if is_fused(size, device) else "exact"
     row["bytes, ratio"] = row["bytes, fused"] / row["bytes, exact"]
     row["load after"] = os.getloadavg()
     print(row, flush=True)
     return row
 
 
-def is_fused(size: Size) -> bool:
+def is_fused(size: Size, device: torch.device) -> bool:
     """True if ``attention="auto"`` takes the fused form for this size."""
-    cell = dataclasses.replace(size.cell, attention="auto").build()
-    x = torch.zeros(size.batch, size.time, size.cell.width)
+    cell = dataclasses.replace(size.cell, attention="auto").build().to(device)
+    x = torch.zeros(size.batch, size.time, size.cell.width, device=device)
     return cell.prepare(x, cell.remember(x, cell.prepare(x))).shared.attention.fused is not None
 
 
@@ -158,7 +164,8 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = [measure(name, size, given.rounds) for name, size in SIZES.items() if given.only in name]
+    cpu = torch.device("cpu")
+    found = [measure(name, size, given.rounds, cpu) for name, size in SIZES.items() if given.only in name]
     if given.only:
         print(table(found))
     else:

@@ -22,8 +22,10 @@ GAINS = {0.92: (1.0, 1.0), 0.95: (1.2, 1.5), 1.05: (1.35, 2.0)}
 BATCH, TIME, WIDTH = 8, 128, 256
 
 
-def block(radius: float, *, dtype: torch.dtype = torch.float32) -> tuple[TransformerCell, Tensor]:
-    """The cell and its input [B T D]; the same numbers in every dtype."""
+def block(
+    radius: float, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[TransformerCell, Tensor]:
+    """The cell and its input [B T D]; the same numbers in every dtype and on every device."""
     weights, inputs = GAINS[radius]
     torch.manual_seed(0)
     config = TransformerConfig(width=WIDTH, heads=8, inner=1_024, memory=0, weight_norm=False)
@@ -35,7 +37,8 @@ def block(radius: float, *, dtype: torch.dtype = torch.float32) -> tuple[Transfo
             elif parameter.ndim == 2:
                 parameter.mul_(weights)
     generator = torch.Generator().manual_seed(5)
-    return cell.to(dtype), (inputs * torch.randn(BATCH, TIME, WIDTH, generator=generator)).to(dtype)
+    x = inputs * torch.randn(BATCH, TIME, WIDTH, generator=generator)
+    return cell.to(device, dtype), x.to(device, dtype)
 
 
 def measured(radius: float) -> float:

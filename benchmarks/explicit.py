@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from steps import compare, table
 
 from equilibria import Anderson, Broyden, Equilibrium, Implicit, Method, Phantom, Stop
 from equilibria.lm.corpora import Segment, Segments
-from equilibria.lm.model import Explicit, LanguageModel
+from equilibria.lm.device import device_of
+from equilibria.lm.model import Explicit, LanguageConfig, LanguageModel
 from equilibria.lm.model.modes import eval_mode
 from equilibria.lm.runs.trained import load
 from equilibria.lm.training.compilation import compile_cells
@@ -57,21 +59,29 @@ def equilibria() -> dict[str, Method]:
     return found
 
 
-def networks(loaded: Any) -> dict[str, LanguageModel]:
-    """The models by name, in training mode."""
-    config, words, weights = loaded.experiment.model, loaded.model.vocabulary_size, loaded.model.state_dict()
+def networks(source: LanguageModel, config: LanguageConfig, names: Collection[str] = ()) -> dict[str, LanguageModel]:
+    """The models by name, in training mode and on the device of ``source``, whose weights they have if they are tied.
+
+    Args:
+        source: gives vocabulary, weights and device.
+        config: builds the models.
+        names: of the models; empty for all.
+    """
+    words, weights, device = source.vocabulary_size, source.state_dict(), device_of(source)
     models: dict[str, LanguageModel] = {}
     for name, method in equilibria().items():
-        models[name] = config.build(words, method=method)
-        models[name].load_state_dict(weights)
-    for name, explicit in EXPLICIT.items():
-        models[name] = dataclasses.replace(config, explicit=explicit).build(words)
-        if explicit.tied:
+        if not names or name in names:
+            models[name] = config.build(words, method=method)
             models[name].load_state_dict(weights)
+    for name, explicit in EXPLICIT.items():
+        if not names or name in names:
+            models[name] = dataclasses.replace(config, explicit=explicit).build(words)
+            if explicit.tied:
+                models[name].load_state_dict(weights)
     for name, model in models.items():
         if name.endswith(COMPILED):
             compile_cells(model)
-    return {name: model.train() for name, model in models.items()}
+    return {name: model.to(device).train() for name, model in models.items()}
 
 
 def starts(model: LanguageModel, segments: list[Segment]) -> list[dict[str, Any]]:
@@ -143,7 +153,7 @@ if __name__ == "__main__":
         Segments(source.corpus.train, batch_size=training.batches.batch_size, length=training.batches.segment_length)
     )
     several = [next(reader) for _ in range(9)]
-    by_name = networks(source)
+    by_name = networks(source.model, source.experiment.model)
     other = starts(by_name["equilibrium, Anderson, 0.01"], several)
 
     def past(model: LanguageModel) -> Any:

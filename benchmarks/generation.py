@@ -11,20 +11,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from device import timed as timed_on
 from machine import PICTURES, keep, write_into_docs
 
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.layers.equilibrium import Equilibrium
 from equilibria.layers.sequence import Memory
+from equilibria.lm.device import device_of
 from equilibria.lm.model import LanguageModel
-from equilibria.lm.runs.trained import load
+from equilibria.lm.runs.trained import Trained, load
 
 WINDOW = 32
 """Tokens over which a median is taken."""
@@ -34,12 +35,17 @@ Texts = Callable[[int, int], torch.Tensor]
 def trained_run(path: Path) -> tuple[str, LanguageModel, Texts]:
     """A model by its name, with beginnings of equal parts of its validation text."""
     loaded = load(path)
-    tokens = loaded.corpus.valid.tokens
+    return f"`{loaded.experiment.name}`", loaded.model, beginnings(loaded)
+
+
+def beginnings(loaded: Trained) -> Texts:
+    """The beginnings of equal parts of the validation text, on the device of the model."""
+    tokens = loaded.stream("valid").tokens.to(device_of(loaded.model))
 
     def text(rows: int, length: int) -> torch.Tensor:
         return torch.stack([part[:length] for part in tokens.split(len(tokens) // rows)[:rows]])
 
-    return f"`{loaded.experiment.name}`", loaded.model, text
+    return text
 
 
 def equilibrium_of(model: LanguageModel) -> Equilibrium:
@@ -49,10 +55,10 @@ def equilibrium_of(model: LanguageModel) -> Equilibrium:
     return model.layer
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    found = run()
-    return 1e3 * (time.perf_counter() - began), found
+def timed(run: Callable[[], Any], like: torch.Tensor) -> tuple[float, Any]:
+    """Milliseconds on the device of ``like``, and the result."""
+    spent, found = timed_on(run, like.device)
+    return 1e3 * spent, found
 
 
 @torch.no_grad()
@@ -67,7 +73,7 @@ def by_position(
             out = model.layer(model.embedding(token), memory, method=method)
             return out, model.read(out.output)
 
-        spent, (out, seen) = timed(step)
+        spent, (out, seen) = timed(step, text)
         memory = out.memory
         milliseconds.append(spent)
         evals.append(out.solution.evals)
@@ -86,7 +92,7 @@ def anew(model: LanguageModel, text: torch.Tensor, lengths: list[int]) -> dict[i
             model.read(out.output[:, -1:])
             return out
 
-        runs = [timed(solve) for _ in range(5)]
+        runs = [timed(solve, text) for _ in range(5)]
         milliseconds = statistics.median(spent for spent, _ in runs)
         found[length] = {"milliseconds": milliseconds, "evals": runs[-1][1].solution.evals}
     return found
@@ -107,13 +113,13 @@ def costs(model: LanguageModel, texts: Texts, longest: int) -> dict[str, Any]:
         zero = by_position(model, text, model.cache(batch, length=longest))
         warm = by_position(model, text, model.cache(batch, length=longest, warm=True))
         whole = anew(model, text, [length for length in (32, 64, 128, 256, 512) if length <= longest])
-        cached = curve(zero["milliseconds"])
+        cached, at = curve(zero["milliseconds"]), min(256, longest)
         rows[f"batch {batch}"] = {
             "cached": cached,
             "anew": {length: row["milliseconds"] for length, row in whole.items()},
-            "ratio_at_256": whole[256]["milliseconds"] / cached[256],
+            f"ratio_at_{at}": whole[at]["milliseconds"] / cached[at],
             "evals": {
-                "whole text of 256": whole[256]["evals"],
+                f"whole text of {at}": whole[at]["evals"],
                 "one position, from zero": statistics.mean(zero["evals"]),
                 "one position, from the one before": statistics.mean(warm["evals"]),
             },

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from block import Counted
+from device import seconds
 from machine import PICTURES, publish
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -31,10 +31,11 @@ from torchdeq import get_deq
 from equilibria import Anderson, Broyden, Cell, Implicit, Layer, LayerOutput, Method, Solver, Stop
 from equilibria.core.maps import as_map
 from equilibria.layers.layer import check_no_method
-from equilibria.lm.corpora import Segment, Segments
+from equilibria.lm.corpora import Segment, Segments, Stream
+from equilibria.lm.device import device_of, to
 from equilibria.lm.model import LanguageModel
 from equilibria.lm.model.modes import eval_mode
-from equilibria.lm.runs.trained import load
+from equilibria.lm.runs.trained import Trained, load
 from equilibria.peak_memory import PeakMemory
 
 RTOL, LIMIT = 1e-3, 60
@@ -67,9 +68,7 @@ class Peer(Layer):
 def step(model: LanguageModel, segment: Segment, memory: Any) -> float:
     """Seconds of a forward and a backward pass, with the same masks whoever computes."""
     torch.manual_seed(0)
-    began = time.perf_counter()
-    model(segment.tokens, segment.targets, memory).nll.mean().backward()
-    return time.perf_counter() - began
+    return seconds(lambda: model(segment.tokens, segment.targets, memory).nll.mean().backward(), device_of(model))
 
 
 def measure(runs: list[Path], data: Path, rounds: int) -> list[dict[str, Any]]:
@@ -77,44 +76,55 @@ def measure(runs: list[Path], data: Path, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         loaded = load(run, data=None if run.name == "tiny" else data)
-        training, words = loaded.experiment.training, loaded.model.vocabulary_size
-        stream = Segments(
-            loaded.corpus.train, batch_size=training.batches.batch_size, length=training.batches.segment_length
-        )
-        with eval_mode(loaded.model):
-            memory = loaded.model(stream.at(0).tokens, stream.at(0).targets).memory
-        segment = stream.at(1)
-        for name, solver in SOLVERS.items():
-            stop = Stop(rtol=RTOL, atol=0, max_evals=LIMIT)
-            method = Method(solver, stop, Implicit(solver, stop))
-            mine = loaded.experiment.model.build(words, method=method).train()
-            mine.load_state_dict(loaded.model.state_dict())
-            peer = LanguageModel(mine.embedding, Peer(mine.layer.cell, name), mine.head).train()  # the same weights
-            width = loaded.experiment.model.cell.width
-            row: dict[str, Any] = {"model": run.name, "width": width, "solver": name}
-            gradients: dict[str, Tensor] = {}
-            for who, model in (("ours", mine), ("theirs", peer)):
-                cell = mine.layer.cell
-                forward, products = Counted(cell.forward), Counted(torch.autograd.grad)
-                cell.forward, torch.autograd.grad = forward, products
-                step(model, segment, memory)
-                cell.forward, torch.autograd.grad = forward.f, products.f
-                mine.zero_grad(set_to_none=False)
-                with PeakMemory() as peak:
-                    step(model, segment, memory)
-                row[who] = {"calls": forward.calls, "products": products.calls, "mib": peak.peak / 2**20, "seconds": []}
-                gradients[who] = torch.cat([p.grad.flatten() for p in mine.parameters() if p.grad is not None])
-                mine.zero_grad(set_to_none=False)
-            row["difference"] = float((gradients["ours"] - gradients["theirs"]).norm() / gradients["ours"].norm())
-            for _ in range(rounds):
-                for who, model in (("ours", mine), ("theirs", peer)):
-                    row[who]["seconds"].append(step(model, segment, memory))
-            for who in ("ours", "theirs"):
-                row[who]["seconds"] = statistics.median(row[who]["seconds"])
-            row["ratio"] = row["ours"]["seconds"] / row["theirs"]["seconds"]
-            print(row, flush=True)
-            rows.append(row)
+        for name in SOLVERS:
+            rows.append({"model": run.name, **compare(loaded, name, loaded.corpus.train, rounds)})
+            print(rows[-1], flush=True)
     return rows
+
+
+def compare(loaded: Trained, name: str, stream: Stream, rounds: int, batch: int | None = None) -> dict[str, Any]:
+    """One row: the second segment of a text, with the memory of the first, on the device of the model.
+
+    Args:
+        loaded: a trained model.
+        name: the solver, as torchdeq calls it.
+        stream: the text.
+        rounds: times that each is timed.
+        batch: streams; None for those of the training.
+    """
+    training, device = loaded.experiment.training.batches, device_of(loaded.model)
+    segments = Segments(stream, batch_size=batch or training.batch_size, length=training.segment_length)
+    first, segment = (to(segments.at(index), device) for index in (0, 1))
+    with eval_mode(loaded.model):
+        memory = loaded.model(first.tokens, first.targets).memory
+    stop = Stop(rtol=RTOL, atol=0, max_evals=LIMIT)
+    method = Method(SOLVERS[name], stop, Implicit(SOLVERS[name], stop))
+    mine = loaded.experiment.model.build(loaded.model.vocabulary_size, method=method).to(device).train()
+    mine.load_state_dict(loaded.model.state_dict())
+    cell = mine.layer.cell
+    peer = LanguageModel(mine.embedding, Peer(cell, name), mine.head).train()  # the same weights
+    models = {"ours": mine, "theirs": peer}
+    row: dict[str, Any] = {"width": loaded.experiment.model.cell.width, "solver": name}
+    gradients: dict[str, Tensor] = {}
+    for who, model in models.items():
+        forward, products = Counted(cell.forward), Counted(torch.autograd.grad)
+        cell.forward, torch.autograd.grad = forward, products
+        step(model, segment, memory)
+        cell.forward, torch.autograd.grad = forward.f, products.f
+        mine.zero_grad(set_to_none=False)
+        with PeakMemory(device) as peak:
+            step(model, segment, memory)
+        row[who] = {"calls": forward.calls, "products": products.calls, "mib": peak.peak / 2**20, "seconds": []}
+        gradients[who] = torch.cat([p.grad.flatten() for p in mine.parameters() if p.grad is not None])
+        mine.zero_grad(set_to_none=False)
+    row["difference"] = float((gradients["ours"] - gradients["theirs"]).norm() / gradients["ours"].norm())
+    for _ in range(rounds):
+        for who, model in models.items():
+            row[who]["seconds"].append(step(model, segment, memory))
+    for who in models:
+        row[who]["seconds"] = statistics.median(row[who]["seconds"])
+    row["ratio"] = row["ours"]["seconds"] / row["theirs"]["seconds"]
+    return row
 
 
 def draw(rows: list[dict[str, Any]]) -> Path:
@@ -123,8 +133,8 @@ def draw(rows: list[dict[str, Any]]) -> Path:
     axes = figure.subplots()
     places = range(len(rows))
     for who, name, shift, colour in (("theirs", "torchdeq 0.1.0", 0.2, "C7"), ("ours", "equilibria", -0.2, "C0")):
-        seconds = [row[who]["seconds"] / row["theirs"]["seconds"] for row in rows]
-        bars = axes.barh([place + shift for place in places], seconds, height=0.38, color=colour, label=name)
+        shares = [row[who]["seconds"] / row["theirs"]["seconds"] for row in rows]
+        bars = axes.barh([place + shift for place in places], shares, height=0.38, color=colour, label=name)
         axes.bar_label(bars, [f"{row[who]['seconds']:.2f} s" for row in rows], padding=3, fontsize=8)
     axes.set_yticks(list(places), [f"{row['model']}, width {row['width']}\n{row['solver'].title()}" for row in rows])
     axes.set(xlabel="time of a training step, relative to torchdeq's", xlim=(0, 1.18))

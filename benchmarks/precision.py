@@ -20,18 +20,18 @@ from equilibria import Anderson, Broyden, Stop, solve
 BUDGET = 60
 
 
-def measure() -> list[dict[str, Any]]:
+def measure(device: str = "cpu", *, budget: int = BUDGET) -> list[dict[str, Any]]:
     """One row per map, arithmetic and solver."""
     rows = []
     for radius in GAINS:
         for dtype in (torch.bfloat16, torch.float16):
             for autocast in (True, False):
-                cell, x = block(radius, dtype=torch.float32 if autocast else dtype)
+                cell, x = block(radius, dtype=torch.float32 if autocast else dtype, device=device)
                 x = x[:4]
                 for solver in (Anderson(), Broyden()):
-                    with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=autocast):
+                    with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=autocast):
                         prepared = cell.prepare(x)
-                        stop = Stop(rtol=0, atol=0, max_evals=BUDGET)
+                        stop = Stop(rtol=0, atol=0, max_evals=budget)
                         residual = solve(lambda z: cell(z, prepared), torch.zeros_like(x), solver, stop).residual  # noqa: B023
                     rows.append(
                         {

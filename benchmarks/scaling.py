@@ -79,17 +79,22 @@ def small_layers() -> dict[str, nn.Module]:
     }
 
 
-def worker(rank: int, store: str, results: Any) -> None:
+def worker(rank: int, store: str, results: Any, kind: str) -> None:
     """One of two ranks: the bytes of a step of each network, in units of the weights of one cell."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
     found: list[dict[str, Any]] = []
     for parallel in ("ddp", "fsdp"):
         for name, layer in small_layers().items():
             unit = sum(p.nbytes for p in TransformerCell(SMALL).parameters())
-            model = Model(layer)
+            model = Model(layer.to(device))
             replica = Ranks(rank=rank, size=2, parallel=parallel).spread(model, bfloat16=False)
-            x = torch.randn(4, 16, SMALL.width, requires_grad=True)
+            x = torch.randn(4, 16, SMALL.width, device=device, requires_grad=True)
             reduced = [0]
             if parallel == "ddp":
                 replica.register_comm_hook(reduced, counting)
@@ -113,12 +118,12 @@ def counting(total, bucket):  # PyTorch looks at the annotations, and takes no t
     return allreduce_hook(None, bucket)  # pyright: ignore
 
 
-def exchanged() -> list[dict[str, Any]]:
-    """What two ranks exchange."""
+def exchanged(kind: str = "cpu") -> list[dict[str, Any]]:
+    """What two ranks exchange: two processes by gloo, or two GPUs by NCCL ("cuda")."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        job = torch.multiprocessing.spawn(worker, (str(Path(folder) / "store"), results), nprocs=2, join=False)
+        job = torch.multiprocessing.spawn(worker, (str(Path(folder) / "store"), results, kind), nprocs=2, join=False)
         while not job.join(timeout=1) and results.empty():
             pass  # an error in a worker is raised here
         found = results.get(timeout=10)

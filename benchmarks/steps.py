@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from device import seconds
 from torch import Tensor
 
 from equilibria.layers.layer import LayerOutput
@@ -63,6 +63,11 @@ class _Call:
     memory: Any
     warm: bool
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs: where the segment is."""
+        return self.segment.tokens.device
+
     def forward(self) -> LanguageOutput:
         """The nats of the segment."""
         return self.model(self.segment.tokens, self.segment.targets, self.memory, warm=self.warm)
@@ -81,15 +86,9 @@ class _Call:
         return out
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def _peak(work: Callable[[], Any]) -> tuple[float, Any]:
+def _peak(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Peak MiB above what was live before, with the result held as training holds it."""
-    with PeakMemory() as memory:
+    with PeakMemory(device) as memory:
         result = work()
     return memory.peak / MIB, result
 
@@ -99,7 +98,7 @@ def _needs(name: str, call: _Call) -> dict[str, Any]:
     for parameter in call.model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # as from the second step on
     torch.manual_seed(0)
-    step, output = _peak(call.training_step)
+    step, output = _peak(call.training_step, call.device)
     row: dict[str, Any] = {"network": name, "step_mib": step, "train_seconds": [], "inference_seconds": []}
     if output.solution is not None:
         solves = [output.solution, *output.solution.adjoint[-1:]]
@@ -109,7 +108,7 @@ def _needs(name: str, call: _Call) -> dict[str, Any]:
     with eval_mode(call.model):
         x = call.model.embedding(call.segment.tokens)
     torch.manual_seed(0)
-    row["layer_mib"], _ = _peak(lambda: call.layer_step(x))
+    row["layer_mib"], _ = _peak(lambda: call.layer_step(x), call.device)
     print(row, flush=True)
     return row
 
@@ -117,9 +116,9 @@ def _needs(name: str, call: _Call) -> dict[str, Any]:
 def _time_once(row: dict[str, Any], call: _Call, *, seed: int) -> None:
     """One more time of each kind."""
     torch.manual_seed(seed)  # the same masks for all
-    row["train_seconds"].append(_seconds(call.training_step))
+    row["train_seconds"].append(seconds(call.training_step, call.device))
     with eval_mode(call.model):
-        row["inference_seconds"].append(_seconds(call.forward))
+        row["inference_seconds"].append(seconds(call.forward, call.device))
         if seed == 0:
             solution = call.forward().solution
             row["inference_evals"] = None if solution is None else solution.evals

@@ -44,6 +44,7 @@ RULES = {
 SHAPES = {
     "transformer": TransformerConfig(width=8, heads=2, inner=12, memory=4, dropout=0.2),
     "decay": TransformerConfig(width=8, heads=2, inner=12, memory=4, positions="decay", longest=16),
+    "rotary": TransformerConfig(width=8, heads=2, inner=12, memory=4, positions="rotary"),
     "trellis": TrellisConfig(width=4, hidden=3, outputs=4, dropout=0.2, weight_dropout=0.2),
     "scan": TrellisConfig(width=4, hidden=3, outputs=4, recurrence="scan"),
 }
@@ -56,7 +57,7 @@ def layer_of(shape, rule):
     solver, gradient, stop = RULES[rule]
     torch.manual_seed(0)
     cell = SHAPES[shape].build().double()
-    if shape in ("transformer", "decay"):
+    if shape in ("transformer", "decay", "rotary"):
         with torch.no_grad():
             cell.inject.direction.mul_(300)  # a contraction
     return Equilibrium(cell, solver, stop, gradient), torch.randn(2, 4, SHAPES[shape].width, dtype=torch.float64)

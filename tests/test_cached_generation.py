@@ -11,7 +11,7 @@ import torch
 
 from equilibria import Anderson, Implicit, Method, NewtonKrylov, Stop, take_rows
 from equilibria.cells import ChainConfig, TransformerCell, TransformerConfig, TrellisCache, TrellisCell, TrellisConfig
-from equilibria.cells.transformer.positions import RelativePositions
+from equilibria.cells.transformer.relative import RelativePositions
 from equilibria.core.trees import tensors_in
 from equilibria.layers.cell import CellMap, Prepared
 from equilibria.lm.model import Explicit, LanguageConfig, generate, stream
@@ -23,6 +23,8 @@ SMALL = TransformerConfig(width=16, heads=2, inner=24, memory=64)
 CELLS = {
     "relative": SMALL,
     "decay": dataclasses.replace(SMALL, positions="decay", longest=80),
+    "rotary": dataclasses.replace(SMALL, positions="rotary"),
+    "rotary, window": dataclasses.replace(SMALL, positions="rotary", window=6),
     "pre-normalised": dataclasses.replace(SMALL, norm="pre-normalised", affine=True),
     "window": dataclasses.replace(SMALL, window=6),
     "chain": ChainConfig(cells=(SMALL, dataclasses.replace(SMALL, heads=4, positions="decay", longest=80))),
@@ -423,7 +425,7 @@ class TestTree:
             assert not any(tensor.requires_grad for tensor in tensors)
             assert kept.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel())
 
-    @pytest.mark.parametrize("name", ["relative", "decay", "chain", "trellis"])
+    @pytest.mark.parametrize("name", ["relative", "decay", "rotary", "chain", "trellis"])
     def test_copies_and_pickles_continue_the_text(self, name):
         model, rows = built(CELLS[name]), ragged()
         cache, token = read(model, rows), torch.randint(V, (8, 1))
@@ -454,7 +456,7 @@ class TestBeams:
                 logits, cache = model.logits(tokens, take_rows(cache, index))
             torch.testing.assert_close(logits[:, -1], ends_of(model, texts), rtol=0, atol=1e-8)
 
-    @pytest.mark.parametrize("name", ["relative", "decay", "chain", "trellis"])
+    @pytest.mark.parametrize("name", ["relative", "decay", "rotary", "chain", "trellis"])
     def test_they_have_the_logits_of_reordered_prompts(self, name):
         model, rows = built(CELLS[name]), ragged()
         index = torch.tensor([5, 2, 2, 7, 0, 3])
@@ -480,7 +482,7 @@ class TestBeams:
         some = [torch.cat(pair) for pair in zip(some, token, strict=True)]
         torch.testing.assert_close(more[:, -1], ends_of(model, some), rtol=0, atol=1e-8)
 
-    @pytest.mark.parametrize("name", ["relative", "decay", "chain", "trellis"])
+    @pytest.mark.parametrize("name", ["relative", "decay", "rotary", "chain", "trellis"])
     def test_the_cache_they_come_from_stays_as_it_is(self, name):
         """Before and after it has a successor, and whichever of them is continued first."""
         model, rows = built(CELLS[name]), ragged()

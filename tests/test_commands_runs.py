@@ -280,6 +280,20 @@ def test_a_run_from_another_machine_uses_the_device_that_is_there(run):
     assert trained_model(run).experiment.training.devices.device == "cuda:99"
 
 
+def test_evaluate_by_the_authors_protocol(run, capsys):
+    words = ["evaluate", "runs/small", "--protocol", "official"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    streams, tokens = found["setting"]["batch_size"], found["setting"]["stream_tokens"] + 1
+    assert streams == Run.open(run).experiment().training.validation.eval_batch_size
+    assert (found["setting"]["official"], found["tokens"]) == (True, streams * (tokens // streams - 1))
+    trained = trained_model(run)
+    again = trained.evaluate(batch_size=streams, official=True)
+    assert (again.nll_per_token, again.tokens) == (found["nats"], found["tokens"])
+    assert main([*words, "--batch-size", "3"]) == 0
+    assert "official: each has n // 3 of the n tokens, and its first token is not" in capsys.readouterr().out
+
+
 def test_evaluate_finds_a_corpus_that_has_moved(run, place, capsys):
     (place / "text").rename(place / "moved")
     description = json.loads((run / "experiment.json").read_text())

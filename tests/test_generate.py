@@ -27,7 +27,7 @@ def prompt(time=5):
     return torch.randint(V, (B, time))
 
 
-@pytest.mark.parametrize("positions", ["relative", "decay"])
+@pytest.mark.parametrize("positions", ["relative", "decay", "rotary"])
 @pytest.mark.parametrize("segment", [None, 2])
 def test_greedy_equals_solving_the_whole_prefix_again(positions, segment):
     model = built(positions=positions).eval()

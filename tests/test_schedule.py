@@ -7,7 +7,7 @@ import torch
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.gradients import Implicit
-from equilibria.lm.experiments import Milestones, NonMonotone, Plateau, Stage, growing_penalty, learning_rate
+from equilibria.lm.experiments import Cosine, Milestones, NonMonotone, Plateau, Stage, growing_penalty, learning_rate
 from equilibria.lm.experiments.decay import Validated
 from equilibria.solvers import Anderson
 
@@ -26,6 +26,21 @@ def test_half_a_cosine_leads_from_the_peak_to_the_final_rate():
     assert rate(60, total=109) == pytest.approx(0.55)
     assert rate(111) == pytest.approx(0.1)
     assert rate(35, total=109) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+
+
+def test_a_cosine_from_the_start_has_the_rates_of_the_authors_loop():
+    """Written as in their code: the rate is set after each step, by a warm-up or by the cosine of the step's number."""
+    peak, warmup, total, current, theirs = 2.5e-4, 7, 30, 2.5e-4, {}
+    for done in range(1, total + 1):
+        theirs[done] = current
+        warming = done < warmup
+        current = peak * done / warmup if warming else 0.5 * peak * (1 + math.cos(math.pi * done / total))
+    mine = {
+        step: learning_rate(step, peak=peak, warmup=warmup, total=total, decay=Cosine(origin="start"))
+        for step in range(warmup + 1, total + 1)
+    }
+    assert mine == pytest.approx({step: theirs[step] for step in mine}, rel=1e-12)
+    assert mine[warmup + 1] < 0.9 * peak  # the jump
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 9])
@@ -66,9 +81,10 @@ def test_a_milestone_within_the_warm_up_divides_what_comes_after():
 
 
 @pytest.mark.parametrize(
-    ("peak", "expected"), [(20.0, [20.0, 5.0, 1.25, 0.3125, 0.078125, 0.02, 0.02]), (0.01, [0.01] * 7)]
+    ("peak", "expected"), [(20.0, [20.0, 5.0, 1.25, 0.3125, 0.078125, 0.01953125, 0.01953125]), (0.01, [0.01] * 7)]
 )
-def test_divisions_stop_at_the_floor_and_never_raise_a_rate(peak, expected):
+def test_a_rate_at_or_below_the_floor_is_not_divided_again(peak, expected):
+    """As in the code of TrellisNet: `if lr > 0.02: lr /= 4`."""
     rates = [rate(5, peak=peak, warmup=1, decay=NonMonotone(), divisions=count) for count in range(7)]
     assert rates == pytest.approx(expected)
     assert rate(1, peak=1.0, warmup=2, decay=NonMonotone(), divisions=3) == 0.5  # the warm-up is not divided

@@ -167,3 +167,36 @@ def test_numbers_that_cannot_be_are_refused(numbers, sentence):
 def test_too_few_episodes_are_refused():
     with pytest.raises(ValueError, match="3 streams need at least 3 episodes and the text has 2; try batch_size=2"):
         Segments(counting(10, episode=5), batch_size=3)
+
+
+@given(batch_size=st.integers(1, 4), length=st.integers(2, 9), overlap=st.integers(0, 8), extra=st.integers(0, 60))
+@settings(deadline=None)
+def test_official_rows_are_those_of_the_authors_loops(batch_size, length, overlap, extra):
+    """Written as in their code: tokens trimmed and divided into rows, and targets one place further in the same row."""
+    overlap = min(overlap, length - 1)
+    stream = counting(batch_size * (overlap + 2) - 1 + extra)
+    data = torch.arange(len(stream) + 1)
+    columns = len(data) // batch_size
+    data = data[: columns * batch_size].view(batch_size, columns)
+    expected = []
+    for i in range(0, columns - 1, length - overlap):
+        if i + overlap >= columns - 1:
+            continue
+        width = min(length, columns - 1 - i)
+        expected.append((data[:, i : i + width], data[:, i + 1 : i + 1 + width], overlap))
+    segments = Segments(stream, batch_size=batch_size, length=length, overlap=overlap, official=True)
+    found = [(piece.tokens, piece.targets, piece.skip) for piece in segments.one_epoch()]
+    assert len(found) == len(expected) == len(segments)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
+        assert mine[2] == theirs[2]
+
+
+def test_official_rows_of_episodes_and_of_too_few_tokens_are_refused():
+    with pytest.raises(ValueError, match="nothing to divide"):
+        Segments(counting(12, episode=3), batch_size=2, official=True)
+    with pytest.raises(ValueError, match="4 rows of 7 tokens leave no target to score; try a smaller batch_size"):
+        Segments(counting(6), batch_size=4, length=3, official=True)
+    with pytest.raises(ValueError, match="leave no target"):
+        Segments(counting(11), batch_size=4, length=3, overlap=2, official=True)

@@ -15,10 +15,11 @@ from equilibria.commands.recipe import experiment_of
 from equilibria.core.solve import solve
 from equilibria.core.stop import Stop
 from equilibria.errors import UsageError
-from equilibria.gradients import Implicit
+from equilibria.fixed_point import Method
+from equilibria.gradients import Implicit, Neumann, Phantom
 from equilibria.lm.corpora import Segments, copying, prefix_sums
 from equilibria.lm.evaluation import evaluate, jacobian_radius, summary
-from equilibria.lm.experiments import NonMonotone, growing_penalty, learning_rate
+from equilibria.lm.experiments import NonMonotone, Stage, growing_penalty, learning_rate
 from equilibria.lm.model import ExtraLosses, LanguageConfig
 from equilibria.lm.recipes import RECIPES
 from equilibria.lm.report.record import read
@@ -28,7 +29,7 @@ from equilibria.lm.training import Trainer, TrainingStopped
 from equilibria.lm.training.measure import ngram_baseline
 from equilibria.solvers import Picard
 from equilibria.stability import jacobian_penalty
-from small_experiment import STOP, Killed, corpus, experiment, kill_at, same_bits, trained_weights, with_stage
+from small_experiment import SOLVER, STOP, Killed, corpus, experiment, kill_at, same_bits, trained_weights, with_stage
 from small_run import fails, furnish
 
 # Small models with random weights are solved here, and whether their solves converge is not the subject.
@@ -125,7 +126,7 @@ def test_a_step_is_the_textbook_step():
     step = trainer.step(segment)
     torch.manual_seed(3)
     output = twin.model(segment.tokens, segment.targets, method=value.stages[0].method)
-    penalty = jacobian_penalty(output.layer.f, output.layer.z.detach()).mean()
+    penalty = jacobian_penalty(output.layer.f, output.solution.point).mean()
     (output.nll.mean() + 0.5 * penalty).backward()
     parameters = list(twin.model.parameters())
     norm = torch.stack([p.grad.norm() for p in parameters]).norm()
@@ -136,6 +137,33 @@ def test_a_step_is_the_textbook_step():
     assert float(step.gradient_norm) == pytest.approx(float(norm), rel=1e-5)
     for mine, theirs in zip(trainer.model.parameters(), parameters, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6)
+
+
+def test_the_penalty_is_that_of_the_jacobian_at_the_equilibrium():
+    """At z* and not at f(z*), which a loosely converged solve tells apart; J by the rows of a dense Jacobian."""
+    value = experiment()
+    value = dataclasses.replace(value, model=dataclasses.replace(value.model, dropout=0.0))
+    model = value.model.build(9)
+    cell = model.layer.cell
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.mul_(8)
+    tokens = torch.arange(12).view(2, 6) % 9
+    stop = Stop(rtol=0, atol=0, max_evals=2)
+    for gradient in (Implicit(solver=SOLVER, stop=STOP), Phantom(steps=2), Neumann(terms=1)):
+        stage = Stage(name="implicit", steps=1, method=Method(SOLVER, stop, gradient), penalty=1.0)
+        output = model(tokens, tokens, method=stage.training_method)
+        torch.manual_seed(5)
+        found = stage.drawn_penalty(output, None)
+        with torch.no_grad():
+            point = solve(output.layer.f, torch.zeros_like(output.layer.z), SOLVER, stop).z
+        assert torch.equal(output.solution.point, point)
+        assert not torch.allclose(output.layer.z, point, rtol=1e-2)
+        torch.manual_seed(5)
+        noise = torch.randn(point.shape)
+        dense = torch.autograd.functional.jacobian(output.layer.f, point).flatten(3)
+        expected = torch.einsum("btd,btdn->n", noise, dense).square().mean()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from equilibria import Anderson, Equilibrium, Implicit, Picard, Stop, Unroll
 from equilibria.cells import TransformerConfig, TransformerMemory
-from equilibria.cells.transformer.positions import relative_shift, sinusoids, slopes
+from equilibria.cells.transformer.decay import slopes
+from equilibria.cells.transformer.positions import Rotation
+from equilibria.cells.transformer.relative import relative_shift, sinusoids
 from equilibria.layers.dropout import dropout_mask
 from equilibria.layers.linear import NormedLinear
 
@@ -59,7 +61,12 @@ def scores_one_by_one(cell, q, k, memory):
             distance = memory + i - j
             if not 0 <= distance < window:
                 continue
-            content = torch.einsum("bhc,bhc->bh", q[:, i] + attention.u, k[:, j]) / math.sqrt(size)
+            queried = q[:, i] + attention.u
+            if config.positions == "rotary":
+                queried = rotated(queried, 100 + memory + i)  # any common offset
+                scores[:, :, i, j] = (queried * rotated(k[:, j], 100 + j)).sum(-1) / math.sqrt(size)
+                continue
+            content = torch.einsum("bhc,bhc->bh", queried, k[:, j]) / math.sqrt(size)
             if config.positions == "decay":
                 scores[:, :, i, j] = content + positions.bias[:, distance]
             else:
@@ -67,6 +74,16 @@ def scores_one_by_one(cell, q, k, memory):
                 p = (weight(positions.project) @ r).view(heads, size)
                 scores[:, :, i, j] = content + ((q[:, i] + positions.v) * p).sum(-1) / math.sqrt(size)
     return scores
+
+
+def rotated(x, position):
+    """The channels of a head in pairs (f, F + f), each turned by a matrix of two rows (Su et al. 2021, eq. 15)."""
+    half, result = x.shape[-1] // 2, torch.zeros_like(x)
+    for f in range(half):
+        angle = position * 10000 ** (-2 * f / x.shape[-1])
+        turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=x.dtype)
+        result[..., [f, half + f]] = x[..., [f, half + f]] @ turn.t()
+    return result
 
 
 def equations(cell, z, x, memory):
@@ -99,7 +116,7 @@ def equations(cell, z, x, memory):
 
 
 @pytest.mark.parametrize("norm", ["post", "pre", "pre-normalised"])
-@pytest.mark.parametrize("positions", ["relative", "decay"])
+@pytest.mark.parametrize("positions", ["relative", "decay", "rotary"])
 @pytest.mark.parametrize("weight_norm", [True, False])
 @pytest.mark.parametrize("length", [0, 7])
 @pytest.mark.parametrize("window", [0, 4])
@@ -130,7 +147,7 @@ class Products(TorchDispatchMode):
         return sum(self.counts[name] for name in ("mm", "addmm", "bmm", "baddbmm", "matmul"))
 
 
-@pytest.mark.parametrize(("positions", "products"), [("relative", 7), ("decay", 6)])
+@pytest.mark.parametrize(("positions", "products"), [("relative", 7), ("decay", 6), ("rotary", 6)])
 @pytest.mark.parametrize("length", [0, 7])
 def test_products_of_one_call(positions, products, length):
     """qkv of the current rows, QK, (positions), AV, W_o, W_1, W_2, and nothing besides."""
@@ -164,7 +181,7 @@ def test_sinusoids_count_down():
 
 
 class TestWindow:
-    @pytest.mark.parametrize("positions", ["relative", "decay"])
+    @pytest.mark.parametrize("positions", ["relative", "decay", "rotary"])
     def test_reaches_exactly_so_far(self, positions):
         config = dataclasses.replace(SMALL, positions=positions, window=3)
         cell = noisy(config)
@@ -173,6 +190,23 @@ class TestWindow:
         x[:, 2] += 1
         changed = (cell(z, cell.prepare(x, None)) != before).any(-1).any(0)
         assert changed.tolist() == [False, False, True, True, True, False, False, False]
+
+
+class TestRotary:
+    def test_turns_are_exact_at_far_positions(self):
+        """In float32 as in float64, at positions where an angle of float32 is off by 0.06."""
+        x = torch.randn(2, 3, 4, 6)
+        for dtype, off in ((torch.float64, 1e-9), (torch.float32, 1e-6), (torch.bfloat16, 0.05)):
+            near = x.to(dtype)
+            turned = Rotation.of(first=10**6, count=4, width=6, like=near)(near)
+            assert turned.dtype == dtype
+            for t in range(4):
+                expected = rotated(near[:, :, t].double(), 10**6 + t)
+                torch.testing.assert_close(turned[:, :, t].double(), expected, rtol=0, atol=off)
+
+    def test_has_no_parameters_of_its_own(self):
+        cell = dataclasses.replace(SMALL, positions="rotary").build()
+        assert not list(cell.attention.positions.parameters())
 
 
 class TestMemory:
@@ -273,7 +307,7 @@ class TestDropout:
         assert cell.prepare(torch.randn(B, T, 12), None).rows.attention.drop is None
 
 
-@pytest.mark.parametrize("positions", ["relative", "decay"])
+@pytest.mark.parametrize("positions", ["relative", "decay", "rotary"])
 def test_implicit_gradient_is_that_of_a_deep_network(positions):
     """With memory, weight norm and masks on, the implicit gradient equals that of 600 layers."""
     config = dataclasses.replace(SMALL, positions=positions, dropout=0.1, attention_dropout=0.1)
@@ -299,7 +333,8 @@ def test_implicit_gradient_is_that_of_a_deep_network(positions):
     [
         ({"width": 10, "heads": 4}, r"width=10, heads=4.*try heads=5"),
         ({"width": 9, "heads": 3}, r"even; try width=10, or positions='decay'"),
-        ({"positions": "rotary"}, r"positions is 'relative' or 'decay'"),
+        ({"width": 9, "heads": 3, "positions": "rotary"}, r"an even number of them and not 3; try width=12"),
+        ({"positions": "absolute"}, r"positions is one of 'relative', 'decay', 'rotary'"),
         ({"norm": "none"}, r"norm is one of 'post', 'pre', 'pre-normalised'"),
         ({"attention": "flash"}, r"attention is one of 'exact', 'fused', 'auto'"),
         ({"init": "xavier"}, r"init is 'default_fan_in' or 'normal'"),

@@ -15,7 +15,7 @@ from equilibria.lm.corpora import (
     Stream,
 )
 from equilibria.lm.experiments import Milestones, NonMonotone, from_json, to_json
-from equilibria.lm.model import ExtraLosses
+from equilibria.lm.model import ExtraLosses, MixtureConfig
 from equilibria.lm.recipes import RECIPES
 from small_experiment import Killed, finished, kill_at, same_bits, without_times
 
@@ -73,7 +73,7 @@ WIKITEXT = WORDS | {
     "segment, overlap": (100, 0),
     "batch, in evaluation": (49, 4),
     "optimiser": ("adam", 1e-3, 0.0, 0.0),
-    "decay": Milestones(steps=(316_005, 421_340), divide=10.0),
+    "decay": Milestones(steps=(316_005, 421_340, 484_541), divide=10.0),
     "steps per epoch, epochs": (21_067, 25),
     "clip": 0.07,
     "shallow": (40, 30_000),
@@ -221,6 +221,23 @@ def test_the_models_have_the_published_sizes(name):
     assert (sum(sizes.values()) - gains, layer - gains, gains) == SIZES[name]
 
 
+def test_the_mixture_is_the_deep_network_with_other_sizes_and_another_head():
+    """By hand: 4H·2H + 4H·2E + 4H in the cell, V·E + V for table and bias, 15·(O·E + E + O + 1) for the mixture."""
+    value, deep = RECIPES["ptb-trellis-mos"](), RECIPES["ptb-trellis-deep"]()
+    with torch.device("meta"):
+        model = value.model.build(10_000)
+    width, outputs, channels = 280, 480, 1_780
+    cell = 8 * channels**2 + 8 * channels * width + 4 * channels
+    head = 15 * (outputs * width + width + outputs + 1)
+    assert sum(p.numel() for p in model.layer.parameters()) == cell == 29_341_520
+    assert sum(p.numel() for p in model.parameters()) == cell + head + 10_000 * (width + 1) == 34_178_935
+    assert value.model.mixture == MixtureConfig(experts=15, dropout=0.29)
+    sizes = {"width": 400, "hidden": 1_000, "outputs": 400}
+    model = dataclasses.replace(value.model, mixture=None, cell=dataclasses.replace(value.model.cell, **sizes))
+    assert dataclasses.replace(value, name=deep.name, model=model) == deep
+    assert from_json(json.loads(json.dumps(to_json(value)))) == value
+
+
 def test_a_deep_network_is_as_large_as_its_equilibrium():
     for name in EQUILIBRIA:
         assert SIZES[name][:2] == SIZES[f"{name}-deep"][:2]
@@ -266,7 +283,7 @@ def shrunk(name):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "ptb-trellis-mos"])
 def test_small_ones_train_and_continue_as_if_never_stopped(name, tmp_path):
     value = shrunk(name)
     weights, log = finished(tmp_path / "whole", value)

@@ -17,6 +17,7 @@ from equilibria.core.solve import Solution, check_keep
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
+from equilibria.core.tracing import untraced
 from equilibria.gradients.implicit import Implicit
 from equilibria.gradients.neumann import Neumann
 from equilibria.gradients.phantom import Phantom
@@ -51,6 +52,7 @@ class Method:
         check_choices(self, {"on_failure": WAYS})
         check_keep(self.keep)
 
+    @untraced
     def run(self, f: Map, z0: State) -> Solution:
         """The solution of z = f(z) from z0; its ``z`` carries the gradient.
 
@@ -71,6 +73,7 @@ class Method:
         return dataclasses.replace(self, stop=stop, gradient=self.gradient.with_budget(factor))
 
 
+@untraced
 def fixed_point(
     f: Map | Callable[..., State],
     z0: State,
@@ -141,6 +144,7 @@ def implicit(
     found = dataclasses.replace(stop, max_evals=1)
 
     def decorate(procedure: Callable[..., State]) -> Callable[..., State]:
+        @untraced
         @functools.wraps(procedure)
         def differentiable(*operands: Any, **options: Any) -> State:
             with torch.no_grad(), without_forward_mode():

@@ -16,10 +16,12 @@ from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import AffineMap, Map, as_map
 from equilibria.core.progress import relative
+from equilibria.core.saved import kept
 from equilibria.core.solve import solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Status, Stop, row_norm
+from equilibria.core.tracing import untraced
 from equilibria.core.trees import map_pairs, map_tensors, tensors_in
 from equilibria.fixed_point import Method
 from equilibria.solvers.history import ridge_solve, small_dtype
@@ -27,6 +29,7 @@ from equilibria.solvers.newton_krylov import NewtonKrylov
 from equilibria.solvers.picard import Picard
 
 
+@untraced
 def jacobian_penalty(
     f: Map | Callable[[State], State],
     z: State,
@@ -54,7 +57,8 @@ def jacobian_penalty(
         raise ValueError(f"jacobian_penalty(samples={samples}): at least one random vector is needed; try 1.")
     layout = Layout.of(z, coupled=coupled)
     with torch.enable_grad():
-        point = as_map(f).linearise(z, create_graph=True)
+        with kept():
+            point = as_map(f).linearise(z, create_graph=True)
         total = torch.zeros(len(layout.pack(z)), dtype=layout.dtype, device=layout.device)
         for _ in range(samples):
             noise = map_tensors(draw or (lambda leaf: _normal(leaf, generator)), point.value)
@@ -67,6 +71,7 @@ def _normal(leaf: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator)
 
 
+@untraced
 def spectral_radius(
     f: Map | Callable[[State], State],
     z: State,
@@ -91,7 +96,8 @@ def spectral_radius(
     if iterations < 3:
         raise ValueError(f"spectral_radius(iterations={iterations}): at least three VJPs are needed; try 60.")
     layout = Layout.of(z, coupled=coupled)
-    point = as_map(f).linearise(z).for_products()
+    with kept():
+        point = as_map(f).linearise(z).for_products()
 
     def product(v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         return layout.pack(point.vjp(layout.unpack(v)))
@@ -128,6 +134,7 @@ def _leading_modulus(
     return torch.where(aav.isfinite().all(dim=1) & av.isfinite().all(dim=1), found, torch.nan)
 
 
+@untraced
 def error_estimate(
     f: Map | Callable[[State], State], z: State, *, products: int = 20, coupled: bool = False
 ) -> Float[Tensor, " B"]:
@@ -173,6 +180,7 @@ class IndependenceCheck:
         return bool((self.leak <= 100 * torch.finfo(self.leak.dtype).eps).all())
 
 
+@untraced
 def check_independence(
     f: Map | Callable[[State], State], z: State, *, generator: torch.Generator | None = None
 ) -> IndependenceCheck:
@@ -188,7 +196,8 @@ def check_independence(
         generator: random numbers for the cotangents; the default generator if None.
     """
     layout = Layout.of(z)
-    point = as_map(f).linearise(z).for_products()
+    with kept():
+        point = as_map(f).linearise(z).for_products()
     with torch.no_grad():
         flat = layout.pack(z)
         leak = flat.new_zeros(len(flat))
@@ -217,6 +226,7 @@ class GradientCheck:
     """Largest relative residual after the unroll: the comparison means little if this is not small."""
 
 
+@untraced
 def check_gradient(
     f: Map | Callable[[State], State],
     z0: State,

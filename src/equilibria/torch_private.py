@@ -9,8 +9,10 @@ What to do if a name is gone is the last sentence of its docstring.
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch._functorch.config as _functorch_config
@@ -19,6 +21,9 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 TRIED = ("2.13.0", "2.14.1")
 """The versions of PyTorch with which the tests of the core, the solvers, the gradients and the layers passed."""
@@ -138,6 +143,14 @@ def at_the_end(call: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(call)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def hooks_on_saved_tensors() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The innermost pair of active hooks on saved tensors (pack, unpack), such as those of a checkpoint, or None.
+
+    If it goes: return None, which costs one recomputation of the checkpoint per VJP.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # ---------------------------------------------------------------- tensors, storages, modules and process groups
 
 
@@ -172,6 +185,33 @@ def without_donated_buffers() -> contextlib.AbstractContextManager[Any]:
     in the thread where that runs. If it goes: linearise again for each VJP.
     """
     return _functorch_config.patch(donated_buffer=False)
+
+
+def outside_of_graphs(function: Callable[_P, _T], reason: str) -> Callable[_P, _T]:
+    """The function, which ``torch.compile`` then runs as it is; with fullgraph=True its error contains ``reason``.
+
+    It does what ``torch.compiler.disable`` does, but does not load torch._dynamo, which takes a second, for those who
+    compile nothing. If it goes: that function.
+    """
+    disabled: Any = None
+
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function, reason=reason)
+        return disabled(*args, **kwargs)
+
+    _eval_frame.set_code_exec_strategy(call.__code__, _SKIPPED)
+    marked: Any = functools.wraps(function)(call)
+    marked._torchdynamo_disable, marked._torchdynamo_disable_msg = True, reason
+    return marked
+
+
+_eval_frame: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
+_SKIPPED = _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.DEFAULT)
+"""A frame that is not traced, though the functions that it calls may be."""
 
 
 def drop_process_groups(mesh: Any) -> None:

@@ -75,6 +75,7 @@ SUITES = {AffineConfig: Affine, TransformerConfig: Transformer, ChainConfig: Cha
 
 for number, config in enumerate(CELLS):
     scanning = isinstance(config, TrellisConfig) and config.recurrence == "scan"
-    fields = {"config": config, "segment_law_of_the_map": not scanning}
+    divided = isinstance(config, ChainConfig) and config.memory == "last"
+    fields = {"config": config, "segment_law_of_the_map": not scanning, "segment_law": not divided}
     name = f"Test{type(config).__name__}{number}"
     globals()[name] = type(name, (SUITES[type(config)],), fields)

@@ -27,6 +27,8 @@ KINDS = {
     "relative, channels dropped": dataclasses.replace(SMALL, dropout=0.3),
     "decay": dataclasses.replace(SMALL, positions="decay"),
     "decay, window": dataclasses.replace(SMALL, positions="decay", window=5, longest=8),
+    "rotary": dataclasses.replace(SMALL, positions="rotary", dropout=0.3, variational=False),
+    "rotary, window": dataclasses.replace(SMALL, positions="rotary", window=5),
 }
 KIND = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 PAST = pytest.mark.parametrize("past", ["none", "memory", "padding", "padding and memory", "keys and values"])
@@ -122,7 +124,7 @@ def test_jacobian_vector_products_are_those_of_the_exact_form(config, past):
         assert_close(fast, exact, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("positions", ["relative", "decay"])
+@pytest.mark.parametrize("positions", ["relative", "decay", "rotary"])
 def test_many_cotangents_at_once(positions):
     """As ``is_grads_batched`` and ``torch.func.vmap`` over a VJP give them."""
     x, z = torch.randn(2, B, T, 12, dtype=torch.float64).unbind(0)
@@ -158,7 +160,7 @@ def test_equilibria_and_their_gradients(config):
         assert_close(fast, exact, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("positions", ["relative", "decay"])
+@pytest.mark.parametrize("positions", ["relative", "decay", "rotary"])
 def test_caches(positions):
     """Pieces of a text from a cache, one position or several, with texts that begin later."""
     x = torch.randn(B, 8, 12, dtype=torch.float64)
@@ -198,7 +200,7 @@ def test_the_same_random_numbers_in_both_forms():
     assert torch.equal(*states)
 
 
-@pytest.mark.parametrize(("positions", "passes"), [("relative", 0), ("decay", 1)])
+@pytest.mark.parametrize(("positions", "passes"), [("relative", 0), ("decay", 1), ("rotary", 0)])
 def test_scores_are_written_for_the_gradient_of_a_bias_alone(positions, passes, monkeypatch):
     """Neither f nor its VJPs in the state write them, and one full backward pass writes them once, for the decay."""
     plain, calls = kernel.__dict__["_weights"], []
@@ -255,7 +257,7 @@ def test_wide_heads_take_the_exact_form_on_a_gpu(width, expected):
     assert (found is not None) == expected
 
 
-@pytest.mark.parametrize(("positions", "channels"), [("relative", 4 + 12), ("decay", 4)])
+@pytest.mark.parametrize(("positions", "channels"), [("relative", 4 + 12), ("decay", 4), ("rotary", 4)])
 def test_auto_is_fused_from_a_number_of_scores_per_channel_on(positions, channels, monkeypatch):
     """Those of all samples and heads count, with the keys of the memory; further channels ask for more of them."""
     cell = dataclasses.replace(SMALL, positions=positions, attention="auto").build().double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ from equilibria import (
     Stop,
     solve,
 )
-from equilibria.cells import AffineCell, AffineConfig
+from equilibria.cells import AffineCell, AffineConfig, TransformerConfig
 from equilibria.core import progress
+from equilibria.layers.cell import CellMap
 
 
 def same_solution(a, b):
@@ -100,6 +102,7 @@ def test_flags_that_are_read_late_change_nothing(solver, selecting, broken, monk
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")  # said once, by the first use of it
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=str)
 def test_a_gpu_is_not_waited_for(solver):
     f, z0 = mixed(dtype=torch.float32), torch.zeros(BATCH, WIDTH, device="cuda")
@@ -116,6 +119,49 @@ def test_a_gpu_is_not_waited_for(solver):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_close(found.z.cpu(), expected.z, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=str)
+def test_a_gpu_is_not_waited_for_where_samples_could_be_dropped(solver):
+    cell = TransformerConfig(width=16, heads=2, inner=32, memory=0).build().cuda()
+    x = torch.randn(3, 8, 16, device="cuda")
+
+    class Watched(CellMap):
+        def __call__(self, z):
+            torch.cuda.set_sync_debug_mode("error")
+            return super().__call__(z)
+
+    with torch.no_grad():
+        f = Watched(cell, cell.prepare(x))
+        try:
+            found = solve(f, torch.zeros_like(x), solver, Stop(rtol=0, max_evals=30))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert found.evals == 30
+    assert torch.isfinite(found.z).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=str)
+def test_a_training_step_waits_for_a_gpu_as_often_with_many_evaluations_as_with_few(solver):
+    cell = TransformerConfig(width=16, heads=2, inner=32, memory=4).build().cuda()
+    x, counts = torch.randn(3, 8, 16, device="cuda"), []
+    for evals in (10, 10, 30):  # the first time handles and pinned memory are made
+        stop = Stop(rtol=0, max_evals=evals)
+        layer = Equilibrium(cell, solver, stop, Implicit(solver, stop))
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                out = layer(x)
+                out.z.sum().backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("called a synchronizing" in str(warning.message) for warning in heard))
+        assert out.solution.adjoint[0].evals == evals
+    assert counts[1] == counts[2]
 
 
 def test_most_of_the_work_of_done_samples_is_saved():

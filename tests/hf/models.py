@@ -18,6 +18,7 @@ BLOCK = TransformerConfig(width=16, heads=2, inner=32, memory=8, window=24)
 CELLS = {
     "transformer": BLOCK,
     "decay": TransformerConfig(width=16, heads=4, inner=32, memory=8, positions="decay", longest=16, window=16),
+    "rotary": TransformerConfig(width=16, heads=2, inner=32, memory=8, positions="rotary", window=16),
     "chain": ChainConfig((BLOCK, TransformerConfig(width=16, heads=4, inner=32, memory=8))),
     "trellis": TrellisConfig(width=8, hidden=8, outputs=8),
 }

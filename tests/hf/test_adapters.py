@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 LINEAR = {
     "transformer": ["qkv", "out", "inner", "outer", "inject"],
     "decay": ["qkv", "out", "inner", "outer", "inject"],
+    "rotary": ["qkv", "out", "inner", "outer", "inject"],
     "chain": ["qkv", "out", "inner", "outer", "inject"],
     "trellis": ["state", "input"],
 }

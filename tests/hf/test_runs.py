@@ -90,6 +90,18 @@ def test_an_explicit_network_is_refused_in_a_sentence(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_chain_whose_blocks_read_the_final_state_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    """With a cache its values would not be those of the whole text."""
+    run = equilibria.load("tiny")
+    cell = ChainConfig((run.experiment.model.cell,) * 2, memory="last")
+    model = dataclasses.replace(run.experiment.model, cell=cell)
+    divided = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, model=model))
+    monkeypatch.setattr(runs, "load", lambda path, checkpoint: divided)
+    with pytest.raises(ValueError, match="has other values with a cache than without"):
+        export("tiny", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_configuration_is_plain_json(tmp_path):
     from_run("tiny").model.config.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -14,12 +16,15 @@ from equilibria.layers.sequence import check_key_padding_mask
 EXACT = Stop(rtol=1e-13, atol=1e-13, max_evals=200)
 RELATIVE = TransformerConfig(width=8, heads=2, inner=16, memory=16, window=6)
 DECAY = TransformerConfig(width=8, heads=2, inner=16, memory=16, positions="decay", longest=20, norm="pre-normalised")
+ROTARY = TransformerConfig(width=8, heads=2, inner=16, memory=16, positions="rotary", window=6)
+KINDS = pytest.mark.parametrize("config", [RELATIVE, DECAY, ROTARY], ids=["relative", "decay", "rotary"])
 
 
 def contraction(config):
     cell = config.build().double().eval()
     with torch.no_grad():
         cell.inject.direction.mul_(300)
+        cell.attention.qkv.gain.mul_(0.3)
     return cell
 
 
@@ -32,7 +37,7 @@ def empty(config, batch=2):
     return KeyValues(none, none)
 
 
-@pytest.mark.parametrize("config", [RELATIVE, DECAY], ids=["relative", "decay"])
+@KINDS
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_past_of_keys_and_values_is_exact(config, gradients):
     """Pieces of any length joined by keys and values have the equilibrium of the whole, beyond the window too."""
@@ -49,12 +54,25 @@ def test_a_past_of_keys_and_values_is_exact(config, gradients):
     assert_close(torch.cat(pieces, dim=1), whole.z, rtol=0, atol=1e-10)
 
 
-def test_keys_and_values_see_no_padding():
+@KINDS
+def test_the_beginning_of_keys_and_values_may_be_cut_off(config):
+    """As far as the window does not reach: a past may begin anywhere in its text."""
+    config = dataclasses.replace(config, window=6)
+    model, x = layer(config), torch.randn(2, 12, 8, dtype=torch.float64)
+    with torch.no_grad():
+        memory = model(x[:, :9], empty(config)).memory
+        whole = model(x[:, 9:], memory)
+        cut = model(x[:, 9:], KeyValues(memory.k[:, :, 4:], memory.v[:, :, 4:]))
+    assert_close(cut.z, whole.z, rtol=0, atol=1e-12)
+
+
+@KINDS
+def test_keys_and_values_see_no_padding(config):
     """A left-padded row continues as it does alone."""
-    model, x = layer(RELATIVE), torch.randn(2, 6, 8, dtype=torch.float64)
+    model, x = layer(config), torch.randn(2, 6, 8, dtype=torch.float64)
     mask = torch.tensor([[False] * 4, [True, True, False, False]])
     with torch.no_grad():
-        first = model(x[:, :4], empty(RELATIVE), key_padding_mask=mask)
+        first = model(x[:, :4], empty(config), key_padding_mask=mask)
         second = model(x[:, 4:], first.memory)
         alone = model(x[1:, 2:])
     assert_close(second.z[1:], alone.z[:, 2:], rtol=0, atol=1e-10)

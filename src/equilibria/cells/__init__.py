@@ -23,11 +23,20 @@ CELLS: tuple[AffineConfig | TransformerConfig | ChainConfig | TrellisConfig, ...
     ),
     TransformerConfig(width=8, heads=2, inner=12, memory=5, dropout=0.2, attention="fused"),
     TransformerConfig(width=12, heads=3, inner=8, memory=16, positions="decay", window=4, attention="fused"),
+    TransformerConfig(width=8, heads=2, inner=12, memory=16, positions="rotary"),
+    TransformerConfig(width=12, heads=3, inner=8, memory=16, positions="rotary", window=4, attention="fused"),
     ChainConfig(
         cells=(
             TransformerConfig(width=8, heads=2, inner=12, memory=16),
             TransformerConfig(width=8, heads=1, inner=16, memory=16, positions="decay", longest=32),
         )
+    ),
+    ChainConfig(
+        cells=(
+            TransformerConfig(width=8, heads=2, inner=12, memory=5, norm="pre", affine=True, attention_norm=True),
+            TransformerConfig(width=8, heads=2, inner=12, memory=5, norm="post", dropout=0.2),
+        ),
+        memory="last",
     ),
     TrellisConfig(width=6, hidden=5, outputs=4),
     TrellisConfig(width=4, hidden=3, outputs=4, recurrence="scan", weight_norm=False, injection_init="normal"),

@@ -38,8 +38,12 @@ class Options:
     """Where the corpus lies now, if it has moved."""
     recipe: str | None = None
     """FILE.py:FUNCTION that the run was trained from, if solvers or shapes of your own are in it."""
-    batch_size: int = 1
-    """Streams read side by side; 1 is exact, more is faster and what papers do: each begins without a past."""
+    protocol: Literal["exact", "official"] = "exact"
+    """"exact" scores every target that the streams hold; "official" first divides the n tokens into B rows of n // B,
+    as the authors' codes do, so that the first token of a row is not scored."""
+    batch_size: int | None = None
+    """Streams read side by side; 1 is exact, more is faster and what papers do: each begins without a past. None for
+    1, and with --protocol official for that of the training's validations."""
     memory_length: int | None = None
     """Positions of the past that the model remembers; None for those of the training."""
     segment_length: int | None = None
@@ -70,10 +74,12 @@ def main(arguments: Sequence[str]) -> int:
     method = _method(loaded, options)
     stream = loaded.stream(options.split)
     cut = _segments(loaded, options, episodes=bool(stream.episode))
+    official = options.protocol == "official"
+    batch_size = options.batch_size or (loaded.experiment.training.validation.eval_batch_size if official else 1)
     with waiting(f"reading {len(stream):,} tokens of {loaded.language.name} ({_scored(loaded, options)})"):
         try:
-            how = {"batch_size": options.batch_size, "max_segments": options.max_segments, "method": method}
-            result = loaded.evaluate(options.split, **cut, **how)
+            how = {"batch_size": batch_size, "max_segments": options.max_segments, "method": method}
+            result = loaded.evaluate(options.split, official=official, **cut, **how)
         except ValueError as error:  # the text or the cell is too short for the options
             raise UsageError(str(error)) from None
     if options.json:
@@ -186,6 +192,9 @@ def _conditions(loaded: Trained, setting: Setting, *, episodes: bool) -> list[Ro
     rows.append(Row("Segment length", f"{setting.segment_length:,} tokens", again if setting.overlap else ""))
     if episodes:
         streams = "each sequence stands alone"
+    elif setting.official:
+        first = f"first {setting.overlap + 1:,} tokens are" if setting.overlap else "first token is"
+        streams = f"official: each has n // {setting.batch_size} of the n tokens, and its {first} not scored"
     elif setting.batch_size > 1:
         streams = "each begins without memory, and its first token has no past"
     else:

@@ -22,6 +22,7 @@ VERBS = {
     "generate": ("RUN", "let the model of a run write text"),
     "report": ("RUN", "one HTML page with figures about a run"),
     "export": ("RUN", "the weights of a run as one safetensors file"),
+    "convert": ("CHECKPOINT", "a run from weights that the authors of DEQ, TrellisNet or TorchDEQ have published"),
     "doctor": ("RUN", "whether a run is whole, and what to do if not"),
     "prepare": ("CORPUS", "look at a corpus before training on it"),
 }

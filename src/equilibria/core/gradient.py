@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from equilibria.core.failure import OnFailure
 from equilibria.core.maps import Map
+from equilibria.core.saved import kept
 from equilibria.core.solve import Solution, solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
@@ -85,7 +86,7 @@ def solve_without_graph(
     _check_no_transform()
     if not forward_mode:
         _check_no_tangent(f, z0)
-    with torch.no_grad(), without_forward_mode():
+    with torch.no_grad(), without_forward_mode(), kept():
         solution = solve(
             f,
             map_tensors(torch.Tensor.detach, z0),

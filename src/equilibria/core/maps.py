@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from equilibria.core.capture import leaves_below
+from equilibria.core.saved import SavedTensors
 from equilibria.core.state import Layout, State
+from equilibria.core.tracing import untraced
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 from equilibria.torch_private import without_donated_buffers
 
@@ -101,6 +103,8 @@ class Linearised:
     create_graph: bool = False
     compiled: bool = False
     """True if f was compiled: its backward pass must then preserve its saved tensors for the next VJP."""
+    saved: SavedTensors = dataclasses.field(default_factory=SavedTensors)
+    """The tensors that the graph saves, if hooks pack them; a backward pass unpacks them before its VJPs."""
     arrival: Arrival = dataclasses.field(default_factory=lambda: Arrival())
     """Receives the cotangent of z at the end of a backward pass."""
     again: Callable[[], Linearised] | None = None
@@ -136,6 +140,7 @@ class Linearised:
         )
 
 
+@untraced
 def linearised(f: Callable[[State], State], z: State, *, create_graph: bool = False) -> Linearised:
     """f(z) with graph; see ``Map.linearise``."""
     at = map_tensors(Tensor.detach, z)
@@ -151,7 +156,8 @@ def _linearised(
     f: Callable[[State], State], z: State, arrival: Arrival, autocast: Autocast, *, create_graph: bool
 ) -> Linearised:
     layout = Layout.of(z, coupled=True)  # only the structure is needed, and coupled=True accepts leaves of any shape
-    with torch.enable_grad(), autocast.on():
+    saved = SavedTensors()
+    with torch.enable_grad(), autocast.on(), saved.recorded():
         anchor = torch.zeros((), device=layout.device, requires_grad=True)
         leaves = _Begin.apply(arrival, anchor, *tensors_in(z))
         edges = tuple(get_gradient_edge(leaf) for leaf in leaves)  # pyright: ignore
@@ -162,6 +168,7 @@ def _linearised(
         anchor=anchor,
         autocast=autocast,
         create_graph=create_graph,
+        saved=saved,
         arrival=arrival,
     )
 
@@ -203,6 +210,7 @@ class _Begin(torch.autograd.Function):
         return tuple(leaf.view_as(leaf) for leaf in leaves)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.arrival.arrived(cotangents)
         return (None, None, *(cotangents if ctx.arrival.passed_on else (None,) * len(cotangents)))

@@ -22,6 +22,7 @@ from equilibria.core.progress import Outcome, Progress
 from equilibria.core.solver import History, Iterate, Solver
 from equilibria.core.state import Layout, State, check_finite
 from equilibria.core.stop import Status, Stop
+from equilibria.core.tracing import check_not_exported, untraced
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -49,6 +50,9 @@ class Solution:
     """The states after the numbers of steps in ``keep``; only ``Unroll`` gives them a gradient."""
     adjoint: list[Solution] = dataclasses.field(default_factory=list)
     """Each backward pass appends the solution of its adjoint solve; ``dataclasses.replace`` shares the list."""
+    point: State | None = None
+    """z*, the iterate that the loop returned, without graph, if a gradient rule has replaced z by f(z*); None if z is
+    z* itself."""
 
     @property
     def converged(self) -> Bool[Tensor, " B"]:
@@ -74,6 +78,7 @@ class Solution:
     __repr__ = __str__
 
 
+@untraced
 def solve(
     f: Map | Callable[[State], State],
     z0: State,
@@ -109,6 +114,7 @@ def solve(
         ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes structure, shape, dtype or
             device.
     """
+    check_not_exported()
     check_kind("solver", solver, Solver, "Anderson()")
     check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
     check_keep(keep)

@@ -25,6 +25,7 @@ from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
+from equilibria.core.tracing import untraced
 from equilibria.gradients.linearise import solve_linear, solve_rows
 from equilibria.torch_private import forward_modes, is_batched, without_forward_mode
 
@@ -172,6 +173,7 @@ class _Solved(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         system, (x, *operands) = ctx.system, ctx.saved_tensors
         u = _Solved.apply(system.adjoint(), cotangents[0], x, *operands)[0]  # pyright: ignore
@@ -184,6 +186,7 @@ class _Solved(torch.autograd.Function):
         return None, u if system.linear else None, *gradients
 
     @staticmethod
+    @untraced
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         system, (x, *operands) = ctx.system, ctx.saved_tensors
         _, along_start, *along = tangents
@@ -196,6 +199,7 @@ class _Solved(torch.autograd.Function):
         return w, *[None] * (ctx.outputs - 1)
 
     @staticmethod
+    @untraced
     def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
         info: Any, in_dims: Any, system: System, x0: Tensor, *operands: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

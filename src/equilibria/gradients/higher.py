@@ -25,6 +25,7 @@ from equilibria.core.maps import Linearised, Map, linearised_through
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout
 from equilibria.core.stop import Stop
+from equilibria.core.tracing import untraced
 from equilibria.gradients.linearise import Edge
 from equilibria.torch_private import at_the_end, task
 
@@ -196,6 +197,7 @@ class _Crossed(ABC):
     def _register(self, node: Any) -> None:
         this, edges = weakref.ref(self), self._edges[node]  # weak, since this object keeps the nodes alive
 
+        @untraced
         def hook(outgoing: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
             crossed = this()
             if crossed is None or crossed._task != task():

@@ -23,6 +23,7 @@ from equilibria.core.solve import Solution, solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop, row_norm
+from equilibria.core.tracing import untraced
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 from equilibria.torch_private import by_older_vmap, is_forward_mode, is_last, is_many, is_transformed, will_run
 
@@ -102,7 +103,7 @@ def attached(
     """
     dual = orders is not None and is_forward_mode()
     if not torch.is_grad_enabled() and not dual:
-        return dataclasses.replace(solution, z=solution.fz)
+        return dataclasses.replace(solution, z=solution.fz, point=solution.z)
     layout = Layout.of(solution.z, coupled=method.coupled)
     f = f.eager() if dual else f
     pinned = f if orders is None else f.eager().pinned()
@@ -113,7 +114,7 @@ def attached(
         with torch.no_grad():
             check_again(method, change(layout.pack(known), recorded(solution, layout), method.stop, layout), known)
     # The same bits as the f(z*) of the solve, whose memory is released.
-    out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1)
+    out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1, point=solution.z)
     primal, h = split_dual(fz, layout) if dual else (fz, None)
     if constant or not torch.is_grad_enabled():  # no graph is kept, no adjoint solved
         z = layout.pack(known) if h is not None else None
@@ -221,13 +222,16 @@ class _Replace(torch.autograd.Function):
         return z
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        point, orders, (g,), (z,) = ctx.point, ctx.orders, cotangents, ctx.saved_tensors
+        point, orders, (g,) = ctx.point, ctx.orders, cotangents
         if g is None:
             return None, None, None, None
+        (z,) = ctx.saved_tensors  # after the return above: in a checkpoint this is what computes everything again
         batched = is_many(g)
         if batched and (torch.is_grad_enabled() or (orders is not None and is_forward_mode())):
             raise RuntimeError(_BATCHED)
+        point.linearised.saved.unpack()
         if orders is not None and (torch.is_grad_enabled() or is_forward_mode()):
             with point.linearised.autocast.off():
                 return orders.again(point, z, g, ctx.next_functions[0]), None, None, None

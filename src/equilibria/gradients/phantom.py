@@ -41,10 +41,10 @@ class Phantom(GradientRule):
         """The solution, with the last tracked iterate as its differentiable z."""
         solution = solve_without_graph(f, z0, method)
         if not torch.is_grad_enabled():
-            return dataclasses.replace(solution, z=solution.fz)
+            return dataclasses.replace(solution, z=solution.fz, point=solution.z)
         budget = Stop(rtol=0, atol=0, max_evals=self.steps, best=False)
         tracked = solve(f, solution.z, Picard(self.damping), budget, coupled=method.coupled)
         if is_heard(method.stop, method.on_failure):
             check_again(method, (tracked.trace[0].detach() - solution.residual).abs(), solution.z)
         z = map_pairs(lambda x, fx: x.lerp(fx, self.damping), tracked.z, tracked.fz)
-        return dataclasses.replace(solution, z=z, evals=solution.evals + tracked.evals)
+        return dataclasses.replace(solution, z=z, evals=solution.evals + tracked.evals, point=solution.z)

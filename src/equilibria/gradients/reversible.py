@@ -19,6 +19,7 @@ from equilibria.core.maps import Autocast, FunctionMap, Map
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Status, Stop, row_norm
+from equilibria.core.tracing import untraced
 from equilibria.gradients.linearise import differentiated_once
 from equilibria.solvers.reversible import Reversible
 from equilibria.torch_private import is_many
@@ -107,6 +108,7 @@ class _Undo(torch.autograd.Function):
         return z.view_as(z)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         path, (z, z0, *constants) = ctx.path, ctx.saved_tensors
         if is_many(cotangents[0]):

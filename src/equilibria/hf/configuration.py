@@ -105,6 +105,13 @@ class EquilibriumConfig(PreTrainedConfig):
                 "EquilibriumConfig(language=LanguageConfig(explicit=Explicit(…))): an explicit network needs a slot "
                 "per layer and position, and this model has one per position; export it as safetensors instead."
             )
+        if isinstance(language.cell, ChainConfig) and language.cell.memory == "last":
+            raise ValueError(
+                "EquilibriumConfig(language=LanguageConfig(ChainConfig(memory='last'))): its blocks read final states "
+                "of the past and inputs of blocks in the segment at hand, so the same text has other values with a "
+                "cache than without, and transformers takes them for equal; use `equilibria generate` and `evaluate`, "
+                "or export it as safetensors."
+            )
 
     def decoded_language(self) -> LanguageConfig:
         """The ``LanguageConfig``."""

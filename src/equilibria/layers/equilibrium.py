@@ -14,6 +14,7 @@ from equilibria.core.gradient import GradientRule
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
+from equilibria.core.tracing import untraced
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Buffers, CellMap, as_cell, check_rows
 from equilibria.layers.layer import Layer, LayerOutput
@@ -68,6 +69,7 @@ class Equilibrium(Layer):
             check_kind("eval_stop", eval_stop, Stop, "Stop(rtol=1e-3)")
         self.eval_stop = eval_stop
 
+    @untraced
     def forward(
         self, *inputs: Any, start: State | None = None, method: Method | None = None, **options: Any
     ) -> LayerOutput:

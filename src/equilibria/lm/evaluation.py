@@ -42,6 +42,7 @@ def evaluate(
     depth: int | None = None,
     ranks: Ranks = ALONE,
     vocabulary: Vocabulary | None = None,
+    official: bool = False,
 ) -> Evaluation:
     """The score of the model on the stream, in evaluation mode and without gradients.
 
@@ -61,6 +62,7 @@ def evaluate(
         depth: number of layers of an explicit network to use; None for all.
         ranks: processes that share the batch if it can be divided evenly; otherwise each reads all of it.
         vocabulary: the vocabulary of the text, to count its bytes; None counts none, as for a synthetic task.
+        official: divide the tokens into rows first, as the published codes do; see ``Segments``.
 
     Raises:
         ValueError: an argument is out of its range, or the stream is too short for the batch.
@@ -76,6 +78,7 @@ def evaluate(
         overlap=overlap,
         rank=ranks.rank,
         world_size=ranks.size,
+        official=official,
     )
     began, device = time.perf_counter(), device_of(model)
     answers = stream.answers or stream.episode
@@ -98,6 +101,7 @@ def evaluate(
         **_layer_setting(model.layer, method, carried=overlap == 0),
         tokens=totals.tokens,
         stream_tokens=len(stream),
+        official=official,
     )
     return totals.evaluation(setting, seconds=time.perf_counter() - began)
 

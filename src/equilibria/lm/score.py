@@ -30,6 +30,8 @@ class Setting:
     """Tokens that were scored."""
     stream_tokens: int
     """Tokens in the stream."""
+    official: bool = False
+    """True if the tokens were divided into rows before the targets were taken, as in published scores."""
 
 
 @dataclasses.dataclass(frozen=True)

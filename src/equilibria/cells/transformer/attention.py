@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from equilibria.cells.transformer.cache import KeyValueCache
 from equilibria.cells.transformer.fused import Form, FusedTerm, attend, prepare_fused
-from equilibria.cells.transformer.positions import Positions
+from equilibria.cells.transformer.positions import Positions, Rotation
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
 from equilibria.layers.linear import Init, LinearWeights, NormedLinear, weights_of
@@ -43,6 +43,8 @@ class AttentionShared:
 
     weights: AttentionWeights
     """The effective weights."""
+    rotation: Rotation | None
+    """Turns the queries and the new keys; None if positions do not turn them."""
     positions: Any
     """The shared part of the position term."""
     fused: FusedTerm | None = None
@@ -56,7 +58,7 @@ class AttentionRows:
     injection: Float[Tensor, "B T E"] | None
     """U plus the bias u of the queries, the queries' part multiplied by 1/√C; None without an injection."""
     past: Float[Tensor, "B 2 H M C"] | KeyValueCache | None
-    """Keys and values of the memory."""
+    """Keys and values of the memory, the keys turned."""
     positions: Any
     """The position term of each sample, such as its mask."""
     drop: Float[Tensor, "B H T K"] | None
@@ -65,6 +67,8 @@ class AttentionRows:
 
 class Attention(nn.Module):
     """o = softmax(A) V W_o + b_o with A_ij = (q_i + u)·k_j/√C + position term, and [q|k|v] = c W_qkv + [U0; U].
+
+    Rotary positions have no such term: they turn q_i + u and k_j.
 
     Args:
         width: D, channels of states and inputs.
@@ -129,6 +133,7 @@ class Attention(nn.Module):
         injection: Float[Tensor, "B T 3*D"] | None,
         past: Float[Tensor, "2 H B M C"] | KeyValueCache | None,
         *,
+        first: int,
         weights: AttentionWeights,
         table: Tensor | None = None,
         key_padding_mask: Bool[Tensor, "B K"] | None = None,
@@ -140,6 +145,7 @@ class Attention(nn.Module):
             x: gives batch, length, dtype and device.
             injection: U = x W_in + b_in; None for no injection.
             past: keys and values of the memory, as ``keys_and_values`` gives them, or a cache of them.
+            first: position of the first row of x, counted as for the keys of the past.
             weights: the result of ``weights``.
             table: the table of ``positions`` for the past and x, or for more keys; computed if None.
             key_padding_mask: True for padding keys, which a query of their stream sees only at its own position.
@@ -160,16 +166,17 @@ class Attention(nn.Module):
             drop=None if drop is None else drop.transpose(0, 1),
         )
         term = {"positions": positions.shared} if fused is None else {"positions": None, "fused": fused.shared}
-        return Prepared(shared=AttentionShared(weights=weights, **term), rows=rows)
+        rotation = self.positions.rotation(first=first, count=time, like=x)
+        return Prepared(shared=AttentionShared(weights=weights, rotation=rotation, **term), rows=rows)
 
     def forward(self, x: Float[Tensor, "B T D"], prepared: Prepared) -> Float[Tensor, "B T D"]:
-        """The attention output o of the current positions: five matrix products, or four with decay."""
+        """The attention output o of the current positions: five matrix products with relative positions, else four."""
         batch, time, _ = x.shape
         shared, rows = prepared.shared, prepared.rows
         weights, past = shared.weights, rows.past
         added = weights.bias if rows.injection is None else rows.injection.flatten(0, -2)
         qkv = torch.addmm(added, x.flatten(0, 1), weights.qkv).view(batch, time, -1)
-        parts = self._split(qkv)
+        parts = turned(self._split(qkv), shared.rotation)
         q, kv = parts[0], parts[1:]
         if past is not None:
             cached = isinstance(past, KeyValueCache)
@@ -199,15 +206,24 @@ class Attention(nn.Module):
         return heads.permute(1, 2, 0, 3)
 
     def keys_and_values(
-        self, x: Float[Tensor, "B L D"], injection: Float[Tensor, "B L 3*D"] | None, weights: AttentionWeights
+        self,
+        x: Float[Tensor, "B L D"],
+        injection: Float[Tensor, "B L 3*D"] | None,
+        weights: AttentionWeights,
+        rotation: Rotation | None,
     ) -> Float[Tensor, "2 H B L C"]:
-        """Keys and values of states x under the injection U at the same positions."""
+        """Keys and values of states x under the injection U at the same positions, the keys turned by ``rotation``."""
         width = x.shape[2]
         rows = x @ weights.qkv[:, width:]
-        return self._split(rows if injection is None else rows + injection[..., width:])
+        return turned(self._split(rows if injection is None else rows + injection[..., width:]), rotation)
 
     def _split(self, rows: Float[Tensor, "B L SD"]) -> Float[Tensor, "S H B L C"]:
         """Queries, keys or values side by side in one row, into heads."""
         batch, length, _ = rows.shape
         parts = rows.view(batch, length, -1, self.heads, self.u.shape[1])
         return parts.permute(2, 3, 0, 1, 4)
+
+
+def turned(parts: Float[Tensor, "S H B L C"], rotation: Rotation | None) -> Float[Tensor, "S H B L C"]:
+    """Queries, keys and values, or keys and values, of L positions: all but the values turned; None turns nothing."""
+    return parts if rotation is None else torch.cat([rotation(parts[:-1]), parts[-1:]])

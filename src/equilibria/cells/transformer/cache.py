@@ -23,7 +23,8 @@ class KeyValueCache:
     """
 
     slots: Float[Tensor, "B 2 H S C"]
-    """Keys and values; in memory the heads stand before the batch, as attention reads them."""
+    """Keys and values, the keys turned by their positions in the text; in memory the heads stand before the batch, as
+    attention reads them."""
     written: list[int]
     """One-element list shared by all versions of the cache: the number of slots written."""
     length: int
@@ -62,6 +63,11 @@ class KeyValueCache:
         slots[:, 0, :, :length], slots[:, 1, :, :length] = k, v
         slots[:, :, :, length:] = 0
         return cls(slots=slots, written=[length], length=length, end=length, moved=0, padding=None, padded=0)
+
+    @property
+    def next(self) -> int:
+        """Position in the text at which new ones begin."""
+        return self.moved + self.end
 
     @property
     def seen(self) -> int:

@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equilibria.cells.transformer.attention import Attention
+from equilibria.cells.transformer.attention import Attention, turned
 from equilibria.cells.transformer.cache import KeyValueCache
+from equilibria.cells.transformer.decay import DecayPositions
 from equilibria.cells.transformer.fused import Form
 from equilibria.cells.transformer.past import (
     KeyValues,
@@ -29,7 +30,7 @@ from equilibria.cells.transformer.past import (
     check_past,
     joined_padding,
 )
-from equilibria.cells.transformer.positions import DecayPositions, Positions, RelativePositions
+from equilibria.cells.transformer.positions import Positions, Rotation
 from equilibria.cells.transformer.prepared import (
     PastRead,
     TransformerKept,
@@ -37,6 +38,8 @@ from equilibria.cells.transformer.prepared import (
     TransformerShared,
     TransformerWeights,
 )
+from equilibria.cells.transformer.relative import RelativePositions
+from equilibria.cells.transformer.rotary import RotaryPositions
 from equilibria.core.checks import check_at_least, check_choices
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, add_masked, check_rate, dropout_mask, masked
@@ -47,7 +50,7 @@ WINDOW = 1000
 """Number of positions that a query sees, itself included, if ``TransformerConfig.window`` is 0."""
 _CHOICES = {
     "norm": ("post", "pre", "pre-normalised"),
-    "positions": ("relative", "decay"),
+    "positions": ("relative", "decay", "rotary"),
     "init": INITS,
     "attention": ("exact", "fused", "auto"),
 }
@@ -58,7 +61,7 @@ class TransformerConfig:
     """The hyper-parameters of a ``TransformerCell``."""
 
     width: int = 128
-    """D, channels of the state; a multiple of heads, and even with relative positions."""
+    """D, channels of the state; a multiple of heads, and even with relative positions, of 2·heads with rotary ones."""
     heads: int = 4
     """H, attention heads."""
     inner: int = 512
@@ -67,8 +70,9 @@ class TransformerConfig:
     """M, the number of past positions that are remembered between segments; 0 for none."""
     window: int = 0
     """Number of positions that a query sees, itself included; 0 means 1000."""
-    positions: Literal["relative", "decay"] = "relative"
-    """The term of Transformer-XL ("relative"), or a learned bias per head and distance ("decay"), quick to train."""
+    positions: Literal["relative", "decay", "rotary"] = "relative"
+    """The term of Transformer-XL ("relative"), a learned bias per head and distance ("decay"), quick to train, or
+    queries and keys turned by their positions, without parameters ("rotary", Su et al. 2021)."""
     longest: int = 1024
     """Only with "decay": the number of distances that have a bias; memory and segment together may not be longer,
     unless the window is at most this."""
@@ -113,6 +117,12 @@ class TransformerConfig:
             raise ValueError(
                 f"TransformerConfig(width={self.width}, positions='relative'): the sinusoids come in pairs of sine and "
                 f"cosine, so the width is even; try width={self.width + 1}, or positions='decay'."
+            )
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise ValueError(
+                f"TransformerConfig(width={self.width}, heads={self.heads}, positions='rotary'): channels are turned "
+                f"in pairs, so a head has an even number of them and not {self.width // self.heads}; try "
+                f"width={self.width + self.heads}, or positions='decay'."
             )
         check_rate("TransformerConfig", "dropout", self.dropout)
         check_rate("TransformerConfig", "attention_dropout", self.attention_dropout)
@@ -198,7 +208,14 @@ class TransformerCell(SequenceCell):
         read = self._read(x, memory, key_padding_mask)
         weights, mask = read.weights, read.key_padding_mask
         attention = self.attention.prepare(
-            x, injection, read.past, weights=weights.attention, table=read.table, key_padding_mask=mask, part=part
+            x,
+            injection,
+            read.past,
+            first=read.first,
+            weights=weights.attention,
+            table=read.table,
+            key_padding_mask=mask,
+            part=part,
         )
         rows = TransformerRows(
             attention=attention.rows,
@@ -228,27 +245,31 @@ class TransformerCell(SequenceCell):
             past = memory.past.with_room(time)
             weights, table = self._of_generation(past.length)
             mask = past.key_padding_mask(time)
-            return PastRead(weights, past, mask, table if time == 1 else None)  # a table is for one new position
+            return PastRead(weights, past, past.next, mask, table if time == 1 else None)  # a table is for one position
         if isinstance(memory, KeyValues):
             return self._read_keys_and_values(memory, time, mask)
         weights = self._weights()
         if memory is None:
-            return PastRead(weights, None, mask)
-        past = self._keys_and_values(memory.z, memory.u, weights)
-        mask = joined_padding(memory.key_padding_mask, mask, past=past.shape[3], time=time)
-        return PastRead(weights, past, mask)
+            return PastRead(weights, None, 0, mask)
+        length = memory.z.shape[1]
+        past = self._keys_and_values(memory.z, memory.u, weights, self._rotation(length))
+        mask = joined_padding(memory.key_padding_mask, mask, past=length, time=time)
+        return PastRead(weights, past, length, mask)
 
     def _read_keys_and_values(self, memory: KeyValues, time: int, mask: Bool[Tensor, "B T"] | None) -> PastRead:
         seen = memory.last(self._window - 1)
         mask = joined_padding(seen.key_padding_mask, mask, past=seen.length, time=time)
+        rotation = self._rotation(seen.length)
         if self.training or torch.is_grad_enabled():
-            return PastRead(self._weights(), seen.stacked(), mask)
+            return PastRead(self._weights(), turned(seen.stacked(), rotation), seen.length, mask)
         if seen.length == 0:  # the beginning of a text
             self._held.renew()
         # A table for more distances than there are also serves the tokens that follow.
         longest = max(seen.length, min(self.config.longest - 1, max(64, 1 << seen.length.bit_length())))
         weights, table = self._of_generation(longest)
-        return PastRead(weights, KeyValueCache.of(seen.k, seen.v, room=time), mask, table if time == 1 else None)
+        k = seen.k if rotation is None else rotation(seen.k)
+        past = KeyValueCache.of(k, seen.v, room=time)
+        return PastRead(weights, past, seen.length, mask, table if time == 1 else None)
 
     def _start(
         self, x: Float[Tensor, "B T D"], memory: TransformerPast | None, *, warm: bool
@@ -289,11 +310,12 @@ class TransformerCell(SequenceCell):
         kept: TransformerKept = prepared.kept
         length, memory, mask = self.config.memory, kept.memory, kept.key_padding_mask
         if isinstance(memory, TransformerCache):
-            past = memory.past.advanced(self._keys_and_values(z, kept.injection, kept.weights))
+            rotation = prepared.shared.attention.rotation
+            past = memory.past.advanced(self._keys_and_values(z, kept.injection, kept.weights, rotation))
             return dataclasses.replace(memory, past=past, last=z[:, -1:] if memory.warm else None)
         if isinstance(memory, KeyValues):
             with torch.no_grad():
-                new = self._keys_and_values(z, kept.injection, kept.weights)
+                new = self._keys_and_values(z, kept.injection, kept.weights, None)
             return memory.followed_by(new, None if mask is None else mask[:, -z.shape[1] :])
         if length == 0:
             return None
@@ -338,14 +360,15 @@ class TransformerCell(SequenceCell):
             cache = TransformerCache(past=past, last=None, warm=warm)
             weights, _ = self._of_generation(length)
             if memory is not None:
-                known = self._keys_and_values(memory.z, memory.u, weights)
-                cache = dataclasses.replace(cache, past=past.with_room(known.shape[3]).advanced(known))
+                known = memory.z.shape[1]
+                new = self._keys_and_values(memory.z, memory.u, weights, self._rotation(known))
+                cache = dataclasses.replace(cache, past=past.with_room(known).advanced(new))
         return cache
 
-    def _of_generation(self, length: int) -> tuple[TransformerWeights, Tensor]:
+    def _of_generation(self, length: int) -> tuple[TransformerWeights, Tensor | None]:
         """The weights, and the table of positions for one new position after ``length`` others."""
 
-        def computed() -> tuple[TransformerWeights, Tensor]:
+        def computed() -> tuple[TransformerWeights, Tensor | None]:
             weights = self._weights()
             return weights, self.attention.positions.table(queries=1, memory=length, like=self.attention.u)
 
@@ -360,6 +383,8 @@ class TransformerCell(SequenceCell):
         common = {"heads": config.heads, "window": config.window or WINDOW}
         if config.positions == "decay":
             return DecayPositions(**common, longest=config.longest)
+        if config.positions == "rotary":
+            return RotaryPositions(**common, width=config.width)
         names = ("width", "dropout", "variational", "weight_norm", "init", "std")
         return RelativePositions(**common, **{name: getattr(config, name) for name in names})
 
@@ -374,10 +399,16 @@ class TransformerCell(SequenceCell):
     def _matrix(self, linear: nn.Module, inputs: int) -> LinearWeights:
         return weights_of(linear, inputs=inputs, like=self.attention.u)
 
-    def _keys_and_values(self, z: Tensor, injection: Tensor | None, weights: TransformerWeights) -> Tensor:
+    def _keys_and_values(
+        self, z: Tensor, injection: Tensor | None, weights: TransformerWeights, rotation: Rotation | None
+    ) -> Tensor:
         z = z if self.config.norm == "post" else self.norms[1](z)
-        return self.attention.keys_and_values(z, injection, weights.attention)
+        return self.attention.keys_and_values(z, injection, weights.attention, rotation)
+
+    def _rotation(self, count: int) -> Rotation | None:
+        """The turns of the first ``count`` positions."""
+        return self.attention.positions.rotation(first=0, count=count, like=self.attention.u)
 
     def _mask(self, x: Tensor, width: int, part: BatchSlice | None) -> Tensor | None:
-        shape = (len(x), 1 if self.config.variational else x.shape[1], width)
+        shape = (x.shape[0], 1 if self.config.variational else x.shape[1], width)
         return dropout_mask(shape, rate=self.config.dropout, training=self.training, like=x, part=part)

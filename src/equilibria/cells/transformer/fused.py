@@ -7,7 +7,6 @@ bias that all heads share.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional
 
 from equilibria.cells.transformer.kernel import attention
 from equilibria.cells.transformer.positions import Positions
-from equilibria.cells.transformer.separated import Channels, by_distance
+from equilibria.cells.transformer.separated import Channels, by_distance, hide_padding
 from equilibria.layers.cell import Prepared
 
 WIDEST_ON_GPU = 256
@@ -80,9 +79,8 @@ def prepare_fused(
     bias = by_distance(row, queries=queries, window=positions.window).unsqueeze(0)
     if padding is None:
         return Prepared(shared=FusedTerm(channels=term.channels, bias=bias))
-    itself = torch.arange(memory, keys, device=like.device)[:, None] == torch.arange(keys, device=like.device)
-    rows = bias.masked_fill(padding[:, None, None] & ~itself, -math.inf)
-    return Prepared(shared=FusedTerm(channels=term.channels, bias=None), rows=rows)
+    rows = hide_padding(bias.transpose(0, 1).expand(-1, len(padding), -1, -1), padding).transpose(0, 1)
+    return Prepared(shared=FusedTerm(channels=term.channels, bias=None), rows=rows.contiguous())
 
 
 def attend(

@@ -60,7 +60,7 @@ class KeyValues:
     """
 
     k: Float[Tensor, "B H S C"]
-    """Keys, without the position term, which depends on distances alone."""
+    """Keys without positions: neither turned nor with a term, so that the past may begin anywhere in the text."""
     v: Float[Tensor, "B H S C"]
     """Values."""
     key_padding_mask: Bool[Tensor, "B S"] | None = None
@@ -104,8 +104,8 @@ def joined_padding(
     some = mask if before is None else before
     if some is None:
         return None
-    before = some.new_zeros(len(some), past) if before is None else before
-    return torch.cat([before, some.new_zeros(len(some), time) if mask is None else mask], dim=1)
+    before = some.new_zeros(some.shape[0], past) if before is None else before
+    return torch.cat([before, some.new_zeros(some.shape[0], time) if mask is None else mask], dim=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,49 +1,63 @@
-"""Position terms of attention, relative or decaying, each with the causal window built in.
+"""Positions in attention: the interface of their kinds, with the causal window built in.
 
-Each kind is a module with its parameters. Its ``prepare`` computes the values for one solve, and its ``forward`` turns
-queries and keys into the scores A + mask with as few passes over the (H, B, T, K) scores as possible.
+Each kind is a module with its parameters, in a file of its own: ``relative``, ``decay`` and ``rotary``. Its ``prepare``
+computes the values for one solve, and its ``forward`` turns queries and keys into the scores A + mask with as few
+passes over the (H, B, T, K) scores as possible.
 
-Letters: B batch, T time (queries), M memory, K = M + T keys, D width, H heads, C = D/H width of a head, N = H·B, heads
-first. Query i sees key j iff 0 ≤ M + i − j < window.
+Letters: B batch, T time (queries), M memory, K = M + T keys, L positions, H heads, C width of a head, F = C/2
+frequencies, N = H·B, heads first. Query i sees key j iff 0 ≤ M + i − j < window.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from equilibria.cells.transformer.separated import Channels, Separated, angles, by_distance
+from equilibria.cells.transformer.separated import Separated, angles
 from equilibria.layers.cell import Prepared
-from equilibria.layers.dropout import dropout_mask, masked
-from equilibria.layers.linear import Init, NormedLinear, weights_of
 
 
-def sinusoids(count: int, width: int, like: Tensor) -> Float[Tensor, "count width"]:
-    """Rows [sin δω, cos δω] for the distances δ = count−1, …, 0; ω_i = 10000^(−2i/width) (Vaswani et al. 2017)."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-    distance = torch.arange(count - 1, -1, -1, dtype=wide, device=like.device)
-    angle = angles(distance, width)
-    return torch.cat([angle.sin(), angle.cos()], dim=1).to(like.dtype)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotation:
+    """The rotary embedding R of L consecutive positions (Su et al. 2021, §3.2.2), which turns queries and keys.
 
-
-def relative_shift(raw: Float[Tensor, "N T K1"]) -> Float[Tensor, "N T K"]:
-    """The entries raw[n, i, 1 + j + (T−1−i)] at (n, i, j): scores by distance become scores by key (Dai et al. 2019).
-
-    ``raw`` holds a column of padding before the distances K−1, …, 0, so K1 = K + 1. Read as one long row without its
-    first T numbers and cut into rows of K, it is shifted as wanted for j ≤ M + i; entries at later j are meaningless.
-    The result is a view.
+    Channel f of a head and channel F + f are one pair, as in GPT-NeoX and Llama (the paper pairs neighbours, which is
+    the same up to the order of the channels). At position p the pair is turned by the angle pω_f, where
+    ω_f = 10000^(−2f/C). Turns are orthogonal: (R_p q)·(R_s k) depends on p − s alone.
     """
-    _, queries, columns = raw.shape
-    return raw.flatten(1)[:, queries:].unflatten(1, (queries, columns - 1))
+
+    cosines: Float[Tensor, "L C"]
+    """cos pω_f, twice."""
+    sines: Float[Tensor, "L C"]
+    """−sin pω_f, then sin pω_f."""
+
+    @classmethod
+    def of(cls, *, first: int, count: int, width: int, like: Tensor) -> Rotation:
+        """R at the positions ``first``, ``first`` + 1, …, for heads of ``width`` channels.
+
+        The angles are computed in float64, and their sines in float32 or wider.
+        """
+        angle = angles(torch.arange(first, first + count, dtype=torch.float64, device=like.device), width)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        cosines, sines = angle.cos().to(wide), angle.sin().to(wide)
+        return cls(cosines=torch.cat([cosines, cosines], dim=1), sines=torch.cat([-sines, sines], dim=1))
+
+    def __call__(self, x: Float[Tensor, "*heads L C"]) -> Float[Tensor, "*heads L C"]:
+        """R x, position by position, contiguous, with the dtype of x."""
+        left, right = x.chunk(2, dim=-1)
+        turned = torch.addcmul(torch.cat([right, left], dim=-1) * self.sines, x, self.cosines)
+        return turned.to(x.dtype)
 
 
 class Positions(nn.Module, ABC):
-    """A position term: a table that depends on parameters and distances alone, and the scores computed with it."""
+    """One kind of positions: a table that depends on parameters and distances alone, and the scores computed with it.
+
+    Rotary positions turn queries and keys before the scores; all others leave them as they are.
+    """
 
     window: int
     """Number of keys that a query sees, itself included."""
@@ -59,9 +73,17 @@ class Positions(nn.Module, ABC):
     def separated(self, u: Float[Tensor, "H C"], *, queries: int, memory: int, like: Tensor) -> Separated:
         """The term without its mask, for fused attention; it draws the same random numbers as ``table``."""
 
+    def rotation(self, *, first: int, count: int, like: Tensor) -> Rotation | None:
+        """The turns of queries and keys at ``count`` positions from ``first`` on; None if they are not turned.
+
+        Only differences of positions matter, so that queries and all their keys may be counted from anywhere.
+        """
+        del first, count, like
+        return None
+
     @abstractmethod
-    def table(self, *, queries: int, memory: int, like: Tensor) -> Tensor:
-        """The term by distance, with graph; a table for more keys can be used for fewer."""
+    def table(self, *, queries: int, memory: int, like: Tensor) -> Tensor | None:
+        """The term by distance, with graph; a table for more keys can be used for fewer. None if there is none."""
 
     @abstractmethod
     def prepare(
@@ -91,209 +113,4 @@ class Positions(nn.Module, ABC):
     def forward(
         self, q: Float[Tensor, "N T C"], k: Float[Tensor, "N K C"], prepared: Prepared
     ) -> Float[Tensor, "N T K"]:
-        """The masked scores; q already contains u and 1/√C."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RelativeTerm:
-    """The part of ``RelativePositions``' term that all samples share."""
-
-    table: Float[Tensor, "H C K1"]
-    """P by distance, K−1 … 0, after a column of zeros, the padding that ``relative_shift`` needs."""
-    shift: Float[Tensor, "H 1 C"]
-    """(v − u)/√C."""
-    visible: Float[Tensor, "1 1"]
-    """0, the mask where every query sees every key."""
-
-
-class RelativePositions(Positions):
-    """The content-dependent position term of Transformer-XL (Dai et al. 2019, §3.3): P = R W_r and the bias v.
-
-    Args:
-        width: D.
-        heads: H.
-        window: number of keys that a query sees, itself included.
-        dropout: the share of the channels of R to drop.
-        variational: drop the same channels at all distances; otherwise each distance has its own.
-        weight_norm: normalise the weights W_r.
-        init: how W_r starts.
-        std: the standard deviation of v, and of W_r with init "normal".
-    """
-
-    def __init__(
-        self,
-        *,
-        width: int,
-        heads: int,
-        window: int,
-        dropout: float,
-        variational: bool,
-        weight_norm: bool,
-        init: Init,
-        std: float,
-    ) -> None:
-        super().__init__()
-        self.window, self.dropout, self.variational = window, dropout, variational
-        self.std = std
-        self.channels = width
-        self.v = nn.Parameter(torch.empty(heads, width // heads))
-        self.reset_parameters()
-        self.project = NormedLinear(inputs=width, outputs=width, bias=False, normed=weight_norm, init=init, std=std)
-
-    def reset_parameters(self) -> None:
-        """Draw v again; W_r draws its own parameters."""
-        nn.init.normal_(self.v, std=self.std)
-
-    def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H C K1"]:
-        """P for the distances K−1, …, 0 after a column of zeros, with graph; one for more keys also serves fewer."""
-        keys, (heads, width) = memory + queries, self.v.shape
-        rows = sinusoids(keys, heads * width, like)
-        shape = (1 if self.variational else keys, heads * width)
-        rows = masked(rows, dropout_mask(shape, rate=self.dropout, training=self.training, like=rows, rows=None))
-        weight, _ = weights_of(self.project, inputs=heads * width, like=self.v, bias=False)
-        rows = (rows @ weight.t()).view(keys, heads, width).permute(1, 2, 0)
-        return nn.functional.pad(rows, (1, 0))
-
-    def prepare(
-        self,
-        u: Float[Tensor, "H C"],
-        *,
-        batch: int,
-        queries: int,
-        memory: int,
-        like: Tensor,
-        table: Tensor | None = None,
-        key_padding_mask: Bool[Tensor, "B K"] | None = None,
-    ) -> Prepared:
-        """Shared: a ``RelativeTerm``. Rows: the mask [B T K1], 0 or −∞, or None where every query sees every key.
-
-        The mask is −∞ at the entries that ``relative_shift`` moves to keys which a query must not see, so that masking
-        takes no extra pass over the scores.
-        """
-        keys = memory + queries
-        table = self.table(queries=queries, memory=memory, like=like) if table is None else table
-        term = RelativeTerm(
-            # The values in the first column do not matter: the shift drops them, or the mask is −∞ there.
-            table=table[:, :, -keys - 1 :],
-            shift=((self.v - u) / math.sqrt(u.shape[1])).unsqueeze(1),
-            visible=like.new_zeros(1, 1),
-        )
-        return Prepared(
-            shared=term,
-            rows=self._mask(batch=batch, queries=queries, keys=keys, key_padding_mask=key_padding_mask, like=like),
-        )
-
-    def forward(
-        self, q: Float[Tensor, "N T C"], k: Float[Tensor, "N K C"], prepared: Prepared
-    ) -> Float[Tensor, "N T K"]:
-        """A_ij = q_i·k_j + (q_i + v − u)·P_(M+i−j)."""
-        term, mask = prepared.shared, prepared.rows
-        rows, queries, width = q.shape
-        heads = len(term.table)
-        mask = term.visible if mask is None else mask.flatten(0, 1)
-        # One product per head over all samples, since P is the same for each of them.
-        by_distance = torch.baddbmm(mask.expand(heads, -1, -1), q.view(heads, -1, width) + term.shift, term.table).view(
-            rows, queries, -1
-        )
-        return torch.baddbmm(relative_shift(by_distance), q, k.transpose(1, 2))
-
-    @property
-    def separable(self) -> bool:
-        """False where each distance has its own dropout mask."""
-        return self.variational or not self.training or self.dropout == 0
-
-    def separated(self, u: Float[Tensor, "H C"], *, queries: int, memory: int, like: Tensor) -> Separated:
-        """P as D further channels of queries and keys."""
-        drop = dropout_mask((1, self.channels), rate=self.dropout, training=self.training, like=like, rows=None)
-        weight, _ = weights_of(self.project, inputs=self.channels, like=self.v, bias=False)
-        projection = masked(weight, drop).unflatten(0, self.v.shape)
-        shift = ((self.v - u) / math.sqrt(u.shape[1])).unsqueeze(1)
-        return Separated(channels=Channels.of(projection, shift, queries=queries, memory=memory))
-
-    def _mask(
-        self, *, batch: int, queries: int, keys: int, key_padding_mask: Bool[Tensor, "B K"] | None, like: Tensor
-    ) -> Float[Tensor, "B T K1"] | None:
-        if queries == 1 and keys <= self.window and key_padding_mask is None:
-            return None
-        query = torch.arange(queries, device=like.device)[:, None]
-        column = torch.arange(-1, keys, device=like.device)  # −1 is the padding
-        # Row i of the shifted scores begins at column T−1−i; earlier columns belong to no pair (i, j ≤ M+i).
-        visible = (column >= queries - 1 - query) & (keys - 1 - column < self.window) & (column >= 0)
-        key = column - (queries - 1 - query)
-        visible = visible.expand(batch, -1, -1)
-        if key_padding_mask is not None:
-            unseen = key_padding_mask[:, key.clamp(0, keys - 1)] & (key != keys - queries + query)
-            visible = visible & ~unseen
-        zeros = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
-        return zeros.masked_fill_(~visible, -math.inf)
-
-
-class DecayPositions(Positions):
-    """A learned bias b per head and distance, started at −slope·distance (the start is ALiBi, Press et al. 2022)."""
-
-    def __init__(self, *, heads: int, window: int, longest: int) -> None:
-        super().__init__()
-        self.window, self.longest = window, longest
-        self.channels = 0
-        self.bias = nn.Parameter(torch.empty(heads, longest))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set b to −slope·distance."""
-        heads, longest = self.bias.shape
-        self.bias.copy_(-slopes(heads)[:, None] * torch.arange(longest))
-
-    def table(self, *, queries: int, memory: int, like: Tensor) -> Float[Tensor, "H K"]:
-        """b for the distances K−1, …, 0, with graph; one for more keys also serves fewer."""
-        keys = memory + queries
-        if keys > self.longest and self.window > self.longest:
-            raise ValueError(
-                f"memory and segment are {memory} + {queries} = {keys} positions long, but the decay has biases for "
-                f"{self.longest}; use shorter segments or a shorter memory, build the cell with longest={keys} or "
-                f"more, or with window={self.longest} or less."
-            )
-        row = self.bias[:, :keys].flip(1).to(like.dtype)
-        return nn.functional.pad(row, (keys - row.shape[1], 0))  # no query sees keys outside the window
-
-    def prepare(
-        self,
-        u: Float[Tensor, "H C"],
-        *,
-        batch: int,
-        queries: int,
-        memory: int,
-        like: Tensor,
-        table: Tensor | None = None,
-        key_padding_mask: Bool[Tensor, "B K"] | None = None,
-    ) -> Prepared:
-        """Rows: the bias b [B H T K], heads first in memory, and −∞ where query i does not see key j."""
-        keys = memory + queries
-        row = self.table(queries=queries, memory=memory, like=like) if table is None else table[:, -keys:]
-        bias = by_distance(row, queries=queries, window=self.window).unsqueeze(1).expand(-1, batch, -1, -1)
-        if key_padding_mask is not None:
-            itself = torch.arange(memory, keys, device=like.device)[:, None] == torch.arange(keys, device=like.device)
-            bias = bias.masked_fill(key_padding_mask[:, None] & ~itself, -math.inf)
-        return Prepared(rows=bias.contiguous().transpose(0, 1))
-
-    def forward(
-        self, q: Float[Tensor, "N T C"], k: Float[Tensor, "N K C"], prepared: Prepared
-    ) -> Float[Tensor, "N T K"]:
-        """A_ij = q_i·k_j + b_(M+i−j)."""
-        return torch.baddbmm(prepared.rows.transpose(0, 1).flatten(0, 1), q, k.transpose(1, 2))
-
-    @property
-    def separable(self) -> bool:
-        """Always."""
-        return True
-
-    def separated(self, u: Float[Tensor, "H C"], *, queries: int, memory: int, like: Tensor) -> Separated:
-        """b by distance."""
-        return Separated(bias=self.table(queries=queries, memory=memory, like=like))
-
-
-def slopes(heads: int) -> Float[Tensor, " heads"]:
-    """Initial decay rate of each head: 2, 0.7, 0.2, 0.05 for four heads, else geometric from 2 to 0.05."""
-    if heads == 4:
-        return torch.tensor([2, 0.7, 0.2, 0.05])
-    return torch.logspace(math.log10(2), math.log10(0.05), heads) if heads > 1 else torch.tensor([math.sqrt(0.1)])
+        """The masked scores; q already contains u and 1/√C, and q and k are turned."""

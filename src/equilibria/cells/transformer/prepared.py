@@ -34,7 +34,9 @@ class PastRead:
 
     weights: TransformerWeights
     past: Float[Tensor, "2 H B M C"] | KeyValueCache | None
-    """Keys and values of past positions."""
+    """Keys and values of past positions, the keys turned."""
+    first: int
+    """Position of the first row of the segment, counted as for the keys of the past."""
     key_padding_mask: Bool[Tensor, "B K"] | None
     """True at padding, in the past and in the segment; None if there is none."""
     table: Tensor | None = None

@@ -17,7 +17,7 @@ import dataclasses
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -93,3 +93,16 @@ def by_distance(row: Float[Tensor, "G K"], *, queries: int, window: int) -> Floa
         far = torch.arange(row.shape[1], device=row.device) < keys - window
         row = row.masked_fill(far, -math.inf)
     return row.unfold(1, keys, 1).flip(1)
+
+
+def hide_padding(
+    bias: Float[Tensor, "*shape T K"], key_padding_mask: Bool[Tensor, "B K"]
+) -> Float[Tensor, "*shape T K"]:
+    """The bias, −∞ also at keys that are padding, which a query of their stream sees only at its own position.
+
+    The axis before the last two of the result is that of the samples.
+    """
+    queries, keys = bias.shape[-2:]
+    key = torch.arange(keys, device=bias.device)
+    itself = key[keys - queries :, None] == key
+    return bias.masked_fill(key_padding_mask[:, None] & ~itself, -math.inf)

@@ -142,10 +142,12 @@ class TrellisCell(SequenceCell):
         x = masked(x, valid)
         config, channels = self.config, self.config.channels
         weights = self._weights() if cache is None else self._held.of(self, self._weights)
-        z = x.new_zeros(len(x), 1, 2 * channels) if memory is None else memory.z.to(x.dtype)
+        z = x.new_zeros(x.shape[0], 1, 2 * channels) if memory is None else memory.z.to(x.dtype)
         h, c = z.split(channels, dim=-1)
-        drop = dropout_mask((len(x), 1, channels), rate=config.dropout, training=self.training, like=x, part=part)
-        before = x.new_zeros(len(x), 1, config.width) if memory is None or memory.x is None else memory.x.to(x.dtype)
+        drop = dropout_mask((x.shape[0], 1, channels), rate=config.dropout, training=self.training, like=x, part=part)
+        before = (
+            x.new_zeros(x.shape[0], 1, config.width) if memory is None or memory.x is None else memory.x.to(x.dtype)
+        )
         pairs = torch.cat([torch.cat([before, x[:, :-1]], dim=1), x], dim=-1)
         injection = functional.linear(pairs, weights.input, weights.bias)
         h = masked(h, drop)

@@ -56,6 +56,9 @@ class Segments:
     2019). Deviation from their code: the first segment of a stream is scored from its first token, so that each target
     is scored exactly once, as without overlap.
 
+    With ``official`` the n tokens are divided into B rows of ⌊n / B⌋, and not the targets, as published scores have it:
+    the first token of a row is no target, and with an overlap neither are the O tokens after it.
+
     Of independent episodes, each parallel stream contains whole ones, a segment is one episode per stream, and every
     segment ``resets``.
 
@@ -81,9 +84,13 @@ class Segments:
     """Number of processes that share the text."""
     position: int = 0
     """Number of segments that were read before."""
+    official: bool = False
+    """Divide the tokens into rows first, as the published codes do, instead of the targets."""
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        if self.official:
+            self._check_official()
         if self._stream_length == 0:
             have, needed = len(self.stream) // (self.stream.episode or 1), "tokens" if self._continuous else "episodes"
             raise ValueError(
@@ -120,7 +127,7 @@ class Segments:
             epoch=epoch,
             index=index,
             position=position,
-            skip=self.overlap if index else 0,
+            skip=self.overlap if index or self.official else 0,
         )
 
     @property
@@ -134,7 +141,9 @@ class Segments:
 
     @property
     def _stream_length(self) -> int:
-        """L, tokens per parallel stream: a whole number of episodes if there are episodes."""
+        """L, targets per parallel stream: a whole number of episodes if there are episodes."""
+        if self.official:
+            return (len(self.stream) + 1) // self._streams - 1
         whole = self.stream.episode or 1
         return len(self.stream) // whole // self._streams * whole
 
@@ -154,11 +163,27 @@ class Segments:
     def _table(self) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
         """Tokens and targets of this rank's streams, as views of the text."""
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        if self.official:
+            length = self._stream_length + 1
+            rows = self.stream.ids[: self._streams * length].view(self._streams, length)[mine]
+            return rows[:, :-1], rows[:, 1:]
 
         def streams(ids: Tensor) -> Tensor:
             return ids[: self._streams * self._stream_length].view(self._streams, self._stream_length)[mine]
 
         return streams(self.stream.tokens), streams(self.stream.targets)
+
+    def _check_official(self) -> None:
+        if not self._continuous:
+            raise ValueError(
+                "Segments(official=True): whole episodes are read side by side, and there is nothing to divide; leave "
+                "official out."
+            )
+        if self._stream_length <= self.overlap:
+            raise ValueError(
+                f"Segments(batch_size={self.batch_size}, overlap={self.overlap}, official=True): {self._streams} rows "
+                f"of {len(self.stream) + 1} tokens leave no target to score; try a smaller batch_size."
+            )
 
     def _check_numbers(self) -> None:
         for name, least in (("batch_size", 1), ("world_size", 1), ("position", 0), ("overlap", 0)):

@@ -7,7 +7,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 
 class Decay(ABC):
@@ -26,9 +26,24 @@ class Decay(ABC):
 class Cosine(Decay):
     """Half a cosine from the peak to the final learning rate; see ``learning_rate``."""
 
+    origin: Literal["warmup", "start"] = "warmup"
+    """Where the cosine has its peak: at the end of the warm-up, or at the start of the training, as in the code of Bai,
+    Kolter and Koltun (2019), where the rate jumps down at the end of the warm-up."""
+
+    def __post_init__(self) -> None:
+        if self.origin not in ("warmup", "start"):
+            raise ValueError(
+                f"Cosine(origin={self.origin!r}): a cosine is measured from the end of the 'warmup', or from the "
+                "'start' of the training; try 'warmup'."
+            )
+
     def rate(self, step: int, *, peak: float, warmup: int, total: int, final: float, divisions: int) -> float:
-        """final + ½ (peak − final) (1 + cos(π (step − warmup) / (total + 1 − warmup)))."""
-        progress = min(1.0, (step - warmup) / max(1, total + 1 - warmup))
+        """final + ½ (peak − final) (1 + cos(π p)), where p is the progress since the origin.
+
+        From "warmup" p is (step − warmup) / (total + 1 − warmup), and from "start" it is (step − 1) / total.
+        """
+        after, whole = (step - 1, total) if self.origin == "start" else (step - warmup, total + 1 - warmup)
+        progress = min(1.0, after / max(1, whole))
         return final + 0.5 * (peak - final) * (1.0 + math.cos(math.pi * progress))
 
 
@@ -68,14 +83,15 @@ class NonMonotone(Decay):
     divide: float = 4.0
     """Divisor of the rate; with averaging ("asgd") the rate is not divided."""
     floor: float = 0.02
-    """Smallest rate after a division; a peak below it is never divided."""
+    """A rate at or below it is not divided again, as in that code: 20 ends at 20/4⁵ = 0.0195."""
 
     def __post_init__(self) -> None:
         _check(self, least={"window": 1, "floor": 0}, above={"divide": 1})
 
     def rate(self, step: int, *, peak: float, warmup: int, total: int, final: float, divisions: int) -> float:
-        """peak / divide^divisions, but not below the floor."""
-        return max(peak / self.divide**divisions, min(peak, self.floor))
+        """peak / divide^n, where n are the divisions of rates above the floor."""
+        counted = next((n for n in range(divisions) if peak / self.divide**n <= self.floor), divisions)
+        return peak / self.divide**counted
 
     def divides(self, losses: Sequence[float]) -> bool:
         """True if more than n losses precede the last one and it exceeds the minimum of all but the last n of them."""
@@ -160,8 +176,8 @@ def learning_rate(
     The rate is set before the step, so with a warm-up the first update has the rate peak / warmup. It depends only on s
     and, where validations divide it, on the number of divisions. ``final`` is the rate of step ``total`` + 1, since a
     step with a rate of 0 would train nothing. Deviations from the code of Bai, Kolter and Koltun (2019): theirs sets
-    the rate after the step, so that the first update has the full rate, and measures the cosine from step 0, so that
-    the rate jumps at the end of the warm-up.
+    the rate after the step, so that the first update has the full rate, and measures the cosine from step 0, as
+    ``Cosine(origin="start")`` does.
 
     Args:
         step: s, counted from 1; after ``total`` a cosine stays at ``final``.

@@ -108,7 +108,7 @@ def _config(experiment: Experiment) -> LanguageConfig:
 def _transformer_xl(cell: Any) -> Any:
     """The configuration of a layer of Transformer-XL, or of a chain of them, with the sizes of ``cell``."""
     if isinstance(cell, ChainConfig):
-        return dataclasses.replace(cell, cells=tuple(map(_transformer_xl, cell.cells)))
+        return dataclasses.replace(cell, cells=tuple(map(_transformer_xl, cell.cells)), memory="blocks")
     if isinstance(cell, TrellisConfig):
         raise ValueError(
             "explicit(tied=False) of a TrellisConfig: a TrellisNet is weight-tied by definition; give tied=True, or on "

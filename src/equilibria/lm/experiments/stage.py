@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equilibria.core.stop import Stop
+from equilibria.core.trees import map_tensors
 from equilibria.fixed_point import Method
 from equilibria.gradients.unroll import Unroll
 from equilibria.layers.dropout import BatchSlice, batch_draw
@@ -111,7 +112,7 @@ class Stage:
         return dataclasses.replace(method, stop=stop)
 
     def drawn_penalty(self, output: LanguageOutput, part: BatchSlice | None) -> Float[Tensor, ""] | None:
-        """The Jacobian penalty of a step, without its weight; None if this step has none (see ``penalty_share``)."""
+        """The Jacobian penalty of a step at z*, without its weight; None if it has none (see ``penalty_share``)."""
         if self.penalty == 0 or output.solution is None:
             return None
         if self.penalty_share < 1 and float(torch.rand(())) >= self.penalty_share:
@@ -121,7 +122,9 @@ class Stage:
             normal = partial(torch.randn, dtype=leaf.dtype, device=leaf.device)
             return batch_draw(normal, leaf.shape, part=part)
 
-        return jacobian_penalty(output.layer.f, output.solution.z.detach(), draw=draw).mean()
+        found = output.solution
+        point = map_tensors(torch.Tensor.detach, found.z if found.point is None else found.point)
+        return jacobian_penalty(output.layer.f, point, draw=draw).mean()
 
 
 def network_of(depth: int, *, name: str | None = None, steps: int = 1, checkpoint: bool = False) -> Stage:

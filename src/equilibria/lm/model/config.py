@@ -67,6 +67,12 @@ class Explicit:
         Raises:
             ValueError: the cell cannot be untied, or cannot remember the inputs of its layers.
         """
+        if isinstance(cell, ChainConfig) and cell.memory == "last" and self.memory == "layers":
+            raise ValueError(
+                "Explicit(memory='layers') of a ChainConfig(memory='last'): the layers remember their own inputs and "
+                "the blocks would read the final state; give one kind of memory, ChainConfig(memory='blocks') or "
+                "Explicit(memory='last')."
+            )
         if not self.tied:
             if isinstance(cell, TrellisConfig):
                 raise ValueError(

@@ -67,24 +67,20 @@ def _model(attention: Literal["exact", "auto"] = "exact") -> LanguageConfig:
 
 
 def copying_400() -> Experiment:
-    """The task at its full length, 400 blanks, for a GPU; the published loss is 3.5e-6 nats per symbol.
+    """The task at its full length, 400 blanks, in less than an hour on a CPU; the published loss is 3.5e-6.
 
-    An implicit step takes seconds on a CPU, since the cost of attention grows with the square of the length.
+    Small batches suffice, since every sequence asks for the same operation. With the usual β₂ = 0.999, Adam divides by
+    the gradients of a thousand steps ago, which were orders of magnitude larger, and the loss falls ten times as slowly.
     """
     short = copying()
     shallow, implicit = short.stages
-    stop = Stop(rtol=1e-3, max_evals=30)
-    stages = (
-        dataclasses.replace(shallow, steps=1_000),
-        dataclasses.replace(
-            implicit, steps=9_000, method=Method(Anderson(window=6), stop, Implicit(Anderson(window=6), stop))
-        ),
-    )
     return dataclasses.replace(
         short,
         name="copying-400",
         corpus=Copying(blank=400),
         model=_model(attention="auto"),
-        stages=stages,
-        training=short.training.changed(segment_length=420, learning_rate=3e-3, warmup=300),
+        stages=(dataclasses.replace(shallow, steps=600), dataclasses.replace(implicit, steps=1_400)),
+        training=short.training.changed(
+            batch_size=8, segment_length=420, learning_rate=3e-3, warmup=300, betas=(0.9, 0.98)
+        ),
     )

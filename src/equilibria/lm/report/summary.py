@@ -156,6 +156,9 @@ def state(record: Record) -> str:
     """One sentence: finished, stopped or under way, and where."""
     steps = f"{formats.count(record.step)} of {formats.count(record.total_steps)} steps"
     stopped: Event | None = record.last("stopped")
+    converted: Event | None = record.last("converted")
+    if converted is not None:
+        return f"Converted from {converted.get('file')}, weights of {converted.get('format')}: there is no history."
     if record.finished:
         return f"Finished after {formats.count(record.step)} steps."
     if stopped is not None and stopped is record.log.final:

@@ -86,6 +86,7 @@ class Trained:
         overlap: int | None = None,
         max_segments: int | None = None,
         method: Method | None = None,
+        official: bool = False,
     ) -> Evaluation:
         """The score of the model on a split of its corpus, or on the file ``data``.
 
@@ -97,6 +98,7 @@ class Trained:
                 validations.
             max_segments: read at most this many segments; None for all.
             method: the method of the solves; None for that of the training's validations.
+            official: divide the tokens into rows first, as the published codes do; see ``Segments``.
         """
         stream, usual = self.stream(split), self.experiment.training.evaluation
         return evaluate(
@@ -109,6 +111,7 @@ class Trained:
             method=method or self.stage.evaluation_method,
             warm=self.stage.warm,
             vocabulary=self.language.spelling,
+            official=official,
         )
 
     @functools.cached_property

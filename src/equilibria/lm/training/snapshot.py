@@ -83,6 +83,11 @@ def restore(
     Raises:
         CheckpointError: the checkpoint is of a model with other weights or another memory.
     """
+    if "optimiser" not in checkpoint.optimiser:
+        raise CheckpointError(
+            "These weights were converted from a published file, which holds no optimiser and no position in the text, "
+            "so no training can continue from them; evaluate, generate and export read them."
+        )
     load_weights(model, checkpoint.optimiser.get("weights", checkpoint.model))
     optimiser.load_state_dict(_sharded_as(optimiser, checkpoint.optimiser["optimiser"]))
     memory = _memory(checkpoint, model, streams=streams, depth=depth, ranks=ranks)
