@@ -4,8 +4,8 @@ make paper                                             all of it; or
 python benchmarks/paper.py --data FOLDER [--list]      FOLDER holds the three files of the Penn Treebank
 
 Each number comes from a script of its own, which this one calls in turn; a part that has ended is not repeated, so
-that one may stop it and call it again. The hours of each part, on two cores of a server CPU, are printed first (--list prints
-them alone). Writes the last table of docs/evidence/reproducing.md from the results that are there.
+that one may stop it and call it again. The hours of each part, on two cores of a server CPU, are printed first (--list
+prints them alone). Writes the last table of docs/evidence/reproducing.md from the results that are there.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def copying_400() -> Experiment:
     """The task at its full length, 400 blanks, in less than an hour on a CPU; the published loss is 3.5e-6.
 
     Small batches suffice, since every sequence asks for the same operation. With the usual β₂ = 0.999, Adam divides by
-    the gradients of a thousand steps ago, which were orders of magnitude larger, and the loss falls ten times as slowly.
+    gradients of a thousand steps ago, which were orders of magnitude larger, and the loss falls far more slowly.
     """
     short = copying()
     shallow, implicit = short.stages
