@@ -55,6 +55,19 @@ class Tensors:
         self._used.add(name)
         return tensor.detach().to(torch.float32)
 
+    def joined(self, others: Tensors) -> Tensors:
+        """The tensors of both files.
+
+        Raises:
+            ConversionError: both have a tensor of the same name.
+        """
+        if common := sorted(self._tensors.keys() & others._tensors.keys()):
+            raise ConversionError(
+                f"{self.source} and {others.source} both hold {common[0]}; name the model's state dict first, and that "
+                "of its loss with --criterion."
+            )
+        return Tensors({**self._tensors, **others._tensors}, source=self.source)
+
     def skip(self, prefixes: Iterable[str]) -> None:
         """Mark all tensors whose names begin with one of the prefixes: copies, and what is computed again."""
         beginnings = tuple(prefixes)
