@@ -27,7 +27,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 class _Handle:
-    """What a graph holds in place of a tensor."""
+    """The stand-in for a tensor that a graph saves."""
 
     def __init__(self, packed: Any) -> None:
         self.packed, self.tensor = packed, None
