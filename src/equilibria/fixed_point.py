@@ -64,7 +64,7 @@ class Method:
             ConvergenceError: the same, if ``on_failure`` is "raise".
         """
         solution = self.gradient.run(f, z0, self)
-        report(solution, self.stop, self.on_failure, of="The forward solve")
+        report(solution, self.stop, self.on_failure)
         return solution
 
     def with_budget(self, factor: int) -> Method:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from equilibria.core.diagnosis import FORWARD, Solve
 from equilibria.core.failure import OnFailure, check_repeats, is_heard
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import AffineMap, Linearised, Map
@@ -141,8 +142,7 @@ def split_dual(state: State, layout: Layout) -> tuple[State, Float[Tensor, "B N"
 def check_again(method: ForwardSolve, changed: Float[Tensor, " B"], state: State) -> None:
     """Report if f(z*), evaluated once more after the solve, differs from its value there."""
     eps = rounding(tensors_in(state))
-    of, coupled = "The forward solve", method.coupled
-    check_repeats(changed, method.stop, method.on_failure, eps=eps, coupled=coupled, of=of)
+    check_repeats(changed, method.stop, method.on_failure, eps=eps, coupled=method.coupled, of=FORWARD)
 
 
 def recorded(solution: Solution, layout: Layout) -> Solution:
@@ -162,7 +162,7 @@ def change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: La
 
 
 def check_arrival(
-    point: Point, g: Float[Tensor, "B N"], solved: Solution, stop: Stop, on_failure: OnFailure, *, of: str
+    point: Point, g: Float[Tensor, "B N"], solved: Solution, stop: Stop, on_failure: OnFailure, *, of: Solve
 ) -> None:
     """At the end of the backward pass, when Jᵀu arrives, report if Jᵀu + g differs from its value in the solve."""
     if not is_heard(stop, on_failure) or point.copies is not None:
