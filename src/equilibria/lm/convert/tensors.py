@@ -18,7 +18,7 @@ class ConversionError(EquilibriaError, ValueError):
 
 
 class Tensors:
-    """The named tensors of a file. ``take`` marks a tensor as used, so that ``rest`` are the ones nobody has read.
+    """The named tensors of a file. ``take`` marks a tensor as used, so that ``rest`` are the unread ones.
 
     Args:
         tensors: by name; a "module." in front of a name, from DataParallel, is removed.
