@@ -21,7 +21,7 @@ from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.sequence import SequenceCell
 
-_Memory = TransformerMemory | tuple[TransformerPast | None, ...]
+_Memory = TransformerPast | tuple[TransformerPast | None, ...]
 """With memory "blocks" a tuple with one past per block; with "last" one memory for all, or a tuple of caches."""
 
 

@@ -52,8 +52,8 @@ class Solution:
     adjoint: list[Solution] = dataclasses.field(default_factory=lambda: Adjoints())
     """Each backward pass appends the solution of its adjoint solve; ``dataclasses.replace`` shares the list."""
     point: State | None = None
-    """z*, the iterate that the loop returned, without graph, if a gradient rule has replaced z by f(z*); None if z is
-    z* itself."""
+    """z*, the iterate that the loop returned, without graph, if a gradient rule has replaced z by f(z*) and
+    ``Method(keep_point=True)`` asked for it; else None."""
 
     @property
     def converged(self) -> Bool[Tensor, " B"]:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from equilibria.core.diagnosis import FORWARD, Solve
 from equilibria.core.failure import OnFailure, check_repeats, is_heard
-from equilibria.core.gradient import ForwardSolve
+from equilibria.core.gradient import ForwardSolve, point_of
 from equilibria.core.maps import AffineMap, Linearised, Map
 from equilibria.core.progress import relative
 from equilibria.core.solve import Solution, solve
@@ -104,7 +104,7 @@ def attached(
     """
     dual = orders is not None and is_forward_mode()
     if not torch.is_grad_enabled() and not dual:
-        return dataclasses.replace(solution, z=solution.fz, point=solution.z)
+        return dataclasses.replace(solution, z=solution.fz, point=point_of(solution, method))
     layout = Layout.of(solution.z, coupled=method.coupled)
     f = f.eager() if dual else f
     pinned = f if orders is None else f.eager().pinned()
@@ -115,7 +115,7 @@ def attached(
         with torch.no_grad():
             check_again(method, change(layout.pack(known), recorded(solution, layout), method.stop, layout), known)
     # The same bits as the f(z*) of the solve, whose memory is released.
-    out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1, point=solution.z)
+    out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1, point=point_of(solution, method))
     primal, h = split_dual(fz, layout) if dual else (fz, None)
     if constant or not torch.is_grad_enabled():  # no graph is kept, no adjoint solved
         z = layout.pack(known) if h is not None else None
