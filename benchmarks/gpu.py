@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,9 +117,7 @@ def in_processes(parts: list[Part], at: Setting, options: argparse.Namespace) ->
         if results.missing():
             command = [sys.executable, __file__, "--run", part.name, "--seconds", str(0.8 * limit)]
             command += ["--out", str(options.out), *["--dry"] * options.dry]
-            try:
-                subprocess.run(command, timeout=limit, check=False)
-            except subprocess.TimeoutExpired:
+            if not ends(command, limit):
                 print(f"{part.name}: ended after {limit:.0f} seconds, with the cases that were measured", flush=True)
             results = Results(part, at, options.out)
         missing, failed = results.missing(), results.failed()
@@ -128,6 +128,20 @@ def in_processes(parts: list[Part], at: Setting, options: argparse.Namespace) ->
         for name in failed:
             print(f"{name} failed:\n{results.cases[name]['error']}", flush=True)
     return status
+
+
+def ends(command: list[str], seconds: float) -> bool:
+    """Run a command; False if it has not ended by then, and was killed with the processes that it started."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        process.wait(seconds)
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+    finally:  # after Ctrl-C, too
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def main(arguments: list[str] | None = None) -> int:

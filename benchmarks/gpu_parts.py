@@ -6,23 +6,20 @@ Every case builds what it needs, so that it can run alone. ``Setting(dry=True)``
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import attention
 import explicit
 import generation
+import gpu_tests
 import memory
 import precision
 import scaling
 import steps
 import torch
 from device import gaps, waits
+from gpu_tests import NotRun
 
 import equilibria
 from equilibria import Anderson, Broyden, Implicit, Method, Picard, Solver, Stop
@@ -34,7 +31,6 @@ from equilibria.lm.model.modes import eval_mode
 from equilibria.lm.recipes import RECIPES
 from equilibria.lm.runs.trained import Trained
 
-ROOT = Path(__file__).parents[1]
 Case = Callable[[], Any]
 PAPER = "wikitext103-v2"
 """The paper's larger transformer, in the authors' version 2.0: 71M parameters in the layer, batch 56 × 150."""
@@ -64,37 +60,9 @@ class Part:
     """The share of all minutes that it may take at most."""
 
 
-class NotRun(Exception):
-    """A case cannot run here; the message says why."""
-
-
 def tests(at: Setting) -> dict[str, Case]:
-    """The tests that need a GPU; the files that have such tests are those that name the mark."""
-    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
-
-    def run() -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-            command += [f"--junit-xml={report}", *map(str, files)]
-            ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            if not report.exists():
-                raise NotRun(f"pytest wrote no report: {(ended.stdout + ended.stderr)[-2000:]}")
-            found = [outcome(case) for case in ElementTree.parse(report).iter("testcase")]
-        failed = [test for test in found if test["outcome"] == "failed"]
-        if failed or not found or ended.returncode not in (0, 5):
-            raise AssertionError(f"{len(failed)} of {len(found)} tests failed: {failed} {ended.stdout[-1000:]}")
-        return {"tests": found}
-
-    return {"pytest -m gpu": run}
-
-
-def outcome(case: ElementTree.Element) -> dict[str, str]:
-    """Name and result of a test."""
-    kinds = {"failure": "failed", "error": "failed", "skipped": "skipped"}
-    found = [(kinds[child.tag], child.get("message", "")) for child in case if child.tag in kinds]
-    result, message = found[0] if found else ("passed", "")
-    return {"test": f"{case.get('classname')}::{case.get('name')}", "outcome": result, "message": message[:500]}
+    """The tests that need a GPU; in a dry run on a CPU all of them are skipped."""
+    return {"pytest -m gpu": gpu_tests.run}
 
 
 def solves(at: Setting) -> dict[str, Case]:

@@ -1,13 +1,14 @@
-"""The block of the DEQ-Transformer with decay positions in JAX, from the parameters of a ``TransformerCell``.
+"""The block of the DEQ-Transformer with decay positions in JAX, from the parameters of a cell, and its fixed point.
 
 It computes what the cell computes with weight norm, layer norms last and no dropout: ``prepare`` once per forward pass,
-``f`` at each evaluation. Letters: B batch, T time, M memory, K = M + T keys,
-D width, H heads, C = D/H.
+``f`` at each evaluation. Letters: B batch, T time, M memory, K = M + T keys, D width, H heads,
+C = D/H.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +84,29 @@ def f(z: Any, prepared: Prepared) -> Any:
     attended = jnp.einsum("bhtk,bkhc->bthc", jax.nn.softmax(scores, axis=-1), v).reshape(batch, time, width)
     b = _layer_norm(z + _linear(attended, prepared.out))
     return _layer_norm(b + _linear(jax.nn.relu(_linear(b, prepared.inner)), prepared.outer))
+
+
+Solve = Callable[[Callable[[Any, Any], Any], Any, Any, float], tuple[Any, Any]]
+"""(f, z0, operands, tolerance) to the solution and the number of evaluations."""
+
+
+def fixed_point(solve: Solve, tolerances: tuple[float, float], z0: Any, prepared: Prepared) -> Any:
+    """z* of f, with the implicit gradient; the adjoint system is solved by the same method."""
+
+    @jax.custom_vjp
+    def found(prepared: Prepared) -> Any:
+        return solve(f, z0, prepared, tolerances[0])[0]
+
+    def forward(prepared: Prepared) -> tuple[Any, Any]:
+        z = found(prepared)
+        return jax.vjp(f, z, prepared)
+
+    def backward(vjp: Any, g: Any) -> tuple[Any]:
+        u = solve(lambda u, g: vjp(u)[0] + g, g, g, tolerances[1])[0]
+        return (vjp(u)[1],)
+
+    found.defvjp(forward, backward)
+    return found(prepared)
 
 
 def as_torch(x: Any) -> torch.Tensor:

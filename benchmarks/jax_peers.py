@@ -1,7 +1,7 @@
 """A training step of a DEQ-Transformer's layer beside jitted JAX programs of jaxopt and optimistix, on one core.
 
 pip install jax jaxopt optimistix          in an environment that has torch, best one of its own
-taskset -c 1 python benchmarks/jax_peers.py
+taskset -c 1 python benchmarks/jax_peers.py --compiled
     prints the table, writes results/jax_peers.json and its part of docs/evidence/measured.md
 
 The layer has the size of the recipe `tiny` (8 × 64 positions, memory 64, width 128). Beside jaxopt's Anderson method
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import jaxopt
 import optimistix
 import torch
-from jax_block import Prepared, as_torch, f, parameters, prepare
+from jax_block import as_torch, f, fixed_point, parameters, prepare
 from machine import publish
 
 import equilibria
@@ -69,15 +69,16 @@ class Problem:
         return cls.of("`tiny`, trained", model.layer.cell, x, memory)
 
     @classmethod
-    def drawn(cls, config: TransformerConfig, time: int) -> Problem:
-        """A cell with weights as drawn and a strong injection, and random numbers for a text."""
+    def drawn(cls) -> Problem:
+        """The same cell with weights as drawn and a strong injection, and random numbers for a text."""
         torch.manual_seed(0)
+        config: TransformerConfig = equilibria.load("tiny").experiment.model.cell
         cell = config.build()
         assert cell.inject is not None
         with torch.no_grad():
             cell.inject.direction.normal_(std=config.width**-0.5)
             cell.inject.direction[2 * config.width :].mul_(8)  # values: z then matters less for attention's output
-            x = torch.randn(8, time, config.width)
+            x = torch.randn(8, 64, config.width)
             u = cell.injected(x)
         memory = TransformerMemory.joined(None, torch.randn(x.shape), u, None, length=config.memory)
         return cls.of("as drawn", cell, x, memory)
@@ -148,10 +149,6 @@ class Theirs:
         return int(evals) + 1, int(products)  # and one evaluation with graph at z*
 
 
-Solve = Callable[[Callable[[Any, Any], Any], Any, Any, float], tuple[Any, Any]]
-"""(f, z0, operands, tolerance) to the solution and the number of evaluations."""
-
-
 def by_jaxopt(function: Callable[[Any, Any], Any], z0: Any, operands: Any, tolerance: float) -> tuple[Any, Any]:
     """Anderson's method, without a gradient of its own."""
     found = jaxopt.AndersonAcceleration(
@@ -165,25 +162,6 @@ def by_optimistix(function: Callable[[Any, Any], Any], z0: Any, operands: Any, t
     solver = optimistix.FixedPointIteration(rtol=0.0, atol=tolerance, norm=optimistix.two_norm)
     found = optimistix.fixed_point(function, solver, z0, args=operands, max_steps=LIMIT)
     return found.value, found.stats["num_steps"]
-
-
-def fixed_point(solve: Solve, tolerances: tuple[float, float], z0: Any, prepared: Prepared) -> Any:
-    """z* of f, with the implicit gradient; the adjoint system is solved by the same method."""
-
-    @jax.custom_vjp
-    def found(prepared: Prepared) -> Any:
-        return solve(f, z0, prepared, tolerances[0])[0]
-
-    def forward(prepared: Prepared) -> tuple[Any, Any]:
-        z = found(prepared)
-        return jax.vjp(f, z, prepared)
-
-    def backward(vjp: Any, g: Any) -> tuple[Any]:
-        u = solve(lambda u, g: vjp(u)[0] + g, g, g, tolerances[1])[0]
-        return (vjp(u)[1],)
-
-    found.defvjp(forward, backward)
-    return found(prepared)
 
 
 def compare(problem: Problem, peer: str, solver: Solver, *, rtol: float, rounds: int, compiled: bool) -> dict[str, Any]:
@@ -289,16 +267,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile for the cell")
     given = parser.parse_args()
-    if len(os.sched_getaffinity(0)) > 1:
+    if len(os.sched_getaffinity(0)) > 1:  # XLA would use the others
         raise SystemExit("this comparison is on one core: start it with taskset -c 1 python benchmarks/jax_peers.py")
     torch.set_num_threads(1)
     choices = {"rounds": given.rounds, "compiled": given.compiled}
     rows = []
-    small: TransformerConfig = equilibria.load("tiny").experiment.model.cell
     anderson = Anderson(window=WINDOW)
     for rtol in (1e-2, 1e-3):
         rows.append(compare(Problem.trained(), "jaxopt", anderson, rtol=rtol, **choices))
-        rows.append(compare(Problem.drawn(small, 64), "optimistix", Picard(), rtol=rtol, **choices))
+        rows.append(compare(Problem.drawn(), "optimistix", Picard(), rtol=rtol, **choices))
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "jaxopt", "optimistix")}
     publish("jax_peers", {"versions": versions, "rows": rows}, table(rows), page="evidence/measured")
 

@@ -24,6 +24,14 @@ def _seeded():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _not_yet_advised():
+    """Each test hears the advice of a warning, whichever test has heard it before."""
+    from equilibria.core import failure
+
+    failure.ADVISED.clear()
+
+
 @pytest.fixture
 def unhooked():
     """Users run without the shape checks of the tests, and then the library's own sentence is all they get."""

@@ -7,10 +7,13 @@ import errno
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
+from packaging.requirements import Requirement
 
 from equilibria.__main__ import main
 from equilibria.commands import arguments, errors, prepare, train
@@ -108,6 +111,24 @@ def test_every_verb_explains_itself(capsys, verb):
 )
 def test_a_wrong_command_line_is_one_sentence(place, capsys, words, sentence):
     assert sentence in fails(capsys, *words.split())
+
+
+def test_the_words_of_tyro_are_those_of_the_releases_that_are_allowed():
+    """The sentences above are taken from the text of tyro, so a release with other words must not come unseen."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (needed,) = (text for text in project["optional-dependencies"]["train"] if text.startswith("tyro"))
+    allowed = Requirement(needed).specifier
+    assert tyro.__version__ in allowed
+    assert "1.0.17" in allowed
+    assert "2.0" not in allowed
+
+
+def test_words_of_tyro_that_are_not_known_are_passed_on():
+    panel = "╭─ Oh ────╮\n│ A new message │\n│ in two lines │\n│ ────── │\n│ hints │\n╰──────╯"
+    assert (
+        arguments._sentence(panel, "train")
+        == "A new message in two lines `equilibria train --help` shows what is expected."
+    )
 
 
 def test_a_missing_corpus_is_one_sentence_and_leaves_no_run(place, capsys):

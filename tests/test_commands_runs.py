@@ -505,7 +505,7 @@ def test_a_made_up_task_says_how_many_answers_are_right(place, capsys):
     assert main(["train", "copying-lstm", *sizes, "--stages.0.steps", "3", "--warmup", "0"]) == 0
     text = capsys.readouterr().out
     assert "validation: segments of 25, 32 streams, 800 of 800 tokens" in text
-    assert re.search(r"step 3  valid .* nats per symbol, [\d.]+ % right, best", text)
+    assert re.search(r"step 3  valid .* nats per symbol, [\d.]+ % right, best of its stage", text)
     assert re.search(r"Right answers +│ [\d.]+ %", text)
     _, text = score_of(capsys, "runs/copying-lstm", "--batch-size", "8")
     assert re.search(r"Batch size +│ 8 streams +│ each sequence stands alone", text)

@@ -76,6 +76,14 @@ def test_language_models_of_fixed_depth_are_exported(cell, memory):
         torch.testing.assert_close(exported(tokens), model(tokens), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_language_model_is_unrolled_in_place():
+    model = LanguageConfig(cell=CELLS["exact"]).build(11).eval()
+    model.layer = Unrolled(model.layer.cell, depth=5)
+    network, tokens = Logits(model).eval(), torch.randint(0, 11, (3, 7))
+    torch.testing.assert_close(torch.export.export(network, (tokens,)).module()(tokens), network(tokens))
+
+
 class ByFunction(nn.Module):
     def forward(self, x):
         return fixed_point(lambda z: 0.5 * torch.tanh(z) + x, torch.zeros_like(x)).z

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -135,21 +136,29 @@ def test_a_part_of_a_dry_run(gpu, tmp_path, monkeypatch):
     assert found["attention"]["complete"]
     assert found["attention"]["dry"]
     assert found["attention"]["cases"]["small"]["value"]["difference"] < 1e-5
-    monkeypatch.setattr(gpu.subprocess, "run", None)  # nothing is measured twice
+    monkeypatch.setattr(gpu, "ends", None)  # nothing is measured twice
     assert dry(gpu, tmp_path, "--only", "attention") == found
 
 
 def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_has(gpu, tmp_path, monkeypatch, capsys):
-    def ended(command, *, timeout, check):
+    def ends(command, seconds):
         results_of(gpu, tmp_path, first=lambda: 1).write()
-        raise gpu.subprocess.TimeoutExpired(command, timeout)
+        return False
 
-    monkeypatch.setattr(gpu.subprocess, "run", ended)
+    monkeypatch.setattr(gpu, "ends", ends)
     monkeypatch.setattr(gpu, "PARTS", (gpu.Part("part", lambda _: {"first": lambda: 1}),))
     assert gpu.main(["--dry", "--out", str(tmp_path), "--minutes", "1"]) == 0
     assert "ended after 60 seconds" in capsys.readouterr().out
     assert gpu.main(["--dry", "--out", str(tmp_path), "--minutes", "0.1"]) == 0
     assert "not begun" in capsys.readouterr().out
+
+
+def test_a_process_that_takes_too_long_is_killed_with_those_that_it_started(gpu, tmp_path):
+    mark = tmp_path / "mark"
+    assert gpu.ends(["sh", "-c", "true"], 60)
+    assert not gpu.ends(["sh", "-c", f"(sleep 1; touch {mark}) & wait"], 0.3)
+    time.sleep(1.5)
+    assert not mark.exists()
 
 
 @pytest.mark.slow

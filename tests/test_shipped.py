@@ -102,10 +102,26 @@ def test_a_folder_of_that_name_comes_first(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_folder_of_that_name_without_a_run_is_not_passed_over():
+def test_a_folder_of_that_name_without_a_run_is_not_passed_over(capsys):
+    """Such as what ``export tiny --format hf --out tiny`` has written."""
     Path("tiny").mkdir()
-    with pytest.raises(UsageError, match="tiny holds no run"):
+    with pytest.raises(UsageError, match=r"is not a run .* comes before the model tiny of the library") as error:
         equilibria.load("tiny")
+    assert str(Path.cwd() / "tiny") in str(error.value)
+    assert "is not a run" in fails(capsys, "evaluate", "tiny")
+    named = re.search(r"by its path, (.*)\.$", str(error.value))
+    assert named
+    assert equilibria.load(named.group(1)).step == 2000
+
+
+def test_a_model_and_a_score_print_one_short_line():
+    trained = equilibria.load("tiny")
+    shown, place = "Transformer, 265,575 parameters, 103 characters, step 2,000", str(shipped.FOLDER / "tiny")
+    assert repr(trained) == f"Trained('tiny': {shown}, {place!r})"
+    found = trained.evaluate(max_segments=2)
+    assert repr(found) == str(found)
+    assert str(found).startswith(f"{found.bits:.3f} bits per character, {found.bits_per_byte:.3f} bits per byte")
+    assert "\n" not in str(found)
 
 
 def test_a_run_of_that_name_comes_before_the_library(capsys):

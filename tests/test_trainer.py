@@ -125,7 +125,7 @@ def test_a_step_is_the_textbook_step():
     torch.manual_seed(3)
     step = trainer.step(segment)
     torch.manual_seed(3)
-    output = twin.model(segment.tokens, segment.targets, method=value.stages[0].method)
+    output = twin.model(segment.tokens, segment.targets, method=value.stages[0].training_method)
     penalty = jacobian_penalty(output.layer.f, output.solution.point).mean()
     (output.nll.mean() + 0.5 * penalty).backward()
     parameters = list(twin.model.parameters())
@@ -158,6 +158,8 @@ def test_the_penalty_is_that_of_the_jacobian_at_the_equilibrium():
         with torch.no_grad():
             point = solve(output.layer.f, torch.zeros_like(output.layer.z), SOLVER, stop).z
         assert torch.equal(output.solution.point, point)
+        plain = dataclasses.replace(stage, penalty=0.0).training_method
+        assert model(tokens, tokens, method=plain).solution.point is None  # a state less in memory
         assert not torch.allclose(output.layer.z, point, rtol=1e-2)
         torch.manual_seed(5)
         noise = torch.randn(point.shape)

@@ -44,6 +44,8 @@ class Method:
     stop has no tolerance never fails."""
     keep: tuple[int, ...] = ()
     """Numbers of steps after which the solve stores its state in ``Solution.iterates``."""
+    keep_point: bool = False
+    """True to keep z*, one more state, in ``Solution.point``, where a gradient rule returns f(z*) as ``Solution.z``."""
 
     def __post_init__(self) -> None:
         check_kind("solver", self.solver, Solver, "Anderson()")
@@ -64,7 +66,7 @@ class Method:
             ConvergenceError: the same, if ``on_failure`` is "raise".
         """
         solution = self.gradient.run(f, z0, self)
-        report(solution, self.stop, self.on_failure, of="The forward solve")
+        report(solution, self.stop, self.on_failure)
         return solution
 
     def with_budget(self, factor: int) -> Method:
@@ -84,6 +86,7 @@ def fixed_point(
     coupled: bool = Method.coupled,
     on_failure: OnFailure = Method.on_failure,
     keep: tuple[int, ...] = Method.keep,
+    keep_point: bool = Method.keep_point,
 ) -> Solution:
     """The solution of z = f(z, *operands) for each sample; its ``z`` carries the gradient to everything that f uses.
 
@@ -99,6 +102,7 @@ def fixed_point(
         coupled: f mixes the samples, so that the whole state is one problem; its leaves may have any shape.
         on_failure: "warn", "raise" or "ignore" when a solve, forward or backward, does not converge.
         keep: numbers of steps after which the solve stores its state in ``Solution.iterates``.
+        keep_point: keep z*, one more state, in ``Solution.point``; ``Solution.z`` is f(z*) by most rules.
 
     Warns:
         ConvergenceWarning: a solve did not converge, or samples are coupled without ``coupled=True``.
@@ -108,7 +112,13 @@ def fixed_point(
             device.
     """
     method = Method(
-        solver=solver, stop=stop, gradient=gradient, coupled=coupled, on_failure=on_failure, keep=tuple(keep)
+        solver=solver,
+        stop=stop,
+        gradient=gradient,
+        coupled=coupled,
+        on_failure=on_failure,
+        keep=tuple(keep),
+        keep_point=keep_point,
     )
     return method.run(_with_operands(as_map(f), operands), z0)
 

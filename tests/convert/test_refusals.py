@@ -171,6 +171,9 @@ def test_deq_trellisnet_without_the_slots_of_its_loss(place):
     sentence = refused(deq_trellisnet(words=7), "wikitext103-trellis")
     assert "lacks tail_vectors and tail_bias" in sentence
     assert "--criterion FILE" in sentence
+    file = Path(saved(deq_trellisnet(words=7)))
+    with pytest.raises(ConversionError, match="both hold decoder"):
+        convert(file, experiment("wikitext103-trellis"), criterion=file)
 
 
 def test_another_text_is_refused(place):

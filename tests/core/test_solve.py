@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from equilibria import AffineMap, Anderson, Broyden, Picard, Solver, Status, Stop, solve
+from equilibria import AffineMap, Anderson, Broyden, Picard, Solver, Status, Stop, fixed_point, solve
 
 HALVE = Stop(rtol=0, atol=1e-3, max_evals=100)
 
@@ -219,3 +219,37 @@ def test_a_tolerance_below_the_rounding_of_f_is_warned_about(dtype, level):
         solve(halving, z0, Picard(), Stop(rtol=1e-4))
     solve(halving, z0.to(dtype), Picard(), Stop(rtol=2e-2))  # no warning, which would be an error here
     solve(halving, z0, Picard(), Stop(rtol=1e-6))
+
+
+@pytest.mark.parametrize("z0", [torch.zeros(3, 5), torch.zeros(2, 4), torch.zeros(3, 4, dtype=torch.float64)])
+def test_an_error_of_f_at_the_start_says_what_the_start_was(z0):
+    weight, x = torch.eye(4), torch.ones(3, 4)
+    with pytest.raises(RuntimeError) as error:
+        solve(lambda z: torch.tanh(z @ weight + x), z0, Picard(), Stop())
+    (note,) = error.value.__notes__
+    assert f"z0 = {tuple(z0.shape)} of {str(z0.dtype)[6:]}" in note
+
+
+def test_an_error_of_f_later_is_left_alone():
+    calls = []
+
+    def f(z):
+        calls.append(z)
+        if len(calls) == 2:
+            raise RuntimeError("my own")
+        return z + 1
+
+    with pytest.raises(RuntimeError, match="my own") as error:
+        solve(f, torch.zeros(1, 2), Picard(), Stop())
+    assert not hasattr(error.value, "__notes__")
+
+
+def test_a_solution_before_the_backward_pass_says_why_it_has_no_adjoint():
+    x = torch.ones(1, 2, requires_grad=True)
+    solution = fixed_point(lambda z: 0.5 * z + x, torch.zeros(1, 2))
+    assert solution.adjoint == []
+    assert solution.adjoint[-1:] == []
+    with pytest.raises(IndexError, match="each backward pass"):
+        assert solution.adjoint[0]
+    solution.z.sum().backward()
+    assert solution.adjoint[0].converged.all()

@@ -13,13 +13,17 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import equilibria
+from convert.authors import deq_transformer
 from equilibria.__main__ import main
 from equilibria.cells import ChainConfig, TrellisConfig
 from equilibria.errors import UsageError
 from equilibria.hf import export, from_run, runs
 from equilibria.hf.configuration import seen_in_training
+from equilibria.lm.convert import convert
+from equilibria.lm.corpora import TextFolder
 from equilibria.lm.experiments import explicit
 from equilibria.lm.model import LanguageConfig
+from equilibria.lm.recipes import RECIPES
 
 
 def test_the_command_writes_a_folder_that_generates(tmp_path, capsys):
@@ -100,6 +104,24 @@ def test_a_chain_whose_blocks_read_the_final_state_is_refused_in_a_sentence(tmp_
     with pytest.raises(ValueError, match="has other values with a cache than without"):
         export("tiny", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_converted_weights_are_a_model_of_transformers(tmp_path):
+    """With the log-probabilities that the run has, of a text in one piece."""
+    text = "one two two three\nfour two five\nsix one\n" * 4
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text(text)
+    torch.save(deq_transformer(words=7), tmp_path / "weights.pth")
+    experiment = dataclasses.replace(RECIPES["wikitext103-v2"](), corpus=TextFolder(root=tmp_path, unit="word"))
+    convert(tmp_path / "weights.pth", experiment).write(tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    trained = equilibria.load(tmp_path / "run")
+    ids = trained.vocabulary.encode(text)[None, :9]
+    with torch.no_grad():
+        logits, _ = trained.model.logits(ids)
+        found = model(ids).logits[..., :7]
+    assert_close(found.log_softmax(-1), logits.log_softmax(-1), rtol=0, atol=1e-5)
 
 
 def test_the_configuration_is_plain_json(tmp_path):

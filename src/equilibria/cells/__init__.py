@@ -44,10 +44,14 @@ CELLS: tuple[AffineConfig | TransformerConfig | ChainConfig | TrellisConfig, ...
     TrellisConfig(width=4, hidden=4, outputs=2, dropout=0.2, weight_dropout=0.3, recurrence="scan"),
 )
 
+CellConfig = TransformerConfig | ChainConfig | TrellisConfig
+"""The configurations of cells on sequences, which experiments and their flags know by name."""
+
 __all__ = [
     "CELLS",
     "AffineCell",
     "AffineConfig",
+    "CellConfig",
     "ChainCell",
     "ChainConfig",
     "KeyValues",

@@ -8,7 +8,7 @@ Letters: B batch, T time, D width, L blocks.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -135,7 +135,8 @@ class ChainCell(SequenceCell):
         """
         if self.config.memory == "last":
             if prepared.kept[0].memory is None or isinstance(prepared.kept[0].memory, TransformerMemory):
-                return self._cells[0].remember(z, Prepared(kept=prepared.kept[0]))
+                found = self._cells[0].remember(z, Prepared(kept=prepared.kept[0]))
+                return cast("TransformerMemory | None", found)  # a cache would come only from a cache
             pairs = zip(self._cells, prepared.kept, strict=True)
             return tuple(cell.remember(z, Prepared(kept=kept)) for cell, kept in pairs)
         remembered = []

@@ -1,4 +1,9 @@
-"""Words of the command line into frozen dataclasses: tyro reads them, errors become one sentence."""
+"""Words of the command line into frozen dataclasses: tyro reads them, errors become one sentence.
+
+tyro draws its errors as a box on stderr, and the message is taken from that box. Its recent releases also have the
+errors as values, in ``tyro._errors``; but that module calls itself private, unstable and to be used with one exact
+version, and earlier releases do not have it. A message in words that are not known here is passed on as tyro says it.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +25,7 @@ import tyro
 from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
 from equilibria.lm.experiments.serialise import DTYPES
-from equilibria.lm.runs.run import require
-from equilibria.lm.runs.shipped import is_shipped
+from equilibria.lm.runs.shipped import is_shipped, require
 from equilibria.lm.suggestions import nearest
 
 Options = TypeVar("Options")

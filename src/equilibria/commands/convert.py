@@ -19,7 +19,8 @@ from equilibria.lm.report.display import waiting
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs.trained import with_data
 
-MISSING = Path("CHECKPOINT")
+NONE = Path()
+"""No file was named."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,9 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(
             "convert needs --recipe: the recipe of the same model, such as wikitext103-v2 or ptb-trellis-deep."
         )
-    default = Options(checkpoint=MISSING, experiment=experiment_of(recipe))
+    default = Options(checkpoint=NONE, experiment=experiment_of(recipe))
     options = parse(Options, words, verb="convert", default=default)
-    if options.checkpoint == MISSING and not MISSING.exists():
+    if options.checkpoint == NONE:
         raise UsageError("convert needs a file: the state dict that the authors' code has written.")
     if not options.checkpoint.is_file():
         raise UsageError(f"{options.checkpoint} is no file; name the state dict that the authors' code has written.")

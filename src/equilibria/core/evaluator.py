@@ -11,7 +11,7 @@ from torch import Tensor
 
 from equilibria.core.maps import Autocast, Map
 from equilibria.core.products import JVP, Products
-from equilibria.core.state import Layout, State
+from equilibria.core.state import Layout, State, described
 from equilibria.core.trees import tensors_in
 from equilibria.torch_private import version
 
@@ -65,7 +65,7 @@ class Evaluator:
         tensors = self._tensors(given)
         versions = [0 if tensor.is_inference() else version(tensor) for tensor in tensors]
         with self.autocast.on():
-            value = self._layout.aligned(self._f(given))
+            value = self._layout.aligned(self._value(given))
         for tensor, before, fz in zip(tensors, versions, self._tensors(value), strict=True):
             self._check(fz, tensor)
             if not tensor.is_inference() and version(tensor) != before:
@@ -74,6 +74,18 @@ class Evaluator:
                     "new tensor (no z.mul_(…), no inplace=True in the first layer), or begin f with z = z.clone()."
                 )
         return self._layout.pack(value)
+
+    def _value(self, z: State) -> State:
+        try:
+            return self._f(z)
+        except Exception as error:
+            if self.evals == 1:
+                error.add_note(
+                    f"f was called with the start z0 = {described(z, coupled=True)} of {self._layout.dtypes()}. If the "
+                    "error is about shapes or dtypes, give a z0 (start= of a layer, whose default is zeros like the "
+                    "input) with the shape and the dtype of what f returns."
+                )
+            raise
 
     def _tensors(self, state: State) -> list[Tensor]:
         return [state] if self._layout.single else tensors_in(state)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from equilibria.core.diagnosis import FORWARD, Message, Solve, diagnosis
 from equilibria.core.solve import Solution
 from equilibria.core.stop import Stop
 from equilibria.errors import EquilibriaError
@@ -30,24 +31,28 @@ WAYS = ("warn", "raise", "ignore")
 
 
 class ConvergenceWarning(UserWarning):
-    """A forward or backward solve failed, and its result cannot be trusted; the message says what to try."""
+    """A forward or backward solve failed, and its result cannot be trusted.
+
+    The message names the solve, the likeliest cause and what to try; later failures of the same kind at the same line
+    of the caller give one short sentence each.
+    """
 
 
 class ConvergenceError(EquilibriaError, RuntimeError):
     """The message of a ``ConvergenceWarning``, raised as an error because ``on_failure`` is "raise"."""
 
 
-def report(solution: Solution, stop: Stop, on_failure: OnFailure, *, of: str) -> None:
+def report(solution: Solution, stop: Stop, on_failure: OnFailure, *, of: Solve = FORWARD) -> None:
     """Report the samples of ``solution`` that did not converge; inside vmap, where no value can be read, do nothing.
 
     Args:
         solution: the result of the solve.
         stop: the stop of the solve; without tolerance it was a network of fixed depth, which cannot fail.
         on_failure: warn, raise or ignore.
-        of: the name of the solve, for the message.
+        of: which solve it was, for the message.
     """
     if is_heard(stop, on_failure) and not is_batched():
-        tell(~solution.converged, lambda: f"{of}: {solution}", on_failure)
+        tell(~solution.converged, lambda: diagnosis(solution, stop, of), on_failure)
 
 
 def is_heard(stop: Stop, on_failure: OnFailure) -> bool:
@@ -55,7 +60,7 @@ def is_heard(stop: Stop, on_failure: OnFailure) -> bool:
     return stop.has_tolerance and on_failure != "ignore"
 
 
-def tell(flags: Bool[Tensor, " B"], message: Callable[[], str], on_failure: OnFailure) -> None:
+def tell(flags: Bool[Tensor, " B"], message: Callable[[], Message], on_failure: OnFailure) -> None:
     """Warn or raise with ``message()`` if one of ``flags`` is set; on a GPU a warning comes later, an error at once.
 
     Call ``is_heard`` first: if it is False, the flags need not be computed.
@@ -79,18 +84,23 @@ def settle(*, wait: bool = False) -> None:
             _speak(message(), "warn")
 
 
-_pending: deque[tuple[Tensor, torch.cuda.Event, Callable[[], str]]] = deque(maxlen=64)
+_pending: deque[tuple[Tensor, torch.cuda.Event, Callable[[], Message]]] = deque(maxlen=64)
 atexit.register(settle, wait=True)
 
 
-def _speak(message: str, on_failure: OnFailure) -> None:
+def _speak(message: Message, on_failure: OnFailure) -> None:
     if on_failure == "raise":
-        raise ConvergenceError(message)
+        raise ConvergenceError(str(message))
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, ConvergenceWarning, stacklevel=level)
+    advised = message.kind, frame.f_code.co_filename, frame.f_lineno
+    warnings.warn(f"{message.what}." if advised in ADVISED else str(message), ConvergenceWarning, stacklevel=level)
+    ADVISED.add(advised)
 
+
+ADVISED: set[tuple[str, str, int]] = set()
+"""The kinds of failure, with file and line of the caller, for which a warning has already given its advice."""
 
 _OWN = (*(str(Path(path).parent) for path in (torch.__file__, jaxtyping.__file__)), str(Path(__file__).parents[1]), "<")
 """Prefixes of files that are not the user's: a warning names the first line outside them."""
@@ -105,7 +115,7 @@ RANDOM = "f does not give the same bits twice (dropout inside it?): draw what is
 
 
 def check_repeats(
-    change: Float[Tensor, " B"], stop: Stop, on_failure: OnFailure, *, eps: float, coupled: bool, of: str
+    change: Float[Tensor, " B"], stop: Stop, on_failure: OnFailure, *, eps: float, coupled: bool, of: Solve
 ) -> None:
     """Report an f whose value has changed when it is evaluated once more at the end of a solve.
 
@@ -117,16 +127,17 @@ def check_repeats(
         on_failure: warn, raise or ignore.
         eps: the rounding unit of f; a change of 30·eps is allowed on top.
         coupled: True if the samples are solved as one problem.
-        of: the name of the solve, for the message.
+        of: which solve it was, for the message.
     """
     differs = change > 0.1 * stop.rtol + 30 * eps
 
-    def message() -> str:
+    def message() -> Message:
         worst = float(torch.where(differs, change, 0.0).max())
-        return (
-            f"{of}: f was evaluated once more at the end, and its value has changed in {int(differs.sum())} of "
-            f"{len(differs)} samples, by up to {worst:.1e} of its norm, so the result is wrong by about that much. "
-            f"{RANDOM if coupled else COUPLED}"
+        what = (
+            f"{of.name}: f was evaluated once more at the end, and its value has changed in {int(differs.sum())} of "
+            f"{len(differs)} samples, by up to {worst:.1e} of its norm, so the result is wrong by about that much"
         )
+        advice = RANDOM if coupled else COUPLED
+        return Message(what, advice, kind=f"{of.name}, {advice}")
 
     tell(differs, message, on_failure)

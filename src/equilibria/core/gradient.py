@@ -49,6 +49,11 @@ class ForwardSolve(Protocol):
         """Numbers of steps after which the solve stores its state in ``Solution.iterates``."""
         ...
 
+    @property
+    def keep_point(self) -> bool:
+        """True if ``Solution.point`` is kept."""
+        ...
+
 
 class GradientRule(ABC):
     """Runs the solve and decides how the gradient gets through it. Subclasses are frozen dataclasses."""
@@ -101,6 +106,11 @@ def solve_without_graph(
     # Autocast caches weights that were cast without a graph; the evaluation with graph must not reuse them.
     torch.clear_autocast_cache()
     return solution
+
+
+def point_of(solution: Solution, method: ForwardSolve) -> State | None:
+    """The ``Solution.point`` of a rule that replaces z: the z of the solve if the method keeps it, else None."""
+    return solution.z if method.keep_point else None
 
 
 _UNSUPPORTED = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -27,10 +27,11 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 class _Handle:
-    """What a graph holds in place of a tensor."""
+    """The stand-in for a tensor that a graph saves."""
 
     def __init__(self, packed: Any) -> None:
-        self.packed, self.tensor = packed, None
+        self.packed = packed
+        self.tensor: Tensor | None = None
 
 
 class SavedTensors:
@@ -60,15 +61,18 @@ class SavedTensors:
 
     def unpack(self) -> None:
         """Unpack all tensors for the rest of the running backward pass; VJPs within it then find them."""
-        handles = [handle for handle in (weak() for weak in self._handles) if handle is not None]
-        for handle in handles:
-            handle.tensor = self._unpack(handle.packed)
-        if handles:
-            del handle, handles
+        found = False
+        for handle in self._alive():
+            handle.tensor, found = self._unpack(handle.packed), True
+        if found:
             at_the_end(self._release)
 
     def _release(self) -> None:
+        for handle in self._alive():
+            handle.tensor = None
+
+    def _alive(self) -> Iterator[_Handle]:
         for weak in self._handles:
             handle = weak()
             if handle is not None:
-                handle.tensor = None
+                yield handle

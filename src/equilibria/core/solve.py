@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,11 +49,11 @@ class Solution:
     covers only those still active at the end."""
     iterates: tuple[State, ...] = ()
     """The states after the numbers of steps in ``keep``; only ``Unroll`` gives them a gradient."""
-    adjoint: list[Solution] = dataclasses.field(default_factory=list)
+    adjoint: list[Solution] = dataclasses.field(default_factory=lambda: Adjoints())
     """Each backward pass appends the solution of its adjoint solve; ``dataclasses.replace`` shares the list."""
     point: State | None = None
-    """z*, the iterate that the loop returned, without graph, if a gradient rule has replaced z by f(z*); None if z is
-    z* itself."""
+    """z*, the iterate that the loop returned, without graph, if a gradient rule has replaced z by f(z*) and
+    ``Method(keep_point=True)`` asked for it; else None."""
 
     @property
     def converged(self) -> Bool[Tensor, " B"]:
@@ -76,6 +77,15 @@ class Solution:
         return line if worst is Status.CONVERGED else f"{line}. {worst.name}: {worst.advice}"
 
     __repr__ = __str__
+
+
+class Adjoints(list[Solution]):
+    """The adjoint solutions of a fixed point, in the order of the backward passes."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if not self and not isinstance(index, slice):
+            raise IndexError("Solution.adjoint is empty: each backward pass through Implicit() or Neumann() adds one.")
+        return super().__getitem__(index)
 
 
 @untraced

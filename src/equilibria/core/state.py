@@ -176,6 +176,10 @@ class Layout:
         cast = [tensor.to(leaf.dtype) for leaf, tensor in zip(self.leaves, tensors, strict=True)]
         return tree_unflatten(cast, self.spec)
 
+    def dtypes(self) -> str:
+        """The dtypes of the leaves, for messages."""
+        return " and ".join(sorted({str(leaf.dtype).removeprefix("torch.") for leaf in self.leaves}))
+
     def described(self) -> str:
         """The structure of the state, with the shapes of its leaves, for messages."""
         return described(tree_unflatten([_Dims(leaf.shape, leaf.coupled) for leaf in self.leaves], self.spec))

@@ -123,13 +123,11 @@ class Status(enum.IntEnum):
 _ADVICE = {
     Status.CONVERGED: "The residual is below rtol·‖f(z)‖ + atol, or at the rounding of its first value.",
     Status.BUDGET_SPENT: (
-        "The budget was spent before the tolerance was met, and the iterate chosen by Stop.best was returned: raise "
-        "max_evals, loosen rtol (bfloat16 reaches about 1e-2), or make f more contractive (weight norm, Jacobian "
-        "penalty; see stability.spectral_radius); check that f gives the same bits twice (no dropout inside); and if "
-        "f mixes the samples of the batch, pass coupled=True."
+        "The budget was spent before the tolerance was met: raise max_evals, loosen rtol, or make f more contractive "
+        "(weight norm, Jacobian penalty; see stability.spectral_radius)."
     ),
     Status.NONFINITE: (
-        "f or the solver's step became NaN or infinite, and the best iterate with a finite f was returned, or the "
-        "start if there was none: look for non-finite inputs or weights, lower the learning rate, or damp the solver."
+        "f or a step of the solver became NaN or infinite: look for such numbers among inputs and weights, lower the "
+        "learning rate, or damp the solver."
     ),
 }

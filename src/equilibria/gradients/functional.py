@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equilibria.core.capture import Unknown
+from equilibria.core.diagnosis import ADJOINT, FORWARD, TANGENT, Solve
 from equilibria.core.failure import OnFailure, report
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import FunctionMap, Map
@@ -59,7 +60,7 @@ def solved(f: Map, z0: State, method: ForwardSolve, *, solver: Solver, stop: Sto
         solver=method.solver,
         stop=method.stop,
         on_failure=method.on_failure if is_batched() else "ignore",  # outside vmap ``Method.run`` reports
-        of="The forward solve",
+        of=FORWARD,
         keep=method.keep,
         linear_solver=solver,
         linear_stop=stop,
@@ -89,8 +90,8 @@ class System:
     solver: Solver
     stop: Stop
     on_failure: OnFailure
-    of: str
-    """The name of the solve, for messages."""
+    of: Solve
+    """Which solve it is, for messages."""
     linear_solver: Solver
     linear_stop: Stop
     linear_on_failure: OnFailure
@@ -120,7 +121,7 @@ class System:
         def product(u: Tensor, x: Tensor, *operands: Tensor) -> Tensor:
             return torch.func.vjp(lambda x: self.function(x, *operands), x)[1](u)[0]
 
-        return self._linear(product, "The adjoint solve of Implicit()")
+        return self._linear(product, ADJOINT)
 
     def tangent(self) -> System:
         """w = Jw + h, with the operands (x, *operands)."""
@@ -128,9 +129,9 @@ class System:
         def product(w: Tensor, x: Tensor, *operands: Tensor) -> Tensor:
             return jvp(lambda x: self.function(x, *operands), (x,), (w,))
 
-        return self._linear(product, "The tangent solve of Implicit()")
+        return self._linear(product, TANGENT)
 
-    def _linear(self, product: Callable[..., Tensor], of: str) -> System:
+    def _linear(self, product: Callable[..., Tensor], of: Solve) -> System:
         return dataclasses.replace(
             self,
             function=product,

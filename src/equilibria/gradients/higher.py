@@ -90,6 +90,7 @@ class RowsMethod:
     on_failure: OnFailure
     coupled: bool = False
     keep: tuple[int, ...] = ()
+    keep_point: bool = False
 
 
 def deliver(there: Linearised, layout: Layout, u: Float[Tensor, "B N"], below: Edge, *, alike: bool) -> Tensor:

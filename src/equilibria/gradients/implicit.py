@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.core.diagnosis import ADJOINT, TANGENT
 from equilibria.core.failure import OnFailure, report
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
 from equilibria.core.maps import Map
@@ -105,15 +106,15 @@ class _Systems(Orders):
             system = TangentMap(there, layout, h)
             with torch.no_grad():
                 found = solve_linear(system.linear, h, layout, rule.solver, rule.stop)
-            report(found, rule.stop, self.on_failure, of="The tangent solve of Implicit()")
+            report(found, rule.stop, self.on_failure, of=TANGENT)
             return self._differentiable(system, found, layout)
 
     def _solve_adjoint(self, point: Point, g: Float[Tensor, "B N"]) -> Solution:
-        rule, of = self.rule, "The adjoint solve of Implicit()"
+        rule = self.rule
         found = solve_adjoint(point, g, rule.solver, rule.stop)
         self.solved.append(as_state(point, found))
-        report(found, rule.stop, self.on_failure, of=of)
-        check_arrival(point, g, found, rule.stop, self.on_failure, of=of)
+        report(found, rule.stop, self.on_failure, of=ADJOINT)
+        check_arrival(point, g, found, rule.stop, self.on_failure, of=ADJOINT)
         return found
 
     def _differentiable(self, system: Map, found: Solution, layout: Layout) -> Float[Tensor, "B N"]:

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from equilibria.core.diagnosis import FORWARD, Solve
 from equilibria.core.failure import OnFailure, check_repeats, is_heard
-from equilibria.core.gradient import ForwardSolve
+from equilibria.core.gradient import ForwardSolve, point_of
 from equilibria.core.maps import AffineMap, Linearised, Map
 from equilibria.core.progress import relative
 from equilibria.core.solve import Solution, solve
@@ -103,7 +104,7 @@ def attached(
     """
     dual = orders is not None and is_forward_mode()
     if not torch.is_grad_enabled() and not dual:
-        return dataclasses.replace(solution, z=solution.fz, point=solution.z)
+        return dataclasses.replace(solution, z=solution.fz, point=point_of(solution, method))
     layout = Layout.of(solution.z, coupled=method.coupled)
     f = f.eager() if dual else f
     pinned = f if orders is None else f.eager().pinned()
@@ -114,7 +115,7 @@ def attached(
         with torch.no_grad():
             check_again(method, change(layout.pack(known), recorded(solution, layout), method.stop, layout), known)
     # The same bits as the f(z*) of the solve, whose memory is released.
-    out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1, point=solution.z)
+    out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1, point=point_of(solution, method))
     primal, h = split_dual(fz, layout) if dual else (fz, None)
     if constant or not torch.is_grad_enabled():  # no graph is kept, no adjoint solved
         z = layout.pack(known) if h is not None else None
@@ -141,8 +142,7 @@ def split_dual(state: State, layout: Layout) -> tuple[State, Float[Tensor, "B N"
 def check_again(method: ForwardSolve, changed: Float[Tensor, " B"], state: State) -> None:
     """Report if f(z*), evaluated once more after the solve, differs from its value there."""
     eps = rounding(tensors_in(state))
-    of, coupled = "The forward solve", method.coupled
-    check_repeats(changed, method.stop, method.on_failure, eps=eps, coupled=coupled, of=of)
+    check_repeats(changed, method.stop, method.on_failure, eps=eps, coupled=method.coupled, of=FORWARD)
 
 
 def recorded(solution: Solution, layout: Layout) -> Solution:
@@ -162,7 +162,7 @@ def change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: La
 
 
 def check_arrival(
-    point: Point, g: Float[Tensor, "B N"], solved: Solution, stop: Stop, on_failure: OnFailure, *, of: str
+    point: Point, g: Float[Tensor, "B N"], solved: Solution, stop: Stop, on_failure: OnFailure, *, of: Solve
 ) -> None:
     """At the end of the backward pass, when Jᵀu arrives, report if Jᵀu + g differs from its value in the solve."""
     if not is_heard(stop, on_failure) or point.copies is not None:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from equilibria.core.failure import is_heard
-from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
+from equilibria.core.gradient import ForwardSolve, GradientRule, point_of, solve_without_graph
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
@@ -41,10 +41,12 @@ class Phantom(GradientRule):
         """The solution, with the last tracked iterate as its differentiable z."""
         solution = solve_without_graph(f, z0, method)
         if not torch.is_grad_enabled():
-            return dataclasses.replace(solution, z=solution.fz, point=solution.z)
+            return dataclasses.replace(solution, z=solution.fz, point=point_of(solution, method))
         budget = Stop(rtol=0, atol=0, max_evals=self.steps, best=False)
         tracked = solve(f, solution.z, Picard(self.damping), budget, coupled=method.coupled)
         if is_heard(method.stop, method.on_failure):
             check_again(method, (tracked.trace[0].detach() - solution.residual).abs(), solution.z)
         z = map_pairs(lambda x, fx: x.lerp(fx, self.damping), tracked.z, tracked.fz)
-        return dataclasses.replace(solution, z=z, evals=solution.evals + tracked.evals, point=solution.z)
+        return dataclasses.replace(
+            solution, z=z, evals=solution.evals + tracked.evals, point=point_of(solution, method)
+        )

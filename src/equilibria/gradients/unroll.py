@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from equilibria.core.diagnosis import Message
 from equilibria.core.failure import is_heard, tell
 from equilibria.core.gradient import ForwardSolve, GradientRule
 from equilibria.core.maps import Map
@@ -77,10 +78,12 @@ def _check_steps(solution: Solution, method: ForwardSolve) -> None:
     early = solution.converged & (error > max(UNCONVERGED, 10 * method.stop.rtol))
     tell(
         early,
-        lambda: (
+        lambda: Message(
             f"Unroll(): {int(early.sum())} of {len(early)} samples met the tolerance near their start, and their "
-            f"gradient is wrong by up to {float(error[early].max()):.0%}: start from zeros, take a fixed number of "
-            "steps with Stop(rtol=0, max_evals=…, best=False), or use gradient=Implicit()."
+            f"gradient is wrong by up to {float(error[early].max()):.0%}",
+            "Start from zeros, take a fixed number of steps with Stop(rtol=0, max_evals=…, best=False), or use "
+            "gradient=Implicit().",
+            kind="Unroll()",
         ),
         method.on_failure,
     )

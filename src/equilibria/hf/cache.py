@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Cache
 
+from equilibria.cells import CellConfig
 from equilibria.cells.chain import ChainConfig
 from equilibria.cells.transformer.past import KeyValues
 from equilibria.cells.trellis.cell import TrellisConfig
 from equilibria.cells.trellis.prepared import TrellisMemory
-from equilibria.hf.configuration import CellConfig, blocks_of
+from equilibria.hf.configuration import blocks_of
 from equilibria.layers.layer import LayerOutput
 from equilibria.layers.sequence import Memory
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from equilibria.cells import CellConfig
 from equilibria.cells.chain import ChainConfig
 from equilibria.cells.transformer.cell import WINDOW, TransformerConfig
 from equilibria.cells.trellis.cell import TrellisConfig
@@ -16,7 +17,6 @@ from equilibria.lm.experiments.serialise import part_from_json, part_to_json
 from equilibria.lm.model import LanguageConfig
 
 MODEL_TYPE = "equilibrium"
-CellConfig = TransformerConfig | ChainConfig | TrellisConfig
 
 
 class EquilibriumConfig(PreTrainedConfig):

@@ -14,7 +14,8 @@ from equilibria.hf.tokenization import EquilibriumTokenizer, tokenizer_of
 from equilibria.layers.linear import fold as fold_weights
 from equilibria.lm.corpora import Vocabulary
 from equilibria.lm.model import LanguageConfig
-from equilibria.lm.runs.run import Run, Which, require
+from equilibria.lm.runs.run import Run, Which
+from equilibria.lm.runs.shipped import require
 from equilibria.lm.runs.trained import Trained, load
 
 

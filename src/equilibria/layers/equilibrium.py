@@ -46,6 +46,7 @@ class Equilibrium(Layer):
         coupled: the cell mixes the samples of the batch, so that the whole state is one problem.
         on_failure: "warn", "raise" or "ignore" when a solve, forward or backward, does not converge.
         keep: numbers of steps after which the solve stores its state in ``Solution.iterates``.
+        keep_point: keep z*, one more state, in ``Solution.point``; ``Solution.z`` is f(z*) by most rules.
     """
 
     def __init__(
@@ -59,11 +60,18 @@ class Equilibrium(Layer):
         coupled: bool = Method.coupled,
         on_failure: OnFailure = Method.on_failure,
         keep: tuple[int, ...] = Method.keep,
+        keep_point: bool = Method.keep_point,
     ) -> None:
         super().__init__()
         self.cell = as_cell(cell)
         self.method = Method(
-            solver=solver, stop=stop, gradient=gradient, coupled=coupled, on_failure=on_failure, keep=keep
+            solver=solver,
+            stop=stop,
+            gradient=gradient,
+            coupled=coupled,
+            on_failure=on_failure,
+            keep=keep,
+            keep_point=keep_point,
         )
         if eval_stop is not None:
             check_kind("eval_stop", eval_stop, Stop, "Stop(rtol=1e-3)")
@@ -118,5 +126,5 @@ class Equilibrium(Layer):
         """Solver, stopping rule and gradient rule, and every other setting that differs from its default."""
         method = self.method
         said = f"solver={method.solver}, stop={method.stop}, gradient={method.gradient}, eval_stop={self.eval_stop}"
-        more = {name: getattr(method, name) for name in ("coupled", "on_failure", "keep")}
+        more = {name: getattr(method, name) for name in ("coupled", "on_failure", "keep", "keep_point")}
         return said + "".join(f", {name}={value!r}" for name, value in more.items() if value != getattr(Method, name))

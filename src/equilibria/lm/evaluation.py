@@ -175,6 +175,7 @@ class _Totals:
             accuracy=self._right / self._asked if self._asked else None,
             seconds=seconds,
             bytes=None if self._vocabulary is None else self._bytes,
+            unit="token" if self._vocabulary is None else self._vocabulary.unit,
         )
 
 

@@ -5,6 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from equilibria.lm.corpora.vocabulary import noun
+
+
+def measure(unit: str) -> tuple[str, str]:
+    """The name of the score that suits the unit of the text, as in the log, and the score in words."""
+    if unit in ("word", "bpe"):
+        return "perplexity", f"perplexity per {noun(unit)}"
+    if unit == "character":
+        return "bits", "bits per character"
+    return "nats", f"nats per {unit}"
+
+
+def in_words(value: float, unit: str) -> str:
+    """The score of a text in this unit with the digits that mean something, and its measure."""
+    digits = f"{value:,.1f}" if value >= 100 else f"{value:.3f}" if value >= 0.1 else f"{value:.2e}"
+    return f"{digits} {measure(unit)[1]}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -34,9 +51,12 @@ class Setting:
     """True if the tokens were divided into rows before the targets were taken, as in published scores."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Evaluation:
-    """The score of a model on a stream, and the cost of its solves. Means are weighted by tokens."""
+    """The score of a model on a stream, and the cost of its solves. Means are weighted by tokens.
+
+    It prints the score that is usual for the unit of the text: bits per character, or perplexity per word or BPE token.
+    """
 
     nll_per_token: float
     """Mean negative log-likelihood per token, in nats."""
@@ -56,6 +76,33 @@ class Evaluation:
     line; ``<eos>`` counts one, for the line feed; ``<unk>`` counts five, since that is the text which was predicted,
     whatever stood there before.
     """
+    unit: str = "token"
+    """The unit of a token, in which the score is printed; "token" if no vocabulary was given, printed in nats."""
+
+    def __str__(self) -> str:
+        """The score in the measure of its unit, what was read, and the cost and success of the solves."""
+        key, _ = measure(self.unit)
+        parts = [in_words(self.nll_per_token if key == "nats" else getattr(self, key), self.unit)]
+        if self.bits_per_byte is not None:
+            parts.append(f"{self.bits_per_byte:.3f} bits per byte")
+        if self.accuracy is not None:
+            parts.append(f"{_percent(self.accuracy)} of the answers right")
+        setting, forward = self.setting, self.forward
+        streams = f"{setting.batch_size} stream" + "s" * (setting.batch_size > 1)
+        read = (
+            f"{setting.tokens:,} of {setting.stream_tokens:,} tokens, {streams}, segments of {setting.segment_length}"
+        )
+        solves = (
+            ""
+            if forward is None
+            else (
+                f"; {forward['evals']:.1f} evaluations per solve, residual {forward['residual']:.1e}, "
+                f"{_percent(forward['converged'])} converged"
+            )
+        )
+        return f"{', '.join(parts)} ({read}{solves})"
+
+    __repr__ = __str__
 
     @property
     def tokens(self) -> int:
@@ -91,3 +138,8 @@ class Evaluation:
     def converged(self) -> float | None:
         """Share of samples that met the tolerance; None without solves."""
         return self.forward["converged"] if self.forward else None
+
+
+def _percent(share: float) -> str:
+    """0.9984 as 99.8 %, rounded down, so that 100 % is all."""
+    return f"{math.floor(1000 * share) / 10:g} %"

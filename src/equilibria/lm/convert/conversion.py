@@ -84,11 +84,7 @@ def convert(
         ConversionError: the file is of no known format, has broken ties or tensors that nothing reads, or does not
             belong to the experiment or to its text.
     """
-    tensors = read(source)
-    if criterion is not None:
-        added = read(criterion)
-        named = {name: added.look(name) for name in added.names()}
-        tensors = Tensors({**{name: tensors.look(name) for name in tensors.names()}, **named}, source=tensors.source)
+    tensors = read(source) if criterion is None else read(source).joined(read(criterion))
     kind = format_of(tensors)
     if not isinstance(experiment.model, LanguageConfig):
         raise ConversionError(f"{experiment.name} has a recurrent network, and no published format is of one.")

@@ -27,7 +27,7 @@ class Row:
     theirs: str
     """Its name in the file."""
     change: Change = torch.Tensor.clone
-    """What becomes of the tensor."""
+    """The function that makes our parameter of their tensor."""
 
 
 class Format(ABC):

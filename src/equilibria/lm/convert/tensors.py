@@ -18,7 +18,7 @@ class ConversionError(EquilibriaError, ValueError):
 
 
 class Tensors:
-    """The named tensors of a file. ``take`` marks a tensor as used, so that ``rest`` are the ones nobody has read.
+    """The named tensors of a file. ``take`` marks a tensor as used, so that ``rest`` are the unread ones.
 
     Args:
         tensors: by name; a "module." in front of a name, from DataParallel, is removed.
@@ -54,6 +54,19 @@ class Tensors:
         tensor = self.look(name)
         self._used.add(name)
         return tensor.detach().to(torch.float32)
+
+    def joined(self, others: Tensors) -> Tensors:
+        """The tensors of both files.
+
+        Raises:
+            ConversionError: both have a tensor of the same name.
+        """
+        if common := sorted(self._tensors.keys() & others._tensors.keys()):
+            raise ConversionError(
+                f"{self.source} and {others.source} both hold {common[0]}; name the model's state dict first, and that "
+                "of its loss with --criterion."
+            )
+        return Tensors({**self._tensors, **others._tensors}, source=self.source)
 
     def skip(self, prefixes: Iterable[str]) -> None:
         """Mark all tensors whose names begin with one of the prefixes: copies, and what is computed again."""

@@ -207,5 +207,10 @@ class TextFolder(FolderSource):
     def load(self) -> Corpus:
         """The corpus; its vocabulary is that of train.txt, or of the whole file, or learnt from the training part."""
         root = self.folder()
+        if not root.exists():
+            raise FileNotFoundError(
+                f"{root} does not exist; give a text file, which is cut into its three parts, or a folder with "
+                "train.txt, valid.txt and test.txt."
+            )
         read = text_file if root.is_file() else text_folder
         return read(root, unit=self.unit, lowercase=self.lowercase, vocabulary_size=self.vocabulary_size)

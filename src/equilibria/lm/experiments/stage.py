@@ -79,13 +79,16 @@ class Stage:
     @property
     def training_method(self) -> Method | None:
         """The method in training; it does not warn of failures, which the trainer counts and logs."""
-        return self.method and dataclasses.replace(self.method, on_failure="ignore")
+        if self.method is None:
+            return None
+        return dataclasses.replace(self.method, on_failure="ignore", keep_point=self.penalty > 0)
 
     @property
     def evaluation_method(self) -> Method | None:
         """The method in evaluation."""
-        method = self.training_method
-        return method if method is None or self.eval_stop is None else dataclasses.replace(method, stop=self.eval_stop)
+        if self.method is None:
+            return None
+        return dataclasses.replace(self.method, stop=self.eval_stop or self.method.stop, on_failure="ignore")
 
     @property
     def layers(self) -> int | None:

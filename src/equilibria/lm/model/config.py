@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from equilibria.cells.chain import ChainConfig
+from equilibria.cells import CellConfig, ChainConfig
 from equilibria.cells.transformer.cell import TransformerConfig
 from equilibria.cells.trellis.cell import TrellisConfig
 from equilibria.core.stop import Stop
@@ -21,8 +21,6 @@ from equilibria.lm.model.heads import SoftmaxHead
 from equilibria.lm.model.losses import ExtraLosses
 from equilibria.lm.model.mixture import MixtureConfig
 from equilibria.lm.model.model import LanguageModel
-
-CellConfig = TransformerConfig | ChainConfig | TrellisConfig
 
 
 @dataclasses.dataclass(frozen=True)

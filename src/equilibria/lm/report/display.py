@@ -92,7 +92,7 @@ class Display:
             cost = self._solve(event["stage"], event.get("forward"))
             solves = f", {cost[0].replace('evaluations', 'evals')}, {cost[2]}" if cost else ""
             right = "" if event.get("accuracy") is None else f", {formats.percent(event['accuracy'])} right"
-            best = ", best" if event.get("best") else ""
+            best = ", best of its stage" if event.get("best") else ""
             return f"{number}  valid {formats.full_score(event, self._unit)}{right}{solves}{best}"
         if kind == "rolled_back":
             return (

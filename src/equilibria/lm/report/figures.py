@@ -19,6 +19,7 @@ from equilibria.lm.report.page import Drawing
 from equilibria.lm.report.record import DIRECTIONS, Dots, Record
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs.files import replace
+from equilibria.lm.score import measure
 
 
 @contextlib.contextmanager
@@ -122,10 +123,10 @@ def _loss(axes: Axes, record: Record) -> bool:
     _curve(axes, steps, BLUE, "training")
     _dots(axes, valid, ORANGE, "validation")
     _baselines(axes, record)
-    if formats.measure(record.unit)[0] != "bits":
+    if measure(record.unit)[0] != "bits":
         axes.set_yscale("log")
     _zoom(axes, steps, [score for points in valid.values() for score in points[1::2]])
-    axes.set_ylabel(formats.measure(record.unit)[1])
+    axes.set_ylabel(measure(record.unit)[1])
     axes.legend(loc="upper right")
     return _per_step(axes, record)
 
@@ -306,7 +307,7 @@ def _side_by_side(
         paint(axes, record, (COLOURS[place % len(COLOURS)], _label(str(record.path))))
     if not axes.lines:
         return False
-    key, name = formats.measure(records[0].unit) if _of_one_unit(records) else ("bits", "bits per byte")
+    key, name = measure(records[0].unit) if _of_one_unit(records) else ("bits", "bits per byte")
     if key != "bits":
         axes.set_yscale("log")
     longest = max(record.step for record in records)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from equilibria.lm.corpora.vocabulary import noun
+from equilibria.lm.score import in_words, measure
 
 
 def strict_json(value: dict[str, Any]) -> str:
@@ -81,15 +81,6 @@ def mean(values: Iterable[float | None]) -> float:
     return sum(kept) / len(kept) if kept else math.nan
 
 
-def measure(unit: str) -> tuple[str, str]:
-    """The key of a validation event that suits the unit of the text, and its name in words."""
-    if unit in ("word", "bpe"):
-        return "perplexity", f"perplexity per {noun(unit)}"
-    if unit == "character":
-        return "bits", "bits per character"
-    return "nats", f"nats per {unit}"
-
-
 def quantity(event: dict[str, Any], unit: str) -> float:
     """The value of an event in the measure of its unit; nats, bits and perplexity are one number in three clothes."""
     key, _ = measure(unit)
@@ -108,9 +99,7 @@ def number(event: dict[str, Any], unit: str) -> str:
 
 def score(event: dict[str, Any], unit: str) -> str:
     """``quantity`` with one digit more, and its measure in words."""
-    value = quantity(event, unit)
-    digits = f"{value:,.1f}" if value >= 100 else f"{value:.3f}" if value >= 0.1 else f"{value:.2e}"
-    return f"{digits} {measure(unit)[1]}"
+    return in_words(quantity(event, unit), unit)
 
 
 def full_score(event: dict[str, Any], unit: str) -> str:

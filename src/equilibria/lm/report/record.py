@@ -20,7 +20,8 @@ from equilibria.lm.report.curve import Curve
 from equilibria.lm.runs import events
 from equilibria.lm.runs.events import Event
 from equilibria.lm.runs.files import check_own
-from equilibria.lm.runs.run import Run, require
+from equilibria.lm.runs.run import Run
+from equilibria.lm.runs.shipped import require
 
 CHUNK = 1024
 """Training steps that are read before they are added up."""

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from equilibria.errors import UsageError
 from equilibria.lm.corpora.language import Language
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.serialise import from_json, kinds_in, to_json
@@ -17,8 +16,7 @@ from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError
 from equilibria.lm.runs.events import Event
 from equilibria.lm.runs.files import check_own, check_readable, discard, replace, undamaged
 from equilibria.lm.runs.folder import FILES, FOLDERS, GONE, LOCK, NEW, OLD, foreign_files
-from equilibria.lm.runs.shipped import check_writable, located, names
-from equilibria.lm.suggestions import nearest
+from equilibria.lm.runs.shipped import check_writable
 
 WITHOUT_INFLUENCE = ("corpus.root", "training.devices", "training.faults.keep", "training.log")
 """Settings, or groups of them, that may change when a run continues; those of the devices may change the last bits."""
@@ -282,18 +280,3 @@ def _leaves(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
         return
     for key, part in value.items() if isinstance(value, dict) else enumerate(value):
         yield from _leaves(part, f"{name}.{key}" if name else str(key))
-
-
-def require(path: Path) -> Path:
-    """The run directory for a path, or for the name of a model that ships with the library; see ``located``.
-
-    Raises:
-        UsageError: there is none; names the runs nearby.
-    """
-    path = located(path)
-    if (path / "experiment.json").is_file():
-        return path
-    found = sorted(str(file.parent) for base in {path.parent, Path("runs")} for file in base.glob("*/experiment.json"))
-    fault = "holds no run (no experiment.json)" if path.is_dir() else "does not exist"
-    hint = nearest(str(path), [*found, *names()]) or (f"there are the runs {', '.join(found[:5])}." if found else "")
-    raise UsageError(f"{path} {fault}; {hint or 'a run is a folder that `equilibria train` has written.'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from equilibria.errors import UsageError
+from equilibria.lm.suggestions import nearest
 
 FOLDER = Path(__file__).parents[1] / "pretrained"
 """The folder with one run directory per model."""
@@ -27,6 +28,26 @@ def located(path: Path) -> Path:
         return path
     trained = Path("runs") / path
     return trained if (trained / "experiment.json").is_file() else FOLDER / path
+
+
+def require(path: Path) -> Path:
+    """The run directory for a path, or for the name of a model that ships with the library; see ``located``.
+
+    Raises:
+        UsageError: there is none; names the runs nearby.
+    """
+    path = located(path)
+    if (path / "experiment.json").is_file():
+        return path
+    if str(path) in names():  # a folder in the way, such as an export of the model
+        raise UsageError(
+            f"The folder {path.absolute()} is not a run (it has no experiment.json), and it comes before the model "
+            f"{path} of the library; rename the folder, or name the model by its path, {FOLDER / path}."
+        )
+    found = sorted(str(file.parent) for base in {path.parent, Path("runs")} for file in base.glob("*/experiment.json"))
+    fault = "holds no run (no experiment.json)" if path.is_dir() else "does not exist"
+    hint = nearest(str(path), [*found, *names()]) or (f"there are the runs {', '.join(found[:5])}." if found else "")
+    raise UsageError(f"{path} {fault}; {hint or 'a run is a folder that `equilibria train` has written.'}")
 
 
 def is_shipped(path: Path) -> bool:

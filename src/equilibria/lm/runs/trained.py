@@ -18,6 +18,7 @@ from equilibria.fixed_point import Method
 from equilibria.lm.corpora import Corpus, Stream, TextFolder, Vocabulary
 from equilibria.lm.corpora.language import Language
 from equilibria.lm.corpora.text_folder import lines_of
+from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.device import choose_device
 from equilibria.lm.evaluation import evaluate
 from equilibria.lm.experiments.experiment import Experiment
@@ -25,15 +26,15 @@ from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.model import LanguageConfig, LanguageModel
 from equilibria.lm.runs.checkpoint import CheckpointError
 from equilibria.lm.runs.continuation import continuation
-from equilibria.lm.runs.run import Run, Which, require
-from equilibria.lm.runs.shipped import TEXTS
+from equilibria.lm.runs.run import Run, Which
+from equilibria.lm.runs.shipped import TEXTS, require
 from equilibria.lm.runs.weights import load_weights, weights
 from equilibria.lm.score import Evaluation
 
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trained:
     """A trained model ready for use, with its experiment, vocabulary and training step."""
 
@@ -51,6 +52,15 @@ class Trained:
     """The run directory; None for a model that was not read from one."""
     data: Path | None = None
     """Another text instead of the run's own: a folder like the corpus, or a file; None for the run's own."""
+
+    def __repr__(self) -> str:
+        """One line: name, cell, size, vocabulary, step and place."""
+        model = self.experiment.model
+        cell = type(model.cell if isinstance(model, LanguageConfig) else model).__name__.removesuffix("Config")
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        known = f"{len(self.vocabulary):,} {noun(self.language.unit)}s"
+        place = "" if self.path is None else f", {str(self.path)!r}"
+        return f"Trained({self.experiment.name!r}: {cell}, {size:,} parameters, {known}, step {self.step:,}{place})"
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -199,6 +209,8 @@ def load(
         CheckpointError: the run has no good checkpoint yet, or its weights do not fit its experiment.
     """
     path, data = require(Path(path)), None if data is None else Path(data)
+    if data is not None and not data.expanduser().exists():
+        raise UsageError(f"--data {data}: {data.expanduser().absolute()} does not exist; check the path.")
     run = Run.open(path)
     experiment = run.experiment(extra=extra)
     if data is not None and (not data.is_file() or _is_corpus(data, experiment, run.language)):

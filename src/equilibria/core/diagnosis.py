@@ -1,0 +1,138 @@
+"""Why a solve failed, as far as its own trace of residuals tells, and what to try.
+
+Letters: B batch, K evaluations of f.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from equilibria.core.solve import Solution
+from equilibria.core.stop import Status, Stop
+from equilibria.core.trees import tensors_in
+
+
+@dataclasses.dataclass(frozen=True)
+class Solve:
+    """The name of a solve in messages, and where its budget is set."""
+
+    name: str
+    """The subject of the message: "The forward solve"."""
+    setting: str
+    """The argument that holds its stop, with ``{}`` for the fields of the stop."""
+    source: str
+    """The numbers that are not finite if the solve has not taken a single step."""
+
+    @property
+    def is_forward(self) -> bool:
+        """True for the solve whose stop is that of the ``Method``."""
+        return self is FORWARD
+
+
+_OF_RULE = "gradient=Implicit(stop=Stop({}))"
+FORWARD = Solve("The forward solve", "stop=Stop({})", "f(z0)")
+ADJOINT = Solve("The adjoint solve of Implicit()", _OF_RULE, "the gradient that the loss sends back, or ∂f/∂z,")
+TANGENT = Solve("The tangent solve of Implicit()", _OF_RULE, "the tangent of an operand, or ∂f/∂z,")
+_OWN = f"The budget and the tolerance of this solve are its own: {_OF_RULE.format('…')}."
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """A sentence about a failure and, apart from it, advice, which is given once for each kind."""
+
+    what: str
+    advice: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.advice}"
+
+
+def diagnosis(solution: Solution, stop: Stop, solve: Solve) -> Message:
+    """The likeliest cause of a failure, from the trace of the worst sample that did not converge.
+
+    Args:
+        solution: a solution of which at least one sample did not converge.
+        stop: the stop of the solve.
+        solve: which solve it was.
+    """
+    failed = solution.status != Status.CONVERGED
+    broken = solution.status == Status.NONFINITE
+    total, done = len(failed), int((~failed).sum())
+    which = broken if broken.any() else failed
+    worst = int(torch.where(which, solution.residual, -1.0).nan_to_num(posinf=math.inf).argmax())
+    if broken.any():
+        said, advice = "NaN or infinite", _broken(int(solution.steps[worst]), solve)
+    else:
+        said, advice = _by_trace(solution, solution.trace[:, worst].detach().double(), stop, solve)
+    what = (
+        f"{solve.name}: {done} of {total} samples converged, {solution.evals} evaluations, worst residual "
+        f"{float(solution.residual.max()):.1e}, {said}"
+    )
+    own = "" if solve.is_forward else f" {_OWN}"
+    coupled = f" If f mixes the {total} samples, pass coupled=True." if total > 1 and not broken.any() else ""
+    return Message(what, f"{advice}{own}{coupled}", kind=f"{solve.name}, {said}")
+
+
+def _broken(steps: int, solve: Solve) -> str:
+    if steps == 0:
+        return f"Already {solve.source} is not finite: look for such numbers among inputs, weights and losses."
+    return f"It happened after {steps} steps: make the weights smaller, lower the learning rate, or damp the solver."
+
+
+WITHIN, WITHIN_ROUNDING = 10, 2
+"""A residual counts as falling if so many times the budget would be enough; the second number is for a residual so
+small that it may be the rounding of f."""
+AMPLE = 2
+"""The budget that is named is this many times the estimate, since most residuals fall more slowly towards the end."""
+LARGE = 0.1
+"""A relative residual above this means that every evaluation still moves the state by a tenth of its size."""
+NEAR_ROUNDING = 100
+"""A residual of at most this many eps may be the rounding of f."""
+
+
+def _by_trace(solution: Solution, trace: Float[Tensor, " K"], stop: Stop, solve: Solve) -> tuple[str, str]:
+    """The cause in a word and the advice, for a sample that is finite and has spent its budget."""
+    spent, last, first = len(trace), float(trace.min()), float(trace[0])
+    if spent == 1:
+        return "after a single evaluation", "The start is no fixed point: give more evaluations, or a better start."
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in tensors_in(solution.z))
+    slope, tiny = _slope(trace), last <= NEAR_ROUNDING * eps
+    if slope < 0 and 0 < stop.rtol < last:
+        needed = spent + math.log(stop.rtol / last) / slope
+        if needed <= (WITHIN_ROUNDING if tiny else WITHIN) * spent:
+            budget = solve.setting.format(f"max_evals={_rounded_up(AMPLE * needed)}")
+            return "still falling", f"The budget was too small: try {budget}, or an rtol above {stop.rtol:g}."
+    if last > LARGE or (slope > 0 and float(trace[-1]) > max(LARGE, 10 * last)):
+        return "not falling", (
+            f"The first residual was {first:.1e}, so f does not contract here: make its weights smaller (weight norm, "
+            "initialisation, learning rate, Jacobian penalty), or take Broyden() with more evaluations; "
+            "stability.spectral_radius measures f."
+        )
+    if tiny:
+        advice = f"This may be the rounding of f: give an rtol above {2 * last:.0e}, or compute in a wider dtype."
+        return "stalled", advice
+    return "stalled", (
+        "f contracts too little for this solver, or does not give the same bits twice (dropout inside it): give more "
+        f"evaluations, an rtol above {2 * last:.0e}, or f smaller weights (weight norm, Jacobian penalty)."
+    )
+
+
+def _slope(trace: Float[Tensor, " K"]) -> float:
+    """Change of log ‖r‖ per evaluation at the end of the trace; of medians, so that single jumps do not count."""
+    span = len(trace) // 5
+    if span == 0:
+        return float((trace[-1] / trace[0]).log()) / (len(trace) - 1)
+    before, after = trace[-2 * span : -span].median(), trace[-span:].median()
+    return float((after / before).log()) / span
+
+
+def _rounded_up(evaluations: float) -> int:
+    """The next number of one or two digits and zeros: 37 → 40, 412 → 420."""
+    unit = 10 ** max(1, math.floor(math.log10(evaluations)) - 1)
+    return math.ceil(evaluations / unit) * unit
