@@ -214,6 +214,7 @@ def test_the_recipes_are_copying_with_another_model():
         assert not isinstance(value.model, LanguageConfig)
         settings = whole.training
         same = {
+            "betas": settings.optimisation.betas,
             "learning_rate": settings.optimisation.learning_rate,
             "spectral_radius": settings.log.spectral_radius,
             "valid_every": settings.validation.valid_every,
