@@ -30,7 +30,8 @@ class _Handle:
     """The stand-in for a tensor that a graph saves."""
 
     def __init__(self, packed: Any) -> None:
-        self.packed, self.tensor = packed, None
+        self.packed = packed
+        self.tensor: Tensor | None = None
 
 
 class SavedTensors:
@@ -60,11 +61,11 @@ class SavedTensors:
 
     def unpack(self) -> None:
         """Unpack all tensors for the rest of the running backward pass; VJPs within it then find them."""
-        handles = [handle for handle in (weak() for weak in self._handles) if handle is not None]
-        for handle in handles:
-            handle.tensor = self._unpack(handle.packed)
-        if handles:
-            del handle, handles
+        for weak in self._handles:
+            handle = weak()
+            if handle is not None:
+                handle.tensor = self._unpack(handle.packed)
+        if self._handles:
             at_the_end(self._release)
 
     def _release(self) -> None:

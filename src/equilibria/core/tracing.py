@@ -30,7 +30,7 @@ def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 def check_not_exported() -> None:
     """Raise a RuntimeError inside torch.export and torch.jit.trace, which would record the steps of one batch."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise RuntimeError(
             "A solve cannot be exported or traced, since its number of evaluations of f depends on the data; "
             f"{_INSTEAD}, and export that."
