@@ -135,7 +135,7 @@ class ChainCell(SequenceCell):
         """
         if self.config.memory == "last":
             if prepared.kept[0].memory is None or isinstance(prepared.kept[0].memory, TransformerMemory):
-                return self._cells[0].remember(z, Prepared(kept=prepared.kept[0]))
+                return self._cells[0].remember(z, Prepared(kept=prepared.kept[0]))  # pyright: ignore (no cache here)
             pairs = zip(self._cells, prepared.kept, strict=True)
             return tuple(cell.remember(z, Prepared(kept=kept)) for cell, kept in pairs)
         remembered = []

@@ -222,7 +222,7 @@ class Trainer:
         batches, ranks = self.experiment.training.batches, self.ranks
         place = {"rank": ranks.rank, "world_size": ranks.size, "position": self.steps_done}  # one segment per step
         cut = {"batch_size": self.streams, "length": batches.segment_length, "overlap": batches.overlap}
-        return Segments(self.corpus.train, **cut, **place)
+        return Segments(self.corpus.train, official=False, **cut, **place)
 
     def _checkpoint(self) -> None:
         if self.run is None:
