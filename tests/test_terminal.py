@@ -203,7 +203,7 @@ def test_a_closed_or_full_output_is_no_accident(place, line, code, said):
     "line",
     [
         "generate '[red]run' --prompt ab",
-        *(pytest.param(line, marks=pytest.mark.slow) for line in ("evaluate --help", "prepare copying")),
+        *(pytest.param(line, marks=pytest.mark.slow) for line in ("--help", "evaluate --help", "prepare copying")),
     ],
 )
 def test_a_reader_that_has_left_ends_every_verb_quietly(place, line):

@@ -61,10 +61,9 @@ class SavedTensors:
 
     def unpack(self) -> None:
         """Unpack all tensors for the rest of the running backward pass; VJPs within it then find them."""
-        found = False
         for handle in self._alive():
-            handle.tensor, found = self._unpack(handle.packed), True
-        if found:
+            handle.tensor = self._unpack(handle.packed)
+        if self._handles:
             at_the_end(self._release)
 
     def _release(self) -> None:

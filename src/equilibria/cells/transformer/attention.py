@@ -176,12 +176,13 @@ class Attention(nn.Module):
         weights, past = shared.weights, rows.past
         added = weights.bias if rows.injection is None else rows.injection.flatten(0, -2)
         qkv = torch.addmm(added, x.flatten(0, 1), weights.qkv).view(batch, time, -1)
-        parts = turned(self._split(qkv), shared.rotation)
-        q, kv = parts[0], parts[1:]
-        if past is not None:
-            cached = isinstance(past, KeyValueCache)
-            kv = past.joined(kv) if cached else torch.cat([past.permute(1, 2, 0, 3, 4), kv], dim=3)
-        k, v = kv
+        q, k, v = self._split(qkv)
+        if shared.rotation is not None:
+            q, k = shared.rotation(q), shared.rotation(k)
+        if isinstance(past, KeyValueCache):
+            k, v = past.joined(k, v)
+        elif past is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(past.permute(1, 2, 0, 3, 4), (k, v), strict=True))
         if shared.fused is None:
             heads = self._exact(q, k, v, prepared)
         else:
@@ -215,15 +216,15 @@ class Attention(nn.Module):
         """Keys and values of states x under the injection U at the same positions, the keys turned by ``rotation``."""
         width = x.shape[2]
         rows = x @ weights.qkv[:, width:]
-        return turned(self._split(rows if injection is None else rows + injection[..., width:]), rotation)
+        k, v = self._split(rows if injection is None else rows + injection[..., width:])
+        return torch.stack([k if rotation is None else rotation(k), v])
 
-    def _split(self, rows: Float[Tensor, "B L SD"]) -> Float[Tensor, "S H B L C"]:
-        """Queries, keys or values side by side in one row, into heads."""
+    def _split(self, rows: Float[Tensor, "B L SD"]) -> list[Float[Tensor, "H B L C"]]:
+        """Queries, keys or values side by side in one row, into heads.
+
+        They are taken apart before heads come first, so that their gradients are put together in one pass, in the
+        layout of the rows.
+        """
         batch, length, _ = rows.shape
-        parts = rows.view(batch, length, -1, self.heads, self.u.shape[1])
-        return parts.permute(2, 3, 0, 1, 4)
-
-
-def turned(parts: Float[Tensor, "S H B L C"], rotation: Rotation | None) -> Float[Tensor, "S H B L C"]:
-    """Queries, keys and values, or keys and values, of L positions: all but the values turned; None turns nothing."""
-    return parts if rotation is None else torch.cat([rotation(parts[:-1]), parts[-1:]])
+        parts = rows.view(batch, length, -1, self.heads, self.u.shape[1]).unbind(2)
+        return [part.permute(2, 0, 1, 3) for part in parts]

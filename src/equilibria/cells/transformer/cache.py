@@ -101,15 +101,18 @@ class KeyValueCache:
     def _heads_first(self) -> Float[Tensor, "2 H B S C"]:
         return self.slots.permute(1, 2, 0, 3, 4)
 
-    def joined(self, new: Float[Tensor, "2 H B T C"]) -> Float[Tensor, "2 H B K C"]:
-        """The stored keys and values followed by the ``new`` ones; where possible this is a view of the slots."""
-        end = self.end + new.shape[3]
-        tangent = forward_ad.unpack_dual(new).tangent  # of a Jacobian–vector product
+    def joined(
+        self, k: Float[Tensor, "H B T C"], v: Float[Tensor, "H B T C"]
+    ) -> tuple[Float[Tensor, "H B K C"], Float[Tensor, "H B K C"]]:
+        """The stored keys and values followed by the new ones k and v; where possible these are views of the slots."""
+        first, end = self.end - self.seen, self.end + k.shape[2]
+        keys, values = self._heads_first.unbind(0)
+        tangent = forward_ad.unpack_dual(k).tangent  # of a Jacobian–vector product
         if tangent is not None or torch.is_grad_enabled() or not self._newest:
-            return torch.cat([self.past, new], dim=3)
-        slots = self._heads_first
-        slots[:, :, :, self.end : end].copy_(new)
-        return slots[:, :, :, self.end - self.seen : end]
+            past = slice(first, self.end)
+            return torch.cat([keys[:, :, past], k], dim=2), torch.cat([values[:, :, past], v], dim=2)
+        keys[:, :, self.end : end], values[:, :, self.end : end] = k, v
+        return keys[:, :, first:end], values[:, :, first:end]
 
     def advanced(self, new: Float[Tensor, "2 H B T C"]) -> KeyValueCache:
         """The cache with the ``new`` keys and values added to its past."""

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equilibria.cells.transformer.attention import Attention, turned
+from equilibria.cells.transformer.attention import Attention
 from equilibria.cells.transformer.cache import KeyValueCache
 from equilibria.cells.transformer.decay import DecayPositions
 from equilibria.cells.transformer.fused import Form
@@ -258,17 +258,17 @@ class TransformerCell(SequenceCell):
 
     def _read_keys_and_values(self, memory: KeyValues, time: int, mask: Bool[Tensor, "B T"] | None) -> PastRead:
         seen = memory.last(self._window - 1)
-        mask = joined_padding(seen.key_padding_mask, mask, past=seen.length, time=time)
         rotation = self._rotation(seen.length)
+        mask = joined_padding(seen.key_padding_mask, mask, past=seen.length, time=time)
+        seen = seen if rotation is None else dataclasses.replace(seen, k=rotation(seen.k))
         if self.training or torch.is_grad_enabled():
-            return PastRead(self._weights(), turned(seen.stacked(), rotation), seen.length, mask)
+            return PastRead(self._weights(), seen.stacked(), seen.length, mask)
         if seen.length == 0:  # the beginning of a text
             self._held.renew()
         # A table for more distances than there are also serves the tokens that follow.
         longest = max(seen.length, min(self.config.longest - 1, max(64, 1 << seen.length.bit_length())))
         weights, table = self._of_generation(longest)
-        k = seen.k if rotation is None else rotation(seen.k)
-        past = KeyValueCache.of(k, seen.v, room=time)
+        past = KeyValueCache.of(seen.k, seen.v, room=time)
         return PastRead(weights, past, seen.length, mask, table if time == 1 else None)
 
     def _start(
