@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ RULES: dict[str, tuple[Stop, GradientRule]] = {
     "unrolled": (Stop(rtol=0, atol=0, max_evals=TRAINED + 1, best=False), Unroll()),
     "phantom": (STOP, Phantom(5)),
 }
-EPISODES = 200
+EPISODES = 100
 """Sequences of the test set that are read at each length."""
 
 
@@ -79,7 +80,14 @@ def read(model: LanguageModel, stream: Stream, solver: Solver, budget: int) -> d
 
 
 def measured(path: Path, name: str) -> list[dict[str, Any]]:
-    """One trained model at all difficulties and budgets."""
+    """One trained model at all difficulties and budgets; read from its folder if it has been measured."""
+    kept = path / "measured.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(_measured(path, name)), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def _measured(path: Path, name: str) -> list[dict[str, Any]]:
     model, rows = load(path).model, []
     if name == "copying":
         for blank in BLANKS:
