@@ -63,12 +63,17 @@ class Results:
         if not self.path.exists():
             return {}
         stored = json.loads(self.path.read_text(encoding="utf-8"))
-        if stored["machine"] != machine() or stored["rows"]["dry"] != self.at.dry:
+        if _hardware(stored["machine"]) != _hardware(machine()) or stored["rows"]["dry"] != self.at.dry:
             raise SystemExit(
                 f"{self.path} was measured on another machine ({stored['machine']}), or in a dry run, and one file has "
                 "the results of one machine: give --again to measure again, or another --out."
             )
         return stored["rows"]["cases"]
+
+
+def _hardware(described: dict[str, Any]) -> dict[str, Any]:
+    """A machine's description without its threads, of which each process of this script has its own number."""
+    return {name: value for name, value in described.items() if name != "threads"}
 
 
 def measure(results: Results, seconds: float) -> None:

@@ -200,7 +200,7 @@ def test_a_stage_says_everything_about_the_solve():
     assert layer.evaluation_method == stage.evaluation_method
     assert stage.evaluation_method == dataclasses.replace(stage.training_method, stop=Stop(max_evals=40))
     assert value.stages[1].evaluation_method == value.stages[1].training_method
-    assert stage.training_method == dataclasses.replace(stage.method, on_failure="ignore")
+    assert stage.training_method == dataclasses.replace(stage.method, on_failure="ignore", keep_point=stage.penalty > 0)
     with pytest.raises(ValueError, match="no stage 'implict' in 'small'; did you mean implicit"):
         value.stage_named("implict")
 

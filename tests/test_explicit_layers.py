@@ -181,7 +181,7 @@ def test_masks_are_drawn_once_per_step(monkeypatch):
         draws.append(mask is not None)
         return mask
 
-    for module in ("attention", "positions", "cell"):
+    for module in ("attention", "relative", "cell"):
         monkeypatch.setattr(f"equilibria.cells.transformer.{module}.dropout_mask", counted)
     cell = dataclasses.replace(SMALL, dropout=0.2, attention_dropout=0.2).build().double().train()
     counts, evals = [], []

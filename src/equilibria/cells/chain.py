@@ -133,17 +133,17 @@ class ChainCell(SequenceCell):
 
         With ``memory="last"`` one memory of z for all blocks, or where they continue from caches, these with z.
         """
-        if self.config.memory == "last":
-            if prepared.kept[0].memory is None or isinstance(prepared.kept[0].memory, TransformerMemory):
-                found = self._cells[0].remember(z, Prepared(kept=prepared.kept[0]))
-                return cast("TransformerMemory | None", found)  # a cache would come only from a cache
-            pairs = zip(self._cells, prepared.kept, strict=True)
-            return tuple(cell.remember(z, Prepared(kept=kept)) for cell, kept in pairs)
-        remembered = []
+        past = prepared.kept[0].memory
+        if self.config.memory == "last" and (past is None or isinstance(past, TransformerMemory)):
+            found = self._cells[0].remember(z, Prepared(kept=prepared.kept[0]))
+            return cast("TransformerMemory | None", found)  # a cache would come only from a cache
         parts = zip(prepared.shared, prepared.rows, prepared.kept, strict=True)
+        blocks = [Prepared(shared=shared, rows=rows, kept=kept) for shared, rows, kept in parts]
+        if self.config.memory == "last":
+            return tuple(cell.remember(z, block) for cell, block in zip(self._cells, blocks, strict=True))
+        remembered = []
         with torch.no_grad():
-            for cell, (shared, rows, kept) in zip(self._cells, parts, strict=True):
-                block = Prepared(shared=shared, rows=rows, kept=kept)
+            for cell, block in zip(self._cells, blocks, strict=True):
                 remembered.append(cell.remember(z, block))
                 z = cell(z, block) if len(remembered) < len(self.blocks) else z
         return tuple(remembered)

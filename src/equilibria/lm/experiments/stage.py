@@ -86,9 +86,8 @@ class Stage:
     @property
     def evaluation_method(self) -> Method | None:
         """The method in evaluation."""
-        if self.method is None:
-            return None
-        return dataclasses.replace(self.method, stop=self.eval_stop or self.method.stop, on_failure="ignore")
+        method = self.training_method
+        return method if method is None or self.eval_stop is None else dataclasses.replace(method, stop=self.eval_stop)
 
     @property
     def layers(self) -> int | None:

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from typing import Literal
 
-from equilibria.cells import CellConfig, ChainConfig
+from equilibria.cells import CellConfig
+from equilibria.cells.chain import ChainConfig
 from equilibria.cells.transformer.cell import TransformerConfig
 from equilibria.cells.trellis.cell import TrellisConfig
 from equilibria.core.stop import Stop
