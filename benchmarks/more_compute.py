@@ -5,8 +5,8 @@ python benchmarks/more_compute.py [--seeds 3] [--processes 2] [--out runs/more-c
 The recipe `prefix-sums` (parities of 32 random bits) is trained by three rules: implicit differentiation at the fixed
 point, back-propagation through 33 evaluations, and the phantom gradient of five. Each model then reads sequences of 32
 to 256 bits with budgets from 8 to 512 evaluations. The recipe `copying` (100 blanks), trained by implicit
-differentiation with one seed, reads longer blanks. Trainings that have ended are not repeated. Writes results/more_compute.json,
-docs/pictures/more_compute.png and its part of docs/evidence/reproducing.md.
+differentiation with one seed, reads longer blanks. Trainings that have ended are not repeated, nor are measurements.
+Writes results/more_compute.json, docs/pictures/more_compute.png and its part of docs/evidence/reproducing.md.
 """
 
 from __future__ import annotations
@@ -189,11 +189,13 @@ def plot(found: dict[str, list[list[dict[str, Any]]]]) -> None:
                 [row for run in found[rule] for row in run if (row["length"], row["budget"]) == (length, budget)]
                 for budget in BUDGETS
             ]
-            line = [(statistics.fmean(row[k] for row in rows) for k in ("evals", "accuracy")) for rows in points]
+            line = [[statistics.fmean(row[k] for row in rows) for k in ("evals", "accuracy")] for rows in points]
             label = f"{length} bits" if rule == "implicit" else None
             left.plot(*zip(*line, strict=True), colour + style, lw=1.6, label=label)
     left.set(xscale="log", xlabel="evaluations of f", ylabel="right answers", title="trained on 32 bits")
-    left.legend(frameon=False, title="implicit –, unrolled - -, phantom ···")
+    left.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
+    left.minorticks_off()
+    left.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="implicit –\nunrolled - -\nphantom ···")
     for rule, colour in (("implicit", "C0"), ("unrolled", "C1"), ("phantom", "C2")):
         rows = [row for run in found[rule] for row in run]
         residual = [max(r, 1e-9) for row in rows for r in row["residual"]][::7]
