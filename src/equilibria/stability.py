@@ -86,6 +86,9 @@ def spectral_radius(
     root of λ² = aλ + b: the leading eigenvalue if it is real, the modulus of the pair if it is complex (a Rayleigh
     quotient would return its real part). NaN where J is not finite. Costs one evaluation of f and ``iterations`` VJPs.
 
+    It is an estimate that depends on the random first vector. Where more eigenvalues than one pair have nearly the
+    largest modulus, it can be too small, by a factor of two in bad cases; more iterations mend that.
+
     Args:
         f: the map.
         z: the point, usually the equilibrium.
