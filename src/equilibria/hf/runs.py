@@ -48,9 +48,10 @@ def from_run(path: Path | str, *, checkpoint: Which = "best", fold: bool = False
     trained = load(path, checkpoint=checkpoint)
     language, experiment = trained.experiment.model, trained.experiment
     if not isinstance(language, LanguageConfig) or not language.solves:
+        kind = "an explicit network" if isinstance(language, LanguageConfig) else "a recurrent or convolutional network"
         raise UsageError(
-            f"{path} is a run of {'an explicit network' if isinstance(language, LanguageConfig) else 'a recurrent one'}"
-            ", and only an equilibrium has one cache slot per position; leave --format hf out for its weights."
+            f"{path} is a run of {kind}, and only an equilibrium has one cache slot per "
+            "position; leave --format hf out for its weights."
         )
     text = trained.language.unit != "symbol"
     stage = trained.stage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import torch
@@ -21,7 +20,9 @@ from equilibria.lm.corpora import Corpus
 from equilibria.lm.corpora.language import Language
 from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.experiments.experiment import Experiment
+from equilibria.lm.experiments.serialise import part_to_json
 from equilibria.lm.model import LanguageConfig
+from equilibria.lm.report.formats import network
 from equilibria.lm.runs import checkpoint
 from equilibria.lm.runs.checkpoint import Checkpoint
 from equilibria.lm.runs.folder import locked
@@ -56,7 +57,7 @@ class Conversion:
         if (path / "experiment.json").exists():
             raise UsageError(f"{path} already holds a run; choose another folder with --out.")
         last = self.experiment.stages[-1].name
-        origin = {"format": self.format.name, "file": str(self.source), "sha256": _sha256(self.source)}
+        origin = {"format": self.format.name, "file": str(self.source), "sha256": checkpoint.sha256_of(self.source)}
         state = {"stage": last, "position": 0, "seconds": 0.0, "converted": origin}
         with locked(path):
             run = Run.start(path, self.experiment)
@@ -87,7 +88,10 @@ def convert(
     tensors = read(source) if criterion is None else read(source).joined(read(criterion))
     kind = format_of(tensors)
     if not isinstance(experiment.model, LanguageConfig):
-        raise ConversionError(f"{experiment.name} has a recurrent network, and no published format is of one.")
+        raise ConversionError(
+            f"{experiment.name} has {network(part_to_json(experiment.model))}, and the published formats are of "
+            "transformers and TrellisNets; choose the recipe of the file's model."
+        )
     model = kind.model(tensors, experiment.model)
     found = kind.weights(tensors, model)
     tensors.skip(kind.copies)
@@ -140,8 +144,3 @@ def _check_shapes(found: dict[str, Tensor], experiment: Experiment, corpus: Corp
                 f"{source} gives {name} the shape {have or 'of nothing'} and the model has {need or 'no such tensor'}; "
                 "it was saved by a changed code, or its recipe is another one."
             )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

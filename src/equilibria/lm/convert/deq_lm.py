@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from functools import partial
 from typing import ClassVar
 
@@ -47,7 +46,7 @@ class DEQLanguageModel(Format):
         check_cell(self, config, ChainConfig, recipes="wikitext103-unrolled")
         assert isinstance(config.cell, ChainConfig)
         first, blocks = config.cell.cells[0], []
-        for index in range(_blocks(tensors)):
+        for index in range(tensors.count("func.dec_attn.{}.r_w_bias")):
             names = (f"func.dec_attn.{index}.", f"func.pos_ff.{index}.")
             known = sizes(tensors, *names, injection="injection.weight")
             known |= {"norm": "pre", "affine": True, "attention_norm": True}
@@ -68,11 +67,6 @@ class DEQLanguageModel(Format):
             found |= filled(tensors, rows, below="func.", under=under)
         found |= linear(tensors, "injection.", "layer.cell.blocks.0.inject", change=change)
         return found | clustered(tensors, config)
-
-
-def _blocks(tensors: Tensors) -> int:
-    names = (f"func.dec_attn.{index}.r_w_bias" for index in itertools.count())
-    return len(list(itertools.takewhile(lambda name: name in tensors, names)))
 
 
 def _heads_last(rows: Tensor, *, heads: int) -> Tensor:

@@ -22,7 +22,7 @@ SLOTS = "crit.cluster_weight"
 
 def vocabulary_size(tensors: Tensors) -> int:
     """V, the rows of all tables together."""
-    return sum(len(tensors.look(TABLE.format(index))) for index in range(_tables(tensors)))
+    return sum(len(tensors.look(TABLE.format(index))) for index in range(tensors.count(TABLE)))
 
 
 def with_clusters(tensors: Tensors, config: LanguageConfig) -> LanguageConfig:
@@ -31,7 +31,7 @@ def with_clusters(tensors: Tensors, config: LanguageConfig) -> LanguageConfig:
     Raises:
         ConversionError: the cutoffs of ``config`` are not as many as the file's clusters, or it is untied.
     """
-    tables, width = _tables(tensors), config.cell.width
+    tables, width = tensors.count(TABLE), config.cell.width
     first = tensors.look(TABLE.format(0)).shape[1]
     if SLOTS not in tensors:
         if first != width:
@@ -60,7 +60,7 @@ def with_clusters(tensors: Tensors, config: LanguageConfig) -> LanguageConfig:
 
 def clustered(tensors: Tensors, config: LanguageConfig) -> dict[str, Tensor]:
     """The parameters of the embedding and of the head."""
-    found, tables = {}, _tables(tensors)
+    found, tables = {}, tensors.count(TABLE)
     adaptive = config.adaptive is not None
     for index in range(tables):
         name = f"embedding.tables.{index}" if adaptive else "embedding.weight"
@@ -98,10 +98,6 @@ def _projection(tensors: Tensors, below: str, index: int) -> str | None:
     """The name of a projection, which is a linear module or a parameter of a list; None if there is none."""
     names = (f"{below}.{index}.weight", f"{below}.{index}")
     return next((name for name in names if name in tensors), None)
-
-
-def _tables(tensors: Tensors) -> int:
-    return len(list(itertools.takewhile(lambda index: TABLE.format(index) in tensors, itertools.count())))
 
 
 def _division(tensors: Tensors, tables: int, stated: AdaptiveConfig | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,6 +37,10 @@ class Tensors:
     def names(self) -> list[str]:
         """All names."""
         return list(self._tensors)
+
+    def count(self, name: str) -> int:
+        """The number of tensors whose names are ``name`` with 0, 1, 2, … in place of ``{}``."""
+        return next(index for index in itertools.count() if name.format(index) not in self)
 
     def look(self, name: str) -> Tensor:
         """The tensor, without marking it.

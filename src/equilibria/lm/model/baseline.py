@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -92,6 +92,25 @@ class BaselineConfig(ABC):
             std=self.outputs**-0.5,
         )
         return LanguageModel(embedding, self.layer(), head)
+
+
+class BaselineLayer(Layer):
+    """A network that keeps its memory from token to token by itself, and solves nothing."""
+
+    def cache(
+        self, batch: int, *, length: int | None = None, padding: Any = None, memory: Any = None, warm: bool = False
+    ) -> Any:
+        """``memory`` itself: it holds all that the next position needs.
+
+        Raises:
+            ValueError: a padding or a length is given.
+        """
+        if padding is not None or length is not None:
+            raise ValueError(
+                f"{type(self).__name__} has no cache: it cannot skip the padding of prompts of different lengths, and "
+                "its memory has one size; give prompts of one length, and no length of the memory."
+            )
+        return memory
 
 
 def no_map(z: Tensor) -> NoReturn:

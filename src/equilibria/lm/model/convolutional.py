@@ -15,9 +15,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from equilibria.core.maps import FunctionMap
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
-from equilibria.layers.layer import Layer, LayerOutput, check_no_method
+from equilibria.layers.layer import LayerOutput, check_no_method
 from equilibria.layers.sequence import check_streams
-from equilibria.lm.model.baseline import BaselineConfig, no_map
+from equilibria.lm.model.baseline import BaselineConfig, BaselineLayer, no_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ConvolutionalMemory:
     """P = (K − 1) d inputs of each convolution, in the order of the network; zeros stand for a missing past."""
 
 
-class Convolutional(Layer):
+class Convolutional(BaselineLayer):
     """A TCN that returns a ``LayerOutput``: blocks of two causal, dilated convolutions with a residual connection.
 
     With x the input of a block, ⋆ a causal convolution with weight norm, and V a matrix where the channels change and
@@ -95,38 +95,18 @@ class Convolutional(Layer):
         method: Method | None = None,
         part: BatchSlice | None = None,
     ) -> LayerOutput:
-        """The outputs [B T C] for input ``x`` after the inputs in the memory, or after zeros."""
+        """The outputs [B T C] of the network, which reads the inputs in the memory, or zeros, and then ``x``."""
         check_no_method(self, method)
         if memory is not None:
             check_streams(len(memory.pasts[0]), x)
-        pasts = iter(()) if memory is None else iter(memory.pasts)
-        kept: list[Tensor] = []
-        z = x.transpose(1, 2)
-        for block in self.blocks:
-            z = block(z, pasts, kept)
+        pasts = (None,) * (2 * len(self.blocks)) if memory is None else memory.pasts
+        z, kept = x.transpose(1, 2), []
+        for block, first, second in zip(self.blocks, pasts[::2], pasts[1::2], strict=True):
+            z, new = block(z, first, second)
+            kept += new
         z = z.transpose(1, 2)
-        return LayerOutput(output=z, z=z, memory=ConvolutionalMemory(tuple(kept)), f=FunctionMap(no_map), solution=None)
-
-    def cache(
-        self,
-        batch: int,
-        *,
-        length: int | None = None,
-        padding: Tensor | None = None,
-        memory: ConvolutionalMemory | None = None,
-        warm: bool = False,
-    ) -> ConvolutionalMemory | None:
-        """``memory`` itself: it holds all that the next position needs.
-
-        Raises:
-            ValueError: a padding or a length is given.
-        """
-        if padding is not None or length is not None:
-            raise ValueError(
-                "Convolutional has no cache: it cannot skip the padding of prompts of different lengths, and its "
-                "memory has one length; give prompts of one length, and no length of the memory."
-            )
-        return memory
+        kept = ConvolutionalMemory(tuple(kept))
+        return LayerOutput(output=z, z=z, memory=kept, f=FunctionMap(no_map), solution=None)
 
 
 class _Block(nn.Module):
@@ -134,22 +114,30 @@ class _Block(nn.Module):
 
     def __init__(self, inputs: int, channels: int, kernel: int, *, dilation: int) -> None:
         super().__init__()
-        self.first = weight_norm(nn.Conv1d(inputs, channels, kernel, dilation=dilation))
-        self.second = weight_norm(nn.Conv1d(channels, channels, kernel, dilation=dilation))
+        self.first = weight_norm(_Causal(inputs, channels, kernel, dilation=dilation))
+        self.second = weight_norm(_Causal(channels, channels, kernel, dilation=dilation))
         self.skip = nn.Identity() if inputs == channels else nn.Conv1d(inputs, channels, 1)
 
-    def forward(self, x: Float[Tensor, "B I T"], pasts: object, kept: list[Tensor]) -> Float[Tensor, "B C T"]:
-        y = x
-        for convolution in (self.first, self.second):
-            y = torch.relu(_causal(convolution, y, next(pasts, None), kept))  # pyright: ignore
-        return torch.relu(y + self.skip(x))
+    def forward(
+        self, x: Float[Tensor, "B I T"], *pasts: Float[Tensor, "B _ P"] | None
+    ) -> tuple[Float[Tensor, "B C T"], list[Tensor]]:
+        """The block's output y, and the pasts of both convolutions for the next segment."""
+        y, kept = x, []
+        for convolution, past in zip((self.first, self.second), pasts, strict=True):
+            y, new = convolution(y, past)
+            y = torch.relu(y)
+            kept.append(new)
+        return torch.relu(y + self.skip(x)), kept
 
 
-def _causal(convolution: nn.Module, x: Tensor, past: Tensor | None, kept: list[Tensor]) -> Tensor:
-    """The convolution over ``x`` after its past; appends the past of the next segment to ``kept``."""
-    (kernel,), (dilation,) = convolution.kernel_size, convolution.dilation  # pyright: ignore
-    length: int = (kernel - 1) * dilation  # pyright: ignore
-    before = x.new_zeros(x.shape[0], x.shape[1], length) if past is None else past.to(x.dtype)
-    whole = torch.cat([before, x], dim=-1)
-    kept.append(whole[..., whole.shape[-1] - length :].detach())
-    return convolution(whole)
+class _Causal(nn.Conv1d):
+    """A convolution whose last tap is the present."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "B I T"], past: Float[Tensor, "B I P"] | None
+    ) -> tuple[Float[Tensor, "B C T"], Float[Tensor, "B I P"]]:
+        """The convolution over x after its past, or after zeros, and the past of the next segment, detached."""
+        length = (self.kernel_size[0] - 1) * self.dilation[0]
+        before = x.new_zeros(x.shape[0], x.shape[1], length) if past is None else past.to(x.dtype)
+        whole = torch.cat([before, x], dim=-1)
+        return super().forward(whole), whole[..., whole.shape[-1] - length :].detach()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from equilibria.core.maps import FunctionMap
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
-from equilibria.layers.layer import Layer, LayerOutput, check_no_method
+from equilibria.layers.layer import LayerOutput, check_no_method
 from equilibria.layers.sequence import check_streams
-from equilibria.lm.model.baseline import BaselineConfig, no_map
+from equilibria.lm.model.baseline import BaselineConfig, BaselineLayer, no_map
 
 Network = Literal["lstm", "gru"]
 _NETWORKS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
@@ -62,7 +62,7 @@ class RecurrentMemory:
     """The cell state of an LSTM; None for a GRU."""
 
 
-class Recurrent(Layer):
+class Recurrent(BaselineLayer):
     """One layer of ``torch.nn.LSTM`` or ``torch.nn.GRU`` that returns a ``LayerOutput``.
 
     Weights and biases start from U(±1/√H), including the bias of the forget gate, as in PyTorch. There is no fixed
@@ -94,27 +94,6 @@ class Recurrent(Layer):
         h, c = last if lstm else (last, None)
         kept = RecurrentMemory(h=h[0].detach(), c=None if c is None else c[0].detach())
         return LayerOutput(output=z, z=z, memory=kept, f=FunctionMap(no_map), solution=None)
-
-    def cache(
-        self,
-        batch: int,
-        *,
-        length: int | None = None,
-        padding: Tensor | None = None,
-        memory: RecurrentMemory | None = None,
-        warm: bool = False,
-    ) -> RecurrentMemory | None:
-        """``memory`` itself: generation needs no more than one state per stream.
-
-        Raises:
-            ValueError: a padding or a length is given.
-        """
-        if padding is not None or length is not None:
-            raise ValueError(
-                "Recurrent has no cache: it cannot skip the padding of prompts of different lengths, and its memory is "
-                "one state; give prompts of one length, and no length of the memory."
-            )
-        return memory
 
     @staticmethod
     def _state(x: Tensor, memory: RecurrentMemory, *, lstm: bool) -> Tensor | tuple[Tensor, Tensor]:

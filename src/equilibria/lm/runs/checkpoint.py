@@ -87,7 +87,7 @@ def being_written(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
     try:
         yield unfinished
         state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
-        state["files"] = {name: _sha256(unfinished / name) for name in _files_in(unfinished)}
+        state["files"] = {name: sha256_of(unfinished / name) for name in _files_in(unfinished)}
         text = json.dumps({"state": state, "sha256": _digest(state)}, indent=1)
         (unfinished / _STATE).write_text(text, encoding="utf-8", newline="\n")
         for entry in [*unfinished.rglob("*"), unfinished]:
@@ -197,7 +197,7 @@ def verify(folder: Path, *, sums: bool = True) -> dict[str, Any]:
     for name, expected in files.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"The checkpoint {folder} is damaged: {name} is missing")
-        if sums and _sha256(folder / name) != expected:
+        if sums and sha256_of(folder / name) != expected:
             raise CheckpointError(f"The checkpoint {folder} is damaged: {name} was changed after it was written")
     return state
 
@@ -275,7 +275,8 @@ def _plain(tensors: Mapping[str, Tensor | Piece]) -> dict[str, Tensor]:
     return {name: whole(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of the bytes of a file."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
