@@ -118,7 +118,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     networks, budget = experiments(options.data), 60 * options.minutes
-    speed = tuned(networks, {name: (10,) * len(e.stages) for name, e in networks.items()}, options.out / "speed", 1)
+    tries = [(planned(e, (10,) * len(e.stages), RATES[0]), options.out / f"speed-{n}") for n, e in networks.items()]
+    speed = dict(zip(networks, together(tries, 1), strict=True))
     short = {name: fitted(e, speed[name]["seconds_per_step"], budget / TUNING, SHALLOW) for name, e in networks.items()}
     rows = tuned(networks, short, options.out, options.processes)
     plan = options.out / "plan.json"  # a second call keeps the plan of the first, and so its trainings

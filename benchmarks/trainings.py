@@ -11,7 +11,6 @@ import json
 import math
 import multiprocessing
 import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,14 @@ def planned(experiment: Experiment, steps: tuple[int, ...], rate: float, **setti
 class _Timed(Trainer):
     """A trainer that adds up the processor's time of the steps of each stage."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.spent = dict.fromkeys((stage.name for stage in self.experiment.stages), 0.0)
+
     def step(self, *arguments: Any, **options: Any) -> Any:
-        spent, name = self.__dict__.setdefault("spent", Counter()), self.stage.name
-        began = time.process_time()
+        name, began = self.stage.name, time.process_time()
         result = super().step(*arguments, **options)
-        spent[name] += time.process_time() - began
+        self.spent[name] += time.process_time() - began
         return result
 
 
@@ -65,7 +67,7 @@ def train(job: tuple[Experiment, Path]) -> dict[str, Any]:
     steps = [event for event in events if event["event"] == "step" and event["step"] > 1]
     batches = experiment.training.batches
     fields = ("step", "stage", "seconds", "perplexity", "bits")
-    seconds = {stage.name: trainer.spent[stage.name] / stage.steps for stage in experiment.stages}  # pyright: ignore
+    seconds = {stage.name: trainer.spent[stage.name] / stage.steps for stage in experiment.stages}
     found = {
         "steps": [stage.steps for stage in experiment.stages],
         "rate": experiment.training.optimisation.learning_rate,
@@ -74,7 +76,7 @@ def train(job: tuple[Experiment, Path]) -> dict[str, Any]:
         "seconds_per_step": seconds,
         "forward": [e["forward"]["evals"] for e in steps if e.get("forward")][-20:],
         "backward": [e["backward"]["evals"] for e in steps if e.get("backward")][-20:],
-        "seconds": sum(trainer.spent.values()),  # pyright: ignore
+        "seconds": sum(trainer.spent.values()),
         "wall_seconds": events[-1]["seconds"],
     }
     kept.write_text(json.dumps(found), encoding="utf-8")

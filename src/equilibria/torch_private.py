@@ -146,7 +146,7 @@ def at_the_end(call: Callable[[], None]) -> None:
 def hooks_on_saved_tensors() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     """The innermost pair of active hooks on saved tensors (pack, unpack), such as those of a checkpoint, or None.
 
-    If it goes: return None, which costs one recomputation of the checkpoint per VJP.
+    If it goes: return None; a checkpoint is then recomputed once per VJP.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
 

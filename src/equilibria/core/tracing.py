@@ -1,4 +1,4 @@
-"""Solves and the graphs that PyTorch records: between those of torch.compile, and never in one that is exported."""
+"""How PyTorch's tracers treat a solve: torch.compile runs it between two graphs, and torch.export refuses it."""
 
 from __future__ import annotations
 

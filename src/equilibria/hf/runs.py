@@ -48,7 +48,7 @@ def from_run(path: Path | str, *, checkpoint: Which = "best", fold: bool = False
     trained = load(path, checkpoint=checkpoint)
     language, experiment = trained.experiment.model, trained.experiment
     if not isinstance(language, LanguageConfig) or not language.solves:
-        kind = "an explicit network" if isinstance(language, LanguageConfig) else "a recurrent or convolutional network"
+        kind = "an explicit network" if isinstance(language, LanguageConfig) else language.kind
         raise UsageError(
             f"{path} is a run of {kind}, and only an equilibrium has one cache slot per "
             "position; leave --format hf out for its weights."

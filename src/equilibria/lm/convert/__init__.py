@@ -1,4 +1,7 @@
-"""Weights that other codes have published, as runs of this library: one file per format, with its table of names."""
+"""Make runs of this library from weights that other codes have published.
+
+Each format has one file, with a table that gives the name of every tensor here and there.
+"""
 
 from equilibria.lm.convert.conversion import FORMATS, Conversion, convert, format_of
 from equilibria.lm.convert.format import Format

@@ -20,9 +20,7 @@ from equilibria.lm.corpora import Corpus
 from equilibria.lm.corpora.language import Language
 from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.experiments.experiment import Experiment
-from equilibria.lm.experiments.serialise import part_to_json
 from equilibria.lm.model import LanguageConfig
-from equilibria.lm.report.formats import network
 from equilibria.lm.runs import checkpoint
 from equilibria.lm.runs.checkpoint import Checkpoint
 from equilibria.lm.runs.folder import locked
@@ -89,7 +87,7 @@ def convert(
     kind = format_of(tensors)
     if not isinstance(experiment.model, LanguageConfig):
         raise ConversionError(
-            f"{experiment.name} has {network(part_to_json(experiment.model))}, and the published formats are of "
+            f"{experiment.name} has {experiment.model.kind}, and the published formats are of "
             "transformers and TrellisNets; choose the recipe of the file's model."
         )
     model = kind.model(tensors, experiment.model)

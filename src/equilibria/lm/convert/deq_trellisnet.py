@@ -121,5 +121,5 @@ class DEQTrellisNet(Format):
 
 
 def _below(tensors: Tensors) -> str:
-    """The name of the network; DropConnect wraps it in one more module."""
+    """The beginning of the network's names, which is longer where DropConnect has wrapped the network in a module."""
     return "trellisnet.module." if "trellisnet.module.inject_conv.bias" in tensors else "trellisnet."

@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from equilibria.lm.corpora.corpus import Corpus, Stream
+from equilibria.lm.corpora.episodes import check_counts, drawn
 from equilibria.lm.corpora.source import Source
-from equilibria.lm.corpora.vocabulary import Vocabulary
 
 SYMBOLS = 10
 """Number of symbols to recall: the last targets of each episode, the only ones that need memory."""
@@ -52,25 +52,15 @@ def copying(
     Raises:
         ValueError: a number is below 1, or there is no such variant.
     """
-    for name, value in (("blank", blank), ("train", train), ("valid", valid), ("test", test)):
-        if value < 1:
-            raise ValueError(f"copying({name}={value}): it must be at least 1; try blank=400, train=20000.")
+    check_counts("copying", "blank=400, train=20000", blank=blank, train=train, valid=valid, test=test)
     if variant not in ("paper", "tcn"):
         raise ValueError(f"copying(variant={variant!r}): the variants are 'paper' and 'tcn'; try 'paper'.")
 
-    def stream(episodes: int, place: int) -> Stream:
-        generator = torch.Generator().manual_seed(3 * seed + place)
+    def stream(episodes: int, generator: torch.Generator) -> Stream:
         symbols = torch.randint(1, _KINDS + 1, (episodes, SYMBOLS), generator=generator)
         return _episodes(symbols, blank=blank, after=0 if variant == "paper" else 9)
 
-    return Corpus(
-        name=f"copying-{blank}",
-        train=stream(train, 0),
-        valid=stream(valid, 1),
-        test=stream(test, 2),
-        vocabulary=Vocabulary.of_tokens("0123456789", "character"),
-        unit="symbol",
-    )
+    return drawn(stream, name=f"copying-{blank}", symbols="0123456789", sizes=(train, valid, test), seed=seed)
 
 
 def memoryless_optimum(blank: int) -> float:

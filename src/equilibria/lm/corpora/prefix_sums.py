@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 
 from equilibria.lm.corpora.corpus import Corpus, Stream
+from equilibria.lm.corpora.episodes import check_counts, drawn
 from equilibria.lm.corpora.source import Source
-from equilibria.lm.corpora.vocabulary import Vocabulary
 
 
 def prefix_sums(*, length: int = 32, train: int = 20000, valid: int = 2000, test: int = 2000, seed: int = 0) -> Corpus:
@@ -36,28 +36,18 @@ def prefix_sums(*, length: int = 32, train: int = 20000, valid: int = 2000, test
     Raises:
         ValueError: a number is below 1.
     """
-    for name, value in (("length", length), ("train", train), ("valid", valid), ("test", test)):
-        if value < 1:
-            raise ValueError(f"prefix_sums({name}={value}): it must be at least 1; try length=32, train=20000.")
+    check_counts("prefix_sums", "length=32, train=20000", length=length, train=train, valid=valid, test=test)
 
-    def stream(episodes: int, place: int) -> Stream:
-        generator = torch.Generator().manual_seed(3 * seed + place)
+    def stream(episodes: int, generator: torch.Generator) -> Stream:
         bits = torch.randint(2, (episodes, length), generator=generator)
         return Stream(tokens=bits.flatten(), targets=(bits.cumsum(dim=1) % 2).flatten(), episode=length)
 
-    return Corpus(
-        name=f"prefix-sums-{length}",
-        train=stream(train, 0),
-        valid=stream(valid, 1),
-        test=stream(test, 2),
-        vocabulary=Vocabulary.of_tokens("01", "character"),
-        unit="symbol",
-    )
+    return drawn(stream, name=f"prefix-sums-{length}", symbols="01", sizes=(train, valid, test), seed=seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefixSums(Source):
-    """Random bits, and at each position the parity of the bits so far."""
+    """Random bits; the target at each position is the parity of all bits up to it: 1 if the number of ones is odd."""
 
     unit: ClassVar = "symbol"
     """The unit of a token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ class BaselineConfig(ABC):
     number is learned, one per symbol.
     """
 
+    kind: ClassVar[str]
+    """The kind of network, with its article, for messages."""
     inputs: int = 1
     """I, width of the embedding."""
     dropout: float = 0.0

@@ -6,6 +6,7 @@ Letters: B batch, T time, I width of the input, C channels, K kernel, d dilation
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,8 @@ class ConvolutionalConfig(BaselineConfig):
     15,550 parameters on ten symbols, not counting the ten numbers, and sees the last 4,591 positions.
     """
 
+    kind: ClassVar = "a convolutional network"
+    """The kind of network."""
     channels: int = 10
     """C, channels of every convolution."""
     levels: int = 8

@@ -6,7 +6,7 @@ Letters: B batch, T time, I width of the input, H hidden channels.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class RecurrentConfig(BaselineConfig):
     one number, an LSTM of 57 channels has 14,260 and a GRU of 65 channels 13,920, not counting the ten numbers.
     """
 
+    kind: ClassVar = "a recurrent network"
+    """The kind of network."""
     network: Network = "lstm"
     """LSTM (Hochreiter and Schmidhuber 1997) or GRU (Cho et al. 2014), with PyTorch's gates and initialisation."""
     hidden: int = 57

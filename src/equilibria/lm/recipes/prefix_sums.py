@@ -24,9 +24,9 @@ from equilibria.solvers.picard import Picard
 def prefix_sums() -> Experiment:
     """The parity of the bits so far, at each of 32 positions; takes minutes on a CPU.
 
-    One evaluation of the cell reads the position before, so the equilibrium of N bits needs about N evaluations: longer
-    sequences need more computation, which the solver takes by itself. There is no shallow stage, since a network of
-    three layers cannot solve the task.
+    At each position, f reads the state of the position before. One evaluation therefore carries a sum one position
+    further, and the equilibrium of N bits needs at least N evaluations. The solver takes as many as a sequence needs.
+    There is no shallow stage, since a network of three layers cannot solve the task.
     """
     stop = Stop(rtol=1e-3, max_evals=128)
     return Experiment(
