@@ -284,7 +284,7 @@ def rewritten(folder: Path, change) -> None:
     """Changes a checkpoint and computes its sums again, as whoever wrote it could."""
     state = json.loads((folder / "state.json").read_text())["state"]
     change(folder, state)
-    state["files"] = {name: checkpoint._sha256(folder / name) for name in state["files"]}
+    state["files"] = {name: checkpoint.sha256_of(folder / name) for name in state["files"]}
     (folder / "state.json").write_text(json.dumps({"state": state, "sha256": checkpoint._digest(state)}))
 
 
