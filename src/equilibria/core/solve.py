@@ -126,20 +126,40 @@ def solve(
         ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes structure, shape, dtype or
             device.
     """
+    return solve_from([z0], f, solver, stop, coupled=coupled, keep=keep, drop_converged=drop_converged)
+
+
+def solve_from(
+    start: list[State],
+    f: Map | Callable[[State], State],
+    solver: Solver,
+    stop: Stop,
+    *,
+    coupled: bool = False,
+    keep: Sequence[int] = (),
+    drop_converged: bool = True,
+) -> Solution:
+    """``solve`` from the state that the list holds, which is taken out of it.
+
+    A start that nothing else holds is free after the first step; an argument would be held by every caller's frame.
+    """
     check_not_exported()
     check_kind("solver", solver, Solver, "Anderson()")
     check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
     check_keep(keep)
+    z0 = start.pop()
     layout = Layout.of(z0, coupled=coupled)
     check_finite(z0, coupled=coupled)
     evaluate = Evaluator(as_map(f), layout, stop.max_evals)
     _warn_of_rounding(evaluate.computes_in, stop)
     z = layout.pack(z0)
-    del z0  # it would stay in memory during the solve
+    del z0
     with evaluate.autocast.off():
-        parts = z, solver, stop, layout, evaluate
         block = rows_per_block(z, solver, evaluate) if drop_converged else len(z)
-        batch = Blocks(*parts, block) if block < len(z) else Whole(*parts)
+        if block < len(z):
+            batch: Whole | Blocks = Blocks(z, solver, stop, layout, evaluate, block)
+        else:
+            batch = Whole(z, solver, stop, layout, evaluate)
         may_drop, kept, step = drop_converged and not keep, [], 0
         while True:
             fz = evaluate(z)
@@ -185,7 +205,7 @@ def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:
                 f"it stay at about {level:.0e}, so solves will spend their budget; give rtol={4 * level:.0e}, or let f "
                 "compute in float32.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

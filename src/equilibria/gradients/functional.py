@@ -111,7 +111,7 @@ class System:
         if self.linear:
             found = solve_linear(f, x0, self.layout, self.solver, self.stop)
         else:
-            found = solve_rows(FunctionMap(f), x0, self.layout, self.solver, self.stop, keep=self.keep)
+            found = solve_rows(FunctionMap(f), [x0], self.layout, self.solver, self.stop, keep=self.keep)
         self.evals.append(found.evals)
         report(found, self.stop, self.on_failure, of=self.of)
         return found
