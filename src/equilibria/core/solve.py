@@ -7,7 +7,6 @@ residual ``r``.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equilibria.core.checks import check_kind
+from equilibria.core.checks import check_keep, check_kind
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.maps import Map, as_map
 from equilibria.core.progress import Outcome, Progress
@@ -164,13 +163,6 @@ def solve(
         history=batch.history,
         iterates=(*kept, *[layout.unpack(found.z)] * (len(keep) - len(kept))),
     )
-
-
-def check_keep(keep: Sequence[int]) -> None:
-    """Raise a ValueError unless these are increasing numbers of steps."""
-    increasing = all(a < b for a, b in itertools.pairwise(keep))
-    if not increasing or any(not isinstance(step, int) or step < 1 for step in keep):
-        raise ValueError(f"keep={tuple(keep)}: these must be increasing numbers of steps from 1 on; try keep=(5, 10).")
 
 
 def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:
