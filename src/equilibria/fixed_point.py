@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from equilibria.core.checks import check_choices, check_kind
+from equilibria.core.checks import check_choices, check_keep, check_kind
 from equilibria.core.failure import WAYS, OnFailure, report
 from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import FunctionMap, Map, as_map
-from equilibria.core.solve import Solution, check_keep
+from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import Stop

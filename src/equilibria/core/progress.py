@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equilibria.core.solver import Iterate
 from equilibria.core.state import Layout
 from equilibria.core.stop import Status, Stop
 from equilibria.core.trees import take_rows
@@ -196,22 +195,27 @@ class Progress:
         """The indices of the active samples; on a GPU this waits for the device."""
         return self._active.nonzero()[:, 0]
 
-    def take(self, index: Int[Tensor, " R"], at: Iterate) -> Iterate:
-        """Continue with these samples, all of them active, and store the outcomes of the others; their part of at."""
+    def take(
+        self, index: Int[Tensor, " K"], z: Float[Tensor, "R N"], fz: Float[Tensor, "R N"]
+    ) -> tuple[Float[Tensor, "K N"], Float[Tensor, "K N"], Float[Tensor, "K N"], Bool[Tensor, " K"]]:
+        """Continue with these samples, all of them active, and store the outcomes of the others.
+
+        Returns the part of z, f(z) and f(z) − z that is theirs, and that they are active.
+        """
         if self._whole is None:  # what is shared with f's arguments and with the trace is not written to
             now = self._current()
             self._whole = dataclasses.replace(now, z=now.z.clone(), fz=now.fz.clone(), residual=now.residual.clone())
         else:
             self._keep(self._whole)
         self._places = index if self._places is None else self._places[index]
-        z, fz = take_rows((at.z, at.fz), index)
-        self._z = z if self._z is at.z else take_rows(self._z, index)
-        self._fz = fz if self._fz is at.fz else take_rows(self._fz, index)
+        theirs = take_rows((z, fz), index)
+        self._z = theirs[0] if self._z is z else take_rows(self._z, index)
+        self._fz = theirs[1] if self._fz is fz else take_rows(self._fz, index)
         self._residual, self._steps = take_rows((self._residual, self._steps), index)
         self._active, self._broken = self._active.new_ones(len(index)), self._broken.new_zeros(len(index))
         self._floor = None if self._floor is None else self._floor[index]
         self._count, self._flags = len(index), _Flags(late=self._flags.late)
-        return Iterate(z=z, fz=fz, r=fz - z, active=self._active)
+        return *theirs, theirs[1] - theirs[0], self._active
 
     def outcome(self) -> Outcome:
         """The outcome of all samples, in their order."""

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equilibria.core.checks import check_kind
+from equilibria.core.checks import check_keep, check_kind
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.maps import Map, as_map
 from equilibria.core.progress import Outcome, Progress, Residuals
@@ -188,13 +188,6 @@ def solve_from(
     )
 
 
-def check_keep(keep: Sequence[int]) -> None:
-    """Raise a ValueError unless these are increasing numbers of steps."""
-    increasing = all(a < b for a, b in itertools.pairwise(keep))
-    if not increasing or any(not isinstance(step, int) or step < 1 for step in keep):
-        raise ValueError(f"keep={tuple(keep)}: these must be increasing numbers of steps from 1 on; try keep=(5, 10).")
-
-
 def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         level = torch.finfo(dtype).eps / 2
@@ -257,7 +250,7 @@ class Whole:
             index, at = self._progress.still_active(), self._at
             if len(index) and at is not None:
                 self._evaluate.take(index)
-                self._at = self._progress.take(index, at)
+                self._at = Iterate(*self._progress.take(index, at.z, at.fz))
                 self.history = self._solver.select(self.history, index)
 
     def step(self) -> Float[Tensor, "R N"]:

@@ -31,7 +31,7 @@ from equilibria.hf.edges import lowest_at_edge, resized, with_edges_read
 from equilibria.hf.loss import IGNORED, check_labels_come_with_their_count, extra_loss, targets_of
 from equilibria.layers.linear import fold
 from equilibria.lm.model.embedding import widened
-from equilibria.lm.model.losses import NO_LOSSES
+from equilibria.lm.model.model import NO_LOSSES
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """The name of the cache in outputs: "cache" since transformers 5.24."""
