@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from equilibria.core.solve import Solution
+from equilibria.core.untracked import refusing
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.layer import Layer, LayerOutput
@@ -84,6 +85,10 @@ class LanguageOutput:
     """The layer's own output: z, f and the solution."""
     extra: Float[Tensor, ""] | None = None
     """The weighted sum of the model's extra losses, with gradient; None in evaluation and if it has none."""
+
+    def __post_init__(self) -> None:
+        for name in ("nll", "extra"):
+            object.__setattr__(self, name, refusing(getattr(self, name)))
 
     @property
     def loss(self) -> Float[Tensor, ""]:
