@@ -91,10 +91,21 @@ def test_untied_layers_have_each_the_parameters_of_a_block_of_transformer_xl():
     value = explicit(experiment(), 5, tied=False)
     cell = value.model.cell
     assert (cell.injection, cell.affine, cell.weight_norm, cell.variational) == (False, True, False, False)
-    assert (cell.norm, cell.init, cell.std) == ("post", "normal", 0.02)
+    assert cell.norm == "post"
     assert (cell.width, cell.heads, cell.inner, cell.memory, cell.dropout) == (8, 2, 12, 30, 0.1)
     outside = count(model(experiment())) - count(model(experiment()).layer)
     assert count(model(value)) == 5 * count(cell.build()) + outside
+
+
+@pytest.mark.parametrize("init", ["normal", "default_fan_in"])
+def test_untied_layers_start_as_transformer_xl_or_by_their_width_as_the_equilibrium(init):
+    whole = experiment()
+    cell = dataclasses.replace(whole.model.cell, init=init, std=0.01)
+    untied = explicit(
+        dataclasses.replace(whole, model=dataclasses.replace(whole.model, cell=cell, std=0.1)), 3, tied=False
+    )
+    start = (untied.model.cell.init, untied.model.cell.std, untied.model.std)
+    assert start == (("normal", 0.02, 0.02) if init == "normal" else ("default_fan_in", 0.01, 0.1))
 
 
 def test_the_tied_twin_is_the_equilibrium_set_to_that_many_iterations():
