@@ -56,11 +56,11 @@ def test_blocks_change_nothing(solver, width, monkeypatch):
         own = torch.where(z.abs() > 40, math.nan, torch.cos(mixed) - 0.2 * z * mixed)
         return torch.where(hopeless, z + 1, x) + a * ~hopeless * own
 
-    loop = importlib.import_module("equilibria.core.solve")
+    batch = importlib.import_module("equilibria.core.batch")
     stop = Stop(rtol=1e-9, max_evals=25)
     with torch.no_grad():
         whole = solve(f, torch.zeros(64, width).double(), solver, stop)
-        monkeypatch.setattr(loop, "BLOCK", 10 * width)
+        monkeypatch.setattr(batch, "BLOCK", 10 * width)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         blocks = solve(f, torch.zeros(64, width).double(), solver, stop)
     assert set(whole.status.tolist()) == set(Status)
