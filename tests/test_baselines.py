@@ -131,6 +131,29 @@ def test_a_memory_of_other_streams_is_refused(unhooked, network):
         model(tokens()[:2], tokens()[:2], memory)
 
 
+@pytest.mark.parametrize(
+    ("network", "other"),
+    [
+        ("tcn", {"network": "tcn", "levels": 3}),
+        ("tcn", {"network": "tcn", "levels": 1}),
+        ("tcn", {"network": "tcn", "kernel": 4}),
+        ("tcn", {"network": "tcn", "kernel": 2}),
+        ("tcn", {"network": "tcn", "channels": 6}),
+        ("tcn", {"network": "lstm"}),
+        ("lstm", {"network": "tcn"}),
+        ("lstm", {"network": "gru"}),
+        ("lstm", {"network": "lstm", "hidden": 6}),
+        ("gru", {"network": "lstm"}),
+        ("gru", {"network": "gru", "hidden": 6}),
+    ],
+)
+@pytest.mark.parametrize("time", [1, 6])
+def test_the_memory_of_another_network_is_refused(unhooked, network, other, time):
+    memory = built(**other)(tokens(), tokens()).memory
+    with pytest.raises(ValueError, match="continues only the network that returned it"):
+        built(network)(tokens(time), tokens(time), memory)
+
+
 @NETWORKS
 def test_the_rows_of_its_memory_are_its_streams(network):
     model, index = built(network=network).double().eval(), torch.tensor([2, 0, 2])

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
-from equilibria import Anderson, Implicit, Layout, Neumann, Stop, fixed_point
+from equilibria import Anderson, Equilibrium, Implicit, Layout, Neumann, Stop, fixed_point
 from equilibria.stability import check_gradient, jacobian_penalty, spectral_radius
 from equilibria.testing.problems import TreeProblem, flat, tanh_map
 
@@ -37,6 +39,32 @@ def test_the_penalty_is_differentiable_and_z_is_constant():
     torch.testing.assert_close(g, 2 * weight.detach() / 6, rtol=0.2, atol=0.02)
     with pytest.raises(RuntimeError, match="have been used in the graph"):
         torch.autograd.grad(penalty.mean(), z)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, z, x):
+        q, k, v = self.qkv(z).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return torch.tanh(self.out(attended) + x)
+
+
+def test_the_penalty_through_a_fused_kernel_says_what_to_do():
+    torch.manual_seed(0)
+    layer, x = Equilibrium(Attention()), torch.randn(2, 5, 8)
+    out = layer(x)
+    penalty = jacobian_penalty(out.f, out.z, generator=torch.Generator().manual_seed(0))
+    assert penalty.isfinite().all()
+    with pytest.raises(RuntimeError, match=r"sdpa_kernel\(torch.nn.attention.SDPBackend.MATH\)"):
+        (out.z.sum() + penalty.sum()).backward()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        same = jacobian_penalty(out.f, out.z, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(same, penalty)
+    same.sum().backward()
+    assert layer.cell.module.qkv.weight.grad.isfinite().all()
 
 
 def matrix_map(matrix):

@@ -16,6 +16,7 @@ from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import AffineMap, Map, as_map
 from equilibria.core.progress import relative
+from equilibria.core.refusal import refused_if_lacking
 from equilibria.core.saved import kept
 from equilibria.core.solve import solve
 from equilibria.core.solver import Solver
@@ -43,7 +44,8 @@ def jacobian_penalty(
 
     S. Bai, V. Koltun, J. Z. Kolter, "Stabilizing Equilibrium Models by Jacobian Regularization" (2021), eq. 7. z is a
     constant, so the term costs one evaluation of f and one double backward, and no solve; add it to the loss before the
-    one backward pass. f must allow double backward (explicit softmax attention, no fused kernel).
+    one backward pass. f must allow double backward: PyTorch's fused attention kernels do not, and the backward pass of
+    the penalty then raises a RuntimeError that says what to do.
 
     Args:
         f: the map.
@@ -64,7 +66,15 @@ def jacobian_penalty(
             noise = map_tensors(draw or (lambda leaf: _normal(leaf, generator)), point.value)
             product = layout.pack(point.vjp(noise))
             total = total + product.square().mean(dim=1)
-    return total / samples
+    return refused_if_lacking(_FUSED, total / samples)
+
+
+_FUSED = (
+    "The Jacobian penalty has no gradient: f contains an operation whose derivative PyTorch cannot differentiate, "
+    "mostly a fused attention kernel. Compute the penalty inside `with torch.nn.attention.sdpa_kernel("
+    'torch.nn.attention.SDPBackend.MATH):`, or let f write its attention out (attn_implementation="eager" in '
+    "transformers)."
+)
 
 
 def _normal(leaf: Tensor, generator: torch.Generator | None) -> Tensor:

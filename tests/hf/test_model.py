@@ -212,6 +212,30 @@ def test_refused_in_a_sentence(what, unhooked):
         small("transformer")(TEXT, **arguments)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_positions_that_do_not_continue_the_cache_are_refused(padded, unhooked):
+    model, text = small("transformer"), tokens(2, 6)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    if padded:
+        mask[0, :2] = 0
+    given = {"attention_mask": mask} if padded else {}
+    ids = (mask.cumsum(dim=1) - 1)[:, 4:]
+
+    def following(new, ids):
+        with torch.no_grad():
+            past = model(text[:, :4], use_cache=True, **{name: m[:, :4] for name, m in given.items()})[CACHE]
+            masks = {name: m[:, : 4 + new] for name, m in given.items()}
+            return model(text[:, 4 : 4 + new], position_ids=ids, **masks, **{CACHE: past}).logits
+
+    for new in (1, 2):
+        expected = following(new, None)
+        for right in (ids[:, :new], torch.arange(4, 4 + new)[None]):
+            assert torch.equal(following(new, right), expected)
+        for wrong in (ids[:, :new] + 3, torch.zeros(2, new, dtype=torch.long) + torch.arange(new)):
+            with pytest.raises(ValueError, match="leave out position_ids"):
+                following(new, wrong)
+
+
 def test_a_cache_with_gradients_is_refused():
     model = small("transformer")
     assert model(TEXT).get(CACHE) is None

@@ -15,6 +15,14 @@ from equilibria.torch_private import is_of_transform
 def leaves_below(values: Sequence[Tensor]) -> Iterator[Tensor]:
     """The leaves that can receive a gradient from one of ``values``, in the order in which they are met."""
     yield from (value for value in values if value.requires_grad and value.is_leaf)
+    for node in nodes_below(values):
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield variable
+
+
+def nodes_below(values: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph of ``values``, in the order in which they are met."""
     pending: list[Any] = [value.grad_fn for value in values]
     seen = set()
     while pending:
@@ -22,9 +30,7 @@ def leaves_below(values: Sequence[Tensor]) -> Iterator[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            yield variable
+        yield node
         pending.extend(following for following, _ in node.next_functions)
 
 

@@ -20,6 +20,7 @@ from equilibria.core.failure import OnFailure, check_repeats, is_heard
 from equilibria.core.gradient import ForwardSolve, point_of
 from equilibria.core.maps import AffineMap, Linearised, Map
 from equilibria.core.progress import relative
+from equilibria.core.refusal import refused
 from equilibria.core.solve import Solution, solve_from
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
@@ -287,19 +288,10 @@ class _Solve(torch.autograd.Function):
         return _together(g.movedim(in_dims[0], 0), point, adjoint), 0
 
 
-class _Refuse(torch.autograd.Function):
-    """Identity forward; an error backward."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        raise RuntimeError(
-            "A gradient of this rule cannot be differentiated again: the second derivative would be wrong. Use "
-            "gradient=Implicit() for derivatives of higher order, or stability.jacobian_penalty for a penalty on J."
-        )
+_ONCE = (
+    "A gradient of this rule cannot be differentiated again: the second derivative would be wrong. Use "
+    "gradient=Implicit() for derivatives of higher order, or stability.jacobian_penalty for a penalty on J."
+)
 
 
 def differentiated_once(tensors: Sequence[Tensor], *, behind: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -311,8 +303,7 @@ def differentiated_once(tensors: Sequence[Tensor], *, behind: Sequence[Tensor]) 
     """
     if not torch.is_grad_enabled():
         return tuple(tensors)
-    refusing = _Refuse.apply(*(t.detach().requires_grad_() for t in tensors), *behind)
-    return refusing[: len(tensors)]
+    return refused(_ONCE, *(t.detach().requires_grad_() for t in tensors), *behind)[: len(tensors)]
 
 
 def solve_adjoint(point: Point, g: Float[Tensor, "B N"], solver: Solver, stop: Stop) -> Solution:

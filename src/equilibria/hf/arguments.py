@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import Cache
 
@@ -47,7 +47,8 @@ def key_padding_mask(
 
     Args:
         attention_mask: 1 at text and 0 at padding, for all these positions; None for no padding.
-        position_ids: the positions of the new tokens, which must count by one inside a text; None for those.
+        position_ids: the positions of the new tokens, which must count by one inside a text and continue that of the
+            cache; None for those.
         seen: S, number of stored positions.
         time: T, number of new ones.
 
@@ -55,8 +56,10 @@ def key_padding_mask(
         ValueError: padding lies inside a text, or positions jump, as where several texts are packed into one row.
     """
     mask = None if attention_mask is None else _padding(attention_mask, seen + time)
-    if position_ids is not None and time > 1:
-        _check_positions(position_ids, None if mask is None else mask[:, -time:])
+    if position_ids is not None:
+        _check_steps(position_ids, None if mask is None else mask[:, seen:])
+        if seen:
+            _check_first(position_ids[:, 0], mask, seen)
     return mask
 
 
@@ -80,7 +83,7 @@ def _padding(attention_mask: Tensor, length: int) -> Bool[Tensor, "B _"] | None:
     return ~text
 
 
-def _check_positions(position_ids: Tensor, mask: Bool[Tensor, "B T"] | None) -> None:
+def _check_steps(position_ids: Tensor, mask: Bool[Tensor, "B T"] | None) -> None:
     steps = position_ids.diff(dim=-1) == 1
     if mask is not None:
         steps = steps | mask[:, 1:] | mask[:, :-1]
@@ -88,6 +91,20 @@ def _check_positions(position_ids: Tensor, mask: Bool[Tensor, "B T"] | None) -> 
         raise ValueError(
             "position_ids jump inside a row, as where several texts are packed into one; positions enter this model by "
             "their distances in the row, so give each text a row of its own, with padding and attention_mask."
+        )
+
+
+def _check_first(first: Int[Tensor, " _"], mask: Bool[Tensor, "B _"] | None, seen: int) -> None:
+    """Raise a ValueError unless the first new position follows the S stored ones, counted with or without padding."""
+    stored = torch.tensor([seen], device=first.device) if mask is None else seen - mask[:, :seen].sum(dim=1)
+    follows = (first == stored) | (first == seen)
+    if mask is not None:
+        follows = follows | mask[:, seen]
+    if not bool(follows.all()):
+        raise ValueError(
+            f"position_ids begin at {first.tolist()}, and the cache holds {stored.tolist()} positions of these texts; "
+            "positions enter this model by their distances, so a new token follows the last stored one: leave out "
+            "position_ids, or crop the cache."
         )
 
 

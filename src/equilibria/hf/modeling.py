@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from equilibria.core.untracked import refusing
+from equilibria.core.refusal import refused_if_untracked
 from equilibria.hf import cache as caches
 from equilibria.hf import remote
 from equilibria.hf.arguments import (
@@ -160,9 +160,9 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         solution = out.solution
         kept: dict[str, Any] = {CACHE: past if use_cache else None}
         result = EquilibriumOutput(
-            loss=refusing(loss),
-            logits=refusing(logits),
-            hidden_states=refusing((x, out.output)) if output_hidden_states else None,
+            loss=refused_if_untracked(loss),
+            logits=refused_if_untracked(logits),
+            hidden_states=refused_if_untracked((x, out.output)) if output_hidden_states else None,
             evals=solution.evals,
             residual=solution.residual,
             converged=solution.converged,

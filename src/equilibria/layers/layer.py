@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from equilibria.core.maps import Map
+from equilibria.core.refusal import refused_if_untracked
 from equilibria.core.solve import Solution
 from equilibria.core.state import State
-from equilibria.core.untracked import refusing
 from equilibria.fixed_point import Method
 
 
@@ -34,7 +34,7 @@ class LayerOutput:
 
     def __post_init__(self) -> None:
         for name in ("output", "z", "auxiliary"):  # memories have no graph anyway
-            object.__setattr__(self, name, refusing(getattr(self, name)))
+            object.__setattr__(self, name, refused_if_untracked(getattr(self, name)))
 
     def __getattr__(self, name: str) -> Any:
         """Called for a name that is not there, such as a method of a tensor in ``nn.Sequential``."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
 from equilibria.core.stop import Stop
+from equilibria.core.trees import tensors_in
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import check_rate
 from equilibria.layers.layer import Layer
+from equilibria.layers.sequence import check_streams
 from equilibria.lm.model.embedding import Embedding
 from equilibria.lm.model.heads import SoftmaxHead
 from equilibria.lm.model.model import LanguageModel
@@ -113,6 +116,26 @@ class BaselineLayer(Layer):
                 "its memory has one size; give prompts of one length, and no length of the memory."
             )
         return memory
+
+
+def check_memory(memory: Any, x: Tensor, *, kind: type, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise a ValueError unless the network itself has returned this memory, for the streams of ``x``.
+
+    Args:
+        memory: the memory.
+        x: the input.
+        kind: the type of the network's memories.
+        shapes: the shapes of the tensors in them, without the batch axis.
+    """
+    tensors = tensors_in(memory)
+    found = [tuple(tensor.shape[1:]) for tensor in tensors]
+    if not isinstance(memory, kind) or found != list(shapes):
+        raise ValueError(
+            f"the memory is a {type(memory).__name__} with tensors of the shapes {found} per stream, and this network "
+            f"reads a {kind.__name__} with {list(shapes)}; a memory continues only the network that returned it, so "
+            "pass memory=None, or load that network."
+        )
+    check_streams(len(tensors[0]), x)
 
 
 def no_map(z: Tensor) -> NoReturn:

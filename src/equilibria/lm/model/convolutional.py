@@ -17,8 +17,7 @@ from equilibria.core.maps import FunctionMap
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.layer import LayerOutput, check_no_method
-from equilibria.layers.sequence import check_streams
-from equilibria.lm.model.baseline import BaselineConfig, BaselineLayer, no_map
+from equilibria.lm.model.baseline import BaselineConfig, BaselineLayer, check_memory, no_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Convolutional(BaselineLayer):
         """The outputs [B T C] of the network, which reads the inputs in the memory, or zeros, and then ``x``."""
         check_no_method(self, method)
         if memory is not None:
-            check_streams(len(memory.pasts[0]), x)
+            check_memory(memory, x, kind=ConvolutionalMemory, shapes=self._shapes)
         pasts = (None,) * (2 * len(self.blocks)) if memory is None else memory.pasts
         z, kept = x.transpose(1, 2), []
         for block, first, second in zip(self.blocks, pasts[::2], pasts[1::2], strict=True):
@@ -110,6 +109,12 @@ class Convolutional(BaselineLayer):
         z = z.transpose(1, 2)
         kept = ConvolutionalMemory(tuple(kept))
         return LayerOutput(output=z, z=z, memory=kept, f=FunctionMap(no_map), solution=None)
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the tensors in a memory, per stream."""
+        convolutions = (module for module in self.modules() if isinstance(module, _Causal))
+        return [(convolution.in_channels, convolution.past) for convolution in convolutions]
 
 
 class _Block(nn.Module):
@@ -136,11 +141,15 @@ class _Block(nn.Module):
 class _Causal(nn.Conv1d):
     """A convolution whose last tap is the present."""
 
+    @property
+    def past(self) -> int:
+        """P, the number of inputs before the present one that an output depends on."""
+        return (self.kernel_size[0] - 1) * self.dilation[0]
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "B I T"], past: Float[Tensor, "B I P"] | None
     ) -> tuple[Float[Tensor, "B C T"], Float[Tensor, "B I P"]]:
         """The convolution over x after its past, or after zeros, and the past of the next segment, detached."""
-        length = (self.kernel_size[0] - 1) * self.dilation[0]
-        before = x.new_zeros(x.shape[0], x.shape[1], length) if past is None else past.to(x.dtype)
+        before = x.new_zeros(x.shape[0], x.shape[1], self.past) if past is None else past.to(x.dtype)
         whole = torch.cat([before, x], dim=-1)
-        return super().forward(whole), whole[..., whole.shape[-1] - length :].detach()
+        return super().forward(whole), whole[..., whole.shape[-1] - self.past :].detach()

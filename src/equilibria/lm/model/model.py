@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from equilibria.core.refusal import refused_if_untracked
 from equilibria.core.solve import Solution
-from equilibria.core.untracked import refusing
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.layer import Layer, LayerOutput
@@ -88,7 +88,7 @@ class LanguageOutput:
 
     def __post_init__(self) -> None:
         for name in ("nll", "extra"):
-            object.__setattr__(self, name, refusing(getattr(self, name)))
+            object.__setattr__(self, name, refused_if_untracked(getattr(self, name)))
 
     @property
     def loss(self) -> Float[Tensor, ""]:

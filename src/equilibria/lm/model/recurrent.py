@@ -15,8 +15,7 @@ from equilibria.core.maps import FunctionMap
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.layer import LayerOutput, check_no_method
-from equilibria.layers.sequence import check_streams
-from equilibria.lm.model.baseline import BaselineConfig, BaselineLayer, no_map
+from equilibria.lm.model.baseline import BaselineConfig, BaselineLayer, check_memory, no_map
 
 Network = Literal["lstm", "gru"]
 _NETWORKS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
@@ -91,16 +90,18 @@ class Recurrent(BaselineLayer):
         """The states [B T H] for input ``x``, starting from the state of the previous segment, or from zero."""
         check_no_method(self, method)
         lstm = isinstance(self.network, nn.LSTM)
-        state = None if memory is None else self._state(x, memory, lstm=lstm)
+        state = None
+        if memory is not None:
+            shapes = [(self.network.hidden_size,)] * (2 if lstm else 1)
+            check_memory(memory, x, kind=RecurrentMemory, shapes=shapes)
+            state = self._state(memory)
         z, last = self.network(x, state)
         h, c = last if lstm else (last, None)
         kept = RecurrentMemory(h=h[0].detach(), c=None if c is None else c[0].detach())
         return LayerOutput(output=z, z=z, memory=kept, f=FunctionMap(no_map), solution=None)
 
     @staticmethod
-    def _state(x: Tensor, memory: RecurrentMemory, *, lstm: bool) -> Tensor | tuple[Tensor, Tensor]:
+    def _state(memory: RecurrentMemory) -> Tensor | tuple[Tensor, Tensor]:
         """The memory as PyTorch expects it, with a leading axis for the layers."""
-        check_streams(len(memory.h), x)
-        if lstm and memory.c is not None:
-            return memory.h[None].contiguous(), memory.c[None].contiguous()
-        return memory.h[None].contiguous()
+        h = memory.h[None].contiguous()
+        return h if memory.c is None else (h, memory.c[None].contiguous())
