@@ -128,7 +128,7 @@ def _recipes() -> dict[str, str]:
     assert isinstance(table, ast.Dict)
     pairs = zip(table.keys, table.values, strict=True)
     return {
-        key.value: lines[value.id]
+        str(key.value): lines[value.id]
         for key, value in pairs
         if isinstance(key, ast.Constant) and isinstance(value, ast.Name)
     }
