@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import publish
+from machine import publish, side_by_side
 from trainings import QUIET, RATES, fitted, planned, scored, together, tuned
 
 from equilibria.lm.corpora import PennTreebankCharacters
@@ -74,37 +74,28 @@ def seeded(experiment: Experiment, seed: int) -> Experiment:
 
 def table(rows: dict[str, Any], minutes: float) -> str:
     """The networks side by side, for the docs: means over the seeds, and the smallest and largest score."""
-
-    def line(label: str, tell: Callable[[list[dict[str, Any]]], str]) -> str:
-        return f"| {label} | " + " | ".join(tell(rows[name]["runs"]) for name in names) + " |"
-
-    def mean(values: list[float]) -> float:
-        return statistics.fmean(values)
-
-    names = [name for name in LABELS if rows.get(name, {}).get("runs")]
-    seeds = max(len(rows[name]["runs"]) for name in names)
-    lines = [
-        f"| {minutes:g} minutes each, {seeds} seed{'s' * (seeds > 1)} | {' | '.join(LABELS[name] for name in names)} |",
-        "|---|" + "---:|" * len(names),
-        line("parameters", lambda runs: f"{runs[0]['parameters']:,}"),
-        line("learning rate of " + ", ".join(f"{rate:g}" for rate in RATES), lambda runs: f"{runs[0]['rate']:g}"),
-        line("training steps", lambda runs: " + ".join(f"{n:,}" for n in runs[0]["steps"])),
-        line("processor time of the steps, s", lambda runs: f"{mean([run['seconds'] for run in runs]):.0f}"),
-        line(
+    columns = {label: rows[name]["runs"] for name, label in LABELS.items() if rows.get(name, {}).get("runs")}
+    seeds, mean = max(map(len, columns.values())), statistics.fmean
+    lines: list[tuple[str, Callable[[list[dict[str, Any]]], str]]] = [
+        ("parameters", lambda runs: f"{runs[0]['parameters']:,}"),
+        ("learning rate of " + ", ".join(f"{rate:g}" for rate in RATES), lambda runs: f"{runs[0]['rate']:g}"),
+        ("training steps", lambda runs: " + ".join(f"{n:,}" for n in runs[0]["steps"])),
+        ("processor time of the steps, s", lambda runs: f"{mean([run['seconds'] for run in runs]):.0f}"),
+        (
             "evaluations of f + VJPs per step",
             lambda runs: (
                 f"{mean(runs[0]['forward']):.1f} + {mean(runs[0]['backward']):.1f}" if runs[0]["backward"] else "–"
             ),
         ),
-        line("peak memory of a training step", lambda runs: f"{runs[0]['peak_bytes'] / 2**20:.0f} MiB"),
-        line("validation, bits per character", lambda runs: f"{mean([run['valid']['bits'] for run in runs]):.3f}"),
-        line("**test, bits per character**", lambda runs: f"**{mean([run['test']['bits'] for run in runs]):.3f}**"),
-        line(
+        ("peak memory of a training step", lambda runs: f"{runs[0]['peak_bytes'] / 2**20:.0f} MiB"),
+        ("validation, bits per character", lambda runs: f"{mean([run['valid']['bits'] for run in runs]):.3f}"),
+        ("**test, bits per character**", lambda runs: f"**{mean([run['test']['bits'] for run in runs]):.3f}**"),
+        (
             "test, smallest and largest",
             lambda runs: " – ".join(f"{f(run['test']['bits'] for run in runs):.3f}" for f in (min, max)),
         ),
     ]
-    return "\n".join(lines)
+    return side_by_side(f"{minutes:g} minutes each, {seeds} seed{'s' * (seeds > 1)}", columns, lines)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, keep, write_into_docs
+from machine import RESULTS, publish, side_by_side
 from trainings import QUIET, RATES, fitted, planned, scored, together, tuned
 
 from equilibria.lm.experiments import Experiment, explicit, network_of
@@ -53,34 +53,29 @@ def table(rows: dict[str, Any], *, minutes: float, depth: int) -> str:
         "explicit": f"{depth} layers, tied",
         "curriculum": f"3, then {depth} layers, tied",
     }
-    names = {name: label for name, label in names.items() if name in rows}
-
-    def line(label: str, tell: Any) -> str:
-        return f"| {label} | " + " | ".join(tell(rows[name]) for name in names) + " |"
+    columns = {label: rows[name] for name, label in names.items() if name in rows}
 
     def mean(values: list[float]) -> str:
         return f"{sum(values) / len(values):.1f}" if values else "–"
 
     lines = [
-        f"| {minutes:g} minutes each | {' | '.join(names.values())} |",
-        "|---|" + "---|" * len(names),
-        line("parameters", lambda r: f"{r['parameters']:,}"),
-        line("learning rate (of " + ", ".join(f"{rate:g}" for rate in RATES) + ")", lambda r: f"{r['rate']:g}"),
-        line("training steps", lambda r: " + ".join(f"{n:,}" for n in r["steps"])),
-        line("time of the steps, s", lambda r: f"{r['seconds']:.0f}"),
-        line(
+        ("parameters", lambda r: f"{r['parameters']:,}"),
+        ("learning rate (of " + ", ".join(f"{rate:g}" for rate in RATES) + ")", lambda r: f"{r['rate']:g}"),
+        ("training steps", lambda r: " + ".join(f"{n:,}" for n in r["steps"])),
+        ("time of the steps, s", lambda r: f"{r['seconds']:.0f}"),
+        (
             "tokens/s in training",
             lambda r: ", ".join(f"{value:,.0f} ({name})" for name, value in r["tokens_per_second"].items()),
         ),
-        line("evaluations of f per step, forward", lambda r: mean(r["forward"]) if r["backward"] else str(depth)),
-        line("VJPs per step, backward", lambda r: mean(r["backward"])),
-        line("peak memory of a training step", lambda r: f"{r['peak_bytes'] / 2**20:.0f} MiB"),
-        line("validation perplexity", lambda r: f"{r['valid']['perplexity']:.1f}"),
-        line("test perplexity", lambda r: f"{r['test']['perplexity']:.1f}"),
-        line("tokens scored, validation and test", lambda r: f"{r['valid']['tokens']:,}, {r['test']['tokens']:,}"),
-        line("tokens/s in evaluation, batch 1", lambda r: f"{r['test']['tokens_per_second']:,.0f}"),
+        ("evaluations of f per step, forward", lambda r: mean(r["forward"]) if r["backward"] else str(depth)),
+        ("VJPs per step, backward", lambda r: mean(r["backward"])),
+        ("peak memory of a training step", lambda r: f"{r['peak_bytes'] / 2**20:.0f} MiB"),
+        ("validation perplexity", lambda r: f"{r['valid']['perplexity']:.1f}"),
+        ("test perplexity", lambda r: f"{r['test']['perplexity']:.1f}"),
+        ("tokens scored, validation and test", lambda r: f"{r['valid']['tokens']:,}, {r['test']['tokens']:,}"),
+        ("tokens/s in evaluation, batch 1", lambda r: f"{r['test']['tokens_per_second']:,.0f}"),
     ]
-    return "\n".join(lines)
+    return side_by_side(f"{minutes:g} minutes each", columns, lines)
 
 
 def main() -> None:
@@ -103,10 +98,7 @@ def main() -> None:
         row |= found | scored(options.out / name, batch_size=1)
     if options.only is not None:
         rows = json.loads((RESULTS / "explicit_twin.json").read_text(encoding="utf-8"))["rows"] | rows
-    text = table(rows, minutes=options.minutes, depth=options.depth)
-    print(text)
-    print(keep("explicit_twin", rows))
-    write_into_docs("explicit_twin", text)
+    publish("explicit_twin", rows, table(rows, minutes=options.minutes, depth=options.depth))
 
 
 if __name__ == "__main__":

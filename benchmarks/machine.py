@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def publish(name: str, rows: Any, text: str, page: str = "evidence/reproducing")
     print(text)
     print(keep(name, rows))
     write_into_docs(name, text, page)
+
+
+def side_by_side(corner: str, columns: Mapping[str, Any], lines: Sequence[tuple[str, Callable[[Any], str]]]) -> str:
+    """A table in Markdown with one column per entry of ``columns``: each line has its label and words for a column."""
+    return "\n".join(
+        [
+            f"| {corner} | {' | '.join(columns)} |",
+            "|---|" + "---:|" * len(columns),
+            *(f"| {label} | {' | '.join(map(tell, columns.values()))} |" for label, tell in lines),
+        ]
+    )
 
 
 def write_into_docs(name: str, text: str, page: str = "evidence/reproducing") -> None:

@@ -15,12 +15,15 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from machine import RESULTS, write_into_docs
 
 HERE = Path(__file__).parent
+Claim = tuple[str, str, str, str]
+"""A claim of the paper, its number there, ours, and the script that measures it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _copying() -> list[tuple[str, str, str, str]]:
+def _copying() -> list[Claim]:
     found = rows("copying") or {}
     published = {
         "copying-400": ("Table 1, copy memory, T = 400: DEQ-Transformer of 14K", "3.5e-6"),
@@ -80,72 +83,58 @@ def _networks(name: str) -> dict[str, dict[str, Any]]:
     return {row["network"]: row for row in (rows(name) or {"networks": []})["networks"]}
 
 
-def _memory() -> list[tuple[str, str, str, str]]:
-    lines = []
+def _memory() -> Iterator[Claim]:
     if depths := rows("memory"):
         peak = {row["depth"]: row["bytes"] / 2**20 for row in depths if row["network"] == "equilibrium"}
         deep = {row["depth"]: row["bytes"] / 2**20 for row in depths if row["network"] == "unrolled"}
         few, many = min(peak), max(peak)
-        lines.append(
-            (
-                "Memory of a training step does not grow with depth",
-                "constant",
-                f"{peak[few]:.1f} MiB at {few} evaluations, {peak[many]:.1f} at {many} "
-                f"(unrolled: {deep[min(deep)]:.0f} to {deep[max(deep)]:.0f})",
-                "`memory.py`",
-            )
+        yield (
+            "Memory of a training step does not grow with depth",
+            "constant",
+            f"{peak[few]:.1f} MiB at {few} evaluations, {peak[many]:.1f} at {many} "
+            f"(unrolled: {deep[min(deep)]:.0f} to {deep[max(deep)]:.0f})",
+            "`memory.py`",
         )
     if networks := _networks("trellis"):
         share = networks["equilibrium, scan, Picard"]["layer_share"]
-        lines.append(
-            (
-                "Table 2, memory of DEQ-TrellisNet to 60 layers, Penn Treebank",
-                "1.2 GB to 8.5 GB, −86 %",
-                f"−{1 - share:.0%}, at the same size",
-                "`trellis.py`",
-            )
+        yield (
+            "Table 2, memory of DEQ-TrellisNet to 60 layers, Penn Treebank",
+            "1.2 GB to 8.5 GB, −86 %",
+            f"−{1 - share:.0%}, at the same size",
+            "`trellis.py`",
         )
     if networks := _networks("explicit"):
         share = networks["equilibrium, Broyden, 0.001"]["layer_mib to 18 layers, untied"]
-        lines.append(
-            (
-                "Table 3, memory of DEQ-Transformer to 16 or 18 layers, WikiText-103",
-                "2.7 GB to 8.5 GB, 3.7 GB to 9.0 GB; up to −88 %",
-                f"−{1 - share:.0%} to 18 untied layers, model of the Penn Treebank",
-                "`explicit.py`",
-            )
+        yield (
+            "Table 3, memory of DEQ-Transformer to 16 or 18 layers, WikiText-103",
+            "2.7 GB to 8.5 GB, 3.7 GB to 9.0 GB; up to −88 %",
+            f"−{1 - share:.0%} to 18 untied layers, model of the Penn Treebank",
+            "`explicit.py`",
         )
-    return lines
 
 
-def _time() -> list[tuple[str, str, str, str]]:
-    lines = []
+def _time() -> Iterator[Claim]:
     if networks := _networks("explicit"):
         for name in ("equilibrium, Anderson, 0.01", "equilibrium, Broyden, 0.001"):
             row = networks[name]
             ratios = [row[f"{what} to 18 layers, untied"] for what in ("train_seconds", "inference_seconds")]
-            lines.append(
-                (
-                    f"Table 4, time to 18 layers, training and inference ({name.removeprefix('equilibrium, ')})",
-                    "2.82, 1.76",
-                    ", ".join(f"{ratio:.2f}" for ratio in ratios),
-                    "`explicit.py`",
-                )
+            yield (
+                f"Table 4, time to 18 layers, training and inference ({name.removeprefix('equilibrium, ')})",
+                "2.82, 1.76",
+                ", ".join(f"{ratio:.2f}" for ratio in ratios),
+                "`explicit.py`",
             )
     if networks := _networks("trellis"):
         row = networks["equilibrium, scan, Picard"]
-        lines.append(
-            (
-                "Table 4, time of DEQ-TrellisNet to the deep TrellisNet, training and inference",
-                "2.40, 1.64",
-                f"{row['train_ratio']:.2f}, {row['inference_ratio']:.2f} to 60 layers",
-                "`trellis.py`",
-            )
+        yield (
+            "Table 4, time of DEQ-TrellisNet to the deep TrellisNet, training and inference",
+            "2.40, 1.64",
+            f"{row['train_ratio']:.2f}, {row['inference_ratio']:.2f} to 60 layers",
+            "`trellis.py`",
         )
-    return lines
 
 
-def _quality() -> list[tuple[str, str, str, str]]:
+def _quality() -> list[Claim]:
     found = rows("equal_parameters")
     if not found:
         return []
@@ -167,7 +156,7 @@ def _quality() -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _not_rerun() -> list[tuple[str, str, str, str]]:
+def _not_rerun() -> list[Claim]:
     why = "not rerun: days on a large GPU"
     return [
         ("Table 2, Penn Treebank by words: DEQ-TrellisNet of 24M", "57.1", f"{why}; recipe `ptb-trellis`", "–"),

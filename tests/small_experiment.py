@@ -81,7 +81,10 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def without_times(events: list[dict]) -> list[dict]:
-    return [{k: v for k, v in event.items() if k not in ("seconds", "tokens_per_second")} for event in events]
+    return [
+        {k: v for k, v in event.items() if k not in ("seconds", "step_seconds", "tokens_per_second")}
+        for event in events
+    ]
 
 
 def with_stage(value: Experiment, index: int, **changes) -> Experiment:

@@ -506,6 +506,10 @@ def test_a_made_up_task_says_how_many_answers_are_right(place, capsys):
     text = capsys.readouterr().out
     assert "validation: segments of 25, 32 streams, 800 of 800 tokens" in text
     assert re.search(r"step 3  valid .* nats per symbol, [\d.]+ % right, best of its stage", text)
-    assert re.search(r"Right answers +│ [\d.]+ %", text)
+    assert re.search(r"Right answers +│ [\d.]+ % +│ of those that the task asks for; guessing gets", text)
     _, text = score_of(capsys, "runs/copying-lstm", "--batch-size", "8")
+    assert re.search(r"Right answers +│ [\d.]+ % +│ guessing gets 12.5 %", text)
+    for prompt in ([], ["--prompt", "123"]):
+        refused = fails(capsys, "generate", "runs/copying-lstm", *prompt)
+        assert "runs/copying-lstm was trained on a synthetic task, copying-5, which has no text to continue" in refused
     assert re.search(r"Batch size +│ 8 streams +│ each sequence stands alone", text)

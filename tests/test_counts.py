@@ -293,3 +293,10 @@ def test_a_cell_with_its_corpus_and_its_recipe_is_added_with_six_files(tmp_path)
 
     command("train", "counting", "--quiet", "--threads", "1", "--model.cell.width", "6", "--corpus.numbers", "200")
     assert "bits per character" in command("evaluate", "runs/counting")
+
+
+def test_a_training_step_runs_through_few_files():
+    """So many have to be opened to follow one step of ``tiny`` from its segment to the updated weights."""
+    program = Path(__file__).parents[1] / "benchmarks" / "files_of_a_step.py"
+    done = subprocess.run([sys.executable, str(program)], check=True, capture_output=True, text=True)
+    assert int(done.stdout.splitlines()[-1].split()[0]) <= 40

@@ -185,9 +185,59 @@ def test_memory_and_overlap_are_told_apart(setting, words):
     assert formats.conditions({"setting": {**setting, "segment_length": 110}}) == words
 
 
-def test_right_answers_stand_beside_a_loss_that_says_little(tmp_path):
-    rows = summary.rows(read(write(tmp_path / "run", [*events(), {**valid(100, 1.0), "accuracy": 0.125}])))
-    assert [row.value for row in rows if row.label == "Right answers"] == ["12.5 %"]
+@pytest.mark.parametrize(
+    ("corpus", "beside"),
+    [
+        ({"kind": "Copying"}, "of those that the task asks for; guessing gets 12.5 %"),
+        ({"kind": "PrefixSums"}, "of those that the task asks for; guessing gets 50.0 %"),
+        ({"kind": "MyOwn"}, "of those that the task asks for"),
+    ],
+)
+def test_right_answers_stand_beside_a_loss_that_says_little(tmp_path, corpus, beside):
+    lines = [*events(), {**valid(100, 1.0), "accuracy": 0.99}]
+    rows = summary.rows(read(write(tmp_path / "run", lines, corpus=corpus)))
+    assert [(row.value, row.beside) for row in rows if row.label == "Right answers"] == [("99.0 %", beside)]
+
+
+def row_of(run: Path, label: str) -> summary.Row:
+    (row,) = [row for row in summary.rows(read(run)) if row.label == label]
+    return row
+
+
+def test_the_newest_spectral_radius_has_a_row(tmp_path):
+    row = row_of(write(tmp_path / "run", events()), "Spectral radius")
+    assert (row.value, row.beside) == ("1.02", "of ∂f/∂z at the equilibrium after step 100: the largest; mean 0.85")
+    numbers = summary.data(read(tmp_path / "run"))
+    assert numbers["spectral_radius"] == {"step": 100, "mean": 0.85, "max": 1.02}
+    without = [event for event in events() if event["event"] != "spectral_radius"]
+    run = write(tmp_path / "other", without)
+    assert "Spectral radius" not in [row.label for row in summary.rows(read(run))]
+    assert summary.data(read(run))["spectral_radius"] is None
+
+
+def test_the_speed_is_all_tokens_over_the_time_of_their_steps(tmp_path):
+    """A slow first step and a fast stage: 100 tokens in 1 s, 900 in 1 s, 1000 in 0.5 s. The mean rate says 1000."""
+    rates = [(1, "shallow", 1.0, 100.0), (10, "shallow", 1.0, 900.0), (20, "implicit", 0.5, 2000.0)]
+    lines = [
+        step(number)
+        | {"stage": name, "step_seconds": seconds, "tokens_per_second": rate, "tokens": 100, "seconds": 7.0}
+        for number, name, seconds, rate in rates
+    ]
+    run = write(tmp_path / "run", lines)
+    assert read(run).tokens_per_second == 800.0
+    row = row_of(run, "Time")
+    assert (row.value, row.beside) == (
+        "7 s",
+        "20 steps at 800 tokens/s, and the validations, checkpoints and measurements between them",
+    )
+    for line in lines:  # as an older run wrote it: the steps in between have the tokens of the last one
+        del line["step_seconds"]
+    assert read(write(tmp_path / "older", lines)).tokens_per_second == pytest.approx(800.0)
+    for line in lines:
+        line["tokens_per_second"] = None
+    run = write(tmp_path / "none", lines)
+    assert read(run).tokens_per_second is None
+    assert row_of(run, "Time").beside.startswith("20 steps, and the validations")
 
 
 @pytest.mark.parametrize(
@@ -393,7 +443,6 @@ def test_means_are_those_of_all_steps_and_not_of_a_thinned_curve(tmp_path):
     for part in ("evals", "residual", "converged"):
         expected = formats.mean(line["forward"][part] for line in last)
         assert record.mean(f"forward {part}") == pytest.approx(expected, rel=1e-12)
-    assert record.mean("tokens_per_second") == formats.mean(line["tokens_per_second"] for line in last)
     assert record.step == len(lines)
     assert record.log.seconds == lines[-1]["seconds"]
 
@@ -659,7 +708,7 @@ def test_the_report_for_programs_is_one_strict_object(tmp_path, capsys):
     assert numbers["backward"] == {"evals": 12.0, "residual": pytest.approx(8e-3), "converged": pytest.approx(0.9)}
     assert numbers["forward"]["evals"] == 14.0
     assert next(row["peak_bytes"] for row in numbers["memory"]) == 5 << 20
-    assert numbers["tokens_per_second"] == 5000.0
+    assert numbers["tokens_per_second"] == pytest.approx(5000.0)
     assert (numbers["seconds"], numbers["stage"], numbers["parameters"]) == (10.0, "implicit", None)
 
 

@@ -109,6 +109,15 @@ def test_forward_and_backward_solves_are_logged():
     assert implicit["tokens"] == 80
 
 
+def test_the_speeds_in_the_log_cover_every_step():
+    trainer, events = fitted(experiment(log_every=4))
+    steps = of(events, "step")
+    assert len(steps) < 18
+    tokens = sum(trainer._segments().at(position).scored for position in range(18))
+    assert sum(event["tokens_per_second"] * event["step_seconds"] for event in steps) == pytest.approx(tokens)
+    assert 0 < sum(event["step_seconds"] for event in steps) < events[-1]["seconds"]
+
+
 def test_penalties_are_drawn():
     _, events = once()
     drawn = [event["penalty"] is not None for event in of(events, "step") if event["stage"] == "implicit"]

@@ -71,6 +71,10 @@ class Method:
         z, iterates = refused_if_untracked((solution.z, solution.iterates))
         return dataclasses.replace(solution, z=z, iterates=iterates)
 
+    def with_stop(self, stop: Stop | None) -> Method:
+        """The method with another stop of the forward solve; the method itself for None."""
+        return self if stop is None else dataclasses.replace(self, stop=stop)
+
     def with_budget(self, factor: int) -> Method:
         """The method with ``factor`` times the budget, forward and backward."""
         stop = dataclasses.replace(self.stop, max_evals=factor * self.stop.max_evals)

@@ -86,7 +86,8 @@ def main(arguments: Sequence[str]) -> int:
         print(formats.strict_json(_object(result, loaded, options)))
         return 0
     title = f"{options.run}, {options.checkpoint} checkpoint (step {loaded.step:,}), {_scored(loaded, options)}"
-    rows = [*_scores(result, loaded.language.unit), *_conditions(loaded, result.setting, episodes=bool(stream.episode))]
+    scores = _scores(result, loaded.language.unit, loaded.experiment.corpus.chance)
+    rows = [*scores, *_conditions(loaded, result.setting, episodes=bool(stream.episode))]
     Console(highlight=False).print(summary_table([*rows, *_cost(result)], title))
     return 0
 
@@ -157,7 +158,7 @@ def _method(loaded: Trained, options: Options) -> Method | None:
     method = loaded.stage.evaluation_method
     changes = {name: getattr(options, name) for name in ("max_evals", "rtol") if getattr(options, name) is not None}
     if method is not None:
-        return dataclasses.replace(method, stop=dataclasses.replace(method.stop, **changes))
+        return method.with_stop(dataclasses.replace(method.stop, **changes))
     if changes:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in changes)
         network = formats.network(to_json(loaded.experiment)["model"])
@@ -165,7 +166,7 @@ def _method(loaded: Trained, options: Options) -> Method | None:
     return None
 
 
-def _scores(result: Evaluation, unit: str) -> list[Row]:
+def _scores(result: Evaluation, unit: str, chance: float | None) -> list[Row]:
     one = noun(unit)
     nll, bits = f"{result.nll_per_token:.4f} nats", f"{result.bits:.4f} bits per {one}"
     if unit == "character":
@@ -179,7 +180,8 @@ def _scores(result: Evaluation, unit: str) -> list[Row]:
         beside = f"of {formats.count(result.bytes)} bytes of text, {size:.2f} per {one}; compares vocabularies"
         rows.append(Row("Bits per byte", f"{result.bits_per_byte:.4f}", beside))
     if result.accuracy is not None:
-        rows.append(Row("Right answers", formats.percent(result.accuracy)))
+        guesses = "" if chance is None else f"guessing gets {formats.percent(chance)}"
+        rows.append(Row("Right answers", formats.percent(result.accuracy), guesses))
     return rows
 
 

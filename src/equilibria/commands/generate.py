@@ -60,7 +60,6 @@ def main(arguments: Sequence[str]) -> int:
             "for those of the training."
         )
     run = found(options.run)
-    options = dataclasses.replace(options, prompt=options.prompt or _usual_prompt(run))
     loaded = load(
         run,
         checkpoint=options.checkpoint,
@@ -68,7 +67,13 @@ def main(arguments: Sequence[str]) -> int:
         extra=kinds_of(options.recipe),
         memory_length=options.memory_length,
     )
-    prompts = options.prompt or ()
+    if loaded.language.unit == "symbol":
+        raise UsageError(
+            f"{options.run} was trained on a synthetic task, {loaded.language.name}, which has no text to continue; "
+            f"try equilibria evaluate {options.run}."
+        )
+    prompts = options.prompt or _usual_prompt(run)
+    options = dataclasses.replace(options, prompt=prompts)
     failed = _Failures(loaded)
     # The first token comes before anything is printed: an impossible prompt gives its sentence and nothing else.
     pieces = _pieces(loaded, options)

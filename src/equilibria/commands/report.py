@@ -27,8 +27,9 @@ class Options:
 
     With --json, stdout gets one object: "run", "name", "state" (a sentence), "finished", "step", "total_steps",
     "summary" and "report" (the path of the page). The summary has "parameters", "corpus", "unit", "validation",
-    "baseline", "stage" (the newest one), "forward" and "backward" (means over its steps), "memory", "seconds" and
-    "tokens_per_second", named and in the units as in metrics.jsonl; what was not measured is null or empty.
+    "baseline", "stage" (the newest one), "forward" and "backward" (means over its steps), "spectral_radius", "memory",
+    "seconds" (of the whole training) and "tokens_per_second" (the tokens of all steps over the time of the steps
+    alone), named and in the units as in metrics.jsonl; what was not measured is null or empty.
     """
 
     runs: Runs

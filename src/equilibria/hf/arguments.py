@@ -113,7 +113,7 @@ def used_stop(method: Method, *, rtol: float | None, atol: float | None, max_eva
     given = {"rtol": rtol, "atol": atol, "max_evals": max_evals}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     stop: Stop = dataclasses.replace(method.stop, **changes)
-    return dataclasses.replace(method, stop=stop)
+    return method.with_stop(stop)
 
 
 def check_no_gradient_of_a_cache() -> None:

@@ -40,11 +40,6 @@ class Settings:
     eval_stop: Stop | None
     watch: Callable[[LayerOutput], Any] | None
 
-    def method_of(self, *, training: bool) -> Method:
-        """The method of training, or of evaluation."""
-        own = training or self.eval_stop is None
-        return self.method if own else dataclasses.replace(self.method, stop=self.eval_stop)  # pyright: ignore
-
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -116,7 +111,7 @@ class Loop:
             value = self._through(settings.inject(z, x), calls, seen)
             return _blanked(value if settings.norm is None else settings.norm(value), blank)
 
-        method = settings.method_of(training=self.layers[0].training)
+        method = settings.method.with_stop(None if self.layers[0].training else settings.eval_stop)
         # From 0 a norm in the layers could keep z at 0: a fixed point, and the wrong one.
         solution = method.run(as_map(f), _blanked(x, blank))
         z: Any = solution.z

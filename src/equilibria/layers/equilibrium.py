@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch.distributed as dist
@@ -116,7 +115,7 @@ class Equilibrium(Layer):
     @property
     def evaluation_method(self) -> Method:
         """The method of ``eval()`` mode."""
-        return self.method if self.eval_stop is None else dataclasses.replace(self.method, stop=self.eval_stop)
+        return self.method.with_stop(self.eval_stop)
 
     def cache(self, batch: int, **choices: Any) -> Any:
         """A memory for generation; see ``SequenceCell.cache``."""

@@ -89,6 +89,8 @@ class Copying(Source):
 
     unit: ClassVar = "symbol"
     """The unit of a token."""
+    chance: ClassVar = 1 / _KINDS
+    """The symbols to recall are of eight kinds."""
     blank: int = 400
     """T: steps between the symbols and their recall; a sequence has T + 20 steps."""
     train: int = 20_000

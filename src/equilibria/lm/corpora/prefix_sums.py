@@ -51,6 +51,8 @@ class PrefixSums(Source):
 
     unit: ClassVar = "symbol"
     """The unit of a token."""
+    chance: ClassVar = 1 / 2
+    """A sum is odd or even."""
     length: int = 32
     """N: bits per sequence."""
     train: int = 20_000

@@ -13,6 +13,9 @@ from equilibria.lm.corpora.corpus import Corpus
 class Source(ABC):
     """Names a corpus and loads it. Subclasses are frozen dataclasses, whose fields are the options of the loader."""
 
+    chance: ClassVar[float | None] = None
+    """Share of right answers that guessing gives in a synthetic task; None for text."""
+
     @abstractmethod
     def load(self) -> Corpus:
         """The corpus; every call reads or draws it again."""

@@ -79,7 +79,7 @@ class Stage:
     def evaluation_method(self) -> Method | None:
         """The method in evaluation."""
         method = self.training_method
-        return method if method is None or self.eval_stop is None else dataclasses.replace(method, stop=self.eval_stop)
+        return None if method is None else method.with_stop(self.eval_stop)
 
     @property
     def layers(self) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from equilibria.lm.corpora import CATALOGUE
+from equilibria.lm.corpora.source import Source
 from equilibria.lm.report import formats
 from equilibria.lm.report.curve import Curve
 from equilibria.lm.runs import events
@@ -29,8 +30,8 @@ DIRECTIONS = ("forward", "backward")
 """The solves of a training step."""
 PARTS = ("evals", "residual", "converged")
 """The numbers of a solve that are drawn and averaged."""
-COLUMNS = ("loss", *(f"{name} {part}" for name in DIRECTIONS for part in PARTS), "tokens_per_second")
-"""The numbers of a training step."""
+COLUMNS = ("loss", *(f"{name} {part}" for name in DIRECTIONS for part in PARTS))
+"""The numbers of a training step that are drawn or averaged."""
 ABSURD = (ArithmeticError, AttributeError, KeyError, StopIteration, TypeError, ValueError)
 """Errors that reading a foreign event can raise."""
 
@@ -49,15 +50,17 @@ class Contents:
     def __init__(self, experiment: dict[str, Any], unit: str) -> None:
         self.experiment, self.unit = experiment, unit
         self.step, self.seconds = 0, 0.0
+        self.tokens, self.step_seconds = 0.0, 0.0  # of all training steps whose time is known
         self.final: Event | None = None
         self.newest: dict[Any, Event] = {}
         self.stages: list[Event] = []
         self.best: Event | None = None
         self.trained: Any = None  # the newest stage with a training step
         self.dots: dict[str, Dots] = {"valid": {}, "per byte": {}, "mean": {}, "max": {}}
-        self.curves = {name: Curve() for name in COLUMNS[:-1]}
+        self.curves = {name: Curve() for name in COLUMNS}
         self.sums: dict[Any, dict[str, tuple[int, int, float]]] = {}
         self._rows: list[tuple[float, ...]] = []
+        self._counted = 0.0  # the last training step
 
     def add(self, event: Event) -> None:
         """Take in the next event of the log; ``close`` follows the last one."""
@@ -89,6 +92,20 @@ class Contents:
         self.trained = stage
         self.sums.setdefault(stage, {})
         self._rows.append(_row(event, self.unit))
+        self._add_time(event)
+
+    def _add_time(self, event: Event) -> None:
+        """Add the tokens and the time of the steps since the last step event.
+
+        Older runs do not say the time: there every step counts with the tokens of the last one.
+        """
+        speed, steps = float(event.get("tokens_per_second") or 0), float(event["step"]) - self._counted
+        self._counted = float(event["step"])
+        if not 0 < speed < math.inf:
+            return
+        seconds = event.get("step_seconds")
+        seconds = steps * float(event["tokens"]) / speed if seconds is None else float(seconds)
+        self.tokens, self.step_seconds = self.tokens + speed * seconds, self.step_seconds + seconds
 
     def _add_valid(self, event: Event) -> None:
         self._dot("valid", event, formats.quantity(event, self.unit))
@@ -113,19 +130,18 @@ class Contents:
             count, finite, total = self.sums[self.trained].get(name, (0, 0, 0.0))
             kept = values[np.isfinite(values)].tolist()
             self.sums[self.trained][name] = (count + len(values), finite + len(kept), sum(kept, total))
-            if name in self.curves and (not name.endswith("converged") or aimed):
+            if not name.endswith("converged") or aimed:
                 self.curves[name].extend(steps, values, self.trained)
 
 
 def _row(event: Event, unit: str) -> tuple[float, ...]:
     """The step, and for each of COLUMNS whether the event has it, and its value."""
-    numbers = [float(event["step"]), 1.0, formats.quantity(event, unit)]
+    numbers: tuple[float, ...] = (float(event["step"]), 1.0, formats.quantity(event, unit))
     for name in DIRECTIONS:
         solve = event.get(name)
         for part in PARTS:
             numbers += (1.0, formats.plain(solve.get(part))) if solve else (0.0, math.nan)
-    speed = event.get("tokens_per_second")
-    return (*numbers, 1.0 if speed else 0.0, float(speed or math.nan))
+    return numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +177,17 @@ class Record:
     def unit(self) -> str:
         """The kind of a token: "character", "word" or "symbol"."""
         return self.log.unit
+
+    @property
+    def chance(self) -> float | None:
+        """Share of right answers that guessing gives, if the corpus is a synthetic task of the library."""
+        return getattr(_source(self.experiment), "chance", None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The tokens of all training steps divided by the time that these took; None if no time was written down."""
+        log = self.log
+        return log.tokens / log.step_seconds if log.step_seconds > 0 else None
 
     @property
     def total_steps(self) -> int:
@@ -231,5 +258,10 @@ def _unit(experiment: dict[str, Any], start: Event | None) -> str:
     if start is not None:
         return str(start["corpus"]["unit"])
     corpus = experiment.get("corpus") or {}
-    source = next((source for source in CATALOGUE if source.__name__ == corpus.get("kind")), None)
-    return str(corpus.get("unit") or getattr(source, "unit", "token"))
+    return str(corpus.get("unit") or getattr(_source(experiment), "unit", "token"))
+
+
+def _source(experiment: dict[str, Any]) -> type[Source] | None:
+    """The kind of the corpus, if it is one of the library."""
+    kind = (experiment.get("corpus") or {}).get("kind")
+    return next((source for source in CATALOGUE if source.__name__ == kind), None)

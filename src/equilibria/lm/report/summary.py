@@ -37,12 +37,13 @@ class Row:
 
 def rows(record: Record) -> list[Row]:
     """The table of the run, without the lines of quantities that were not measured."""
-    return [*_model(record), *_validation(record), *_solves(record), *_memory(record), *_time(record)]
+    parts = (_model, _validation, _solves, _radius, _memory, _time)
+    return [row for part in parts for row in part(record)]
 
 
 def data(record: Record) -> dict[str, Any]:
     """The content of ``rows`` as numbers, with their names in metrics.jsonl; None where nothing was measured."""
-    start, best = record.last("start") or {}, record.best
+    start, best, radius = record.last("start") or {}, record.best, record.last("spectral_radius")
     scores = ("step", "stage", "nats", "bits", "bits_per_byte", "perplexity", "accuracy", "bytes", "setting")
     return {
         "parameters": _parameters(record),
@@ -52,9 +53,10 @@ def data(record: Record) -> dict[str, Any]:
         "baseline": (record.last("baseline") or {}).get("rows", []),
         "stage": record.log.trained,
         **{name: _solve(record, name) for name in DIRECTIONS},
+        "spectral_radius": None if radius is None else {name: radius.get(name) for name in ("step", "mean", "max")},
         "memory": (record.last("memory") or {}).get("rows", []),
         "seconds": record.log.seconds,
-        "tokens_per_second": record.mean("tokens_per_second") if record.count("tokens_per_second") else None,
+        "tokens_per_second": record.tokens_per_second,
     }
 
 
@@ -104,7 +106,9 @@ def _validation(record: Record) -> Iterator[Row]:
             size = f"of {formats.count(best['bytes'])} bytes of text; compares vocabularies"
             yield Row("Bits per byte", found.removesuffix(" bits per byte"), size)
         if best.get("accuracy") is not None:
-            yield Row("Right answers", formats.percent(best["accuracy"]), "of those that the task asks for")
+            guesses = "" if record.chance is None else f"; guessing gets {formats.percent(record.chance)}"
+            beside = f"of those that the task asks for{guesses}"
+            yield Row("Right answers", formats.percent(best["accuracy"]), beside)
     marks = (baseline or {}).get("rows", [])
     if marks:
         name, shorts = formats.common(row["label"] for row in marks)
@@ -124,6 +128,14 @@ def _solves(record: Record) -> Iterator[Row]:
         goal = f"{formats.percent(share)} of samples converged" if record.has_tolerance(stage) else FIXED
         beside = f"residual {formats.residual(residual)}, {goal} (means of stage {stage})"
         yield Row(f"{name.capitalize()} solve", f"{evals:.1f} evaluations", beside)
+
+
+def _radius(record: Record) -> Iterator[Row]:
+    event = record.last("spectral_radius")
+    if event is not None:
+        mean, largest = (f"{formats.plain(event[name]):.2f}" for name in ("mean", "max"))
+        beside = f"of ∂f/∂z at the equilibrium after step {formats.count(event['step'])}: the largest; mean {mean}"
+        yield Row("Spectral radius", largest, beside)
 
 
 def _memory(record: Record) -> Iterator[Row]:
@@ -146,9 +158,9 @@ def _memory(record: Record) -> Iterator[Row]:
 def _time(record: Record) -> Iterator[Row]:
     if record.last("step") is None:
         return
-    beside = f"{formats.count(record.step)} steps"
-    if record.count("tokens_per_second"):
-        beside += f", {formats.count(record.mean('tokens_per_second'))} tokens/s in stage {record.log.trained}"
+    speed = record.tokens_per_second
+    steps = f"{formats.count(record.step)} steps" + ("" if speed is None else f" at {formats.count(speed)} tokens/s")
+    beside = f"{steps}, and the validations, checkpoints and measurements between them"
     yield Row("Time", formats.duration(record.log.seconds), beside)
 
 

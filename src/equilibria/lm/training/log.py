@@ -122,14 +122,18 @@ class Log:
         self._tokens, self._busy = self._tokens + step.tokens, self._busy + seconds
 
     def step(self, step: Step, *, number: int, stage: str) -> None:
-        """Write a training step, which waits for the device. The speed is the mean since the last step event."""
+        """Write a training step, which waits for the device.
+
+        ``step_seconds`` is the time of the steps since the last step event, without what lies between them, and
+        ``tokens_per_second`` their tokens divided by it.
+        """
         loss = float(step.loss)
         forward, backward, added = self._ranks.means(
             mean_summary(step.solutions), mean_summary(step.adjoints), _floats(extra=step.extra, penalty=step.penalty)
         )
         assert added is not None
         evals = [solution.evals for solution in step.solutions]
-        speed = self._tokens / self._busy if self._busy else None
+        tokens, busy = self._tokens, self._busy
         self._tokens, self._busy = 0, 0.0
         self.write(
             "step",
@@ -141,7 +145,8 @@ class Log:
             gradient_norm=float(step.gradient_norm),
             tokens=step.tokens,
             seconds=self.seconds,
-            tokens_per_second=speed,
+            step_seconds=busy,
+            tokens_per_second=tokens / busy if busy else None,
             forward=forward,
             backward=backward,
             rank_evals=None if self._ranks.alone else self._ranks.of_all(evals),

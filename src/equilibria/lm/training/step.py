@@ -153,7 +153,7 @@ def drawn_method(stage: Stage, method: Method | None) -> Method | None:
         return method
     shortfall = int(torch.randint(stage.budget_jitter + 1, ()))
     stop = dataclasses.replace(method.stop, max_evals=method.stop.max_evals - shortfall)
-    return dataclasses.replace(method, stop=stop)
+    return method.with_stop(stop)
 
 
 def drawn_penalty(stage: Stage, output: LanguageOutput, part: BatchSlice | None) -> Float[Tensor, ""] | None:
