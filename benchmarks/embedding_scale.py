@@ -27,7 +27,7 @@ def bits(positions: str, std: float) -> float:
     experiment = dataclasses.replace(tiny, model=model, stages=(shallow,))
     corpus = experiment.corpus.load()
     trainer = Trainer(experiment, None, corpus)
-    for segment in itertools.islice(trainer._segments(), experiment.total_steps):
+    for segment in itertools.islice(trainer._batches(), experiment.total_steps):
         trainer.step(segment)
     return evaluate(trainer.model, corpus.valid, batch_size=8, segment_length=64, max_segments=100).bits
 

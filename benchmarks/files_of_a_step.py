@@ -24,10 +24,10 @@ def files_of_a_step(name: str = "tiny") -> Counter[str]:
     trainer = Trainer(experiment, None, experiment.corpus.load())
     trainer.steps_done = experiment.total_steps - 1
     trainer._enter_stage()
-    segments = iter(trainer._segments())
-    trainer.step(next(segments))  # what is done once, such as a first import, is no part of a step
+    batches = trainer._batches()
+    trainer.step(next(batches))  # what is done once, such as a first import, is no part of a step
     trainer.steps_done = experiment.total_steps - 1
-    segment, calls = next(segments), Counter[str]()
+    segment, calls = next(batches), Counter[str]()
 
     def seen(frame: FrameType, event: str, _: object) -> None:
         file = Path(frame.f_code.co_filename)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import subprocess
 import sys
 import tomllib
@@ -16,8 +17,10 @@ from packaging.requirements import Requirement
 
 from equilibria.__main__ import main
 from equilibria.commands import arguments, errors, prepare, train
+from equilibria.commands.main import help_text
 from equilibria.commands.recipe import experiment_of
 from equilibria.lm.corpora import CATALOGUE, PENN_TREEBANK_CHARACTER_COUNTS, WikiText2, WikiText103
+from equilibria.lm.recipes import RECIPES
 from equilibria.lm.runs import checkpoint
 from small_run import fails, furnish
 
@@ -39,6 +42,44 @@ def test_help_names_the_verbs_the_recipes_and_an_example(capsys, words):
         assert word in text
     for word in ("tiny ", "copying ", "ptb ", "equilibria train tiny"):
         assert word in text
+
+
+def test_the_help_has_every_recipe_in_the_words_of_its_docstring():
+    text = " ".join(help_text().split())
+    for name, recipe in RECIPES.items():
+        words = (inspect.getdoc(recipe) or "").partition("\n")[0].replace("``", "`")
+        assert words
+        assert f" {name} {words} " in text
+
+
+FRONT = """
+import sys
+sys.argv = ["equilibria", *sys.argv[1:]]
+import equilibria_command
+code = equilibria_command.main()
+loaded = "torch" in sys.modules
+import equilibria
+print(f"code {code}, torch {loaded}, {callable(equilibria.fixed_point)}, {equilibria.load.__name__}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("", "code 0, torch False"),
+        ("--help", "code 0, torch False"),
+        ("--version", "code 0, torch False"),
+        ("trian", "code 2, torch False"),
+        ("trian tiny --debug", "code 2, torch False"),
+        ("doctor --help", "code 0, torch True"),
+        ("--debug report nowhere", "code 2, torch True"),
+    ],
+)
+def test_only_a_verb_loads_pytorch(tmp_path, words, found):
+    """Afterwards the package is whole: a name that is both a function and a module is the function."""
+    command = [sys.executable, "-c", FRONT, *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [f"{found}, True, load"], done.stderr
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "generate", "report", "prepare", "train tiny", "train"])

@@ -28,6 +28,7 @@ from equilibria.lm.experiments import (
 from equilibria.lm.experiments.decay import CATALOGUE
 from equilibria.lm.model import Explicit, RecurrentConfig
 from equilibria.lm.recipes import RECIPES
+from equilibria.lm.training.step import drawn_method
 from equilibria.solvers import Anderson, Broyden
 from small_experiment import corpus, experiment, with_stage
 
@@ -222,7 +223,7 @@ def test_a_drawn_budget_falls_short_of_what_it_is_drawn_from():
     for budget in (8, 16):
         method = dataclasses.replace(stage.method, stop=dataclasses.replace(stage.method.stop, max_evals=budget))
         for _ in range(60):
-            found = stage.drawn_method(method)
+            found = drawn_method(stage, method)
             drawn.add(found.stop.max_evals)
             assert dataclasses.replace(found, stop=method.stop) == method
             assert dataclasses.replace(found.stop, max_evals=budget) == method.stop
@@ -232,8 +233,8 @@ def test_a_drawn_budget_falls_short_of_what_it_is_drawn_from():
 def test_where_no_budget_is_to_be_drawn_nothing_is():
     value = experiment()
     before = torch.get_rng_state()
-    assert value.stages[0].drawn_method(value.stages[0].method) is value.stages[0].method
-    assert with_stage(value, 1, budget_jitter=3).stages[1].drawn_method(None) is None
+    assert drawn_method(value.stages[0], value.stages[0].method) is value.stages[0].method
+    assert drawn_method(with_stage(value, 1, budget_jitter=3).stages[1], None) is None
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -39,7 +39,8 @@ class Descent:
 
     def step(self) -> float:
         self.done += 1
-        rate = set_learning_rate(self.optimiser, self.experiment, self.done, self.validated)
+        settings, total = self.experiment.training.optimisation, self.experiment.total_steps
+        rate = set_learning_rate(self.optimiser, settings, self.done, self.validated, total=total)
         self.model.zero_grad()
         gradient(self.model, self.done)
         self.optimiser.step()
@@ -48,7 +49,8 @@ class Descent:
 
     def validate(self, *losses: float) -> None:
         for loss in losses:
-            self.validated = note_validation(self.optimiser, self.validated, self.experiment, loss)
+            settings = self.experiment.training.optimisation
+            self.validated = note_validation(self.optimiser, self.validated, settings, loss)
 
     def weights(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.model.parameters()]

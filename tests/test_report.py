@@ -22,6 +22,7 @@ from equilibria.commands import report
 from equilibria.errors import UsageError
 from equilibria.lm.report import curve as curve_module
 from equilibria.lm.report import figures, formats, page, summary
+from equilibria.lm.report.axes import Figure, spell
 from equilibria.lm.report.record import read
 from equilibria.lm.runs import events as log
 from equilibria.lm.runs.files import ForeignFileError
@@ -472,7 +473,7 @@ def test_drawing_takes_as_many_points_however_long_the_log_is(tmp_path, monkeypa
     monkeypatch.setattr(curve_module, "BINS", 64)
     lines = [*long_events(1000), *(valid(count, 1.0) for count in range(1, 90))]
     record = read(write(tmp_path / "run", lines))
-    axes = figures.Figure().add_subplot()
+    axes = Figure().add_subplot()
     assert ALL["loss"][2](axes, record)
     lengths = [np.size(line.get_xdata()) for line in axes.get_lines()]
     assert max(lengths) <= 4 * 64
@@ -618,9 +619,9 @@ def test_names_are_no_formulas(tmp_path, draw, name):
 def test_a_name_is_drawn_as_it_is(tmp_path):
     lines = [{**event, "stage": "$x$"} if "stage" in event else event for event in events()]
     record = read(write(tmp_path / "run", lines, stages=[stage("$x$", rtol=1e-2)]))
-    axes = figures.Figure().add_subplot()
+    axes = Figure().add_subplot()
     assert ALL["loss"][2](axes, record)
-    figures._spell(axes)
+    spell(axes)
     (text, *_) = (text for text in axes.texts if "$x$" in text.get_text())
     assert not text.get_parse_math()
 

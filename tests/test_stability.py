@@ -69,12 +69,99 @@ def test_spectral_radius_of_real_eigenvalues(values, dtype):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
+def jordan(value, size):
+    return value * torch.eye(size, dtype=torch.float64) + torch.ones(size - 1, dtype=torch.float64).diag(1)
+
+
+def real(*values):
+    return torch.tensor(values, dtype=torch.float64).diag()
+
+
+PLANTED = {
+    # (blocks of J, relative error that is allowed in float64)
+    "real pair ±": ([real(0.9, -0.9)], 1e-6),
+    "complex pair": ([rotation(1.0, 0.9)], 1e-6),
+    "real pair and complex pair": ([real(0.9, -0.9), rotation(1.0, 0.9)], 1e-6),
+    "fourth roots": ([real(0.9, -0.9), rotation(math.pi / 2, 0.9)], 1e-6),
+    "three complex pairs": ([rotation(0.5, 0.9), rotation(1.3, 0.9), rotation(2.5, 0.895)], 1e-6),
+    "cluster of complex pairs": ([rotation(0.3 + 0.3 * i, 0.9 - 0.002 * i) for i in range(8)], 1e-3),
+    "40 eigenvalues": ([rotation(0.1 + 0.14 * i, 0.9 - 0.0005 * i) for i in range(20)], 0.05),
+    "cluster of real ones": ([real(*(0.9 - 0.005 * i for i in range(12)))], 1e-3),
+    "defective": ([jordan(0.9, 3)], 1e-3),
+    "one": ([real(0.99)], 1e-6),
+    "zero": ([torch.zeros(60, 60, dtype=torch.float64)], 0),
+    "nilpotent": ([jordan(0.0, 4), torch.zeros(56, 56, dtype=torch.float64)], 0),
+}
+
+
+@pytest.mark.parametrize("condition", [1, 10])
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("seed", range(3))
+def test_spectral_radius_of_planted_eigenvalues(name, condition, seed):
+    """The other eigenvalues lie in [−0.5, 0.5]; ``condition`` is that of the eigenvectors."""
+    blocks, allowed = PLANTED[name]
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=torch.float64))[0] for _ in range(2)
+    )
+    planted = torch.block_diag(*blocks)
+    others = torch.rand(60 - len(planted), generator=generator, dtype=torch.float64) - 0.5
+    basis = left @ torch.logspace(0, math.log10(condition), 60, dtype=torch.float64).diag() @ right
+    matrix = basis @ torch.block_diag(planted, others.diag()) @ torch.linalg.inv(basis)
+    expected = torch.linalg.eigvals(planted).abs().max().expand(8)
+    found = spectral_radius(matrix_map(matrix), torch.zeros(8, 60, dtype=torch.float64), generator=generator)
+    torch.testing.assert_close(found, expected, rtol=allowed * (1 if condition == 1 else 4), atol=1e-2 * (not allowed))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_spectral_radius_of_nonnormal_maps(seed):
     _, x, f = tanh_map(n=16, batch=4, gain=1.1, seed=seed)
     z = torch.randn_like(x)
     expected = torch.linalg.eigvals(dense_jacobian(f, z.detach())).abs().amax(dim=1)
-    torch.testing.assert_close(spectral_radius(f, z, iterations=300), expected.detach(), rtol=2e-2, atol=0)
+    torch.testing.assert_close(spectral_radius(f, z), expected.detach(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("size", "iterations"), [(100, 60), (300, 40), (300, 20)])
+def test_spectral_radius_of_random_matrices(size, iterations):
+    """Their eigenvalues fill a disc, so that many have nearly the largest modulus."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(8, size, size, generator=generator) / size**0.5
+    expected = torch.linalg.eigvals(matrices.double()).abs().amax(dim=1).float()
+    z = torch.zeros(8, size)
+    found = spectral_radius(
+        lambda z: torch.einsum("bij,bj->bi", matrices, z), z, iterations=iterations, generator=generator
+    )
+    torch.testing.assert_close(found, expected, rtol=0.03 if iterations > size // 8 else 0.15, atol=0)
+    together = torch.block_diag(*matrices[:2])
+    coupled = spectral_radius(
+        lambda z: (z.flatten() @ together.mT).view(2, size), z[:2], iterations=iterations, generator=generator,
+        coupled=True,
+    )  # fmt: skip
+    assert coupled.shape == (1,)
+    torch.testing.assert_close(coupled, expected[:2].amax(0, keepdim=True), rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("iterations", [3, 19, 20, 21, 60])
+def test_the_radius_costs_one_evaluation_and_as_many_vjps_as_it_says(iterations):
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            counts[0] += 1
+            return 0.5 * z
+
+        @staticmethod
+        def backward(ctx, *cotangents):
+            counts[1] += 1
+            return 0.5 * cotangents[0]
+
+    counts = [0, 0]
+    found = spectral_radius(Counted.apply, torch.zeros(2, 50), iterations=iterations)
+    assert counts == [1, iterations]
+    torch.testing.assert_close(found, torch.full((2,), 0.5), rtol=1e-5, atol=0)
+
+
+def test_the_radius_of_an_empty_batch_is_empty():
+    assert spectral_radius(lambda z: z / 2, torch.zeros(0, 3)).shape == (0,)
 
 
 def test_what_is_not_finite_is_not_called_stable():

@@ -27,6 +27,7 @@ from equilibria.lm.runs import Run, events
 from equilibria.lm.runs.trained import load, with_data, with_memory
 from equilibria.lm.training import Trainer, TrainingStopped
 from equilibria.lm.training.measure import ngram_baseline
+from equilibria.lm.training.step import drawn_penalty
 from equilibria.solvers import Picard
 from equilibria.stability import jacobian_penalty
 from small_experiment import SOLVER, STOP, Killed, corpus, experiment, kill_at, same_bits, trained_weights, with_stage
@@ -154,7 +155,7 @@ def test_the_penalty_is_that_of_the_jacobian_at_the_equilibrium():
         stage = Stage(name="implicit", steps=1, method=Method(SOLVER, stop, gradient), penalty=1.0)
         output = model(tokens, tokens, method=stage.training_method)
         torch.manual_seed(5)
-        found = stage.drawn_penalty(output, None)
+        found = drawn_penalty(stage, output, None)
         with torch.no_grad():
             point = solve(output.layer.f, torch.zeros_like(output.layer.z), SOLVER, stop).z
         assert torch.equal(output.solution.point, point)

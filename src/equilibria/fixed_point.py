@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from equilibria.core.checks import check_choices, check_kind
+from equilibria.core.checks import check_choices, check_keep, check_kind
 from equilibria.core.failure import WAYS, OnFailure, report
 from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import FunctionMap, Map, as_map
-from equilibria.core.solve import Solution, check_keep
+from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
 from equilibria.core.tracing import untraced
+from equilibria.core.untracked import refusing
 from equilibria.gradients.implicit import Implicit
 from equilibria.gradients.neumann import Neumann
 from equilibria.gradients.phantom import Phantom
@@ -67,7 +68,7 @@ class Method:
         """
         solution = self.gradient.run(f, z0, self)
         report(solution, self.stop, self.on_failure)
-        return solution
+        return dataclasses.replace(solution, z=refusing(solution.z), iterates=refusing(solution.iterates))
 
     def with_budget(self, factor: int) -> Method:
         """The method with ``factor`` times the budget, forward and backward."""

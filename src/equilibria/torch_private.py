@@ -18,6 +18,7 @@ import torch
 import torch._functorch.config as _functorch_config
 from torch import Tensor, UntypedStorage, nn
 from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import Node
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -149,6 +150,25 @@ def hooks_on_saved_tensors() -> tuple[Callable[[Tensor], Any], Callable[[Any], T
     If it goes: return None; a checkpoint is then recomputed once per VJP.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def tracking_functions() -> list[FunctionCtx]:
+    """The contexts of the autograd functions whose forward pass is running, and whose results will have a graph.
+
+    The reentrant checkpoint of PyTorch is one. A function with ``setup_context`` is not found, since its forward pass
+    does not know its context. If it goes: return []; results that leave a reentrant checkpoint then lose their graph.
+    """
+    if torch._C._is_fwd_grad_enabled():  # the forward pass of a function disables both modes
+        return []
+    found, frame = [], sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount > 0:
+            context = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(context, FunctionCtx) and context.next_functions:  # pyright: ignore
+                found.append(context)
+        frame = frame.f_back
+    return found
 
 
 # ---------------------------------------------------------------- tensors, storages, modules and process groups

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
@@ -271,3 +272,15 @@ def test_the_library_itself_needs_no_transformers():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_output_that_leaves_a_reentrant_checkpoint_refuses_to_lose_its_gradient():
+    model, text = trainable(), tokens(2, 5)
+    vectors = model.get_input_embeddings()(text).detach().requires_grad_()
+    out = checkpoint(lambda x: model(inputs_embeds=x, output_hidden_states=True), vectors, use_reentrant=True)
+    for value in (out.logits, out.hidden_states[1]):
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            value.sum().backward()
+    logits = checkpoint(lambda x: model(inputs_embeds=x).logits, vectors, use_reentrant=True)
+    logits.square().sum().backward()
+    assert vectors.grad.abs().sum() > 0

@@ -1,15 +1,19 @@
-"""Verbs, help, and the one place where errors become sentences."""
+"""Verbs, help, and the one place where errors become sentences.
+
+Only a verb loads PyTorch: what is imported here needs Python alone.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib
-import inspect
 import os
 import shutil
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from equilibria.commands import terminal
 from equilibria.commands.errors import debugging, explain, unknown
@@ -93,10 +97,7 @@ def _check_text(words: Sequence[str]) -> None:
 
 def help_text() -> str:
     """The help for a newcomer: the verbs, the recipes, an example."""
-    from equilibria.lm.recipes import RECIPES
-
     verbs = {f"{verb} {given}": words for verb, (given, words) in VERBS.items()}
-    recipes = {name: (inspect.getdoc(recipe) or "").partition("\n")[0] for name, recipe in RECIPES.items()}
     return f"""\
 equilibria: deep equilibrium models, networks whose output is the fixed point of one cell.
 
@@ -104,7 +105,7 @@ Verbs
 {_columns(verbs)}
 
 Recipes for `equilibria train`; a function of your own is FILE.py:FUNCTION
-{_columns(recipes)}
+{_columns(_recipes())}
 
 Example
   equilibria generate tiny                            a trained model that ships with the library
@@ -115,6 +116,22 @@ Example
 
 `equilibria VERB --help` explains a verb; `equilibria train tiny --help` lists every number of a recipe.
 Exit codes: {CODES}."""
+
+
+def _recipes() -> dict[str, str]:
+    """Each recipe with the first line of its docstring, read from the files, since importing them loads PyTorch."""
+    folder = Path(__file__).parents[1] / "lm" / "recipes"
+    trees = {file.name: ast.parse(file.read_text(encoding="utf-8")) for file in folder.glob("*.py")}
+    functions = [part for tree in trees.values() for part in tree.body if isinstance(part, ast.FunctionDef)]
+    lines = {function.name: (ast.get_docstring(function) or "").partition("\n")[0] for function in functions}
+    (table,) = (part.value for part in trees["__init__.py"].body if isinstance(part, ast.AnnAssign))
+    assert isinstance(table, ast.Dict)
+    pairs = zip(table.keys, table.values, strict=True)
+    return {
+        key.value: lines[value.id]
+        for key, value in pairs
+        if isinstance(key, ast.Constant) and isinstance(value, ast.Name)
+    }
 
 
 def _columns(rows: dict[str, str]) -> str:

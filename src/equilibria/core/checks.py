@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,3 +27,10 @@ def check_choices(value: Any, choices: Mapping[str, Sequence[str]]) -> None:
         if getattr(value, name) not in allowed:
             known = " or ".join(map(repr, allowed)) if len(allowed) == 2 else f"one of {', '.join(map(repr, allowed))}"
             raise ValueError(f"{type(value).__name__}({name}={getattr(value, name)!r}): {name} is {known}.")
+
+
+def check_keep(keep: Sequence[int]) -> None:
+    """Raise a ValueError unless these are increasing numbers of steps."""
+    increasing = all(a < b for a, b in itertools.pairwise(keep))
+    if not increasing or any(not isinstance(step, int) or step < 1 for step in keep):
+        raise ValueError(f"keep={tuple(keep)}: these must be increasing numbers of steps from 1 on; try keep=(5, 10).")

@@ -27,6 +27,24 @@ ROUNDING = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Residuals:
+    """The relative residuals of some samples of a batch after one evaluation."""
+
+    values: Float[Tensor, " R"]
+    places: Int[Tensor, " R"] | None = None
+    """Where the samples are in their block; None for a whole block."""
+    start: int = 0
+    """Where the block begins in the batch."""
+
+    def put_into(self, row: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """The row of all samples with these values, a copy unless they are all of it."""
+        if len(self.values) == len(row):
+            return self.values
+        places = torch.arange(len(self.values), device=row.device) if self.places is None else self.places
+        return row.index_copy(0, self.start + places, self.values)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
     """Final iterate, residual, status and step count of a set of samples."""
 
@@ -47,24 +65,33 @@ class Progress:
         counter = torch.int16 if stop.max_evals < 1 << 15 else torch.int64
         self._steps = torch.zeros(len(z), dtype=counter, device=z.device)
         self._steps_of_all = 0
+        """Steps of every sample beside those that are counted one by one."""
         self._active = torch.ones(len(z), dtype=torch.bool, device=z.device)
         self._broken = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         """True for samples that are not finite any more."""
         self.moving, self._count = len(z) > 0, len(z)
         self._floor: Tensor | None = None
         self._highest_floor = math.inf
-        self._samples, self._flags = torch.arange(len(z), device=z.device), _Flags(late=z.is_cuda)
-        self._trace: list[tuple[Tensor, Tensor]] = []
-        self._dropped: list[tuple[Tensor, Outcome]] = []
+        self._flags = _Flags(late=z.is_cuda)
+        self.trace: list[Residuals] = []
+        """The relative residuals after each evaluation."""
+        self._places: Tensor | None = None
+        """The indices of the samples at hand among all of them, if some have been dropped."""
+        self._whole: Outcome | None = None
+        """The outcome of all samples, if some have been dropped; that of the samples at hand is out of date in it."""
 
     def update(self, z: Float[Tensor, "R N"], fz: Float[Tensor, "R N"], r: Float[Tensor, "R N"]) -> Bool[Tensor, " R"]:
         """Record the new pair (z, f(z)), with r = f(z) − z; returns True for samples that are still active."""
         residual, size = (self._stop.norms(x.detach(), self._layout) for x in (r, fz))
         ratio = residual / size  # NaN where something is not finite, and where both are 0
-        met = _all(self._met(residual, size, ratio))
+        if self._floor is None:
+            self._floor = ROUNDING * torch.finfo(residual.dtype).eps * residual
+            if not self._flags.late and len(residual):
+                self._highest_floor = float(self._floor.amax())
         if self._flags.late:
-            self._record(z, fz, residual, size, met)
-        elif not (self._all_moving and self._only_better(z, fz, _largest(ratio), met)):
+            self._record(z, fz, residual, size, _all(self._met(residual, size, ratio)))
+        elif not (self._all_moving and self._only_better(z, fz, residual, size, ratio)):
+            met = _all(self._met(residual, size, ratio))
             if _is_finite(ratio) and _is_finite(size):
                 self._advance(z, fz, _largest(ratio), met)
             else:
@@ -74,37 +101,44 @@ class Progress:
     def _met(self, residual: Tensor, size: Tensor, ratio: Tensor) -> Bool[Tensor, "R ..."]:
         """True where ‖r‖ counts as converged, leaf by leaf; NaN never does."""
         stop = self._stop
-        if self._floor is None:
-            self._floor = ROUNDING * torch.finfo(residual.dtype).eps * residual
-            if not self._flags.late and len(residual):
-                self._highest_floor = float(self._floor.amax())
         if not stop.has_tolerance:
             return torch.zeros_like(residual, dtype=torch.bool)
         met = ratio <= stop.rtol if stop.atol == 0 else residual <= stop.atol + stop.rtol * size
-        if self._flags.late or not len(residual) or not float(residual.amin()) > self._highest_floor:
+        if self._floor is not None and (self._flags.late or not _least(residual) > self._highest_floor):
             met = met | (residual <= self._floor)
         return met
 
     @property
     def _all_moving(self) -> bool:
-        return self._count == len(self._samples)
+        return self._count == len(self._active)
 
-    def _only_better(self, z: Tensor, fz: Tensor, ratio: Tensor, met: Tensor) -> bool:
+    def _only_better(self, z: Tensor, fz: Tensor, residual: Tensor, size: Tensor, ratio: Tensor) -> bool:
         """If every sample has improved and none is done, as in most steps, store the pair and return True."""
-        better = ratio < self._residual if self._stop.best else torch.isfinite(ratio)
-        # A NaN in one leaf makes the ratio NaN, which is neither smaller than the last one nor finite.
-        if _any(~better | met):
+        # Two smallest numbers, which read faster than masks are made. NaN is not larger than anything.
+        if self._stop.atol == 0 and self._stop.has_tolerance:
+            if not (_least(ratio) > self._stop.rtol and _least(residual) > self._highest_floor):
+                return False
+        elif _any(_all(self._met(residual, size, ratio))):
+            return False
+        # A NaN in one leaf makes the ratio NaN, and the difference of two infinite numbers is NaN.
+        ratio = _largest(ratio)
+        before = self._residual if self._stop.best else math.inf
+        if not _least(before - ratio) > 0:
             return False
         self._note(z, fz, ratio, ratio)
         return True
 
     def _advance(self, z: Tensor, fz: Tensor, ratio: Tensor, met: Tensor) -> None:
-        """Record a pair that is finite in all samples. A sample that was done before keeps its residual."""
-        active, stop = self._active, self._stop
-        improved = active & ((ratio < self._residual) | met) if stop.best else active
+        """Record a pair that is finite in all samples."""
+        active = self._active
         self._active = active & ~met
-        self._count = int(self._active.sum())
+        self._count = int(torch.count_nonzero(self._active))
         self.moving = self._count > 0
+        if self._stop.best and not _any((ratio < self._residual) ^ active) and _least(self._residual - ratio) >= 0:
+            # All active samples have improved; the others have not moved, and neither have their residuals.
+            self._note(z, fz, ratio, ratio)
+            return
+        improved = active & ((ratio < self._residual) | met) if self._stop.best else active
         residual = chosen(improved[:, None], ratio[:, None], self._residual[:, None])[:, 0]
         if not _any(active & ~improved):
             self._note(z, fz, residual, residual)
@@ -115,7 +149,7 @@ class Progress:
     def _note(self, z: Tensor, fz: Tensor, residual: Tensor, shown: Tensor) -> None:
         """Store a pair as the best one of every sample, and ``shown`` in the trace."""
         self._z, self._fz, self._residual = z, fz, residual
-        self._trace.append((self._samples, shown))
+        self.trace.append(Residuals(shown, self._places))
 
     def _record(self, z: Tensor, fz: Tensor, residual: Tensor, size: Tensor, met: Tensor) -> None:
         """Record any pair, finite or not; at most two numbers are read back from the device."""
@@ -127,7 +161,7 @@ class Progress:
         improved = active & finite & ((ratio < self._residual) | met | first | (not stop.best))
         self._broken = self._broken | (active & ~finite)
         self._residual = torch.where(improved, ratio, self._residual)
-        self._trace.append((self._samples, torch.where(active, ratio, self._residual)))
+        self.trace.append(Residuals(torch.where(active, ratio, self._residual), self._places))
         stale = (active & ~improved) | self._broken
         self._active = active & finite & ~met
         any_stale, self._count = self._flags.read(torch.stack([stale.any().long(), self._active.sum()]))
@@ -155,48 +189,52 @@ class Progress:
     @property
     def worth_compacting(self) -> bool:
         """True if enough samples are done to drop them from the batch."""
-        return self._count <= WORTH * len(self._samples)
+        return self._count <= WORTH * len(self._active)
 
     def still_active(self) -> Int[Tensor, " R"]:
         """The indices of the active samples; on a GPU this waits for the device."""
         return self._active.nonzero()[:, 0]
 
-    def take(self, index: Int[Tensor, " R"]) -> Bool[Tensor, " R"]:
-        """Continue with these samples, all of them active; the outcomes of the others are stored."""
-        done = (~self._active).nonzero()[:, 0]
-        current = self._current()
-        self._dropped.append((self._samples[done], take_rows(current, done)))
-        kept = take_rows(current, index)
-        self._z, self._fz, self._residual = kept.z, kept.fz, kept.residual
-        self._steps, self._steps_of_all, self._broken = kept.steps.to(self._steps.dtype), 0, self._broken[index]
+    def take(
+        self, index: Int[Tensor, " K"], z: Float[Tensor, "R N"], fz: Float[Tensor, "R N"]
+    ) -> tuple[Float[Tensor, "K N"], Float[Tensor, "K N"], Float[Tensor, "K N"], Bool[Tensor, " K"]]:
+        """Continue with these samples, all of them active, and store the outcomes of the others.
+
+        Returns the part of z, f(z) and f(z) − z that is theirs, and that they are active.
+        """
+        if self._whole is None:  # what is shared with f's arguments and with the trace is not written to
+            now = self._current()
+            self._whole = dataclasses.replace(now, z=now.z.clone(), fz=now.fz.clone(), residual=now.residual.clone())
+        else:
+            self._keep(self._whole)
+        self._places = index if self._places is None else self._places[index]
+        theirs = take_rows((z, fz), index)
+        self._z = theirs[0] if self._z is z else take_rows(self._z, index)
+        self._fz = theirs[1] if self._fz is fz else take_rows(self._fz, index)
+        self._residual, self._steps = take_rows((self._residual, self._steps), index)
+        self._active, self._broken = self._active.new_ones(len(index)), self._broken.new_zeros(len(index))
         self._floor = None if self._floor is None else self._floor[index]
-        self._samples, self._active, self._count = self._samples[index], self._active[index], len(index)
-        self._flags = _Flags(late=self._flags.late)
-        return self._active
+        self._count, self._flags = len(index), _Flags(late=self._flags.late)
+        return *theirs, theirs[1] - theirs[0], self._active
 
     def outcome(self) -> Outcome:
         """The outcome of all samples, in their order."""
-        if not self._dropped:
+        if self._whole is None:
             return self._current()
-        places, parts = zip(*self._dropped, (self._samples, self._current()), strict=True)
-        order = torch.cat(places).argsort()
-        names = [field.name for field in dataclasses.fields(Outcome)]
-        return Outcome(**{name: torch.cat([getattr(part, name) for part in parts])[order] for name in names})
+        self._keep(self._whole)
+        return self._whole
 
-    def trace(self, residual: Float[Tensor, " B"]) -> tuple[Float[Tensor, " B"], ...]:
-        """The relative residuals after each evaluation; a dropped sample repeats its last one, ``residual``."""
-        if not self._dropped:
-            return tuple(relative for _, relative in self._trace)
-        return tuple(residual.index_copy(0, samples, relative) for samples, relative in self._trace)
+    def _keep(self, whole: Outcome) -> None:
+        assert self._places is not None
+        now = self._current()
+        for field in dataclasses.fields(Outcome):
+            getattr(whole, field.name).index_copy_(0, self._places, getattr(now, field.name))
 
     def _current(self) -> Outcome:
-        return Outcome(
-            z=self._z,
-            fz=self._fz,
-            residual=self._residual,
-            status=_status(self._active, self._broken),
-            steps=self._steps.long() + self._steps_of_all,
-        )
+        """The outcome of the samples at hand."""
+        status = int(Status.BUDGET_SPENT) * self._active.byte() + int(Status.NONFINITE) * self._broken.byte()
+        steps = self._steps.long() + self._steps_of_all
+        return Outcome(z=self._z, fz=self._fz, residual=self._residual, status=status.long(), steps=steps)
 
 
 def relative(norm: Tensor, size: Tensor) -> Float[Tensor, " R"]:
@@ -215,11 +253,6 @@ def chosen(mask: Bool[Tensor, "R 1"], x: Float[Tensor, "R N"], y: Float[Tensor, 
     return torch.where(mask, x, y)
 
 
-def _status(active: Tensor, broken: Tensor) -> Int[Tensor, " R"]:
-    """One ``Status`` per sample: an active one has spent the budget, a broken one is not finite, others converged."""
-    return int(Status.BUDGET_SPENT) * active.long() + int(Status.NONFINITE) * broken.long()
-
-
 def _largest(x: Tensor) -> Float[Tensor, " R"]:
     """The largest number of each sample, where there is one per leaf."""
     return x if x.ndim == 1 else x.amax(dim=1)
@@ -233,6 +266,11 @@ def _all(flags: Tensor) -> Bool[Tensor, " R"]:
 def _any(flags: Bool[Tensor, " R"]) -> bool:
     """``flags.any()`` as a bool, forty times as fast on a CPU."""
     return len(flags) > 0 and bool(flags.view(torch.uint8).amax())
+
+
+def _least(x: Tensor) -> float:
+    """The smallest number, NaN if there is one, and infinity if there is none."""
+    return float(x.amin()) if x.numel() else math.inf
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ residual ``r``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equilibria.core.checks import check_kind
+from equilibria.core.checks import check_keep, check_kind
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.maps import Map, as_map
-from equilibria.core.progress import Outcome, Progress
+from equilibria.core.progress import Outcome, Progress, Residuals
 from equilibria.core.solver import History, Iterate, Solver
 from equilibria.core.state import Layout, State, check_finite
 from equilibria.core.stop import Status, Stop
@@ -42,8 +43,8 @@ class Solution:
     """Number of steps that each sample took before it was done."""
     evals: int
     """Number of evaluations of f (NFE), J·v products included; a gradient rule adds its evaluations with graph."""
-    residuals: tuple[tuple[Tensor, ...], ...]
-    """The rows of ``trace``, each in one or more parts, which ``trace`` concatenates."""
+    residuals: tuple[tuple[Residuals, ...], ...]
+    """The rows of ``trace``, in parts, which ``trace`` puts together."""
     history: History = None
     """The solver's last history (Shine reads Broyden's inverse from it). If samples were dropped during the solve, it
     covers only those still active at the end."""
@@ -63,7 +64,8 @@ class Solution:
     @property
     def trace(self) -> Float[Tensor, "K B"]:
         """Relative residual after each evaluation; a sample that is done repeats its last value."""
-        return torch.stack([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in self.residuals])
+        rows = [functools.reduce(lambda x, part: part.put_into(x), parts, self.residual) for parts in self.residuals]
+        return torch.stack(rows)
 
     def __str__(self) -> str:
         """Counts, cost, worst residual, and the advice of the worst status."""
@@ -124,20 +126,40 @@ def solve(
         ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes structure, shape, dtype or
             device.
     """
+    return solve_from([z0], f, solver, stop, coupled=coupled, keep=keep, drop_converged=drop_converged)
+
+
+def solve_from(
+    start: list[State],
+    f: Map | Callable[[State], State],
+    solver: Solver,
+    stop: Stop,
+    *,
+    coupled: bool = False,
+    keep: Sequence[int] = (),
+    drop_converged: bool = True,
+) -> Solution:
+    """``solve`` from the state that the list holds, which is taken out of it.
+
+    A start that nothing else holds is free after the first step; an argument would be held by every caller's frame.
+    """
     check_not_exported()
     check_kind("solver", solver, Solver, "Anderson()")
     check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
     check_keep(keep)
+    z0 = start.pop()
     layout = Layout.of(z0, coupled=coupled)
     check_finite(z0, coupled=coupled)
     evaluate = Evaluator(as_map(f), layout, stop.max_evals)
     _warn_of_rounding(evaluate.computes_in, stop)
     z = layout.pack(z0)
-    del z0  # it would stay in memory during the solve
+    del z0
     with evaluate.autocast.off():
-        parts = z, solver, stop, layout, evaluate
         block = rows_per_block(z, solver, evaluate) if drop_converged else len(z)
-        batch = Blocks(*parts, block) if block < len(z) else Whole(*parts)
+        if block < len(z):
+            batch: Whole | Blocks = Blocks(z, solver, stop, layout, evaluate, block)
+        else:
+            batch = Whole(z, solver, stop, layout, evaluate)
         may_drop, kept, step = drop_converged and not keep, [], 0
         while True:
             fz = evaluate(z)
@@ -160,17 +182,10 @@ def solve(
         status=found.status,
         steps=found.steps,
         evals=evaluate.evals,
-        residuals=batch.residuals(found.residual),
+        residuals=batch.residuals(),
         history=batch.history,
         iterates=(*kept, *[layout.unpack(found.z)] * (len(keep) - len(kept))),
     )
-
-
-def check_keep(keep: Sequence[int]) -> None:
-    """Raise a ValueError unless these are increasing numbers of steps."""
-    increasing = all(a < b for a, b in itertools.pairwise(keep))
-    if not increasing or any(not isinstance(step, int) or step < 1 for step in keep):
-        raise ValueError(f"keep={tuple(keep)}: these must be increasing numbers of steps from 1 on; try keep=(5, 10).")
 
 
 def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:
@@ -183,7 +198,7 @@ def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:
                 f"it stay at about {level:.0e}, so solves will spend their budget; give rtol={4 * level:.0e}, or let f "
                 "compute in float32.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -235,8 +250,7 @@ class Whole:
             index, at = self._progress.still_active(), self._at
             if len(index) and at is not None:
                 self._evaluate.take(index)
-                active = self._progress.take(index)
-                self._at = Iterate(z=at.z[index], fz=at.fz[index], r=at.r[index], active=active)
+                self._at = Iterate(*self._progress.take(index, at.z, at.fz))
                 self.history = self._solver.select(self.history, index)
 
     def step(self) -> Float[Tensor, "R N"]:
@@ -246,19 +260,19 @@ class Whole:
         proposal, self.history = self._solver.step(self._evaluate, at, self.history)
         return self._progress.freeze(self._evaluate.rounded(proposal))
 
-    def residuals(self, final: Float[Tensor, " B"]) -> tuple[tuple[Tensor, ...], ...]:
-        """The relative residuals after each evaluation; a dropped sample repeats its ``final`` one."""
-        return tuple((row,) for row in self._progress.trace(final))
+    def residuals(self) -> tuple[tuple[Residuals, ...], ...]:
+        """The relative residuals after each evaluation."""
+        return tuple((part,) for part in self._progress.trace)
 
 
 class Blocks:
     """The samples of a large batch of small states, stepped block by block."""
 
     def __init__(
-        self, z: Float[Tensor, "B N"], solver: Solver, stop: Stop, layout: Layout, evaluate: Evaluator, block: int
+        self, z: Float[Tensor, "B N"], solver: Solver, stop: Stop, layout: Layout, evaluate: Evaluator, size: int
     ) -> None:
-        self._rows = [slice(start, start + block) for start in range(0, len(z), block)]
-        self._blocks = [Whole(z[rows], solver, stop, layout, evaluate) for rows in self._rows]
+        self._size = size
+        self._blocks = [Whole(part, solver, stop, layout, evaluate) for part in z.split(size)]
         self.history = None
         self._next: Tensor | None = None
         self._final: tuple[Tensor, Tensor] | None = None
@@ -271,7 +285,8 @@ class Blocks:
     def update(self, z: Float[Tensor, "B N"], fz: Float[Tensor, "B N"], *, last: bool) -> None:
         """Record the pair (z, f(z)) and, unless it is the ``last``, take the next step of each block at once."""
         self._next = None if last else torch.empty_like(z)
-        for rows, block in zip(self._rows, self._blocks, strict=True):
+        for number, block in enumerate(self._blocks):
+            rows = slice(number * self._size, (number + 1) * self._size)
             if block.moving:
                 block.update(z[rows], fz[rows], last=last)
             if self._next is not None:
@@ -295,10 +310,11 @@ class Blocks:
         names = [field.name for field in dataclasses.fields(Outcome) if field.name not in whole]
         return Outcome(**whole, **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
-    def residuals(self, final: Float[Tensor, " B"]) -> tuple[tuple[Tensor, ...], ...]:
-        """The relative residuals after each evaluation, block by block; a block that is done repeats its final ones."""
-        ends = [final[rows] for rows in self._rows]
-        parts = [block.residuals(end) for block, end in zip(self._blocks, ends, strict=True)]
-        length = max(map(len, parts))
-        padded = [part + ((end,),) * (length - len(part)) for part, end in zip(parts, ends, strict=True)]
-        return tuple(tuple(row for (row,) in rows) for rows in zip(*padded, strict=True))
+    def residuals(self) -> tuple[tuple[Residuals, ...], ...]:
+        """The relative residuals after each evaluation; a block that is done has none any more."""
+        rows = itertools.zip_longest(*(block.residuals() for block in self._blocks))
+        starts = range(0, self._size * len(self._blocks), self._size)
+        return tuple(
+            tuple(dataclasses.replace(*parts, start=start) for parts, start in zip(row, starts, strict=True) if parts)
+            for row in rows
+        )

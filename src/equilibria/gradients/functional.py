@@ -22,6 +22,7 @@ from equilibria.core.diagnosis import ADJOINT, FORWARD, TANGENT, Solve
 from equilibria.core.failure import OnFailure, report
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import FunctionMap, Map
+from equilibria.core.progress import Residuals
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
@@ -75,7 +76,7 @@ def solved(f: Map, z0: State, method: ForwardSolve, *, solver: Solver, stop: Sto
         status=status,
         steps=steps,
         evals=system.evals[0],
-        residuals=tuple((row,) for row in trace),
+        residuals=tuple((Residuals(row),) for row in trace),
         iterates=tuple(layout.unpack(x) for x in iterates),
     )
 
@@ -110,7 +111,7 @@ class System:
         if self.linear:
             found = solve_linear(f, x0, self.layout, self.solver, self.stop)
         else:
-            found = solve_rows(FunctionMap(f), x0, self.layout, self.solver, self.stop, keep=self.keep)
+            found = solve_rows(FunctionMap(f), [x0], self.layout, self.solver, self.stop, keep=self.keep)
         self.evals.append(found.evals)
         report(found, self.stop, self.on_failure, of=self.of)
         return found

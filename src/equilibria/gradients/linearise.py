@@ -20,7 +20,7 @@ from equilibria.core.failure import OnFailure, check_repeats, is_heard
 from equilibria.core.gradient import ForwardSolve, point_of
 from equilibria.core.maps import AffineMap, Linearised, Map
 from equilibria.core.progress import relative
-from equilibria.core.solve import Solution, solve
+from equilibria.core.solve import Solution, solve_from
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop, row_norm
@@ -331,20 +331,21 @@ def solve_linear(
     size = row_norm(g)[:, None]
     sound = torch.isfinite(size)
     scale = torch.where(sound & (size > 0), size, 1.0)
-    start = (g / scale).masked_fill_(~sound, 0.0)
+    start = [(g / scale).masked_fill_(~sound, 0.0)]  # which no frame holds during the solve
     solution = solve_rows(AffineMap(linear, g, 1 / scale), start, layout, solver, stop)
     u, fu = ((x * scale).masked_fill_(~sound, torch.nan) for x in (solution.z, solution.fz))
     return dataclasses.replace(solution, z=u, fz=fu, history=None)
 
 
 def solve_rows(
-    f: Map, z0: Float[Tensor, "B N"], layout: Layout, solver: Solver, stop: Stop, *, keep: Sequence[int] = ()
+    f: Map, start: list[Tensor], layout: Layout, solver: Solver, stop: Stop, *, keep: Sequence[int] = ()
 ) -> Solution:
-    """A solve of rows; if the norm of ``stop`` needs the leaves of the state, the rows are unpacked for it."""
+    """``solve_from`` for rows; if the norm of ``stop`` needs the leaves of the state, the rows are unpacked for it."""
     if not needs_leaves(stop):
-        return solve(f, z0, solver, stop, keep=keep)
+        return solve_from(start, f, solver, stop, keep=keep)
     wide = layout.widened()
-    solution = solve(OnStates(f, wide), wide.unpack(z0), solver, stop, coupled=wide.coupled, keep=keep)
+    states = [wide.unpack(start.pop())]
+    solution = solve_from(states, OnStates(f, wide), solver, stop, coupled=wide.coupled, keep=keep)
     rows = tuple(wide.pack(z) for z in solution.iterates)
     return dataclasses.replace(solution, z=wide.pack(solution.z), fz=wide.pack(solution.fz), iterates=rows)
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from equilibria.core.untracked import refusing
 from equilibria.hf import cache as caches
 from equilibria.hf import remote
 from equilibria.hf.arguments import (
@@ -31,7 +32,7 @@ from equilibria.hf.edges import lowest_at_edge, resized, with_edges_read
 from equilibria.hf.loss import IGNORED, check_labels_come_with_their_count, extra_loss, targets_of
 from equilibria.layers.linear import fold
 from equilibria.lm.model.embedding import widened
-from equilibria.lm.model.losses import NO_LOSSES
+from equilibria.lm.model.model import NO_LOSSES
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """The name of the cache in outputs: "cache" since transformers 5.24."""
@@ -159,9 +160,9 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         solution = out.solution
         kept: dict[str, Any] = {CACHE: past if use_cache else None}
         result = EquilibriumOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=(x, out.output) if output_hidden_states else None,
+            loss=refusing(loss),
+            logits=refusing(logits),
+            hidden_states=refusing((x, out.output)) if output_hidden_states else None,
             evals=solution.evals,
             residual=solution.residual,
             converged=solution.converged,

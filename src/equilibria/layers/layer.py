@@ -11,6 +11,7 @@ from torch import nn
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution
 from equilibria.core.state import State
+from equilibria.core.untracked import refusing
 from equilibria.fixed_point import Method
 
 
@@ -30,6 +31,10 @@ class LayerOutput:
     """The memory for the next segment of the same streams; None from a cell that remembers nothing."""
     auxiliary: tuple[Any, ...] = ()
     """Outputs of intermediate layers for auxiliary losses (``Unrolled(auxiliary_every=…)``); empty otherwise."""
+
+    def __post_init__(self) -> None:
+        for name in ("output", "z", "auxiliary"):  # memories have no graph anyway
+            object.__setattr__(self, name, refusing(getattr(self, name)))
 
     def __getattr__(self, name: str) -> Any:
         """Called for a name that is not there, such as a method of a tensor in ``nn.Sequential``."""

@@ -48,11 +48,16 @@ def check_history_dtype(owner: str, dtype: torch.dtype | None) -> None:
 
 
 def selected(window: Float[Tensor, "B W N"], rows: Int[Tensor, " R"]) -> Float[Tensor, "R W N"]:
-    """The vectors of these samples, in ascending order: moved to the front in place, so that no memory is allocated."""
-    for place, row in enumerate(rows.tolist()):
-        if place != row:
-            window[place] = window[row]
+    """The vectors of these samples, in ascending order: moved to the front in place, so that little is allocated."""
+    together = max(1, MOVED // max(1, window[:1].numel()))
+    for start in range(0, len(rows), together):
+        chosen = rows[start : start + together]
+        window[start : start + len(chosen)] = window[chosen]  # no later row comes from a place before its own
     return window[: len(rows)]
+
+
+MOVED = 1 << 17
+"""Numbers that are moved at a time, if a sample has not more."""
 
 
 def inner(window: Float[Tensor, "B W N"], x: Float[Tensor, "B N"]) -> Float[Tensor, "B W"]:

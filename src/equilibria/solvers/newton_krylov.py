@@ -17,7 +17,8 @@ from equilibria.core.evaluator import Evaluator
 from equilibria.core.products import JVP, WAYS
 from equilibria.core.solver import Iterate, Solver
 from equilibria.core.stop import row_norm
-from equilibria.solvers.history import combine, inner, ridge_solve, small_dtype
+from equilibria.solvers.arnoldi import orthogonalised
+from equilibria.solvers.history import combine, ridge_solve, small_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _gmres(f: Evaluator, at: Iterate, *, iterations: int, forcing: float, how: J
     y = size.new_zeros(len(size), 1)
     for k in range(iterations):
         w = basis[k] - f.jvp(z, basis[k], how=how)
-        w, column = _orthogonalised(w, torch.stack(basis, dim=1))
+        w, column = orthogonalised(w, torch.stack(basis, dim=1))
         length = row_norm(w)
         # A sample whose inner solve is done adds zero columns and zero vectors, so its answer no longer changes.
         column = torch.cat([column, length[:, None]], dim=1) * searching[:, None]
@@ -81,14 +82,6 @@ def _gmres(f: Evaluator, at: Iterate, *, iterations: int, forcing: float, how: J
         if not searching.any():
             break
     return combine(y, torch.stack(basis[: y.shape[1]], dim=1))
-
-
-def _orthogonalised(w: Tensor, basis: Float[Tensor, "B W N"]) -> tuple[Tensor, Tensor]:
-    """The vector w without its components in the basis, and those components."""
-    first = inner(basis, w)
-    w = w - combine(first, basis)
-    second = inner(basis, w)
-    return w - combine(second, basis), first + second
 
 
 def _with_column(hessenberg: Tensor, k: int, column: Float[Tensor, "B rows"]) -> Tensor:

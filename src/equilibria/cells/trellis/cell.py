@@ -24,6 +24,8 @@ from equilibria.cells.trellis.prepared import (
     TrellisMemory,
     TrellisRows,
     TrellisWeights,
+    last_of,
+    valid_of,
 )
 from equilibria.cells.trellis.scan import scan
 from equilibria.core.checks import check_at_least, check_choices
@@ -135,7 +137,7 @@ class TrellisCell(SequenceCell):
         if isinstance(memory, TrellisCache):
             cache, memory = memory, memory.memory
             _check_one_padding(key_padding_mask, cache.padding)
-            valid = _valid(cache.padding, x) if valid is None else valid
+            valid = valid_of(cache.padding, x) if valid is None else valid
         self._check(x, memory, cache)
         begun = None if memory is None or key_padding_mask is None else memory.z.flatten(1).bool().any(dim=1)
         check_key_padding_mask(key_padding_mask, x, begun)
@@ -157,7 +159,7 @@ class TrellisCell(SequenceCell):
         kept = TrellisKept(
             start=torch.cat([h, c], dim=-1) if starts_warm else None,
             like=injection,
-            last=_last(x, before, valid).detach().clone() if config.carry_input or cache is not None else None,
+            last=last_of(x, before, valid).detach().clone() if config.carry_input or cache is not None else None,
             cache=cache,
             past=z.detach(),
         )
@@ -203,7 +205,7 @@ class TrellisCell(SequenceCell):
     def remember(self, z: Float[Tensor, "B T H2"], prepared: Prepared) -> TrellisMemory | TrellisCache:
         """h, c and x at the last time of the text, detached; with a cache, the cache that holds them."""
         kept: TrellisKept = prepared.kept
-        last = _last(z.detach(), kept.past, prepared.rows.valid).clone()  # a view would keep all of z alive
+        last = last_of(z.detach(), kept.past, prepared.rows.valid).clone()  # a view would keep all of z alive
         memory = TrellisMemory(z=last, x=kept.last)
         if kept.cache is None:
             return memory
@@ -273,29 +275,9 @@ class TrellisCell(SequenceCell):
             check_streams(len(memory.z), x)
 
 
-def _last(
-    x: Float[Tensor, "B T C"], before: Float[Tensor, "B 1 C"], valid: Float[Tensor, "B T 1"] | None
-) -> Float[Tensor, "B 1 C"]:
-    """x at the last time that is no padding; ``before`` in a row that is all padding."""
-    if valid is None:
-        return x[:, -1:]
-    times = torch.arange(1, x.shape[1] + 1, device=x.device)
-    index = (times * valid[..., 0].bool()).amax(dim=1)  # 0 in a row of padding
-    every = torch.cat([before.to(x.dtype), x], dim=1)
-    return every.take_along_dim(index[:, None, None], dim=1)
-
-
 def _check_one_padding(mask: Tensor | None, padding: Tensor | None) -> None:
     if mask is not None and padding is not None:
         raise ValueError(
             "this cache knows the padding of its streams from the beginning; leave key_padding_mask out, or make the "
             "cache without padding."
         )
-
-
-def _valid(padding: Tensor | None, x: Tensor) -> Float[Tensor, "B T 1"] | None:
-    """1 where the text of a stream has begun, 0 before; None without padding."""
-    if padding is None:
-        return None
-    times = torch.arange(x.shape[1], device=x.device)
-    return (times >= padding[:, None]).to(x.dtype)[..., None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -71,3 +72,23 @@ class TrellisKept:
     """The cache that the cell was given."""
     past: Float[Tensor, "B 1 H2"]
     """h and c before the segment; zeros without a past."""
+
+
+def last_of(
+    x: Float[Tensor, "B T C"], before: Float[Tensor, "B 1 C"], valid: Float[Tensor, "B T 1"] | None
+) -> Float[Tensor, "B 1 C"]:
+    """x at the last time that is no padding; ``before`` in a row that is all padding."""
+    if valid is None:
+        return x[:, -1:]
+    times = torch.arange(1, x.shape[1] + 1, device=x.device)
+    index = (times * valid[..., 0].bool()).amax(dim=1)  # 0 in a row of padding
+    every = torch.cat([before.to(x.dtype), x], dim=1)
+    return every.take_along_dim(index[:, None, None], dim=1)
+
+
+def valid_of(padding: Tensor | None, x: Tensor) -> Float[Tensor, "B T 1"] | None:
+    """1 where the text of a stream has begun, 0 before; None without padding."""
+    if padding is None:
+        return None
+    times = torch.arange(x.shape[1], device=x.device)
+    return (times >= padding[:, None]).to(x.dtype)[..., None]

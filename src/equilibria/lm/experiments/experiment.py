@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 
 from equilibria.lm.corpora import Corpus
 from equilibria.lm.corpora.language import Language
@@ -68,7 +69,7 @@ class Experiment:
                 layers = "no explicit network" if explicit is None else f"a network of {explicit.depth} layers"
                 raise ValueError(f"Stage({stage.name!r}, depth={stage.depth}) of {layers}; leave the depth out.")
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
         """Number of steps of all stages together."""
         return sum(stage.steps for stage in self.stages)

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from functools import cached_property
 
 from equilibria.core.stop import Stop
-from equilibria.core.trees import map_tensors
 from equilibria.fixed_point import Method
 from equilibria.gradients.unroll import Unroll
-from equilibria.layers.dropout import BatchSlice, batch_draw
 from equilibria.lm.experiments.checks import at_least, finite
-from equilibria.lm.model import LanguageOutput
 from equilibria.solvers.picard import Picard
-from equilibria.stability import jacobian_penalty
 
 SOLVES = ("method", "eval_stop", "depth")
 """Fields that determine how a model is evaluated; stages that agree in them have comparable validations."""
@@ -76,14 +68,14 @@ class Stage:
                     f"method=Method(…), or leave {name} out."
                 )
 
-    @property
+    @cached_property
     def training_method(self) -> Method | None:
         """The method in training; it does not warn of failures, which the trainer counts and logs."""
         if self.method is None:
             return None
         return dataclasses.replace(self.method, on_failure="ignore", keep_point=self.penalty > 0)
 
-    @property
+    @cached_property
     def evaluation_method(self) -> Method | None:
         """The method in evaluation."""
         method = self.training_method
@@ -100,33 +92,6 @@ class Stage:
     def solves_like(self, other: Stage) -> bool:
         """True if both stages solve in the same way, so that their validations are comparable."""
         return all(getattr(self, name) == getattr(other, name) for name in SOLVES)
-
-    def drawn_method(self, method: Method | None) -> Method | None:
-        """``method`` with a budget drawn for this step, max_evals − U{0, …, budget_jitter}.
-
-        It keeps the weights from fitting one particular depth, as in the code of Bai, Koltun and Kolter (2021). The
-        number comes from PyTorch's global generator, which is not used if ``budget_jitter`` is 0.
-        """
-        if self.budget_jitter == 0 or method is None:
-            return method
-        shortfall = int(torch.randint(self.budget_jitter + 1, ()))
-        stop = dataclasses.replace(method.stop, max_evals=method.stop.max_evals - shortfall)
-        return dataclasses.replace(method, stop=stop)
-
-    def drawn_penalty(self, output: LanguageOutput, part: BatchSlice | None) -> Float[Tensor, ""] | None:
-        """The Jacobian penalty of a step at z*, without its weight; None if it has none (see ``penalty_share``)."""
-        if self.penalty == 0 or output.solution is None:
-            return None
-        if self.penalty_share < 1 and float(torch.rand(())) >= self.penalty_share:
-            return None
-
-        def draw(leaf: Tensor) -> Tensor:
-            normal = partial(torch.randn, dtype=leaf.dtype, device=leaf.device)
-            return batch_draw(normal, leaf.shape, part=part)
-
-        found = output.solution
-        point = map_tensors(torch.Tensor.detach, found.z if found.point is None else found.point)
-        return jacobian_penalty(output.layer.f, point, draw=draw).mean()
 
 
 def network_of(depth: int, *, name: str | None = None, steps: int = 1, checkpoint: bool = False) -> Stage:

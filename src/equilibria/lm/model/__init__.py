@@ -8,9 +8,8 @@ from equilibria.lm.model.convolutional import ConvolutionalConfig
 from equilibria.lm.model.embedding import Embedding
 from equilibria.lm.model.generate import generate, stream
 from equilibria.lm.model.heads import SoftmaxHead
-from equilibria.lm.model.losses import ExtraLosses
 from equilibria.lm.model.mixture import MixtureConfig, MixtureHead
-from equilibria.lm.model.model import LanguageModel, LanguageOutput
+from equilibria.lm.model.model import ExtraLosses, LanguageModel, LanguageOutput
 from equilibria.lm.model.recurrent import RecurrentConfig
 
 __all__ = [

@@ -19,9 +19,8 @@ from equilibria.layers.layer import Layer
 from equilibria.lm.model.adaptive import AdaptiveConfig
 from equilibria.lm.model.embedding import Dropped, Embedding, Init
 from equilibria.lm.model.heads import SoftmaxHead
-from equilibria.lm.model.losses import ExtraLosses
 from equilibria.lm.model.mixture import MixtureConfig
-from equilibria.lm.model.model import LanguageModel
+from equilibria.lm.model.model import ExtraLosses, LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A language model: an embedding, a layer (an equilibrium or an explicit stack) and a head.
+"""A language model: an embedding, a layer (an equilibrium or an explicit stack) and a head; and its losses.
 
 Letters: B batch, T time, S scored positions, O channels of the layer's output, V vocabulary.
 """
@@ -6,25 +6,71 @@ Letters: B batch, T time, S scored positions, O channels of the layer's output, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from equilibria.core.solve import Solution
+from equilibria.core.untracked import refusing
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.layer import Layer, LayerOutput
 from equilibria.layers.sequence import Memory
 from equilibria.lm.model.clusters import AdaptiveEmbedding
-from equilibria.lm.model.embedding import Embedding
+from equilibria.lm.model.embedding import Embedding, widened
 from equilibria.lm.model.generate import generate
 from equilibria.lm.model.heads import Head
-from equilibria.lm.model.losses import NO_LOSSES, ExtraLosses
 
 Table = TypeVar("Table", bound=Embedding | AdaptiveEmbedding)
 """The kind of embedding; the head takes the same kind."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtraLosses:
+    """The weights of the extra losses of training; with all weights 0 training adds nothing to the mean nll."""
+
+    activation: float = 0.0
+    """α: weight of the mean square of the output after dropout (Merity, McCann and Socher 2017)."""
+    temporal_activation: float = 0.0
+    """β: weight of the mean squared change of the output from position to position, before dropout (ibid.)."""
+    auxiliary: float = 0.0
+    """Weight of the mean nll of each auxiliary output (Bai, Kolter and Koltun 2019, Trellis networks)."""
+
+    def __post_init__(self) -> None:
+        for name, weight in dataclasses.asdict(self).items():
+            if not weight >= 0:
+                raise ValueError(f"ExtraLosses({name}={weight}): a weight is at least 0; try 0 for none.")
+
+    def of(
+        self,
+        output: Float[Tensor, "B T O"],
+        kept: Float[Tensor, "B T O"],
+        auxiliary: Iterable[Float[Tensor, "B T"]] = (),
+    ) -> Float[Tensor, ""] | None:
+        """α·mean(kept²) + β·mean((output_{t+1} − output_t)²) + auxiliary·Σ_l mean(nll_l), in float32 or wider.
+
+        None if there is no term: a weight of 0 has none, and a single position has no change.
+
+        Args:
+            output: the output at the scored positions.
+            kept: the output after dropout.
+            auxiliary: the nll of each inner layer; the iterator is not read if its weight is 0.
+        """
+        terms: list[Tensor] = []
+        if self.activation:
+            terms.append(self.activation * widened(kept).square().mean())
+        if self.temporal_activation and output.shape[1] > 1:
+            terms.append(self.temporal_activation * widened(output).diff(dim=1).square().mean())
+        if self.auxiliary:
+            terms += [self.auxiliary * nll.mean() for nll in auxiliary]
+        return torch.stack(terms).sum() if terms else None
+
+
+NO_LOSSES = ExtraLosses()
+"""No extra losses."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +85,10 @@ class LanguageOutput:
     """The layer's own output: z, f and the solution."""
     extra: Float[Tensor, ""] | None = None
     """The weighted sum of the model's extra losses, with gradient; None in evaluation and if it has none."""
+
+    def __post_init__(self) -> None:
+        for name in ("nll", "extra"):
+            object.__setattr__(self, name, refusing(getattr(self, name)))
 
     @property
     def loss(self) -> Float[Tensor, ""]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
 
 from equilibria.lm.experiments.decay import Validated, learning_rate
-from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.settings import Optimisation
 
 
@@ -35,20 +34,33 @@ def build_optimiser(model: nn.Module, settings: Optimisation) -> Optimizer:
 
 
 def set_learning_rate(
-    optimiser: Optimizer, experiment: Experiment, step: int, validated: Validated, *, factor: float = 1.0
+    optimiser: Optimizer,
+    settings: Optimisation,
+    step: int,
+    validated: Validated,
+    *,
+    total: int,
+    factor: float = 1.0,
 ) -> float:
     """Set the learning rate of ``step``, counted from 1, to ``factor`` times the scheduled rate; returns it.
 
     It is set before the step.
+
+    Args:
+        optimiser: the optimiser.
+        settings: peak, warm-up and decay of the rate.
+        step: number of the step.
+        validated: the validations so far, which may have divided the rate.
+        total: number of steps of the whole training.
+        factor: factor of the rate.
     """
-    settings = experiment.training.optimisation
     # With ASGD a division starts the averaging instead.
     divisions = 0 if isinstance(optimiser, ASGD) else validated.divisions
     rate = factor * learning_rate(
         step,
         peak=settings.learning_rate,
         warmup=settings.warmup,
-        total=experiment.total_steps,
+        total=total,
         final=settings.final_learning_rate,
         decay=settings.decay,
         divisions=divisions,
@@ -61,9 +73,9 @@ def set_learning_rate(
     return rate
 
 
-def note_validation(optimiser: Optimizer, validated: Validated, experiment: Experiment, loss: float) -> Validated:
+def note_validation(optimiser: Optimizer, validated: Validated, settings: Optimisation, loss: float) -> Validated:
     """The validation history after one more loss; ASGD begins to average when the criterion first triggers."""
-    after = validated.after(loss, experiment.training.optimisation.decay)
+    after = validated.after(loss, settings.decay)
     if isinstance(optimiser, ASGD) and after.divisions > 0 and not _averages(optimiser):
         _begin_averaging(optimiser)
     return after

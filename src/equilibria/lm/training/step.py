@@ -1,5 +1,7 @@
 """One training step: forward and backward over a batch, or over its parts one after the other, and clipping.
 
+A step draws what is random in it besides dropout: its budget, and whether it has the Jacobian penalty.
+
 Letters: B streams of this rank, P parts.
 """
 
@@ -9,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +21,15 @@ from torch import Tensor, nn
 from equilibria.core.solve import Solution
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 from equilibria.fixed_point import Method
-from equilibria.layers.dropout import BatchSlice
+from equilibria.layers.dropout import BatchSlice, batch_draw
 from equilibria.layers.sequence import Memory
 from equilibria.lm.corpora import Segment
-from equilibria.lm.device import device_of
 from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.experiments.training import Training
 from equilibria.lm.model import LanguageModel, LanguageOutput
 from equilibria.lm.ranks import Ranks, full_tensor, gradients_kept
 from equilibria.lm.training.randomness import random_state, set_random_state
+from equilibria.stability import jacobian_penalty
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,19 +80,24 @@ class Accumulation:
     """The processes that train together."""
     training: Training
     """The settings of the training."""
+    device: torch.device
+    """The device of the model."""
 
     def step(
         self, segment: Segment, memory: Memory, stage: Stage, *, method: Method | None, learning_rate: float
     ) -> Step:
-        """Forward and backward over all parts of the segment with ``method``; the gradient is summed and clipped."""
+        """Forward and backward over all parts of the segment with ``method``; the gradient is summed and clipped.
+
+        ``segment`` is on the model's device.
+        """
         parts = self.training.devices.accumulate
         rows = len(segment.tokens) // parts  # streams per part
         found: list[tuple[LanguageOutput, Tensor | None]] = []
-        drawn = stage.drawn_method(method)
-        beginning = random_state(device_of(self.model)) if parts > 1 else None
+        drawn = drawn_method(stage, method)
+        beginning = random_state(self.device) if parts > 1 else None
         for index in range(parts):
             if index > 0 and beginning is not None:
-                set_random_state(beginning, device_of(self.model))  # every part draws for the whole batch
+                set_random_state(beginning, self.device)  # every part draws for the whole batch
             with gradients_kept(self.model, self.replica, last=index == parts - 1):
                 past = None if segment.resets or memory is None else _rows_of(memory, index * rows, rows)
                 part, piece = self._part(index, rows), _rows(segment, index * rows, rows)
@@ -101,7 +109,7 @@ class Accumulation:
             penalty=_mean(penalties),
             gradient_norm=self._clipped(),
             learning_rate=learning_rate,
-            tokens=segment.scored * self.ranks.size,
+            tokens=sum(output.nll.numel() for output in outputs) * self.ranks.size,
             solutions=tuple(output.solution for output in outputs if output.solution is not None),
             memory=joined([owned(output.memory) for output in outputs]),
         )
@@ -109,8 +117,7 @@ class Accumulation:
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast if the training uses bfloat16; otherwise an empty context."""
         bfloat16 = self.training.optimisation.precision == "bfloat16"
-        device = device_of(self.model).type
-        return torch.autocast(device, dtype=torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
     def _pass(
         self, segment: Segment, past: Memory, stage: Stage, *, method: Method | None, part: BatchSlice | None
@@ -118,7 +125,7 @@ class Accumulation:
         options = {"skip": segment.skip, "method": method, "warm": stage.warm, "depth": stage.depth, "part": part}
         with self.arithmetic(), self.ranks.called():
             output = self.replica(segment.tokens, segment.targets, past, **options)
-            penalty = stage.drawn_penalty(output, part)
+            penalty = drawn_penalty(stage, output, part)
             loss = output.loss if penalty is None else output.loss + stage.penalty * penalty
         (loss / self.training.devices.accumulate).backward()
         return output, penalty
@@ -134,6 +141,35 @@ class Accumulation:
         if self.ranks.alone and parts == 1:
             return None
         return BatchSlice(first=(self.ranks.rank * parts + index) * rows, total=self.ranks.size * parts * rows)
+
+
+def drawn_method(stage: Stage, method: Method | None) -> Method | None:
+    """``method`` with a budget drawn for one step, max_evals − U{0, …, budget_jitter}.
+
+    It keeps the weights from fitting one particular depth, as in the code of Bai, Koltun and Kolter (2021). The number
+    comes from PyTorch's global generator, which is not used if ``budget_jitter`` is 0.
+    """
+    if stage.budget_jitter == 0 or method is None:
+        return method
+    shortfall = int(torch.randint(stage.budget_jitter + 1, ()))
+    stop = dataclasses.replace(method.stop, max_evals=method.stop.max_evals - shortfall)
+    return dataclasses.replace(method, stop=stop)
+
+
+def drawn_penalty(stage: Stage, output: LanguageOutput, part: BatchSlice | None) -> Float[Tensor, ""] | None:
+    """The Jacobian penalty of a step at z*, without its weight; None if it has none (see ``Stage.penalty_share``)."""
+    if stage.penalty == 0 or output.solution is None:
+        return None
+    if stage.penalty_share < 1 and float(torch.rand(())) >= stage.penalty_share:
+        return None
+
+    def draw(leaf: Tensor) -> Tensor:
+        normal = partial(torch.randn, dtype=leaf.dtype, device=leaf.device)
+        return batch_draw(normal, leaf.shape, part=part)
+
+    found = output.solution
+    point = map_tensors(torch.Tensor.detach, found.z if found.point is None else found.point)
+    return jacobian_penalty(output.layer.f, point, draw=draw).mean()
 
 
 def owned(memory: Memory) -> Memory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -75,7 +75,9 @@ class Trainer:
         if devices.compile:
             compile_cells(self.model)
         replica = ranks.spread(self.model, bfloat16=training.optimisation.precision == "bfloat16")
-        self.accumulation = Accumulation(model=self.model, replica=replica, ranks=ranks, training=training)
+        self.accumulation = Accumulation(
+            model=self.model, replica=replica, ranks=ranks, training=training, device=self.device
+        )
         self.optimiser = build_optimiser(self.model, training.optimisation)
         self.policy = ConvergencePolicy(training, ranks, self.log)
         self.keeper = Keeper(run, ranks, keep=training.faults.keep)
@@ -132,14 +134,14 @@ class Trainer:
         settings = self.experiment.training.log
         if self.steps_done == 0:
             self._begin()
-        segments = iter(self._segments())
+        batches = self._batches()
         while self.steps_done < self.experiment.total_steps:
             began = time.perf_counter()
             try:
-                step = self.step(next(segments))
+                step = self.step(next(batches))
             except NotFinite as error:
                 self._roll_back(error)
-                segments = iter(self._segments())
+                batches = self._batches()
                 continue
             self.log.count(step, time.perf_counter() - began)
             self._after(step)
@@ -154,6 +156,8 @@ class Trainer:
     def step(self, segment: Segment) -> Step:
         """Update the weights on ``segment``, carrying the memory of the streams from step to step.
 
+        The segment is on the device of the model.
+
         Raises:
             TrainingStopped: the loss or the gradient is not finite, or too many solves fail; weights and optimiser are
                 unchanged.
@@ -161,9 +165,10 @@ class Trainer:
         number, stage = self.steps_done + 1, self.stage
         self.model.train()
         effect, factor = self.validations.effect, self.policy.rate_factor
-        rate = set_learning_rate(self.optimiser, self.experiment, number, effect, factor=factor)
+        training, total = self.experiment.training.optimisation, self.experiment.total_steps
+        rate = set_learning_rate(self.optimiser, training, number, effect, total=total, factor=factor)
         method = self.policy.method(stage)
-        step = self.accumulation.step(to(segment, self.device), self.memory, stage, method=method, learning_rate=rate)
+        step = self.accumulation.step(segment, self.memory, stage, method=method, learning_rate=rate)
         loss, asked = self.ranks.mean(torch.stack([step.loss, step.loss.new_tensor(float(self.leaving))]))
         step = dataclasses.replace(step, loss=loss)
         try:
@@ -183,7 +188,7 @@ class Trainer:
 
     def memory_comparison(self, depths: Sequence[int] = (8, 16, 32, 64)) -> list[Event]:
         """Peak bytes of a training step on the next batch, solved and unrolled; see ``memory_comparison``."""
-        segment = to(next(iter(self._segments())), self.device)
+        segment = next(self._batches())
         memory, method = None if segment.resets else self.memory, self.policy.method(self.stage)
         return memory_comparison(self.model, segment, memory, depths, method=method, warm=self.stage.warm)
 
@@ -229,6 +234,10 @@ class Trainer:
             world_size=ranks.size,
             position=self.steps_done,  # one segment per step
         )
+
+    def _batches(self) -> Iterator[Segment]:
+        """The segments from the next step on, on the device of the model."""
+        return (to(segment, self.device) for segment in self._segments())
 
     def _checkpoint(self) -> None:
         if self.run is None:

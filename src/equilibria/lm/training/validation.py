@@ -58,7 +58,7 @@ class Validations:
                 radius = jacobian_radius(model, text, **sizes, **solve, iterations=training.log.spectral_radius)
                 self._log.radius(radius, step=step, stage=stage.name)
             reshard(model)
-        self.effect = note_validation(self._optimiser, self.effect, self._experiment, nll)
+        self.effect = note_validation(self._optimiser, self.effect, training.optimisation, nll)
         return found
 
     def restart(self) -> None:

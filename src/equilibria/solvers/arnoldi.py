@@ -1,0 +1,58 @@
+"""The Arnoldi iteration: an orthonormal basis of a Krylov space, and the eigenvalues that it shows.
+
+Letters: B batch, N flattened state, W dimensions of the Krylov space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from equilibria.core.stop import row_norm
+from equilibria.solvers.history import combine, inner, small_dtype
+
+INVARIANT = 100
+"""A vector counts as a combination of the basis if at most so many eps of it are left."""
+
+
+def orthogonalised(w: Float[Tensor, "B N"], basis: Float[Tensor, "B W N"]) -> tuple[Tensor, Tensor]:
+    """The vector w without its components in the basis, and those components; Gram–Schmidt is done twice."""
+    first = inner(basis, w)
+    w = w - combine(first, basis)
+    second = inner(basis, w)
+    return w - combine(second, basis), first + second
+
+
+def unit(v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    """v with length 1, or 0 where it is 0."""
+    size = row_norm(v)
+    return v / torch.where(size > 0, size, 1.0)[:, None]
+
+
+def ritz_values(
+    product: Callable[[Float[Tensor, "B N"]], Float[Tensor, "B N"]], v: Float[Tensor, "B N"], *, size: int
+) -> Complex[Tensor, "B W"]:
+    """The eigenvalues of A in the Krylov space of v, Av, A²v, … with W = ``size`` ≤ N dimensions: W products.
+
+    W. E. Arnoldi (Quart. Appl. Math. 9, 1951). Where the space is invariant after fewer steps, its eigenvalues are
+    those of A, and the others are 0. NaN where a product is not finite.
+    """
+    basis = torch.zeros(len(v), size, v.shape[1], dtype=v.dtype, device=v.device)
+    hessenberg = torch.zeros(len(v), size, size, dtype=small_dtype(v), device=v.device)
+    basis[:, 0] = unit(v)
+    for k in range(size):
+        image = product(basis[:, k])
+        w, column = orthogonalised(image, basis[:, : k + 1])
+        hessenberg[:, : k + 1, k] = column.to(hessenberg.dtype)
+        if k + 1 < size:
+            length = row_norm(w)
+            grows = length > INVARIANT * torch.finfo(v.dtype).eps * row_norm(image)
+            hessenberg[:, k + 1, k] = torch.where(grows, length, 0.0).to(hessenberg.dtype)
+            basis[:, k + 1] = torch.where(grows[:, None], unit(w), 0.0)
+    finite = hessenberg.isfinite().all(dim=2).all(dim=1)
+    # eigvals raises on NaN.
+    found = torch.linalg.eigvals(torch.where(finite[:, None, None], hessenberg, 0.0))
+    return torch.where(finite[:, None], found, torch.nan)
