@@ -101,9 +101,7 @@ def test_spectral_radius_of_planted_eigenvalues(name, condition, seed):
     """The other eigenvalues lie in [−0.5, 0.5]; ``condition`` is that of the eigenvectors."""
     blocks, allowed = PLANTED[name]
     generator = torch.Generator().manual_seed(seed)
-    left, right = (
-        torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=torch.float64))[0] for _ in range(2)
-    )
+    left, right = (torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=torch.float64))[0] for _ in range(2))
     planted = torch.block_diag(*blocks)
     others = torch.rand(60 - len(planted), generator=generator, dtype=torch.float64) - 0.5
     basis = left @ torch.logspace(0, math.log10(condition), 60, dtype=torch.float64).diag() @ right
