@@ -105,7 +105,7 @@ def draw(rows: list[dict[str, Any]]) -> Path:
                 curve = row[f"{which}_trace"]
                 axes.semilogy(range(1, len(curve) + 1), curve, label=row["solver"])
         axes.set(title=f"{model}, {which}", xlim=(0, 60), ylim=(TOLERANCES[-1] / 2, 3))
-        axes.set(xlabel="evaluations" if which == "forward" else "products with Jᵀ")
+        axes.set(xlabel="evaluations" if which == "forward" else "VJPs")
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel="relative residual, worst sample")
     figure.axes[len(models)].set(ylabel="relative residual, worst sample")

@@ -125,7 +125,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_weights(run
         return step(trainer, segment)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
-    assert main(["train", "recipe.py:small", "--data", "text"]) == 130
+    assert main(["train", "recipe.py:small", "--data", "text", "--log-every", "4"]) == 130
     *_, said, last = capsys.readouterr().err.strip().splitlines()
     assert said == "Stopped at step 5; this continues from the checkpoint step-00000004:"
     words = last.partition("equilibria ")[2].split()
@@ -141,7 +141,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_weights(run
 def test_resume_refuses_other_settings_and_other_experiments(run, capsys):
     words = ["train", "recipe.py:small", "--out", "runs/small", "--resume"]
     assert "training.batches.batch_size = 2" in fails(capsys, *words, "--batch-size", "3", code=1)
-    assert main([*words, "--log-every", "4", "--quiet"]) == 0
+    assert main([*words, "--log-every", "4"]) == 0
+    assert "all 8 steps are done: nothing is left to train" in capsys.readouterr().out
     assert Run(run).experiment().training.log.log_every == 4
     assert "is a run of 'small'" in fails(capsys, "train", "tiny", "--out", "runs/small", "--resume")
 

@@ -34,6 +34,20 @@ def test_relative_links_lead_to_a_file_of_the_repository(page):
     assert [path for path in targets(page) if not (path.exists() and path.is_relative_to(ROOT))] == []
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of the page's headings, as the site makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+@ALL
+def test_links_to_a_section_lead_to_a_heading(page):
+    links = re.findall(r"\[[^\]]*\]\(([^)\s#:]*)#([^)\s]+)\)", prose(page))
+    wrong = [(path, name) for path, name in links if name not in anchors((page.parent / path) if path else page)]
+    assert wrong == []
+
+
 @SITE
 def test_links_and_pictures_of_the_site_lie_inside_it(page):
     assert [path for path in targets(page) if not path.is_relative_to(DOCS)] == []
@@ -83,6 +97,13 @@ def test_latex_stands_between_dollars(page):
 def test_code_says_its_language(page):
     fences = re.findall(r"^```(.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert all(fences[::2])
+
+
+@ALL
+def test_lines_of_code_are_seen_as_a_whole(page):
+    """On a window of 1300 pixels a block of code shows 100 characters per line, and the rest after scrolling."""
+    blocks = re.findall(r"^```.*?^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 100] == []
 
 
 def test_a_question_of_choice_has_at_most_five_answers():

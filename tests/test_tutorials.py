@@ -180,12 +180,16 @@ def ask(monkeypatch):
         thread.join()
 
 
+WRONG = "prompt is a text, and length a whole number from 1 to 1000"
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
         ('{"prompt": "ab", "length": 3}', 200, {"text": "aba"}),
         ('{"prompt": "Ω"}', 400, {"error": "The character 'Ω' is not among the characters of the vocabulary."}),
-        ('{"prompt": "ab", "length": 0}', 400, {"error": "prompt is a text, and length a whole number from 1 to 1000"}),
+        ('{"prompt": "ab", "length": 0}', 400, {"error": WRONG}),
+        ('{"prompt": "ab", "length": true}', 400, {"error": WRONG}),
         ("[]", 400, {"error": "send a JSON object"}),
         ("{", 400, {"error": "send a JSON object"}),
         ("", 400, {"error": "send a JSON object"}),

@@ -1,4 +1,4 @@
-"""Shared by the figures of the tutorials: the names that a page ends with, and one style for light and dark."""
+"""Shared by the figures of the tutorials: the names that a page ends with, and one style."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parent.parent
-GREY = "#7f7f7f"  # of text and axes: as readable on white as on black
+GREY = "#7f7f7f"
 BLUE, ORANGE, GREEN, RED = "#2f8fd8", "#e07b16", "#2ca05a", "#dd4b4b"
 
 
@@ -23,26 +23,17 @@ def names_of(lesson: str) -> dict[str, Any]:
 
 
 def panels(count: int = 1, width: float = 6.4, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure without background, with this many axes side by side."""
+    """A figure with this many axes side by side."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for one in axes:
-        one.patch.set_alpha(0)
         one.spines[["top", "right"]].set_visible(False)
-        one.spines[["bottom", "left"]].set_color(GREY)
-        one.tick_params(which="both", colors=GREY)
-        one.xaxis.label.set_color(GREY)
-        one.yaxis.label.set_color(GREY)
-        one.title.set_color(GREY)
     return figure, axes
 
 
 def save(figure: Figure, name: str) -> None:
-    """Write docs/pictures/name.png, with the legends in the colour of the axes."""
+    """Write docs/pictures/name.png, on white: the site shows it so in dark mode, too."""
     for axes in figure.axes:
         if (legend := axes.get_legend()) is not None:
-            legend.get_frame().set_alpha(0)
-            legend.get_frame().set_linewidth(0)
-            for text in legend.get_texts():
-                text.set_color(GREY)
-    figure.savefig(DOCS / "pictures" / f"{name}.png", dpi=150, transparent=True)
+            legend.set_frame_on(False)
+    figure.savefig(DOCS / "pictures" / f"{name}.png", dpi=150)

@@ -18,9 +18,11 @@ class PeakMemory:
     On the CPU it counts the storages that operators return until they are freed; temporary memory inside an operator is
     not counted. On a GPU it uses ``torch.cuda.max_memory_allocated``.
 
-        with PeakMemory() as memory:
-            model(tokens, targets).nll.mean().backward()
-        print(memory.peak)
+    ```python
+    with PeakMemory() as memory:
+        model(tokens, targets).nll.mean().backward()
+    print(memory.peak)
+    ```
 
     Args:
         device: the device whose memory is measured.

@@ -17,6 +17,7 @@ from equilibria import (
     Equilibrium,
     Implicit,
     Neumann,
+    NewtonKrylov,
     Phantom,
     Picard,
     Reversible,
@@ -316,3 +317,26 @@ def test_each_cell_is_right_or_refused(cell):
         if rule == "Shine":
             error = 1 - (part * exact).sum() / part.norm() / exact.norm()
         assert error <= TOLERANCE.get(rule, 1e-9)
+
+
+@pytest.mark.parametrize("width", [1, 3, 8])  # one number, a system of few numbers, a window
+@pytest.mark.parametrize(
+    "solver", [Picard(), Anderson(), Broyden(), NewtonKrylov(), Reversible()], ids=lambda solver: type(solver).__name__
+)
+def test_the_tangent_of_every_unrolled_solver_is_the_finite_difference(solver, width):
+    generator = torch.Generator().manual_seed(0)
+    weight, x, t = (torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (width, 2, 2))
+    weight /= 2 * torch.linalg.matrix_norm(weight, 2)
+
+    def z(x):
+        return fixed_point(
+            lambda z, x: torch.tanh(0.3 * z @ weight + x),
+            torch.zeros_like(x),
+            x,
+            solver=solver,
+            stop=Stop(rtol=1e-8, max_evals=100),
+            gradient=Unroll(),
+        ).z
+
+    _, tangent = torch.func.jvp(z, (x,), (t,))
+    torch.testing.assert_close(tangent, (z(x + 1e-6 * t) - z(x - 1e-6 * t)) / 2e-6, rtol=1e-5, atol=1e-6)

@@ -176,8 +176,8 @@ def _scores(result: Evaluation, unit: str, chance: float | None) -> list[Row]:
     else:
         rows = [Row("Score", f"perplexity {result.perplexity:.2f}", f"{nll}, {bits}")]
     if result.bytes and result.bits_per_byte is not None:
-        size = result.bytes / result.tokens
-        beside = f"of {formats.count(result.bytes)} bytes of text, {size:.2f} per {one}; compares vocabularies"
+        size = f"{formats.count(result.bytes)} bytes of text, {result.bytes / result.tokens:.2f} per {one}"
+        beside = f"of {size}; comparable between vocabularies"
         rows.append(Row("Bits per byte", f"{result.bits_per_byte:.4f}", beside))
     if result.accuracy is not None:
         guesses = "" if chance is None else f"guessing gets {formats.percent(chance)}"

@@ -135,7 +135,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
             if options.out is None and run.path.name != experiment.name and not (resume or overwrite):
                 hint = "--resume continues the last run, and --overwrite replaces it"
                 console.print(literal(f"{RUNS / experiment.name} is there already: {hint}", "dim"), soft_wrap=True)
-        asked = Asked()
+        asked, trainer = Asked(), None
         try:
             with display.running():
                 trainer = Trainer(experiment, run, corpus, on_event=display.show, ranks=ranks)
@@ -145,7 +145,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
                 trainer.fit()
         except (KeyboardInterrupt, TrainingInterrupted):
             if ranks.first:
-                complain(f"\n{interrupted(run, recipe, display.step)}")
+                complain(f"\n{interrupted(run, recipe, trainer.steps_done if trainer is not None else 0)}")
             return 128 + asked.number
         if ranks.first:
             _finish(run, experiment, corpus, console, quiet=quiet)

@@ -9,15 +9,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from equilibria.torch_private import is_forward_mode
+
 
 def empty_window(z: Float[Tensor, "B N"], size: int, *, dtype: torch.dtype | None) -> Float[Tensor, "B W N"]:
     """A zeroed window of ``size`` vectors per sample, rows contiguous, in ``dtype`` or else in z's."""
     return torch.zeros(len(z), size, z.shape[1], dtype=dtype or z.dtype, device=z.device)
 
 
+def is_derived(*tensors: Tensor) -> bool:
+    """True if what is computed from these tensors gets a graph or, in forward mode, may get a tangent."""
+    return is_forward_mode() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
 def stored(window: Float[Tensor, "B W N"], slot: int, row: Float[Tensor, "B N"]) -> Float[Tensor, "B W N"]:
-    """The window with ``row`` at ``slot``: in place, but a new tensor where autograd needs the old one."""
-    if torch.is_grad_enabled() and (window.requires_grad or row.requires_grad):
+    """The window with ``row`` at ``slot``: in place, but a new tensor where a derivative needs the old one."""
+    if is_derived(window, row):
         return torch.cat([window[:, :slot], row[:, None].to(window.dtype), window[:, slot + 1 :]], dim=1)
     window[:, slot] = row
     return window
@@ -32,7 +39,7 @@ def stored_difference(
     window: Float[Tensor, "B W N"], slot: int, x: Float[Tensor, "B N"], y: Float[Tensor, "B N"]
 ) -> Float[Tensor, "B W N"]:
     """The window with x − y at ``slot``, like ``stored``, but without a temporary for x − y."""
-    if torch.is_grad_enabled() and (window.requires_grad or x.requires_grad or y.requires_grad):
+    if is_derived(window, x, y):
         return stored(window, slot, x - y)
     torch.sub(x, y, out=window[:, slot])
     return window
@@ -74,7 +81,7 @@ def combine(
 ) -> Float[Tensor, "B N"]:
     """Σ_i weights_i · window_i + ``onto``, in the dtype of ``onto`` if it is given, else of the window."""
     if onto is not None and onto.dtype != window.dtype:
-        out = None if torch.is_grad_enabled() else torch.empty_like(onto)
+        out = None if torch.is_grad_enabled() or is_forward_mode() else torch.empty_like(onto)
         for weight, row in zip(weights.to(onto.dtype).unbind(1), window.unbind(1), strict=True):
             onto = torch.addcmul(onto, row, weight[:, None], out=out)
         return onto
@@ -145,7 +152,7 @@ def eliminated(system: Float[Tensor, "B W W"], target: Float[Tensor, "B W"]) -> 
 
 def quotient(x: Tensor, y: Tensor) -> Tensor:
     """x / y, and 0 where y is 0."""
-    if x.requires_grad or y.requires_grad:
+    if is_derived(x, y):
         zero = y == 0
-        return torch.where(zero, 0.0, x / torch.where(zero, 1.0, y))  # the inner ``where`` keeps the gradient finite
+        return torch.where(zero, 0.0, x / torch.where(zero, 1.0, y))  # the inner ``where`` keeps derivatives finite
     return torch.nan_to_num_(x / y, nan=0.0, posinf=0.0, neginf=0.0)

@@ -49,16 +49,14 @@ class Display:
         with Live(self._panel(), console=self._console, refresh_per_second=8, transient=False) as self._live:
             yield
 
-    @property
-    def step(self) -> int:
-        """The last step that was shown."""
-        return max((event.get("step", 0) for event in self._latest.values()), default=0)
-
     def resumed(self, step: int) -> None:
-        """Say that the training continues after ``step``, or that there is no checkpoint yet."""
-        if not self._quiet:
-            place = f"continuing after step {step:,} of {self._total:,}" if step else "no checkpoint here yet: starting"
-            self._console.print(place, highlight=False)
+        """Say that the training continues after ``step``, that it is complete, or that there is no checkpoint yet."""
+        if self._quiet:
+            return
+        place = f"continuing after step {step:,} of {self._total:,}" if step else "no checkpoint here yet: starting"
+        if step >= self._total:
+            place = f"all {self._total:,} steps are done: nothing is left to train"
+        self._console.print(place, highlight=False)
 
     def show(self, event: Event) -> None:
         """Show one event."""

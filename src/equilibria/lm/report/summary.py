@@ -103,7 +103,7 @@ def _validation(record: Record) -> Iterator[Row]:
         beside = f"step {formats.count(best['step'])}, the best" + (f"; {conditions}" if conditions else "")
         yield Row("Validation", formats.score(best, record.unit), beside)
         if found := formats.per_byte(best):
-            size = f"of {formats.count(best['bytes'])} bytes of text; compares vocabularies"
+            size = f"of {formats.count(best['bytes'])} bytes of text; comparable between vocabularies"
             yield Row("Bits per byte", found.removesuffix(" bits per byte"), size)
         if best.get("accuracy") is not None:
             guesses = "" if record.chance is None else f"; guessing gets {formats.percent(record.chance)}"

@@ -192,8 +192,10 @@ def load(
 ) -> Trained:
     """The model of the run in the folder ``path``, in evaluation mode and with everything needed to use it.
 
-        run = equilibria.load("runs/tiny")
-        print(run.generate("The ", length=200), run.evaluate("test").bits)
+    ```python
+    run = equilibria.load("runs/tiny")
+    print(run.generate("The ", length=200), run.evaluate("test").bits)
+    ```
 
     Args:
         path: the run directory, or the name of a model that ships with the library: "tiny". A folder of that name, and
