@@ -23,6 +23,7 @@ from equilibria.errors import UsageError
 from equilibria.lm.report import curve as curve_module
 from equilibria.lm.report import figures, formats, page, summary
 from equilibria.lm.report.axes import Figure, spell
+from equilibria.lm.report.comparison import differences
 from equilibria.lm.report.record import read
 from equilibria.lm.runs import events as log
 from equilibria.lm.runs.files import ForeignFileError
@@ -379,6 +380,27 @@ def test_a_stage_has_a_tolerance_unless_it_says_otherwise(tmp_path):
     found = {name: record.has_tolerance(name) for name in ("shallow", "implicit", "bare", "none", "missing", "unknown")}
     expected = {"shallow": False, "implicit": True, "bare": True, "none": False, "missing": False, "unknown": True}
     assert found == expected
+
+
+def test_runs_differ_in_fields_of_one_kind_and_in_whole_objects_of_two(tmp_path):
+    """An explicit baseline has no method, which is one difference and not one for each field of the method."""
+    explicit = {**stage("explicit", rtol=0.0), "method": None}
+    stages = {
+        "implicit": [stage("shallow", rtol=0.0), stage("implicit", rtol=1e-2)],
+        "explicit": [stage("shallow", rtol=1e-3), explicit],
+        "short": [stage("shallow", rtol=0.0)],
+    }
+    records = [read(write(tmp_path / name, [], stages=stages[name])) for name in stages]
+    method = "Method(solver=Anderson(window=6), stop=Stop(rtol=0.01, atol=0.01, max_evals=30, best=yes))"
+    assert differences(records[:2]) == [
+        ["stages.0.method.stop.rtol", "0.0", "0.001"],
+        ["stages.0.method.stop.atol", "0.0", "0.001"],
+        ["stages.1.name", "implicit", "explicit"],
+        ["stages.1.method", method, "none"],
+    ]
+    whole = f"Stage(name=implicit, steps=50, method={method}, eval_stop=none)"
+    assert differences([records[0], records[2]]) == [["stages.1", whole, "–"]]
+    assert differences([records[0], records[0]]) == []
 
 
 def test_a_folder_without_a_run_names_the_runs_nearby(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
@@ -12,7 +12,8 @@ from equilibria.lm.report.record import Record
 from equilibria.lm.report.summary import Row
 
 NOTHING = "–"
-"""Stands for a number that a run has not measured."""
+"""Stands for a number that a run has not measured, and for a setting that it does not have."""
+_MISSING = object()
 
 
 def compared(records: Sequence[Record], drawings: Sequence[Drawing]) -> str:
@@ -48,10 +49,7 @@ def _cell(row: Row | None) -> str:
 
 def differences(records: Sequence[Record]) -> list[list[str]]:
     """The settings in which the experiments differ, by their paths, with one cell per run."""
-    trees = [dict(_leaves(record.experiment)) for record in records]
-    names = dict.fromkeys(name for tree in trees for name in tree)
-    table = [[name, *(tree.get(name, NOTHING) for tree in trees)] for name in names]
-    return [row for row in table if len(set(row[1:])) > 1]
+    return list(_differing([record.experiment for record in records]))
 
 
 def _warning(records: Sequence[Record]) -> str:
@@ -68,11 +66,18 @@ def _warning(records: Sequence[Record]) -> str:
     return '<p class="notice">These runs read different corpora, so their losses cannot be compared.</p>'
 
 
-def _leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, dict):
-        pairs = list(value.items())
-    elif isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
-        pairs = [(str(place), part) for place, part in enumerate(value)]
-    else:
-        return [(name, page.words(value))]
-    return [leaf for key, part in pairs for leaf in _leaves(part, f"{name}.{key}" if name else str(key))]
+def _differing(values: Sequence[Any], name: str = "") -> Iterator[list[str]]:
+    """One row for each part that differs: a field of objects of one kind, or a whole object where the kinds differ."""
+    parts = [_parts(value) for value in values]
+    if all(parts) and len({part.get("kind") for part in parts}) == 1:
+        for key in dict.fromkeys(key for part in parts for key in part):
+            yield from _differing([part.get(key, _MISSING) for part in parts], f"{name}.{key}" if name else key)
+    elif any(value != values[0] for value in values):
+        yield [name, *(NOTHING if value is _MISSING else page.words(value) for value in values)]
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """The fields of an object, or the objects of a list by their places; empty for a value without parts."""
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        return {str(place): part for place, part in enumerate(value)}
+    return value if isinstance(value, dict) else {}
