@@ -3,8 +3,9 @@
 python benchmarks/equal_parameters.py --data FOLDER [--minutes 10] [--seeds 3] [--processes 2]
 
 Four networks of about one million parameters: the deep equilibrium transformer, the same cell applied twelve times, and
-untied Transformer-XLs of four and of twelve layers, which are narrower. Each gets its best learning rate of three after
-short runs with one seed; then each is trained with every seed for the same processor time, and the checkpoint of its
+untied Transformer-XLs of four and of twelve layers, which are narrower and start their matrices as the equilibrium does:
+from Transformer-XL's own N(0, 0.02²) twelve layers learn nothing in the short runs. Each network gets its best learning
+rate of four after short runs with one seed; then each is trained with every seed for the same processor time, and the checkpoint of its
 best validation score reads the whole test text. Trainings that have ended are not repeated, so the script can be
 stopped and called again. Writes results/equal_parameters.json and its part of docs/evidence/reproducing.md after every
 seed.
@@ -22,13 +23,15 @@ from typing import Any
 
 import torch
 from machine import publish
-from trainings import QUIET, RATES, fitted, planned, scored, together, tuned
+from trainings import QUIET, fitted, planned, scored, together, tuned
 
 from equilibria.lm.corpora import PennTreebankCharacters
 from equilibria.lm.experiments import Experiment, explicit
 from equilibria.lm.recipes import tiny
 from equilibria.lm.runs.trained import with_data
 
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+"""Learning rates of which each network gets its best."""
 SHALLOW = 0.3
 """Share of the time in which the two networks with one cell have three layers."""
 TUNING = 12
@@ -52,11 +55,12 @@ def experiments(data: Path) -> dict[str, Experiment]:
         return with_data(dataclasses.replace(whole, model=model, training=training), data)
 
     def untied(width: int, depth: int) -> Experiment:
-        """In one stage, and with the embedding's own scale, which decides how early a network learns."""
+        """In one stage, and from weights of the equilibrium's scale, which decides how early a network learns."""
         whole = sized(width)
         network = explicit(whole, depth, tied=False)
         (*_, last) = network.stages
-        model = dataclasses.replace(network.model, std=whole.model.std)
+        cell = dataclasses.replace(network.model.cell, init=whole.model.cell.init)
+        model = dataclasses.replace(network.model, cell=cell, std=whole.model.std)
         return dataclasses.replace(network, model=model, stages=(dataclasses.replace(last, steps=whole.total_steps),))
 
     return {
@@ -121,7 +125,7 @@ def main() -> None:
     tries = [(planned(e, (10,) * len(e.stages), RATES[0]), options.out / f"speed-{n}") for n, e in networks.items()]
     speed = dict(zip(networks, together(tries, 1), strict=True))
     short = {name: fitted(e, speed[name]["seconds_per_step"], budget / TUNING, SHALLOW) for name, e in networks.items()}
-    rows = tuned(networks, short, options.out, options.processes)
+    rows = tuned(networks, short, options.out, options.processes, RATES)
     plan = options.out / "plan.json"  # a second call keeps the plan of the first, and so its trainings
     if not plan.exists():
         steps = {name: fitted(e, rows[name]["seconds_per_step"], budget, SHALLOW) for name, e in networks.items()}

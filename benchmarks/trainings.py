@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +121,14 @@ def together(jobs: list[tuple[Experiment, Path]], processes: int = 2) -> list[di
 
 
 def tuned(
-    experiments: Mapping[str, Experiment], short: Mapping[str, tuple[int, ...]], out: Path, processes: int = 2
+    experiments: Mapping[str, Experiment],
+    short: Mapping[str, tuple[int, ...]],
+    out: Path,
+    processes: int = 2,
+    rates: Sequence[float] = RATES,
 ) -> dict[str, dict[str, Any]]:
     """For each, the rate with the lowest validation perplexity after a short run, and the time of its steps."""
-    jobs = [(name, rate) for rate in RATES for name in experiments]
+    jobs = [(name, rate) for rate in rates for name in experiments]
     found = together(
         [(planned(experiments[n], short[n], rate), out / f"tune-{n}-{rate:g}") for n, rate in jobs], processes
     )
