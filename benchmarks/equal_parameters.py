@@ -1,14 +1,14 @@
 """Penn Treebank by characters at equal parameters and equal time: an equilibrium beside explicit networks.
 
-python benchmarks/equal_parameters.py --data FOLDER [--minutes 10] [--seeds 3] [--processes 2]
+python benchmarks/equal_parameters.py --data FOLDER [--minutes 8] [--seeds 3] [--processes 2]
 
 Four networks of about one million parameters: the deep equilibrium transformer, the same cell applied twelve times, and
-untied Transformer-XLs of four and of twelve layers, which are narrower and start their matrices as the equilibrium does:
-from Transformer-XL's own N(0, 0.02²) twelve layers learn nothing in the short runs. Each network gets its best learning
-rate of four after short runs with one seed; then each is trained with every seed for the same processor time, and the checkpoint of its
-best validation score reads the whole test text. Trainings that have ended are not repeated, so the script can be
-stopped and called again. Writes results/equal_parameters.json and its part of docs/evidence/reproducing.md after every
-seed.
+untied Transformer-XLs of four and of twelve layers, which are narrower. These start their matrices as the equilibrium
+does, since from Transformer-XL's own N(0, 0.02²) twelve layers learn nothing in the short runs. Each network gets its
+best learning rate of four after short runs with one seed; then each is trained with every seed for the same processor
+time, and the checkpoint of its best validation score reads the whole test text. Trainings that have ended are not
+repeated, so the script can be stopped and called again. Writes results/equal_parameters.json and its part of
+docs/evidence/reproducing.md after every seed.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def main() -> None:
     """Tune, train, score, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/equal-parameters"))
