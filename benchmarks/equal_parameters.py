@@ -1,6 +1,6 @@
 """Penn Treebank by characters at equal parameters and equal time: an equilibrium beside explicit networks.
 
-python benchmarks/equal_parameters.py --data FOLDER [--minutes 8] [--seeds 3] [--processes 2]
+python benchmarks/equal_parameters.py --data FOLDER [--minutes 6] [--seeds 3] [--processes 2]
 
 Four networks of about one million parameters: the deep equilibrium transformer, the same cell applied twelve times, and
 untied Transformer-XLs of four and of twelve layers, which are narrower. These start their matrices as the equilibrium
@@ -115,7 +115,7 @@ def main() -> None:
     """Tune, train, score, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/equal-parameters"))
