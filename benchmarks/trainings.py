@@ -7,11 +7,13 @@ trainings of equal processor time have done the same amount of work, and two of 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +121,14 @@ def together(jobs: list[tuple[Experiment, Path]], processes: int = 2) -> list[di
 
 
 def tuned(
-    experiments: Mapping[str, Experiment], short: Mapping[str, tuple[int, ...]], out: Path, processes: int = 2
+    experiments: Mapping[str, Experiment],
+    short: Mapping[str, tuple[int, ...]],
+    out: Path,
+    processes: int = 2,
+    rates: Sequence[float] = RATES,
 ) -> dict[str, dict[str, Any]]:
     """For each, the rate with the lowest validation perplexity after a short run, and the time of its steps."""
-    jobs = [(name, rate) for rate in RATES for name in experiments]
+    jobs = [(name, rate) for rate in rates for name in experiments]
     found = together(
         [(planned(experiments[n], short[n], rate), out / f"tune-{n}-{rate:g}") for n, rate in jobs], processes
     )
@@ -131,9 +137,45 @@ def tuned(
         rows = {rate: run for (n, rate), run in zip(jobs, found, strict=True) if n == name}
         scores = {rate: run["curve"][-1]["perplexity"] for rate, run in rows.items()}
         rate = min(scores, key=scores.__getitem__)
-        result[name] = {"rate": rate, "tried": scores, "seconds_per_step": rows[rate]["seconds_per_step"]}
+        result[name] = {"rate": rate, "tried": scores}
         print(f"{name}: learning rate {rate:g} of {scores}", flush=True)
-    return result
+    seconds = speeds({name: out / f"tune-{name}-{row['rate']:g}" for name, row in result.items()})
+    return {name: row | {"seconds_per_step": seconds[name]} for name, row in result.items()}
+
+
+def speeds(runs: Mapping[str, Path], rounds: int = 9) -> dict[str, dict[str, float]]:
+    """The processor's seconds of a step of each stage, from the weights that a short run left.
+
+    All networks take turns, so that other work on the machine slows all of them alike.
+    """
+    torch.set_num_threads(1)
+    trainers = {}
+    for name, path in runs.items():
+        run = Run.open(path)
+        experiment = run.experiment()
+        trainers[name] = trainer = Trainer(experiment, run, experiment.corpus.load())
+        trainer.resume()
+    found: dict[str, dict[str, float]] = {name: {} for name in runs}
+    for number in range(max(len(trainer.experiment.stages) for trainer in trainers.values())):
+        steps = {n: _steps_of(t, number) for n, t in trainers.items() if number < len(t.experiment.stages)}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _, name in itertools.product(range(rounds + 2), steps):
+            times[name].append(next(steps[name]))
+        for name, seconds in times.items():  # the first two fill the memory
+            found[name][trainers[name].stage.name] = statistics.median(seconds[2:])
+    return found
+
+
+def _steps_of(trainer: Trainer, number: int) -> Iterator[float]:
+    """Trains on in this stage, and gives the processor's seconds of each step."""
+    begin = sum(stage.steps for stage in trainer.experiment.stages[:number])
+    trainer.memory = None
+    while True:
+        trainer.steps_done = begin
+        trainer._enter_stage()
+        segment, began = next(iter(trainer._segments())), time.process_time()
+        trainer.step(segment)
+        yield time.process_time() - began
 
 
 def fitted(experiment: Experiment, seconds: Mapping[str, float], budget: float, shallow: float) -> tuple[int, ...]:
