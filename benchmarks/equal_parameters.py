@@ -7,8 +7,8 @@ untied Transformer-XLs of four and of twelve layers, which are narrower. These s
 does, since from Transformer-XL's own N(0, 0.02²) twelve layers learn nothing in the short runs. Each network gets its
 best learning rate of four after short runs with one seed; then each is trained with every seed for the same processor
 time, and the untied ones once more for as many steps as the equilibrium. The checkpoint of the best validation score
-reads the whole test text. Trainings that have ended are not repeated, so the script can be stopped and called again. Writes results/equal_parameters.json and its part of
-docs/evidence/reproducing.md after every seed.
+reads the whole test text. Trainings that have ended are not repeated, so the script can be stopped and called again.
+Writes results/equal_parameters.json and its part of docs/evidence/reproducing.md after every seed.
 """
 
 from __future__ import annotations
