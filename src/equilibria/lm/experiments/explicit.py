@@ -5,8 +5,8 @@ Bai, Kolter and Koltun (2019, table 3); as the number of layers grows, its outpu
 
 Untied: a Transformer-XL (Dai et al. 2019) of the same sizes, in which each layer has its own weights: no injection, so
 x enters once; layer norms with gain and bias; no weight norm; a dropout mask for each position. Weights start from
-N(0, 0.02²); if the equilibrium's matrices start by their width ("default_fan_in"), these do too, and embeddings start as
-in the equilibrium: in a narrow network 0.02 is too small, and twelve layers may learn nothing for a long time.
+N(0, 0.02²); if the equilibrium's matrices start by their width ("default_fan_in"), these do too, and embeddings start
+as in the equilibrium: in a narrow network 0.02 is too small, and twelve layers may learn nothing for a long time.
 Deviations from its code: (1) each layer has its own position biases u and v; theirs are shared; (2) W_o has a bias; (3)
 gains of layer norms start at 1; theirs from N(1, 0.02²); (4) clusters of words, positions, dropout rates and kind of
 output dropout are those of the experiment. For a chain of blocks, each layer is a chain of as many.
