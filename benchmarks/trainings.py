@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,11 @@ class _Timed(Trainer):
         return result
 
 
-def train(job: tuple[Experiment, Path]) -> dict[str, Any]:
+Job = tuple[Experiment, Path]
+"""What to train, and in which folder."""
+
+
+def train(job: Job) -> dict[str, Any]:
     """One training: curve, evaluations, and the processor's seconds of its steps. One that has ended is read."""
     experiment, path = job
     kept = path / "benchmark.json"
@@ -85,7 +89,7 @@ def train(job: tuple[Experiment, Path]) -> dict[str, Any]:
     return found
 
 
-def scored(path: Path, *, batch_size: int) -> dict[str, Any]:
+def scored(path: Path, *, batch_size: int, splits: Sequence[str] = ("valid", "test")) -> dict[str, Any]:
     """Parameters, memory of a training step, and the best checkpoint on whole streams. A kept score is read."""
     kept = path / f"scores-{batch_size}.json"
     if kept.exists():
@@ -99,7 +103,7 @@ def scored(path: Path, *, batch_size: int) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "peak_bytes": peak["peak_bytes"],
     }
-    for split in ("valid", "test"):
+    for split in splits:
         began, stream = time.perf_counter(), getattr(loaded.corpus, split)
         choices = {"batch_size": batch_size, "segment_length": batches.segment_length, "warm": loaded.stage.warm}
         score = evaluate(model, stream, **choices)
@@ -114,10 +118,12 @@ def scored(path: Path, *, batch_size: int) -> dict[str, Any]:
     return found
 
 
-def together(jobs: list[tuple[Experiment, Path]], processes: int = 2) -> list[dict[str, Any]]:
+def together(
+    jobs: list[Job], processes: int = 2, work: Callable[[Job], dict[str, Any]] = train
+) -> list[dict[str, Any]]:
     """So many trainings at a time, each with one thread."""
     with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
-        return pool.map(train, jobs, chunksize=1)
+        return pool.map(work, jobs, chunksize=1)
 
 
 def tuned(
