@@ -75,9 +75,9 @@ def diagnosis(solution: Solution, stop: Stop, solve: Solve) -> Message:
         f"{float(solution.residual.max()):.1e}, {said}"
     )
     own = "" if solve.is_forward else f" {_OWN}"
-    # A solve of coupled samples as if they were independent ends like this; where samples have converged, f is blamed
-    # only if its value changes (``check_repeats``).
-    coupled = f" If f mixes the {total} samples, pass coupled=True." if total > 1 and not done and said in FLAT else ""
+    # Coupled samples that are solved one by one fail together; if some have converged, ``check_repeats`` sees it.
+    together = total > 1 and done == 0 and said not in UNCOUPLED
+    coupled = f" If f mixes the {total} samples, pass coupled=True." if together else ""
     return Message(what, f"{advice}{own}{coupled}", kind=f"{solve.name}, {said}")
 
 
@@ -101,8 +101,8 @@ SHORT = 10
 """A trace of fewer evaluations shows no trend."""
 NEAR_ROUNDING = 100
 """A residual of at most this many eps may be the rounding of f."""
-FLAT = ("not falling", "stalled")
-"""The causes in which the residuals stay where they are."""
+UNCOUPLED = ("NaN or infinite", "after a single evaluation", "after few evaluations", "near rounding")
+"""The causes that say nothing about coupled samples."""
 _SMALLER = "smaller weights (weight norm, initialisation, learning rate, Jacobian penalty)"
 
 
