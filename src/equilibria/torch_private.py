@@ -135,6 +135,14 @@ def will_run(node: Node) -> bool:
     return torch._C._will_engine_execute_node(node)
 
 
+def is_wanted(node: Any) -> bool:
+    """True if the backward pass that is running goes through this node of ``next_functions``, which may be None.
+
+    It is always True for a leaf. If it goes: return ``node is not None``, which costs products without a use.
+    """
+    return node is not None and (getattr(node, "variable", None) is not None or will_run(node))
+
+
 def at_the_end(call: Callable[[], None]) -> None:
     """Run ``call`` at the end of the running backward pass; it is dropped if that pass fails.
 
@@ -149,6 +157,17 @@ def hooks_on_saved_tensors() -> tuple[Callable[[Tensor], Any], Callable[[Any], T
     If it goes: return None; a checkpoint is then recomputed once per VJP.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---------------------------------------------------------------- operators
+
+
+def product_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b of matrices of float32 on a CPU, computed by oneDNN, without graph.
+
+    If it goes: ``torch.nn.functional.linear``.
+    """
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 # ---------------------------------------------------------------- tensors, storages, modules and process groups
