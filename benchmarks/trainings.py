@@ -7,11 +7,13 @@ trainings of equal processor time have done the same amount of work, and two of 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,11 @@ class _Timed(Trainer):
         return result
 
 
-def train(job: tuple[Experiment, Path]) -> dict[str, Any]:
+Job = tuple[Experiment, Path]
+"""What to train, and in which folder."""
+
+
+def train(job: Job) -> dict[str, Any]:
     """One training: curve, evaluations, and the processor's seconds of its steps. One that has ended is read."""
     experiment, path = job
     kept = path / "benchmark.json"
@@ -83,7 +89,7 @@ def train(job: tuple[Experiment, Path]) -> dict[str, Any]:
     return found
 
 
-def scored(path: Path, *, batch_size: int) -> dict[str, Any]:
+def scored(path: Path, *, batch_size: int, splits: Sequence[str] = ("valid", "test")) -> dict[str, Any]:
     """Parameters, memory of a training step, and the best checkpoint on whole streams. A kept score is read."""
     kept = path / f"scores-{batch_size}.json"
     if kept.exists():
@@ -97,7 +103,7 @@ def scored(path: Path, *, batch_size: int) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "peak_bytes": peak["peak_bytes"],
     }
-    for split in ("valid", "test"):
+    for split in splits:
         began, stream = time.perf_counter(), getattr(loaded.corpus, split)
         choices = {"batch_size": batch_size, "segment_length": batches.segment_length, "warm": loaded.stage.warm}
         score = evaluate(model, stream, **choices)
@@ -112,17 +118,23 @@ def scored(path: Path, *, batch_size: int) -> dict[str, Any]:
     return found
 
 
-def together(jobs: list[tuple[Experiment, Path]], processes: int = 2) -> list[dict[str, Any]]:
+def together(
+    jobs: list[Job], processes: int = 2, work: Callable[[Job], dict[str, Any]] = train
+) -> list[dict[str, Any]]:
     """So many trainings at a time, each with one thread."""
     with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
-        return pool.map(train, jobs, chunksize=1)
+        return pool.map(work, jobs, chunksize=1)
 
 
 def tuned(
-    experiments: Mapping[str, Experiment], short: Mapping[str, tuple[int, ...]], out: Path, processes: int = 2
+    experiments: Mapping[str, Experiment],
+    short: Mapping[str, tuple[int, ...]],
+    out: Path,
+    processes: int = 2,
+    rates: Sequence[float] = RATES,
 ) -> dict[str, dict[str, Any]]:
     """For each, the rate with the lowest validation perplexity after a short run, and the time of its steps."""
-    jobs = [(name, rate) for rate in RATES for name in experiments]
+    jobs = [(name, rate) for rate in rates for name in experiments]
     found = together(
         [(planned(experiments[n], short[n], rate), out / f"tune-{n}-{rate:g}") for n, rate in jobs], processes
     )
@@ -131,9 +143,45 @@ def tuned(
         rows = {rate: run for (n, rate), run in zip(jobs, found, strict=True) if n == name}
         scores = {rate: run["curve"][-1]["perplexity"] for rate, run in rows.items()}
         rate = min(scores, key=scores.__getitem__)
-        result[name] = {"rate": rate, "tried": scores, "seconds_per_step": rows[rate]["seconds_per_step"]}
+        result[name] = {"rate": rate, "tried": scores}
         print(f"{name}: learning rate {rate:g} of {scores}", flush=True)
-    return result
+    seconds = speeds({name: out / f"tune-{name}-{row['rate']:g}" for name, row in result.items()})
+    return {name: row | {"seconds_per_step": seconds[name]} for name, row in result.items()}
+
+
+def speeds(runs: Mapping[str, Path], rounds: int = 9) -> dict[str, dict[str, float]]:
+    """The processor's seconds of a step of each stage, from the weights that a short run left.
+
+    All networks take turns, so that other work on the machine slows all of them alike.
+    """
+    torch.set_num_threads(1)
+    trainers = {}
+    for name, path in runs.items():
+        run = Run.open(path)
+        experiment = run.experiment()
+        trainers[name] = trainer = Trainer(experiment, run, experiment.corpus.load())
+        trainer.resume()
+    found: dict[str, dict[str, float]] = {name: {} for name in runs}
+    for number in range(max(len(trainer.experiment.stages) for trainer in trainers.values())):
+        steps = {n: _steps_of(t, number) for n, t in trainers.items() if number < len(t.experiment.stages)}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _, name in itertools.product(range(rounds + 2), steps):
+            times[name].append(next(steps[name]))
+        for name, seconds in times.items():  # the first two fill the memory
+            found[name][trainers[name].stage.name] = statistics.median(seconds[2:])
+    return found
+
+
+def _steps_of(trainer: Trainer, number: int) -> Iterator[float]:
+    """Trains on in this stage, and gives the processor's seconds of each step."""
+    begin = sum(stage.steps for stage in trainer.experiment.stages[:number])
+    trainer.memory = None
+    while True:
+        trainer.steps_done = begin
+        trainer._enter_stage()
+        segment, began = next(iter(trainer._segments())), time.process_time()
+        trainer.step(segment)
+        yield time.process_time() - began
 
 
 def fitted(experiment: Experiment, seconds: Mapping[str, float], budget: float, shallow: float) -> tuple[int, ...]:

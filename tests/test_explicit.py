@@ -105,7 +105,7 @@ def test_untied_layers_start_as_transformer_xl_or_by_their_width_as_the_equilibr
         dataclasses.replace(whole, model=dataclasses.replace(whole.model, cell=cell, std=0.1)), 3, tied=False
     )
     start = (untied.model.cell.init, untied.model.cell.std, untied.model.std)
-    assert start == (("normal", 0.02, 0.02) if init == "normal" else ("default_fan_in", 0.01, 0.1))
+    assert start == (("normal", 0.02, 0.02) if init == "normal" else ("default_fan_in", 0.02, 0.1))
 
 
 def test_the_tied_twin_is_the_equilibrium_set_to_that_many_iterations():

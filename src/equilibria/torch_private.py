@@ -136,6 +136,14 @@ def will_run(node: Node) -> bool:
     return torch._C._will_engine_execute_node(node)
 
 
+def is_wanted(node: Any) -> bool:
+    """True if the backward pass that is running goes through this node of ``next_functions``, which may be None.
+
+    It is always True for a leaf. If it goes: return ``node is not None``, which costs products without a use.
+    """
+    return node is not None and (getattr(node, "variable", None) is not None or will_run(node))
+
+
 def at_the_end(call: Callable[[], None]) -> None:
     """Run ``call`` at the end of the running backward pass; it is dropped if that pass fails.
 
@@ -169,6 +177,17 @@ def tracking_functions() -> list[FunctionCtx]:
                 found.append(context)
         frame = frame.f_back
     return found
+
+
+# ---------------------------------------------------------------- operators
+
+
+def product_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b of matrices of float32 on a CPU, computed by oneDNN, without graph.
+
+    If it goes: ``torch.nn.functional.linear``.
+    """
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 # ---------------------------------------------------------------- tensors, storages, modules and process groups

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 
 import pytest
 import torch
 
-from equilibria import ConvergenceWarning, Implicit, Picard, Status, Stop, fixed_point, solve
+from equilibria import Anderson, Broyden, ConvergenceWarning, Implicit, Picard, Status, Stop, fixed_point, solve
 from equilibria.core.diagnosis import FORWARD, diagnosis
 
 X = torch.linspace(-2, 3, 128).view(2, 64)
@@ -32,15 +33,18 @@ def test_a_residual_that_falls_names_a_budget_that_is_enough(rate):
 @pytest.mark.parametrize(
     ("f", "stop", "what", "advice"),
     [
-        (lambda z: 1.5 * z + X, Stop(), "not falling", "does not contract here"),
-        (lambda z: -2 * z + X, Stop(), "not falling", "does not contract here"),
-        (lambda z: 0.5 * z + X + 1e-5 * torch.rand_like(z), Stop(rtol=1e-7), "stalled", "rounding of f"),
+        (lambda z: 1.5 * z + X, Stop(), "not falling", r"began at 1.0e\+00 and came down to 3.3e-01"),
+        (lambda z: -2 * z + X, Stop(), "not falling", "tells whether f contracts"),
+        (lambda z: 0.5 * z + X + 1e-5 * torch.rand_like(z), Stop(rtol=1e-7), "near rounding", "rounding of f"),
         (lambda z: torch.tanh(0.5 * z) + X + 0.1 * torch.rand_like(z), Stop(), "stalled", "same bits twice"),
+        (lambda z: 0.999 * z + X, Stop(max_evals=60), "falling slowly", "does not tell how many evaluations"),
+        (lambda z: z - (z - X) ** 3 / (1 + (z - X) ** 2), Stop(rtol=1e-4), "falling slowly", "does not tell how many"),
+        (lambda z: 1.5 * z + X, Stop(max_evals=4), "after few evaluations", r"stop=Stop\(max_evals=30\)"),
         (lambda z: (z - 1).log(), Stop(), "NaN or infinite", r"Already f\(z0\)"),
         (lambda z: z * z + 5, Stop(), "NaN or infinite", "after 6 steps"),
         (torch.cos, Stop(max_evals=1), "after a single evaluation", "more evaluations"),
     ],
-    ids=["grows", "swings", "rounding", "noise", "start", "overflow", "once"],
+    ids=["grows", "swings", "rounding", "noise", "slow", "power", "few", "start", "overflow", "once"],
 )
 def test_other_failures_are_told_apart(f, stop, what, advice):
     message = said(f, stop)
@@ -62,6 +66,47 @@ def test_the_worst_sample_speaks():
     assert diagnosis(solution, stop, FORWARD).what.endswith("not falling")
 
 
+@pytest.mark.parametrize("rate", [0.7, 0.9, 0.97])
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize("evals", [5, 12, 30])
+def test_a_budget_that_is_named_is_enough(rate, solver, evals):
+    """One kind of map falls geometrically, the other like a power of the evaluations, which no budget brings far."""
+    spectrum = torch.linspace(-rate, rate, 64)
+    for f in (lambda z: spectrum * z + X, lambda z: z - (z - X) ** 3 / (1 + (z - X) ** 2)):
+        stop = Stop(rtol=1e-4, max_evals=evals)
+        solution = solve(f, torch.ones_like(X), solver, stop)
+        if not solution.converged.all():
+            message = diagnosis(solution, stop, FORWARD)
+            if message.what.endswith("still falling"):
+                budget = re.search(r"stop=Stop\(max_evals=(\d+)\)", message.advice)
+                assert budget
+                more = dataclasses.replace(stop, max_evals=int(budget.group(1)))
+                assert solve(f, torch.ones_like(X), solver, more).converged.all()
+
+
+def test_coupling_is_the_last_resort():
+    """It is named where all samples have failed together, and nowhere else."""
+    rates = torch.full((64, 1), 0.1)
+    stop = Stop(max_evals=30)
+
+    def advice(rates, stop=stop):
+        solution = solve(lambda z: rates * z + 1, torch.zeros(len(rates), 1), Picard(), stop)
+        return diagnosis(solution, stop, FORWARD).advice
+
+    rates[7] = 1.5
+    assert "coupled" not in advice(rates)  # 63 of 64 have converged
+    assert "coupled" not in advice(torch.full((64, 1), 0.9), Stop(max_evals=5))  # too few to tell
+    assert "If f mixes the 64 samples, pass coupled=True." in advice(torch.full((64, 1), 1.5))
+
+
+def test_a_solve_that_fails_at_a_contraction_is_not_called_an_expansion():
+    """With a radius of 0.99 and a rotation, the residual hardly falls."""
+    c, s = 0.99 * torch.cos(torch.tensor(1.5)), 0.99 * torch.sin(torch.tensor(1.5))
+    turn = torch.tensor([[c, -s], [s, c]])
+    message = said(lambda z: (z.view(-1, 2) @ turn).view(2, 64) + X, Stop())
+    assert "does not contract" not in message.advice
+
+
 def heard(run):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -71,10 +116,10 @@ def heard(run):
 
 def test_the_adjoint_solve_says_that_its_budget_is_its_own():
     x = X.clone().requires_grad_()
-    rule = Implicit(Picard(), Stop(rtol=1e-6, max_evals=10))
+    rule = Implicit(Picard(), Stop(rtol=1e-6, max_evals=30))
     z = fixed_point(lambda z: 0.9 * z + x, torch.zeros_like(X), stop=Stop(max_evals=200), gradient=rule).z
     (message,) = heard(lambda: z.sum().backward())
-    assert message.startswith("The adjoint solve of Implicit(): 0 of 2 samples converged, 10 evaluations")
+    assert message.startswith("The adjoint solve of Implicit(): 0 of 2 samples converged, 30 evaluations")
     budget = re.search(r"gradient=Implicit\(stop=Stop\(max_evals=(\d+)\)\)", message)
     assert budget
     assert 130 <= int(budget.group(1)) <= 270  # 0.9¹³¹ = 1e-6
@@ -98,7 +143,7 @@ def test_the_advice_is_given_once_for_each_line_and_kind():
     assert all(first.startswith(other[:-1]) and len(other) < 110 for other in others)
     assert "max_evals=" in first
     assert not any("max_evals=" in other for other in others)
-    assert ["contract" in message for message in heard(lambda: train(1.5))] == [True, False, False]
+    assert ["weights" in message for message in heard(lambda: train(1.5))] == [True, False, False]
     assert (
         "max_evals="
         in heard(

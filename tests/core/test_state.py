@@ -104,6 +104,7 @@ def test_values_are_put_in_the_order_of_the_state():
 
 
 REFUSED = {
+    "meta": (torch.zeros(2, 3, device="meta"), ValueError, r"meta device, .*model.to_empty\(device=…\)"),
     "complex": (torch.zeros(2, 3, dtype=torch.complex64), TypeError, "complex64; a state is real: .*view_as_real"),
     "integers in a leaf": ({"a": torch.zeros(2, 3), "n": torch.zeros(2, 1).long()}, TypeError, r"z0\['n'\] has dtype"),
     "None in a leaf": ([torch.zeros(2, 3), None], TypeError, r"z0\[1\] is NoneType"),

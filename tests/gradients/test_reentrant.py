@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from equilibria import (
+    Cell,
     Equilibrium,
     Implicit,
     Method,
     Neumann,
     Phantom,
     Picard,
+    Prepared,
     Stack,
     Stop,
     Unroll,
@@ -215,7 +217,45 @@ def test_other_functions_than_the_checkpoint_are_noticed():
         Own.apply(layers()["Implicit"], x_of()).z.sum().backward()  # pyright: ignore
 
 
-def test_a_penalty_of_a_leaked_state_is_refused_with_the_loss_and_read_without_gradients():
+class Injected(Cell):
+    """tanh(W z + U x), whose U x is computed before the solve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.inject = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def prepare(self, x: Tensor) -> Prepared:  # pyright: ignore
+        return Prepared(rows=self.inject(x))
+
+    def start(self, prepared: Prepared) -> Tensor:
+        return torch.zeros_like(prepared.rows)
+
+    def forward(self, z: Tensor, prepared: Prepared) -> Tensor:
+        return torch.tanh(self.state(z) + prepared.rows)
+
+
+def test_a_penalty_through_the_map_of_a_leaked_output_is_refused():
+    """The map holds what ``prepare`` has computed, which has lost its graph as well."""
+    torch.manual_seed(0)
+    layer = Equilibrium(Injected(), on_failure="ignore")
+    out = reentrant(layer, x_of())
+    loss = jacobian_penalty(out.f, out.z).sum() + layer.cell.inject.weight.square().sum()
+    with pytest.raises(RuntimeError, match=REFUSED):
+        loss.backward()
+
+    def inside(x: Tensor) -> Tensor:
+        out = layer(x)
+        return jacobian_penalty(out.f, out.z, generator=torch.Generator().manual_seed(0))
+
+    found = []
+    for call in (lambda f, x: f(x), reentrant):
+        layer.zero_grad()
+        call(inside, x_of()).sum().backward()
+        found.append([parameter.grad for parameter in layer.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)
+
+
+def test_what_has_leaked_can_be_read_without_gradients():
     out = reentrant(layers()["Implicit"], x_of())
     with torch.no_grad():
         assert jacobian_penalty(out.f, out.z).isfinite().all()

@@ -75,7 +75,9 @@ def diagnosis(solution: Solution, stop: Stop, solve: Solve) -> Message:
         f"{float(solution.residual.max()):.1e}, {said}"
     )
     own = "" if solve.is_forward else f" {_OWN}"
-    coupled = f" If f mixes the {total} samples, pass coupled=True." if total > 1 and not broken.any() else ""
+    # Coupled samples that are solved one by one fail together; if some have converged, ``check_repeats`` sees it.
+    together = total > 1 and done == 0 and said not in UNCOUPLED
+    coupled = f" If f mixes the {total} samples, pass coupled=True." if together else ""
     return Message(what, f"{advice}{own}{coupled}", kind=f"{solve.name}, {said}")
 
 
@@ -85,51 +87,81 @@ def _broken(steps: int, solve: Solve) -> str:
     return f"It happened after {steps} steps: make the weights smaller, lower the learning rate, or damp the solver."
 
 
-WITHIN, WITHIN_ROUNDING = 10, 2
-"""A residual counts as falling if so many times the budget would be enough; the second number is for a residual so
-small that it may be the rounding of f."""
+WITHIN, WITHIN_ROUNDING = 5, 2
+"""A budget is named if so many times the spent one would be enough; the second number is for a residual so small that
+it may be the rounding of f."""
 AMPLE = 2
 """The budget that is named is this many times the estimate, since most residuals fall more slowly towards the end."""
+STEEPER = 1.05
+"""A residual that falls like a power of the evaluations never comes to an end. Log-log slopes that grow by this factor
+tell a geometric fall from it."""
 LARGE = 0.1
 """A relative residual above this means that every evaluation still moves the state by a tenth of its size."""
+SHORT = 10
+"""A trace of fewer evaluations shows no trend."""
 NEAR_ROUNDING = 100
 """A residual of at most this many eps may be the rounding of f."""
+UNCOUPLED = ("NaN or infinite", "after a single evaluation", "after few evaluations", "near rounding")
+"""The causes that say nothing about coupled samples."""
+_SMALLER = "smaller weights (weight norm, initialisation, learning rate, Jacobian penalty)"
 
 
 def _by_trace(solution: Solution, trace: Float[Tensor, " K"], stop: Stop, solve: Solve) -> tuple[str, str]:
     """The cause in a word and the advice, for a sample that is finite and has spent its budget."""
-    spent, last, first = len(trace), float(trace.min()), float(trace[0])
+    spent, last, first, end = len(trace), float(trace.min()), float(trace[0]), float(trace[-1])
     if spent == 1:
         return "after a single evaluation", "The start is no fixed point: give more evaluations, or a better start."
+    if spent < SHORT:
+        budget = solve.setting.format("max_evals=30")
+        return "after few evaluations", f"They are too few to tell why: try {budget}, or a better start."
     eps = max(torch.finfo(leaf.dtype).eps for leaf in tensors_in(solution.z))
     slope, tiny = _slope(trace), last <= NEAR_ROUNDING * eps
-    if slope < 0 and 0 < stop.rtol < last:
+    if 0 < stop.rtol < last and _is_geometric(trace):
         needed = spent + math.log(stop.rtol / last) / slope
         if needed <= (WITHIN_ROUNDING if tiny else WITHIN) * spent:
             budget = solve.setting.format(f"max_evals={_rounded_up(AMPLE * needed)}")
-            return "still falling", f"The budget was too small: try {budget}, or an rtol above {stop.rtol:g}."
-    if last > LARGE or (slope > 0 and float(trace[-1]) > max(LARGE, 10 * last)):
-        return "not falling", (
-            f"The first residual was {first:.1e}, so f does not contract here: make its weights smaller (weight norm, "
-            "initialisation, learning rate, Jacobian penalty), or take Broyden() with more evaluations; "
-            "stability.spectral_radius measures f."
-        )
+            return "still falling", f"At this rate {budget} is enough; so is an rtol above {2 * last:.0e}."
     if tiny:
         advice = f"This may be the rounding of f: give an rtol above {2 * last:.0e}, or compute in a wider dtype."
-        return "stalled", advice
+        return "near rounding", advice
+    if end > max(LARGE, 10 * last):
+        advice = f"The residual fell to {last:.1e} and grew to {end:.1e} again: give f {_SMALLER}, or damp the solver."
+        return "growing", advice
+    if slope * spent < -math.log(2):
+        return "falling slowly", (
+            f"The trace does not tell how many evaluations would be enough: give f {_SMALLER}, take Broyden(), or "
+            f"accept an rtol above {2 * last:.0e}; stability.spectral_radius measures f."
+        )
+    if last > LARGE:
+        return "not falling", (
+            f"The residual began at {first:.1e} and came down to {last:.1e}: give f {_SMALLER}, or take another "
+            "solver, such as Broyden(); stability.spectral_radius tells whether f contracts."
+        )
     return "stalled", (
-        "f contracts too little for this solver, or does not give the same bits twice (dropout inside it): give more "
-        f"evaluations, an rtol above {2 * last:.0e}, or f smaller weights (weight norm, Jacobian penalty)."
+        f"The residual stays at {last:.1e}. If f does not give the same bits twice (dropout inside it), draw its masks "
+        f"before the solve; else give f {_SMALLER}, or an rtol above {2 * last:.0e}."
     )
 
 
 def _slope(trace: Float[Tensor, " K"]) -> float:
     """Change of log ‖r‖ per evaluation at the end of the trace; of medians, so that single jumps do not count."""
     span = len(trace) // 5
-    if span == 0:
-        return float((trace[-1] / trace[0]).log()) / (len(trace) - 1)
     before, after = trace[-2 * span : -span].median(), trace[-span:].median()
     return float((after / before).log()) / span
+
+
+def _is_geometric(trace: Float[Tensor, " K"]) -> bool:
+    """True if the end of the trace falls by about the same factor per evaluation, so that it can be extrapolated."""
+    span, count = len(trace) // 5, len(trace)
+    first, second, third = (float(trace[count - i * span : count - (i - 1) * span].median()) for i in (3, 2, 1))
+    if not first > second > third > 0:
+        return False
+    places = [count - (i - 0.5) * span for i in (3, 2, 1)]
+    powers = [
+        math.log(a / b) / math.log(after / before)
+        for a, b, before, after in zip((first, second), (second, third), places[:-1], places[1:], strict=True)
+    ]
+    return powers[1] > STEEPER * powers[0]
 
 
 def _rounded_up(evaluations: float) -> int:

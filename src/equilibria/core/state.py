@@ -275,6 +275,11 @@ def _check_leaf(name: str, leaf: Any, *, coupled: bool) -> None:
             f"{name} is {type(leaf).__name__}; a state is one tensor (B, *state), or a dict, tuple or list of such "
             "tensors."
         )
+    if leaf.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device, whose tensors hold no numbers, and a solve decides by numbers; put the "
+            "model and its inputs on a real device first, model.to_empty(device=…)."
+        )
     if leaf.ndim < 1 and not coupled:
         raise ValueError(
             f"{name} is a single number; a state has a batch axis first: try z0.reshape(1, 1), or coupled=True."

@@ -33,7 +33,7 @@ class LayerOutput:
     """Outputs of intermediate layers for auxiliary losses (``Unrolled(auxiliary_every=…)``); empty otherwise."""
 
     def __post_init__(self) -> None:
-        for name in ("output", "z", "auxiliary"):  # memories have no graph anyway
+        for name in ("output", "z", "auxiliary", "f"):  # memories have no graph anyway
             object.__setattr__(self, name, refused_if_untracked(getattr(self, name)))
 
     def __getattr__(self, name: str) -> Any:

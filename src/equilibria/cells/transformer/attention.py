@@ -21,6 +21,7 @@ from equilibria.cells.transformer.positions import Positions, Rotation
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
 from equilibria.layers.linear import Init, LinearWeights, NormedLinear, weights_of
+from equilibria.layers.product import linear
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,11 +172,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], prepared: Prepared) -> Float[Tensor, "B T D"]:
         """The attention output o of the current positions: five matrix products with relative positions, else four."""
-        batch, time, _ = x.shape
         shared, rows = prepared.shared, prepared.rows
         weights, past = shared.weights, rows.past
-        added = weights.bias if rows.injection is None else rows.injection.flatten(0, -2)
-        qkv = torch.addmm(added, x.flatten(0, 1), weights.qkv).view(batch, time, -1)
+        qkv = linear(x, weights.qkv.t(), weights.bias if rows.injection is None else rows.injection)
         q, k, v = self._split(qkv)
         if shared.rotation is not None:
             q, k = shared.rotation(q), shared.rotation(k)
@@ -189,7 +188,7 @@ class Attention(nn.Module):
             heads = attend(q, k, v, Prepared(shared=shared.fused, rows=rows.positions))
         heads = heads.flatten(2)
         heads = heads if self.norm is None else self.norm(heads)
-        return functional.linear(heads, *weights.out)
+        return linear(heads, *weights.out)
 
     def _exact(
         self,
@@ -215,7 +214,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "2 H B L C"]:
         """Keys and values of states x under the injection U at the same positions, the keys turned by ``rotation``."""
         width = x.shape[2]
-        rows = x @ weights.qkv[:, width:]
+        rows = linear(x, weights.qkv[:, width:].t())
         k, v = self._split(rows if injection is None else rows + injection[..., width:])
         return torch.stack([k if rotation is None else rotation(k), v])
 

@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from equilibria.cells.transformer.attention import Attention
 from equilibria.cells.transformer.cache import KeyValueCache
@@ -44,6 +43,7 @@ from equilibria.core.checks import check_at_least, check_choices
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, add_masked, check_rate, dropout_mask, masked
 from equilibria.layers.linear import INITS, Held, Init, LinearWeights, NormedLinear, weights_of
+from equilibria.layers.product import linear
 from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_width
 
 WINDOW = 1000
@@ -191,7 +191,7 @@ class TransformerCell(SequenceCell):
     def injected(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3*D"] | None:
         """U = x W_in + b_in; None from a cell without injection."""
         check_width(x, self.config.width)
-        return None if self.inject is None else functional.linear(x, *self._matrix(self.inject, self.config.width))
+        return None if self.inject is None else linear(x, *self._matrix(self.inject, self.config.width))
 
     def prepare_injected(
         self,
@@ -296,9 +296,9 @@ class TransformerCell(SequenceCell):
         a = add_masked(z, attended, rows.drop_attention)
         b = self.norms[0](a)
         # The product is left flat, because relu in place on a view would make autograd copy it back and forth.
-        inner = torch.relu_(functional.linear(b.flatten(0, 1), *weights.inner))
+        inner = torch.relu_(linear(b.flatten(0, 1), *weights.inner))
         inner = masked(inner.unflatten(0, z.shape[:2]), rows.drop_inner)
-        update = functional.linear(inner, *weights.outer)
+        update = linear(inner, *weights.outer)
         f = add_masked(a if self.config.norm == "pre" else b, update, rows.drop_outer)
         return masked(self.norms[1](f) if post else f, rows.valid)
 

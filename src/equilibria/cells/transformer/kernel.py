@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from equilibria.torch_private import is_forward_mode, is_last, is_many, is_transformed, will_run
+from equilibria.torch_private import is_forward_mode, is_last, is_many, is_transformed, is_wanted
 
 Bias = Tensor | None
 """[B G T K] or [1 G T K]; None where query i sees the keys j ≤ i, of which there are as many as queries."""
@@ -67,7 +67,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (q, k, v, bias) = grads, ctx.saved_tensors
-        wanted = [_is_wanted(node) for node, _ in ctx.next_functions]
+        wanted = [is_wanted(node) for node, _ in ctx.next_functions]
         with torch.autocast(g.device.type, enabled=False):
             if torch.is_grad_enabled() or is_forward_mode() or is_many(g):
                 return _gradients(q, k, v, bias, g)
@@ -76,11 +76,6 @@ class _Fused(torch.autograd.Function):
                 found = [*torch.autograd.grad(ctx.out, ctx.inputs, g, retain_graph=not is_last())]
             of_bias = _of_bias(q, k, v, bias, g) if bias is not None and wanted[3] else None
             return *found, of_bias
-
-
-def _is_wanted(node: Any) -> bool:
-    """True if the running backward pass reaches this node of the graph; always True for a leaf."""
-    return node is not None and (getattr(node, "variable", None) is not None or will_run(node))
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, bias: Bias, g: Tensor) -> tuple[Tensor | None, ...]:

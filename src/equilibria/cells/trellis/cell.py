@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from equilibria.cells.trellis.prepared import (
     TrellisCache,
@@ -32,6 +31,7 @@ from equilibria.core.checks import check_at_least, check_choices
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, check_rate, dropout_mask, masked
 from equilibria.layers.linear import INITS, Held, Init, LinearWeights, NormedLinear, like_of, weights_of
+from equilibria.layers.product import linear
 from equilibria.layers.sequence import (
     SequenceCell,
     check_cache_use,
@@ -151,10 +151,10 @@ class TrellisCell(SequenceCell):
             x.new_zeros(x.shape[0], 1, config.width) if memory is None or memory.x is None else memory.x.to(x.dtype)
         )
         pairs = torch.cat([torch.cat([before, x[:, :-1]], dim=1), x], dim=-1)
-        injection = functional.linear(pairs, weights.input, weights.bias)
+        injection = linear(pairs, weights.input, weights.bias)
         h = masked(h, drop)
         if x.shape[1] == 1 and memory is not None:  # as in generation: here W⁰ acts on the past alone
-            injection = injection + functional.linear(h, weights.state[:, :channels])
+            injection = injection + linear(h, weights.state[:, :channels])
         starts_warm = warm if cache is None else cache.warm and x.shape[1] == 1
         kept = TrellisKept(
             start=torch.cat([h, c], dim=-1) if starts_warm else None,
@@ -193,10 +193,10 @@ class TrellisCell(SequenceCell):
         """W⁰ ĥ_{t−1} + W¹ ĥ_t + injection."""
         weight, channels = weights.state, self.config.channels
         if h.shape[1] == 1:
-            h, weight = h[:, 0], weight[:, channels:]
+            weight = weight[:, channels:]
         else:
-            h = torch.cat([torch.cat([rows.past_h.to(h.dtype), h[:, :-1]], dim=1), h], dim=-1).flatten(0, 1)
-        return torch.addmm(rows.injection.flatten(0, 1), h, weight.t()).view_as(rows.injection)
+            h = torch.cat([torch.cat([rows.past_h.to(h.dtype), h[:, :-1]], dim=1), h], dim=-1)
+        return linear(h, weight, rows.injection)
 
     def output(self, z: Float[Tensor, "B T H2"]) -> Float[Tensor, "B T O"]:
         """The last O channels of h."""

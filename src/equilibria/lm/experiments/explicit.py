@@ -5,11 +5,11 @@ Bai, Kolter and Koltun (2019, table 3); as the number of layers grows, its outpu
 
 Untied: a Transformer-XL (Dai et al. 2019) of the same sizes, in which each layer has its own weights: no injection, so
 x enters once; layer norms with gain and bias; no weight norm; a dropout mask for each position. Weights start from
-N(0, 0.02²), or as in the equilibrium if its matrices start by their width ("default_fan_in"): in a narrow network 0.02
-is too small, and twelve layers may learn nothing for a long time. Deviations from its code: (1) each layer has its own
-position biases u and v; theirs are shared; (2) W_o has a bias; (3) gains of layer norms start at 1; theirs from
-N(1, 0.02²); (4) clusters of words, positions, dropout rates and kind of output dropout are those of the experiment. For
-a chain of blocks, each layer is a chain of as many.
+N(0, 0.02²); if the equilibrium's matrices start by their width ("default_fan_in"), these do too, and embeddings start
+as in the equilibrium: in a narrow network 0.02 is too small, and twelve layers may learn nothing for a long time.
+Deviations from its code: (1) each layer has its own position biases u and v; theirs are shared; (2) W_o has a bias; (3)
+gains of layer norms start at 1; theirs from N(1, 0.02²); (4) clusters of words, positions, dropout rates and kind of
+output dropout are those of the experiment. For a chain of blocks, each layer is a chain of as many.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ TRANSFORMER_XL: dict[str, Any] = {
     "weight_norm": False,
     "variational": False,
     "norm": "post",
+    "std": 0.02,
 }
 """The fields that turn a ``TransformerConfig`` into a layer of Transformer-XL."""
-START = 0.02
-"""Transformer-XL's standard deviation of weights and embeddings."""
 
 
 def explicit(
@@ -68,7 +67,7 @@ def explicit(
     layers = Explicit(depth=depth, tied=tied, memory=memory if tied else "layers", checkpoint=checkpoint)
     kind = "-untied" if not tied else "-layer-memory" if memory == "layers" else ""
     if not tied:
-        std = config.std if _starts_by_width(config.cell) else START
+        std = config.std if _starts_by_width(config.cell) else TRANSFORMER_XL["std"]
         config = dataclasses.replace(config, cell=_transformer_xl(config.cell), std=std)
     return dataclasses.replace(
         experiment,
@@ -117,13 +116,13 @@ def _transformer_xl(cell: Any) -> Any:
             "explicit(tied=False) of a TrellisConfig: a TrellisNet is weight-tied by definition; give tied=True, or on "
             "the command line --explicit without --untied."
         )
-    missing = {*TRANSFORMER_XL, "init", "std"} - {field.name for field in dataclasses.fields(cell)}
+    missing = {*TRANSFORMER_XL, "init"} - {field.name for field in dataclasses.fields(cell)}
     if missing:
         raise ValueError(
             f"explicit(tied=False): a {type(cell).__name__} has no {', '.join(sorted(missing))}, and the untied "
             "network is a Transformer-XL; use a TransformerConfig, or tied=True."
         )
-    return dataclasses.replace(cell, **TRANSFORMER_XL, **({} if _starts_by_width(cell) else {"std": START}))
+    return dataclasses.replace(cell, **TRANSFORMER_XL)
 
 
 def _starts_by_width(cell: Any) -> bool:

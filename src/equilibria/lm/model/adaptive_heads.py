@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from equilibria.layers.product import linear
 from equilibria.lm.model.clusters import AdaptiveEmbedding, Clusters
 from equilibria.lm.model.embedding import Dropped, Init, started, widened
 from equilibria.lm.model.heads import Head
@@ -196,7 +197,7 @@ class UntiedAdaptiveHead(AdaptiveHead):
 
 
 def _logits(h: Tensor, *, weight: Tensor, bias: Tensor, projection: Tensor | None) -> Tensor:
-    return functional.linear(h if projection is None else functional.linear(h, projection.t()), weight, bias)
+    return linear(h if projection is None else linear(h, projection.t()), weight, bias)
 
 
 def _nll(logits: Float[Tensor, "N C"], words: Int[Tensor, " N"]) -> Float[Tensor, " N"]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.layers.dropout import BatchSlice, check_rate
+from equilibria.layers.product import linear
 from equilibria.lm.model.embedding import Init, dropped, started, words_dropped
 
 
@@ -144,7 +145,7 @@ class AdaptiveEmbedding(nn.Module):
     def _rows(self, cluster: int, words: Tensor) -> Tensor:
         """The vectors [n D] of some words of one cluster, before scaling."""
         rows, projection = functional.embedding(words, self.tables[cluster]), self.projection(cluster)
-        return rows if projection is None else functional.linear(rows, projection)
+        return rows if projection is None else linear(rows, projection)
 
     def extra_repr(self) -> str:
         """Sizes and dropout rates."""

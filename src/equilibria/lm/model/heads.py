@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.layers.dropout import BatchSlice, check_rate
+from equilibria.layers.product import linear
 from equilibria.lm.model.embedding import Dropped, Embedding, Init, dropped, started, widened
 
 Table = TypeVar("Table", bound=nn.Module)
@@ -85,7 +86,7 @@ class TableHead(Head[Embedding], ABC):
 
     def _scores(self, h: Float[Tensor, "*shape D"], embedding: Embedding) -> Float[Tensor, "*shape V"]:
         """The product of h with the head's table, or with the embedding's, plus the bias."""
-        return functional.linear(h, embedding.weight if self.weight is None else self.weight, self.bias)
+        return linear(h, embedding.weight if self.weight is None else self.weight, self.bias)
 
 
 class SoftmaxHead(TableHead):

@@ -1,0 +1,154 @@
+"""x Wᵀ + b by the quicker of the two libraries in PyTorch that compute it on a CPU.
+
+PyTorch computes products of float32 by MKL, which uses the AVX-512 instructions of Intel's processors alone. oneDNN,
+which PyTorch contains for other operations, uses those of AMD's processors as well, and takes half the time on them
+(benchmarks/product.py). The results are equal up to rounding. ``torch.backends.mkldnn.flags(enabled=False)`` is a
+context in which everything is computed as by PyTorch.
+
+Letters: N rows of x, in and out channels.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from equilibria.torch_private import is_forward_mode, is_many, is_transformed, is_wanted, product_by_onednn
+
+LEAST_MULTIPLICATIONS = 2**22
+"""With fewer multiplications of two numbers, oneDNN takes longer to begin than it saves."""
+
+
+def linear(
+    x: Float[Tensor, "*shape in"], weight: Float[Tensor, "out in"], added: Float[Tensor, "*_ out"] | None = None
+) -> Float[Tensor, "*shape out"]:
+    """x Wᵀ + b, differentiable any number of times, backwards and forwards.
+
+    Args:
+        x: rows.
+        weight: W.
+        added: the bias b [out], or a number for each entry of the result.
+    """
+    bias, entries = (None, added) if added is not None and added.ndim > 1 else (added, None)
+    if not _by_onednn(x, weight):
+        if entries is None:
+            return functional.linear(x, weight, bias)
+        return torch.addmm(entries.flatten(0, -2), x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
+    rows = x.flatten(0, -2)
+    if torch.compiler.is_compiling():
+        product = _compiled(rows, weight, bias)
+    elif torch.is_grad_enabled():
+        product: Any = _Product.apply(*map(_inner, (rows, weight, bias)))
+    else:
+        product = product_by_onednn(rows, weight, bias)
+    product = product if entries is None else product.add_(entries.flatten(0, -2))
+    return product if x.ndim == 2 else product.unflatten(0, x.shape[:-1])  # a view must not be changed in place
+
+
+def _inner(tensor: Tensor | None) -> Tensor | None:
+    """A view of a leaf of the graph: of all other nodes autograd tells whether their gradients are wanted."""
+    if tensor is None or not (tensor.requires_grad and tensor.is_leaf):
+        return tensor
+    return tensor.view_as(tensor)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """True where oneDNN is the quicker one, unless only PyTorch's own operator can do what follows."""
+    return (
+        MKL_HOLDS_BACK
+        and len(weight) * x.numel() >= LEAST_MULTIPLICATIONS
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+        and (torch.compiler.is_compiling() or not (is_forward_mode() or is_transformed()))
+    )
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _mkl_holds_back() -> bool:
+    """True if MKL computes products for PyTorch on this processor, and does not use its AVX-512 instructions."""
+    backends = torch.backends
+    both = backends.mkl.is_available() and backends.mkldnn.is_available()
+    return both and backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
+
+
+def _processor() -> str:
+    """A description of the processor that names its vendor."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+            return file.read(1024)  # the first of many equal processors
+    except OSError:
+        return platform.processor()
+
+
+MKL_HOLDS_BACK = _mkl_holds_back()
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b by oneDNN. Its first derivatives are computed so, too, and all others by operations of PyTorch."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product_by_onednn(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        wanted = [*(is_wanted(node) for node, _ in ctx.next_functions), False]  # without a bias there is no third node
+        if not (torch.is_grad_enabled() or is_forward_mode() or is_many(g)):
+            return _gradients(ctx, g, wanted, product_by_onednn)
+        with torch.autocast("cpu", enabled=False):
+            return _gradients(ctx, g, wanted, _plainly)
+
+
+def _gradients(
+    ctx: Any, g: Float[Tensor, "N out"], wanted: Sequence[bool], product: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, W and b, as far as they are wanted."""
+    x, weight = ctx.saved_tensors
+    return (
+        product(g, weight.t()) if wanted[0] else None,
+        product(g.t(), x.t()) if wanted[1] else None,
+        g.sum(dim=0) if wanted[2] else None,
+    )
+
+
+def _plainly(a: Float[Tensor, "N in"], b: Float[Tensor, "out in"]) -> Float[Tensor, "N out"]:
+    return a @ b.mT
+
+
+@torch.library.custom_op(
+    "equilibria::product", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"
+)
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b by oneDNN, as one operator of a compiled graph."""
+    return product_by_onednn(x, weight, bias)
+
+
+@_compiled.register_fake
+def _shaped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
+def _compiled_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, g, ctx.needs_input_grad, _compiled)
+
+
+_compiled.register_autograd(_compiled_backward, setup_context=_Product.setup_context)
