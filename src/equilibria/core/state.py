@@ -228,8 +228,13 @@ def _aligned(skeleton: Any, value: Any) -> Any:
 
 
 def check_finite(z0: State, *, coupled: bool = False) -> None:
-    """Raise a ValueError that names the samples of a start that are NaN or infinite."""
+    """Raise a ValueError that names the samples of a start that are NaN or infinite, or on the meta device."""
     tensors = [tensor.detach() for tensor in tree_leaves(z0)]
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError(
+            "z0 is on the meta device, whose tensors hold no numbers, and a solve decides by numbers; put the model and "
+            "its inputs on a real device first, model.to_empty(device=…)."
+        )
     if all(math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all()) for tensor in tensors):
         return
     if coupled:
@@ -274,11 +279,6 @@ def _check_leaf(name: str, leaf: Any, *, coupled: bool) -> None:
         raise TypeError(
             f"{name} is {type(leaf).__name__}; a state is one tensor (B, *state), or a dict, tuple or list of such "
             "tensors."
-        )
-    if leaf.is_meta:
-        raise ValueError(
-            f"{name} is on the meta device, whose tensors hold no numbers, and a solve decides by numbers; put the "
-            "model and its inputs on a real device first, model.to_empty(device=…)."
         )
     if leaf.ndim < 1 and not coupled:
         raise ValueError(
