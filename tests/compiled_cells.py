@@ -26,6 +26,7 @@ from equilibria import (
 )
 from equilibria.cells import TransformerConfig, TrellisConfig
 from equilibria.core.capture import leaves_below
+from equilibria.layers import product
 from equilibria.lm.training import Trainer
 from equilibria.stability import jacobian_penalty, spectral_radius
 from small_experiment import corpus, experiment, trained_weights
@@ -126,9 +127,29 @@ def trained_with_it():
     return float((weights[1] - weights[0]).norm() / weights[0].norm())
 
 
+def products():
+    """How far compiled products by oneDNN, and their gradients, are from those of PyTorch; None without oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((3, 7, 5), (6, 5), (6,))]
+
+    def function(x, weight, bias):
+        return product.linear(product.linear(x, weight, bias).sin(), weight.t(), x).tanh()
+
+    found = []
+    for holds_back in (False, True):
+        product.MKL_HOLDS_BACK, product.LEAST_MULTIPLICATIONS = holds_back, 1
+        called = torch.compile(function, fullgraph=True) if holds_back else function
+        value = called(*given)
+        found.append(torch.cat([t.flatten() for t in (value, *torch.autograd.grad(value.square().sum(), given))]))
+    return float((found[1] - found[0]).detach().norm() / found[0].detach().norm())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     results = {f"{rule} / {shape}": compare(shape, rule, backend="aot_eager") for rule, shape in CASES}
     results["inductor"] = compare("transformer", "Implicit")
     found = {"cases": results, "leaves": leaves_of_products(), "eager": eager_where_it_must_be()}
-    print(json.dumps(found | {"training": trained_with_it()}))  # noqa: T201
+    print(json.dumps(found | {"training": trained_with_it(), "product": products()}))  # noqa: T201

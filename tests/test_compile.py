@@ -58,6 +58,10 @@ def test_what_needs_more_than_one_derivative_is_computed_eagerly(results):
     assert all(radius < 1 for radius in results["eager"]["radii"])
 
 
+def test_compiled_products_by_onednn_are_those_of_pytorch(results):
+    assert results["product"] is None or results["product"] < 1e-6
+
+
 def test_training_with_compiled_cells_gives_the_same_weights(results):
     assert results["training"] < 1e-3
 

@@ -19,12 +19,15 @@ from torch import Tensor
 from equilibria.core.batch import batch_of
 from equilibria.core.checks import check_keep, check_kind
 from equilibria.core.evaluator import Evaluator
+from equilibria.core.heap import keep_freed_memory
 from equilibria.core.maps import Map, as_map
 from equilibria.core.progress import Residuals
 from equilibria.core.solver import History, Solver
 from equilibria.core.state import Layout, State, check_finite
 from equilibria.core.stop import Status, Stop
 from equilibria.core.tracing import check_not_exported, untraced
+
+keep_freed_memory()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

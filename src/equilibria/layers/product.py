@@ -135,20 +135,21 @@ def _plainly(a: Float[Tensor, "N in"], b: Float[Tensor, "out in"]) -> Float[Tens
 
 
 @torch.library.custom_op(
-    "equilibria::product", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"
+    "equilibria::product", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 )
-def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b by oneDNN, as one operator of a compiled graph."""
     return product_by_onednn(x, weight, bias)
 
 
 @_compiled.register_fake
-def _shaped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _shaped(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    del bias
     return x.new_empty(len(x), len(weight))
 
 
 def _compiled_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, g, ctx.needs_input_grad, _compiled)
+    return _gradients(ctx, g, ctx.needs_input_grad, lambda a, b: _compiled(a, b, None))
 
 
 _compiled.register_autograd(_compiled_backward, setup_context=_Product.setup_context)
