@@ -124,7 +124,7 @@ def test_runs_are_compared_on_one_page(place, capsys):
     assert table["Forward solve"][1] == "–"
     changed = {row[0]: row[1:] for row in differences(records)}
     assert changed["model.explicit"][0] == "none"
-    assert "depth 4" in changed["model.explicit"][1]
+    assert "depth=4" in changed["model.explicit"][1]
     assert "training.seed" not in changed
     assert main(["report", "runs/My-text", "runs/My-text-4-layers"]) == 0  # its own page may be replaced
     capsys.readouterr()

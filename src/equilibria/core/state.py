@@ -232,8 +232,8 @@ def check_finite(z0: State, *, coupled: bool = False) -> None:
     tensors = [tensor.detach() for tensor in tree_leaves(z0)]
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError(
-            "z0 is on the meta device, whose tensors hold no numbers, and a solve decides by numbers; put the model and "
-            "its inputs on a real device first, model.to_empty(device=…)."
+            "z0 is on the meta device, whose tensors hold no numbers, and a solve decides by numbers; put the model "
+            "and its inputs on a real device first, model.to_empty(device=…)."
         )
     if all(math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all()) for tensor in tensors):
         return
