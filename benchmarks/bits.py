@@ -392,6 +392,7 @@ def work(tree: Path, out: Path, cases: list[str]) -> None:
         raise RuntimeError(f"equilibria was imported from {place}, which is not in {tree}.")
     print(f"  {place.parent}", flush=True)
     torch.set_num_threads(1)
+    torch.backends.mkldnn.enabled = False  # which library multiplies is no part of the comparison
     found: Tree = {}
     for case in cases:
         began = time.perf_counter()
