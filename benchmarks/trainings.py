@@ -179,7 +179,7 @@ def _steps_of(trainer: Trainer, number: int) -> Iterator[float]:
     while True:
         trainer.steps_done = begin
         trainer._enter_stage()
-        segment, began = next(iter(trainer._segments())), time.process_time()
+        segment, began = next(trainer._batches()), time.process_time()
         trainer.step(segment)
         yield time.process_time() - began
 
