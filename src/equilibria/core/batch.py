@@ -20,18 +20,8 @@ from equilibria.core.stop import Stop
 
 BLOCK = 1 << 18
 """Numbers per thread in a block of samples: few enough that the tensors of a step stay in the cache."""
-
-
-def rows_per_block(z: Float[Tensor, "B N"], solver: Solver, evaluate: Evaluator) -> int:
-    """Number of samples stepped together: all, unless they are many and small and f cannot drop samples."""
-    if not solver.by_row or z.shape[1] > SMALL or z.device.type != "cpu" or torch.is_grad_enabled():
-        return len(z)
-    block = BLOCK * torch.get_num_threads() // z.shape[1]
-    return len(z) if len(z) < 2 * block or evaluate.divisible else block
-
-
 SMALL = 16
-"""A sample of at most this many numbers is small: a step then spends more time on memory traffic than on f."""
+"""Only samples of at most this many numbers are cut into blocks: for them memory traffic takes longer than f."""
 
 
 class Whole:
@@ -139,8 +129,13 @@ class Blocks:
 def batch_of(
     z: Float[Tensor, "B N"], solver: Solver, stop: Stop, layout: Layout, evaluate: Evaluator, *, may_drop: bool
 ) -> Whole | Blocks:
-    """The batch of a solve from z; ``may_drop`` says that samples may be dropped from it, or it be cut into blocks."""
-    block = rows_per_block(z, solver, evaluate) if may_drop else len(z)
-    if block < len(z):
-        return Blocks(z, solver, stop, layout, evaluate, block)
+    """The batch of a solve from z: in blocks if there are many small samples that f cannot drop.
+
+    ``may_drop=False`` keeps it whole, so that the solver's history covers all samples.
+    """
+    size = BLOCK * torch.get_num_threads() // max(1, z.shape[1])
+    small = z.shape[1] <= SMALL and len(z) >= 2 * size > 0
+    by_row = solver.by_row and z.device.type == "cpu" and not torch.is_grad_enabled()
+    if may_drop and small and by_row and not evaluate.divisible:
+        return Blocks(z, solver, stop, layout, evaluate, size)
     return Whole(z, solver, stop, layout, evaluate)

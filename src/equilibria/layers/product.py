@@ -53,7 +53,7 @@ def linear(
 
 
 def _inner(tensor: Tensor | None) -> Tensor | None:
-    """A view of a leaf of the graph: of all other nodes autograd tells whether their gradients are wanted."""
+    """The tensor, or a view if it is a leaf: autograd tells only of inner nodes whether their gradient is wanted."""
     if tensor is None or not (tensor.requires_grad and tensor.is_leaf):
         return tensor
     return tensor.view_as(tensor)

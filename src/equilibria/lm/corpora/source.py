@@ -14,7 +14,7 @@ class Source(ABC):
     """Names a corpus and loads it. Subclasses are frozen dataclasses, whose fields are the options of the loader."""
 
     chance: ClassVar[float | None] = None
-    """Share of right answers that guessing gives in a synthetic task; None for text."""
+    """The share of answers that are right by guessing, in a synthetic task; None for text."""
 
     @abstractmethod
     def load(self) -> Corpus:

@@ -135,6 +135,6 @@ def number_steps(axes: Axes, last: int) -> None:
 
 
 def show_shares(axes: Axes) -> None:
-    """Label the values, which are shares, in percent, from 0 to 100."""
+    """Show shares between 0 and 1 as percentages, on a y-axis from 0 to 100 %."""
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(-0.03, 1.05)

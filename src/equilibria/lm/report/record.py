@@ -29,9 +29,9 @@ CHUNK = 1024
 DIRECTIONS = ("forward", "backward")
 """The solves of a training step."""
 PARTS = ("evals", "residual", "converged")
-"""The numbers of a solve that are drawn and averaged."""
+"""The numbers of a solve of which the report draws a curve and gives the mean."""
 COLUMNS = ("loss", *(f"{name} {part}" for name in DIRECTIONS for part in PARTS))
-"""The numbers of a training step that are drawn or averaged."""
+"""The numbers of a training step of which the report draws a curve or gives the mean."""
 ABSURD = (ArithmeticError, AttributeError, KeyError, StopIteration, TypeError, ValueError)
 """Errors that reading a foreign event can raise."""
 
@@ -180,7 +180,7 @@ class Record:
 
     @property
     def chance(self) -> float | None:
-        """Share of right answers that guessing gives, if the corpus is a synthetic task of the library."""
+        """The share of answers that are right by guessing, if the corpus is a synthetic task of the library."""
         return getattr(_source(self.experiment), "chance", None)
 
     @property
