@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from equilibria import ConvergenceWarning
 from equilibria.__main__ import main
 from equilibria.cells import ChainConfig
 from equilibria.commands import report, train
@@ -182,7 +183,7 @@ def test_a_model_scores_again_what_its_log_says(run, which):
     """To the last bit: solver, stop and gradient rule are those that the validation had."""
     found = trained_model(run, checkpoint=which)
     logged = [event for event in Run(run).events() if event["event"] == "valid" and event["step"] == found.step][-1]
-    again = evaluate(found.model, found.corpus.valid, **asked(logged))
+    again = evaluate(found.model, found.corpus.valid, **asked(logged), method=found.stage.evaluation_method)
     assert again.nll_per_token == logged["nats"]
     assert again.forward == logged["forward"]
     assert dataclasses.asdict(again.setting) == logged["setting"]
@@ -203,8 +204,14 @@ def test_where_two_stages_meet_the_checkpoint_is_of_the_second(place):
         assert found.step == 3
         assert found.stage == second
         assert found.model.layer.method == second.method
-        again = evaluate(found.model, found.corpus.valid, **asked(logged))
+        again = evaluate(found.model, found.corpus.valid, **asked(logged), method=second.evaluation_method)
         assert again.nll_per_token == logged["nats"]
+
+
+def test_a_model_from_a_run_warns_where_a_solve_fails(run):
+    """The trainer and the commands count failures; whoever calls the model does not."""
+    with pytest.warns(ConvergenceWarning, match="0 of 1 samples converged"):
+        trained_model(run).generate("ab", 3)
 
 
 def test_what_a_run_is_written_in_has_a_number(run):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -354,17 +357,36 @@ def test_the_doctor_says_what_is_wrong(run, place, capsys):
 # Signals
 
 
+@contextlib.contextmanager
+def started(place: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """A long training in a process of its own, which hears Ctrl-C even if the tests run in the background.
+
+    It is handed over once Python has started and loaded the command: a traceback before that is Python's own.
+    """
+    python, option, code = COMMAND
+    words = ["train", "recipe.py:small", "--data", "text", "--quiet", "--stages.1.steps", "100000", *more]
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [python, option, code.replace("; ", "; print('up', flush=True); "), *words]
+    process = subprocess.Popen(command, **pipes, cwd=place, preexec_fn=hears)
+    try:
+        assert process.stdout.readline() == "up\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_checkpoint(place, number, code):
-    words = ["train", "recipe.py:small", "--data", "text", "--quiet", "--stages.1.steps", "100000"]
-    words += ["--training.checkpoint-every", "100000", "--training.valid-every", "100000"]
-    process = subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, text=True, cwd=place)
     metrics = place / "runs" / "small" / "metrics.jsonl"
-    while not metrics.is_file() or metrics.read_text().count('"step"') < 40:
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    with started(place, "--training.checkpoint-every", "100000", "--training.valid-every", "100000") as process:
+        while not metrics.is_file() or metrics.read_text().count('"step"') < 40:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in said
     step = int(checkpoint.all_in(place / "runs" / "small" / "checkpoints")[-1].name.removeprefix("step-"))
@@ -375,13 +397,12 @@ def test_a_signal_leaves_a_checkpoint(place, number, code):
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.15, 0.5, 1.0, 1.5, 2.5])
 def test_ctrl_c_in_the_first_seconds_is_no_traceback(place, delay):
-    words = ["train", "recipe.py:small", "--data", "text", "--quiet", "--stages.1.steps", "100000"]
-    process = subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, text=True, cwd=place)
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.05)
-    if process.poll() is None:
+    with started(place) as process:
+        time.sleep(delay)
         process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+        time.sleep(0.05)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in said

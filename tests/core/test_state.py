@@ -105,6 +105,13 @@ def test_values_are_put_in_the_order_of_the_state():
 
 REFUSED = {
     "meta": (torch.zeros(2, 3, device="meta"), ValueError, r"meta device, .*model.to_empty\(device=…\)"),
+    "sparse": (torch.zeros(2, 3).to_sparse(), TypeError, "z0 is torch.sparse_coo: give .to_dense"),
+    "nested": (
+        torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=torch.jagged),
+        TypeError,
+        "nested tensor: pad its samples",
+    ),
+    "eight bits": (torch.zeros(2, 3).to(torch.float8_e4m3fn), TypeError, "float8_e4m3fn; a state is real and floating"),
     "complex": (torch.zeros(2, 3, dtype=torch.complex64), TypeError, "complex64; a state is real: .*view_as_real"),
     "integers in a leaf": ({"a": torch.zeros(2, 3), "n": torch.zeros(2, 1).long()}, TypeError, r"z0\['n'\] has dtype"),
     "None in a leaf": ([torch.zeros(2, 3), None], TypeError, r"z0\[1\] is NoneType"),

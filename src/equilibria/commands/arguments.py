@@ -183,7 +183,11 @@ def _full(word: str, known: dict[str, Any]) -> str:
     return (ends[0] if ends else name) + equals + value
 
 
-SHORT = {"--lr": ("--training.optimisation.learning-rate",), "--seed": ("--training.seed",)}
+SHORT = {
+    "--lr": ("--training.optimisation.learning-rate",),
+    "--seed": ("--training.seed",),
+    "--keep": ("--training.faults.keep",),
+}
 """Flags that everybody types, where the last name of the flag is too long, or occurs twice."""
 
 

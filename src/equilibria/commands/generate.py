@@ -7,14 +7,13 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from equilibria.commands.arguments import Run, found, parse
+from equilibria.commands.failures import failures_of
 from equilibria.commands.recipe import kinds_of
 from equilibria.commands.report import read_sample
 from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
-from equilibria.layers.layer import LayerOutput
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs.run import Which
 from equilibria.lm.runs.trained import Trained, load
@@ -74,9 +73,15 @@ def main(arguments: Sequence[str]) -> int:
         )
     prompts = options.prompt or _usual_prompt(run)
     options = dataclasses.replace(options, prompt=prompts)
-    failed = _Failures(loaded)
+    with failures_of(loaded) as failed:
+        _show(prompts, _pieces(loaded, options))
+    for note in (*loaded.vocabulary.remarks(prompts), *failed.notes()):
+        complain(f"note: {note}")
+    return 0
+
+
+def _show(prompts: Sequence[str], pieces: Iterator[tuple[str, ...]]) -> None:
     # The first token comes before anything is printed: an impossible prompt gives its sentence and nothing else.
-    pieces = _pieces(loaded, options)
     first = next(pieces)
     # What a terminal gets is for eyes, and must not steer it; a pipe or a file gets the text as it is.
     shown = visible if sys.stdout.isatty() else str
@@ -89,9 +94,6 @@ def main(arguments: Sequence[str]) -> int:
             sys.stdout.write(shown(piece))
             sys.stdout.flush()
     sys.stdout.write("\n")
-    for note in (*loaded.vocabulary.remarks(prompts), *failed.notes()):
-        complain(f"note: {note}")
-    return 0
 
 
 def _usual_prompt(run: Path) -> tuple[str, ...]:
@@ -108,27 +110,3 @@ def _pieces(loaded: Trained, options: Options) -> Iterator[tuple[str, ...]]:
         return loaded.pieces(options.prompt or (), **{name: getattr(options, name) for name in names})
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-class _Failures:
-    """Counts the solves of a generation that end without meeting their tolerance."""
-
-    def __init__(self, loaded: Trained) -> None:
-        self._solves, self._failed = 0, 0
-        method = loaded.stage.evaluation_method
-        self._has_tolerance = method is not None and method.stop.has_tolerance
-        loaded.model.layer.register_forward_hook(self._count)
-
-    def _count(self, layer: Any, given: Any, output: LayerOutput) -> None:
-        if output.solution is not None and self._has_tolerance:
-            self._solves += output.solution.converged.numel()
-            self._failed += int((~output.solution.converged).sum())
-
-    def notes(self) -> list[str]:
-        """One sentence, if there were any."""
-        if not self._failed:
-            return []
-        return [
-            f"{self._failed:,} of {self._solves:,} solves did not converge, so the text may depend on its company; "
-            "`equilibria evaluate` tells how the model does on its own corpus."
-        ]

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from equilibria.commands import report
 from equilibria.commands.arguments import parse
+from equilibria.commands.failures import failures_of
 from equilibria.commands.interrupt import Asked, interrupted
 from equilibria.commands.recipe import experiment_of
 from equilibria.commands.terminal import complain
@@ -295,4 +296,6 @@ def _sample(run: Run, experiment: Experiment, corpus: Corpus) -> None:
     line = text[text.find("\n") + 1 :].lstrip()
     words = re.match(r"(\S+\s+){0,7}\S{1,40}", line)
     prompt = line[:40] if corpus.unit == "character" or words is None else words[0]
-    report.write_sample(run.path, prompt=prompt, text=loaded.generate(prompt, SAMPLE[corpus.unit]))
+    with failures_of(loaded):  # the closing table has the share of solves that converge
+        text = loaded.generate(prompt, SAMPLE[corpus.unit])
+    report.write_sample(run.path, prompt=prompt, text=text)

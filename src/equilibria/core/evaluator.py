@@ -83,7 +83,8 @@ class Evaluator:
                 error.add_note(
                     f"f was called with the start z0 = {described(z, coupled=True)} of {self._layout.dtypes()}. If the "
                     "error is about shapes or dtypes, give a z0 (start= of a layer, whose default is zeros like the "
-                    "input) with the shape and the dtype of what f returns."
+                    "input) with the shape and the dtype of what f returns. If it is about the number of arguments: f "
+                    "is called with the state first, f(z, *inputs)."
                 )
             raise
 

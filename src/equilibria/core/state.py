@@ -280,6 +280,9 @@ def _check_leaf(name: str, leaf: Any, *, coupled: bool) -> None:
             f"{name} is {type(leaf).__name__}; a state is one tensor (B, *state), or a dict, tuple or list of such "
             "tensors."
         )
+    if leaf.is_nested or leaf.layout is not torch.strided:
+        kind = "a nested tensor: pad its samples to one shape" if leaf.is_nested else f"{leaf.layout}: give .to_dense()"
+        raise TypeError(f"{name} is {kind}; a state is dense.")
     if leaf.ndim < 1 and not coupled:
         raise ValueError(
             f"{name} is a single number; a state has a batch axis first: try z0.reshape(1, 1), or coupled=True."
@@ -289,7 +292,7 @@ def _check_leaf(name: str, leaf: Any, *, coupled: bool) -> None:
             f"{name} has dtype {leaf.dtype}; a state is real: give torch.view_as_real(z0) and let f convert it with "
             "torch.view_as_complex, which keeps gradients."
         )
-    if not leaf.dtype.is_floating_point:
+    if leaf.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
             f"{name} has dtype {leaf.dtype}; a state is real and floating: float64, float32, bfloat16, float16."
         )

@@ -95,11 +95,15 @@ class Experiment:
         names = (stage.name for stage in self.stages)
         raise ValueError(f"There is no stage {name!r} in {self.name!r}; {nearest_or_all(name, names)}")
 
-    def build(self, corpus: Corpus | Language, stage: Stage | None = None) -> LanguageModel:
+    def build(self, corpus: Corpus | Language, stage: Stage | None = None, *, counted: bool = False) -> LanguageModel:
         """The model with new weights, drawn from PyTorch's global generator.
 
-        Its method is that of ``stage``, by default the last one. The trainer passes a method with every step.
+        Args:
+            corpus: its vocabulary gives the number of tokens.
+            stage: its method is that of the model; None for the last stage. The trainer passes a method with every
+                step.
+            counted: True if the caller counts failed solves, as the trainer does; False for a model that warns of them.
         """
         stage = stage or self.stages[-1]
-        size, how = len(corpus.vocabulary), {"method": stage.training_method, "eval_stop": stage.eval_stop}
-        return self.model.build(size, depth=stage.depth, **how)
+        method = stage.training_method if counted else stage.method
+        return self.model.build(len(corpus.vocabulary), depth=stage.depth, method=method, eval_stop=stage.eval_stop)

@@ -71,7 +71,7 @@ class Trainer:
         self.experiment, self.run, self.corpus = experiment, run, corpus
         self.log = Log(run, on_event, ranks)
         self.device = choose_device(devices.device)
-        self.model = experiment.build(corpus).to(self.device)
+        self.model = experiment.build(corpus, counted=True).to(self.device)
         if devices.compile:
             compile_cells(self.model)
         replica = ranks.spread(self.model, bfloat16=training.optimisation.precision == "bfloat16")
