@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from equilibria.cells.transformer.attention import Attention
 from equilibria.cells.transformer.cache import KeyValueCache
-from equilibria.cells.transformer.decay import DecayPositions
 from equilibria.cells.transformer.fused import Form
 from equilibria.cells.transformer.past import (
     KeyValues,
@@ -29,7 +28,7 @@ from equilibria.cells.transformer.past import (
     check_past,
     joined_padding,
 )
-from equilibria.cells.transformer.positions import Positions, Rotation
+from equilibria.cells.transformer.positions import DecayPositions, Positions, Rotation
 from equilibria.cells.transformer.prepared import (
     PastRead,
     TransformerKept,
