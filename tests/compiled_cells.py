@@ -25,7 +25,7 @@ from equilibria import (
     Unroll,
 )
 from equilibria.cells import TransformerConfig, TrellisConfig
-from equilibria.core.capture import leaves_below
+from equilibria.core.graph import leaves_below
 from equilibria.layers import product
 from equilibria.lm.training import Trainer
 from equilibria.stability import jacobian_penalty, spectral_radius

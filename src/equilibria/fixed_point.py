@@ -12,8 +12,8 @@ import torch
 from equilibria.core.checks import check_choices, check_keep, check_kind
 from equilibria.core.failure import WAYS, OnFailure, report
 from equilibria.core.gradient import GradientRule
+from equilibria.core.graph import refused_if_untracked
 from equilibria.core.maps import FunctionMap, Map, as_map
-from equilibria.core.refusal import refused_if_untracked
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State

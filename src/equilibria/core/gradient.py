@@ -10,8 +10,8 @@ import torch
 from torch.autograd import forward_ad
 
 from equilibria.core.failure import OnFailure
+from equilibria.core.graph import kept
 from equilibria.core.maps import Map
-from equilibria.core.saved import kept
 from equilibria.core.solve import Solution, solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import State

@@ -18,9 +18,9 @@ from torch.autograd import forward_ad
 from equilibria.core.diagnosis import FORWARD, Solve
 from equilibria.core.failure import OnFailure, check_repeats, is_heard
 from equilibria.core.gradient import ForwardSolve, point_of
+from equilibria.core.graph import refused
 from equilibria.core.maps import AffineMap, Linearised, Map
 from equilibria.core.progress import relative
-from equilibria.core.refusal import refused
 from equilibria.core.solve import Solution, solve_from
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from equilibria.core.graph import refused_if_untracked
 from equilibria.core.maps import Map
-from equilibria.core.refusal import refused_if_untracked
 from equilibria.core.solve import Solution
 from equilibria.core.state import State
 from equilibria.fixed_point import Method

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equilibria.core.refusal import refused_if_untracked
+from equilibria.core.graph import refused_if_untracked
 from equilibria.core.solve import Solution
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
