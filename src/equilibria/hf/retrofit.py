@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from equilibria.core.failure import OnFailure
 from equilibria.core.gradient import GradientRule
 from equilibria.core.solver import Solver
-from equilibria.core.stop import Stop
+from equilibria.core.stop import OnFailure, Stop
 from equilibria.fixed_point import Method
 from equilibria.gradients.implicit import Implicit
 from equilibria.hf.loop import Hidden, Loop, Place, Settings

@@ -8,11 +8,10 @@ import torch.distributed as dist
 from torch import nn
 
 from equilibria.core.checks import check_kind
-from equilibria.core.failure import OnFailure
 from equilibria.core.gradient import GradientRule
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
-from equilibria.core.stop import Stop
+from equilibria.core.stop import OnFailure, Stop
 from equilibria.core.tracing import untraced
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Buffers, CellMap, as_cell, check_rows
