@@ -26,7 +26,7 @@ from equilibria import (
 )
 from equilibria.cells import TransformerConfig, TrellisConfig
 from equilibria.core.graph import leaves_below
-from equilibria.layers import product
+from equilibria.layers import linear as product
 from equilibria.lm.training import Trainer
 from equilibria.stability import jacobian_penalty, spectral_radius
 from small_experiment import corpus, experiment, trained_weights

@@ -14,7 +14,7 @@ from equilibria.commands.recipe import kinds_of
 from equilibria.commands.report import read_sample
 from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
-from equilibria.layers.layer import LayerOutput
+from equilibria.layers.equilibrium import LayerOutput
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs.run import Which
 from equilibria.lm.runs.trained import Trained, load

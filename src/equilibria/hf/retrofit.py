@@ -19,7 +19,7 @@ from equilibria.core.stop import OnFailure, Stop
 from equilibria.fixed_point import Method
 from equilibria.gradients.implicit import Implicit
 from equilibria.hf.loop import Hidden, Loop, Place, Settings
-from equilibria.layers.layer import LayerOutput
+from equilibria.layers.equilibrium import LayerOutput
 from equilibria.lm.experiments.serialise import part_from_json, part_to_json
 
 RECORD = "equilibrium_loop"

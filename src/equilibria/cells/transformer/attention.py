@@ -20,8 +20,7 @@ from equilibria.cells.transformer.fused import Form, FusedTerm, attend, prepare_
 from equilibria.cells.transformer.positions import Positions, Rotation
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
-from equilibria.layers.linear import Init, LinearWeights, NormedLinear, weights_of
-from equilibria.layers.product import linear
+from equilibria.layers.linear import Init, LinearWeights, NormedLinear, linear, weights_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

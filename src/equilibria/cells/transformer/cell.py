@@ -41,8 +41,8 @@ from equilibria.cells.transformer.rotary import RotaryPositions
 from equilibria.core.checks import check_at_least, check_choices
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, add_masked, check_rate, dropout_mask, masked
-from equilibria.layers.linear import INITS, Held, Init, LinearWeights, NormedLinear, weights_of
-from equilibria.layers.product import linear
+from equilibria.layers.held import Held
+from equilibria.layers.linear import INITS, Init, LinearWeights, NormedLinear, linear, weights_of
 from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_width
 
 WINDOW = 1000
