@@ -30,7 +30,7 @@ from torchdeq import get_deq
 
 from equilibria import Anderson, Broyden, Cell, Implicit, Layer, LayerOutput, Method, Solver, Stop
 from equilibria.core.maps import as_map
-from equilibria.layers.layer import check_no_method
+from equilibria.layers.equilibrium import check_no_method
 from equilibria.lm.corpora import Segment, Segments, Stream
 from equilibria.lm.device import device_of, to
 from equilibria.lm.model import LanguageModel

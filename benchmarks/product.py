@@ -22,7 +22,7 @@ from attention import Measured, Size, timed
 from machine import publish
 
 from equilibria.cells import TransformerConfig
-from equilibria.layers.product import MKL_HOLDS_BACK
+from equilibria.layers.linear import MKL_HOLDS_BACK
 from equilibria.lm.experiments import Experiment
 from equilibria.lm.recipes import ptb, tiny
 

@@ -11,7 +11,7 @@ import torch
 from device import seconds
 from torch import Tensor
 
-from equilibria.layers.layer import LayerOutput
+from equilibria.layers.equilibrium import LayerOutput
 from equilibria.lm.corpora import Segment
 from equilibria.lm.model import LanguageModel, LanguageOutput
 from equilibria.lm.model.modes import eval_mode

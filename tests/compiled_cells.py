@@ -25,8 +25,8 @@ from equilibria import (
     Unroll,
 )
 from equilibria.cells import TransformerConfig, TrellisConfig
-from equilibria.core.capture import leaves_below
-from equilibria.layers import product
+from equilibria.core.graph import leaves_below
+from equilibria.layers import linear as product
 from equilibria.lm.training import Trainer
 from equilibria.stability import jacobian_penalty, spectral_radius
 from small_experiment import corpus, experiment, trained_weights

@@ -20,8 +20,8 @@ from equilibria.lm.training.optimiser import (
     build_optimiser,
     note_validation,
     restart_averages,
-    set_learning_rate,
 )
+from equilibria.lm.training.step import set_learning_rate
 from small_experiment import corpus, experiment, same_bits, trained_weights
 
 WINDOW = NonMonotone(window=1, divide=4.0, floor=0.0)

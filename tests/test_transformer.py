@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from equilibria import Anderson, Equilibrium, Implicit, Picard, Stop, Unroll
 from equilibria.cells import TransformerConfig, TransformerMemory
-from equilibria.cells.transformer.decay import slopes
-from equilibria.cells.transformer.positions import Rotation
+from equilibria.cells.transformer.positions import Rotation, slopes
 from equilibria.cells.transformer.relative import relative_shift, sinusoids
 from equilibria.layers.dropout import dropout_mask
 from equilibria.layers.linear import NormedLinear

@@ -22,9 +22,8 @@ from equilibria.errors import EquilibriaError
 from equilibria.fixed_point import Method, fixed_point, implicit
 from equilibria.gradients import Implicit, Neumann, Phantom, ReversibleGradient, Shine, Unroll
 from equilibria.layers.cell import Cell, Prepared
-from equilibria.layers.equilibrium import Equilibrium
+from equilibria.layers.equilibrium import Equilibrium, Layer, LayerOutput
 from equilibria.layers.explicit import Stack, Unrolled
-from equilibria.layers.layer import Layer, LayerOutput
 from equilibria.layers.sequence import SequenceCell
 from equilibria.peak_memory import PeakMemory
 from equilibria.solvers import Anderson, Broyden, NewtonKrylov, Picard, Reversible

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from equilibria.core.checks import check_choices, check_keep, check_kind
-from equilibria.core.failure import WAYS, OnFailure, report
+from equilibria.core.failure import report
 from equilibria.core.gradient import GradientRule
+from equilibria.core.graph import refused_if_untracked
 from equilibria.core.maps import FunctionMap, Map, as_map
-from equilibria.core.refusal import refused_if_untracked
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
-from equilibria.core.stop import Stop
+from equilibria.core.stop import REACTIONS, OnFailure, Stop, is_heard
 from equilibria.core.tracing import untraced
 from equilibria.gradients.implicit import Implicit
 from equilibria.gradients.neumann import Neumann
@@ -52,7 +52,7 @@ class Method:
         check_kind("solver", self.solver, Solver, "Anderson()")
         check_kind("stop", self.stop, Stop, "Stop(rtol=1e-3)")
         check_kind("gradient", self.gradient, GradientRule, "Implicit()")
-        check_choices(self, {"on_failure": WAYS})
+        check_choices(self, {"on_failure": REACTIONS})
         check_keep(self.keep)
 
     @untraced
@@ -67,7 +67,8 @@ class Method:
             ConvergenceError: the same, if ``on_failure`` is "raise".
         """
         solution = self.gradient.run(f, z0, self)
-        report(solution, self.stop, self.on_failure)
+        if is_heard(self.stop, self.on_failure):
+            report(solution, self.stop, self.on_failure)
         z, iterates = refused_if_untracked((solution.z, solution.iterates))
         return dataclasses.replace(solution, z=z, iterates=iterates)
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
+from equilibria.core.graph import kept, refused_if_lacking
 from equilibria.core.maps import AffineMap, Map, as_map
 from equilibria.core.progress import relative
-from equilibria.core.refusal import refused_if_lacking
-from equilibria.core.saved import kept
 from equilibria.core.solve import solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State

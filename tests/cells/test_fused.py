@@ -253,7 +253,7 @@ def test_wide_heads_take_the_exact_form_on_a_gpu(width, expected):
 
     attention = dataclasses.replace(SMALL, width=width, heads=4 if expected else 2, attention="fused").build().attention
     like = torch.zeros(1).as_subclass(OnGpu)
-    found = prepare_fused("fused", attention.positions, attention.u, batch=1, queries=4, memory=0, like=like)
+    found = prepare_fused(attention.positions, attention.u, if_quicker=False, batch=1, queries=4, memory=0, like=like)
     assert (found is not None) == expected
 
 
@@ -275,4 +275,4 @@ def test_auto_takes_the_quicker_form_of_the_measured_sizes(width, batch, time, e
     """Those of benchmarks/attention.py."""
     attention = TransformerConfig(width=width, heads=4, attention="auto", window=1024).build().attention
     span = {"batch": batch, "queries": time, "memory": 0, "like": torch.zeros(1)}
-    assert (prepare_fused("auto", attention.positions, attention.u, **span) is not None) == expected
+    assert (prepare_fused(attention.positions, attention.u, if_quicker=True, **span) is not None) == expected

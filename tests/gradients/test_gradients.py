@@ -24,6 +24,7 @@ from equilibria import (
     fixed_point,
     solve,
 )
+from equilibria.core.gradient import solve_without_graph
 from equilibria.core.maps import as_map
 from equilibria.stability import spectral_radius
 from equilibria.testing.problems import tanh_map
@@ -323,6 +324,26 @@ def test_wrong_parts_are_named(choice, words):
         fixed_point(torch.tanh, torch.zeros(1, 2), **choice)
     with pytest.raises(TypeError, match="f comes first"):
         fixed_point(torch.zeros(1, 2), torch.tanh)
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"solver": Anderson}, r"solver is the class Anderson; it must be a Solver, for example Anderson\(\)"),
+        ({"stop": 1e-4}, r"stop is 0.0001; it must be a Stop"),
+    ],
+)
+def test_wrong_parts_of_a_rule_are_named_before_the_solve(choice, words):
+    """Its own when it is made, and what it gives to the forward solve in place of the method's."""
+    calls = []
+    with pytest.raises(TypeError, match=words):
+        Implicit(**choice)
+    with pytest.raises(TypeError, match=words):
+        solve_without_graph(as_map(calls.append), torch.zeros(1, 2), Method(), **choice)
+    with pytest.raises(TypeError, match=words):
+        solve(calls.append, torch.zeros(1, 2), **{"solver": Anderson(), "stop": Stop(), **choice})
+    assert not calls
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from equilibria.cells import TransformerConfig
-from equilibria.layers import product
+from equilibria.layers import linear as product
 from equilibria.layers.cell import CellMap
-from equilibria.layers.product import linear
+from equilibria.layers.linear import linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 ROWS, IN, OUT = 37, 19, 23

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from equilibria import ConvergenceWarning
-from equilibria.layers.layer import LayerOutput
+from equilibria.layers.equilibrium import LayerOutput
 from equilibria.lm.runs.trained import Trained
 
 

@@ -1,8 +1,8 @@
-"""The tensors that a closure reads: found in a graph, or recorded while the closure runs."""
+"""The tensors that a closure reads, recorded while it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,28 +10,6 @@ from torch.overrides import TorchFunctionMode
 
 from equilibria.core.trees import map_tensors, tensors_in
 from equilibria.torch_private import is_of_transform
-
-
-def leaves_below(values: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The leaves that can receive a gradient from one of ``values``, in the order in which they are met."""
-    yield from (value for value in values if value.requires_grad and value.is_leaf)
-    for node in nodes_below(values):
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            yield variable
-
-
-def nodes_below(values: Sequence[Tensor]) -> Iterator[Any]:
-    """The nodes of the graph of ``values``, in the order in which they are met."""
-    pending: list[Any] = [value.grad_fn for value in values]
-    seen = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        pending.extend(following for following, _ in node.next_functions)
 
 
 class Constants(TorchFunctionMode):

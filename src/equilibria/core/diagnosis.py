@@ -75,7 +75,7 @@ def diagnosis(solution: Solution, stop: Stop, solve: Solve) -> Message:
         f"{float(solution.residual.max()):.1e}, {said}"
     )
     own = "" if solve.is_forward else f" {_OWN}"
-    # Coupled samples that are solved one by one fail together; if some have converged, ``check_repeats`` sees it.
+    # Coupled samples that are solved one by one fail together; if some have converged, ``gradients.repeats`` sees it.
     together = total > 1 and done == 0 and said not in UNCOUPLED
     coupled = f" If f mixes the {total} samples, pass coupled=True." if together else ""
     return Message(what, f"{advice}{own}{coupled}", kind=f"{solve.name}, {said}")

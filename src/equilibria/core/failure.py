@@ -12,22 +12,17 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import jaxtyping
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from equilibria.core.diagnosis import FORWARD, Message, Solve, diagnosis
 from equilibria.core.solve import Solution
-from equilibria.core.stop import Stop
+from equilibria.core.stop import OnFailure, Stop
 from equilibria.errors import EquilibriaError
 from equilibria.torch_private import is_batched
-
-OnFailure = Literal["warn", "raise", "ignore"]
-"""The reaction to a solve that does not converge."""
-WAYS = ("warn", "raise", "ignore")
 
 
 class ConvergenceWarning(UserWarning):
@@ -45,19 +40,16 @@ class ConvergenceError(EquilibriaError, RuntimeError):
 def report(solution: Solution, stop: Stop, on_failure: OnFailure, *, of: Solve = FORWARD) -> None:
     """Report the samples of ``solution`` that did not converge; inside vmap, where no value can be read, do nothing.
 
+    Call ``is_heard`` first.
+
     Args:
         solution: the result of the solve.
-        stop: the stop of the solve; without tolerance it was a network of fixed depth, which cannot fail.
+        stop: the stop of the solve.
         on_failure: warn, raise or ignore.
         of: which solve it was, for the message.
     """
-    if is_heard(stop, on_failure) and not is_batched():
+    if not is_batched():
         tell(~solution.converged, lambda: diagnosis(solution, stop, of), on_failure)
-
-
-def is_heard(stop: Stop, on_failure: OnFailure) -> bool:
-    """True if a failed solve with this stop is reported; without a tolerance a solve cannot fail."""
-    return stop.has_tolerance and on_failure != "ignore"
 
 
 def tell(flags: Bool[Tensor, " B"], message: Callable[[], Message], on_failure: OnFailure) -> None:
@@ -104,40 +96,3 @@ ADVISED: set[tuple[str, str, int]] = set()
 
 _OWN = (*(str(Path(path).parent) for path in (torch.__file__, jaxtyping.__file__)), str(Path(__file__).parents[1]), "<")
 """Prefixes of files that are not the user's: a warning names the first line outside them."""
-
-
-COUPLED = (
-    "Either f mixes the samples of the batch (attention over the batch, batch norm in training, a graph whose nodes "
-    "are the batch axis): pass coupled=True. Or f does not give the same bits twice (dropout inside it): draw "
-    "its masks before the solve."
-)
-RANDOM = "f does not give the same bits twice (dropout inside it?): draw what is random before the solve."
-
-
-def check_repeats(
-    change: Float[Tensor, " B"], stop: Stop, on_failure: OnFailure, *, eps: float, coupled: bool, of: Solve
-) -> None:
-    """Report an f whose value has changed when it is evaluated once more at the end of a solve.
-
-    The check is nearly free. It detects an f that mixes samples without ``coupled=True``, or that draws random numbers.
-
-    Args:
-        change: the change of the value, relative to its norm; NaN for samples that are not finite anyway.
-        stop: the stop of the solve; a change of rtol/10 is allowed.
-        on_failure: warn, raise or ignore.
-        eps: the rounding unit of f; a change of 30·eps is allowed on top.
-        coupled: True if the samples are solved as one problem.
-        of: which solve it was, for the message.
-    """
-    differs = change > 0.1 * stop.rtol + 30 * eps
-
-    def message() -> Message:
-        worst = float(torch.where(differs, change, 0.0).max())
-        what = (
-            f"{of.name}: f was evaluated once more at the end, and its value has changed in {int(differs.sum())} of "
-            f"{len(differs)} samples, by up to {worst:.1e} of its norm, so the result is wrong by about that much"
-        )
-        advice = RANDOM if coupled else COUPLED
-        return Message(what, advice, kind=f"{of.name}, {advice}")
-
-    tell(differs, message, on_failure)

@@ -9,13 +9,13 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch.autograd import forward_ad
 
-from equilibria.core.failure import OnFailure
+from equilibria.core.checks import check_kind
+from equilibria.core.graph import kept
 from equilibria.core.maps import Map
-from equilibria.core.saved import kept
-from equilibria.core.solve import Solution, solve
+from equilibria.core.solve import Solution, solve_from
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
-from equilibria.core.stop import Stop
+from equilibria.core.stop import OnFailure, Stop
 from equilibria.core.trees import map_tensors, tensors_in
 from equilibria.torch_private import is_forward_mode, is_transformed, without_forward_mode
 
@@ -88,15 +88,19 @@ def solve_without_graph(
         keep_history: keep all samples in the batch to the end, and return the solver's history of them.
         forward_mode: True if the rule handles tangents that f reads; otherwise they raise a RuntimeError.
     """
+    if solver is not None:
+        check_kind("solver", solver, Solver, "Anderson()")
+    if stop is not None:
+        check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
     _check_no_transform()
     if not forward_mode:
         _check_no_tangent(f, z0)
     with torch.no_grad(), without_forward_mode(), kept():
-        solution = solve(
+        solution = solve_from(
+            [map_tensors(torch.Tensor.detach, z0)],
             f,
-            map_tensors(torch.Tensor.detach, z0),
-            solver or method.solver,
-            stop or method.stop,
+            method.solver if solver is None else solver,
+            method.stop if stop is None else stop,
             coupled=method.coupled,
             keep=method.keep,
             drop_converged=not keep_history,

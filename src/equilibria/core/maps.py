@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from equilibria.core.capture import leaves_below
-from equilibria.core.saved import SavedTensors
+from equilibria.core.graph import SavedTensors, leaves_below
 from equilibria.core.state import Layout, State
 from equilibria.core.tracing import untraced
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors

@@ -25,7 +25,7 @@ from equilibria.core.progress import Residuals
 from equilibria.core.solver import History, Solver
 from equilibria.core.state import Layout, State, check_finite
 from equilibria.core.stop import Status, Stop
-from equilibria.core.tracing import check_not_exported, untraced
+from equilibria.core.tracing import INSTEAD, untraced
 
 keep_freed_memory()
 
@@ -129,9 +129,13 @@ def solve(
         ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes structure, shape, dtype or
             device.
     """
+    check_kind("solver", solver, Solver, "Anderson()")
+    check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
+    check_keep(keep)
     return solve_from([z0], f, solver, stop, coupled=coupled, keep=keep, drop_converged=drop_converged)
 
 
+@untraced
 def solve_from(
     start: list[State],
     f: Map | Callable[[State], State],
@@ -142,14 +146,11 @@ def solve_from(
     keep: Sequence[int] = (),
     drop_converged: bool = True,
 ) -> Solution:
-    """``solve`` from the state that the list holds, which is taken out of it.
+    """``solve`` from the state that the list holds, which is taken out of it; the settings are right already.
 
     A start that nothing else holds is free after the first step; an argument would be held by every caller's frame.
     """
-    check_not_exported()
-    check_kind("solver", solver, Solver, "Anderson()")
-    check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
-    check_keep(keep)
+    _check_not_exported()
     z0 = start.pop()
     layout = Layout.of(z0, coupled=coupled)
     check_finite(z0, coupled=coupled)
@@ -185,6 +186,15 @@ def solve_from(
         history=batch.history,
         iterates=(*kept, *[layout.unpack(found.z)] * (len(keep) - len(kept))),
     )
+
+
+def _check_not_exported() -> None:
+    """Raise a RuntimeError inside torch.export and torch.jit.trace, which would record the steps of one batch."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        raise RuntimeError(
+            "A solve cannot be exported or traced, since its number of evaluations of f depends on the data; "
+            f"{INSTEAD}, and export that."
+        )
 
 
 def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:

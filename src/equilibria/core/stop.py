@@ -1,4 +1,4 @@
-"""When a sample is done, by the norm of its residual, and how its solve ended.
+"""When a sample is done, by the norm of its residual; how its solve ended, and whether a failure is heard.
 
 Letters: B batch, L leaves of the state, N flattened state.
 """
@@ -131,3 +131,12 @@ _ADVICE = {
         "learning rate, or damp the solver."
     ),
 }
+
+OnFailure = Literal["warn", "raise", "ignore"]
+"""The reaction to a solve that does not converge."""
+REACTIONS: tuple[OnFailure, ...] = ("warn", "raise", "ignore")
+
+
+def is_heard(stop: Stop, on_failure: OnFailure) -> bool:
+    """True if a failed solve with this stop is reported; without a tolerance a solve cannot fail."""
+    return stop.has_tolerance and on_failure != "ignore"

@@ -1,18 +1,17 @@
-"""How PyTorch's tracers treat a solve: torch.compile runs it between two graphs, and torch.export refuses it."""
+"""How torch.compile treats a solve: it runs between two graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import torch
-
 from equilibria.torch_private import outside_of_graphs
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_INSTEAD = "unroll the equilibrium to a fixed depth, Unrolled(layer.cell, depth=30), which has the same parameters"
+INSTEAD = "unroll the equilibrium to a fixed depth, Unrolled(layer.cell, depth=30), which has the same parameters"
+"""The advice to those who need one graph."""
 
 
 def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -24,14 +23,5 @@ def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return outside_of_graphs(
         function,
         "the number of evaluations of f depends on the data, so a solve runs between compiled graphs: leave out "
-        f"fullgraph=True, or {_INSTEAD}",
+        f"fullgraph=True, or {INSTEAD}",
     )
-
-
-def check_not_exported() -> None:
-    """Raise a RuntimeError inside torch.export and torch.jit.trace, which would record the steps of one batch."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-        raise RuntimeError(
-            "A solve cannot be exported or traced, since its number of evaluations of f depends on the data; "
-            f"{_INSTEAD}, and export that."
-        )

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from equilibria.core.capture import Unknown
 from equilibria.core.diagnosis import ADJOINT, FORWARD, TANGENT, Solve
-from equilibria.core.failure import OnFailure, report
+from equilibria.core.failure import report
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import FunctionMap, Map
 from equilibria.core.progress import Residuals
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
-from equilibria.core.stop import Stop
+from equilibria.core.stop import OnFailure, Stop, is_heard
 from equilibria.core.tracing import untraced
 from equilibria.gradients.linearise import solve_linear, solve_rows
 from equilibria.torch_private import forward_modes, is_batched, without_forward_mode
@@ -113,7 +113,8 @@ class System:
         else:
             found = solve_rows(FunctionMap(f), [x0], self.layout, self.solver, self.stop, keep=self.keep)
         self.evals.append(found.evals)
-        report(found, self.stop, self.on_failure, of=self.of)
+        if is_heard(self.stop, self.on_failure):
+            report(found, self.stop, self.on_failure, of=self.of)
         return found
 
     def adjoint(self) -> System:

@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from equilibria.core.failure import OnFailure
 from equilibria.core.maps import Linearised, Map, linearised_through
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout
-from equilibria.core.stop import Stop
+from equilibria.core.stop import OnFailure, Stop
 from equilibria.core.tracing import untraced
 from equilibria.gradients.linearise import Edge
 from equilibria.torch_private import at_the_end, task

@@ -11,14 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.core.checks import check_kind
 from equilibria.core.diagnosis import ADJOINT, TANGENT
-from equilibria.core.failure import OnFailure, report
+from equilibria.core.failure import report
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
-from equilibria.core.stop import Stop
+from equilibria.core.stop import OnFailure, Stop, is_heard
 from equilibria.gradients.functional import solved
 from equilibria.gradients.higher import AdjointMap, RowsMethod, TangentMap, deliver, through
 from equilibria.gradients.linearise import (
@@ -28,12 +29,12 @@ from equilibria.gradients.linearise import (
     Point,
     as_state,
     attached,
-    check_arrival,
     needs_leaves,
     solve_adjoint,
     solve_linear,
     split_dual,
 )
+from equilibria.gradients.repeats import check_arrival
 from equilibria.solvers.anderson import Anderson
 from equilibria.torch_private import is_transformed, without_forward_mode
 
@@ -56,6 +57,10 @@ class Implicit(GradientRule):
     """Solves the adjoint system."""
     stop: Stop = Stop()
     """Tolerances of the adjoint system, in units of ‖g‖, and its budget, in VJPs."""
+
+    def __post_init__(self) -> None:
+        check_kind("solver", self.solver, Solver, "Anderson()")
+        check_kind("stop", self.stop, Stop, "Stop(rtol=1e-3)")
 
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution, with f(z*) as its differentiable z."""
@@ -106,16 +111,23 @@ class _Systems(Orders):
             system = TangentMap(there, layout, h)
             with torch.no_grad():
                 found = solve_linear(system.linear, h, layout, rule.solver, rule.stop)
-            report(found, rule.stop, self.on_failure, of=TANGENT)
+            if is_heard(rule.stop, self.on_failure):
+                report(found, rule.stop, self.on_failure, of=TANGENT)
             return self._differentiable(system, found, layout)
 
     def _solve_adjoint(self, point: Point, g: Float[Tensor, "B N"]) -> Solution:
         rule = self.rule
         found = solve_adjoint(point, g, rule.solver, rule.stop)
         self.solved.append(as_state(point, found))
-        report(found, rule.stop, self.on_failure, of=ADJOINT)
-        check_arrival(point, g, found, rule.stop, self.on_failure, of=ADJOINT)
+        if is_heard(rule.stop, self.on_failure):
+            self._report(point, g, found)
         return found
+
+    def _report(self, point: Point, g: Float[Tensor, "B N"], found: Solution) -> None:
+        said = {"stop": self.rule.stop, "on_failure": self.on_failure, "of": ADJOINT}
+        report(found, **said)
+        if point.copies is None:
+            check_arrival(point.linearised, g, found, point.layout, **said)
 
     def _differentiable(self, system: Map, found: Solution, layout: Layout) -> Float[Tensor, "B N"]:
         """The solution of a linear system of rows, differentiable by this same rule.

@@ -15,19 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from equilibria.core.diagnosis import FORWARD, Solve
-from equilibria.core.failure import OnFailure, check_repeats, is_heard
 from equilibria.core.gradient import ForwardSolve, point_of
+from equilibria.core.graph import refused
 from equilibria.core.maps import AffineMap, Linearised, Map
-from equilibria.core.progress import relative
-from equilibria.core.refusal import refused
 from equilibria.core.solve import Solution, solve_from
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
-from equilibria.core.stop import Stop, row_norm
+from equilibria.core.stop import Stop, is_heard, row_norm
 from equilibria.core.tracing import untraced
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
-from equilibria.torch_private import by_older_vmap, is_forward_mode, is_last, is_many, is_transformed, will_run
+from equilibria.gradients.repeats import check_value
+from equilibria.torch_private import by_older_vmap, is_forward_mode, is_last, is_many, is_transformed
 
 Edge = Any
 """A node of autograd's graph and the number of one of its outputs, as in ``next_functions``."""
@@ -113,8 +111,7 @@ def attached(
     fz, constant = point.linearised.value, point.linearised.constant
     known = map_tensors(Tensor.detach, fz)
     if checked and is_heard(method.stop, method.on_failure):
-        with torch.no_grad():
-            check_again(method, change(layout.pack(known), recorded(solution, layout), method.stop, layout), known)
+        check_value(known, solution, method, layout)
     # The same bits as the f(z*) of the solve, whose memory is released.
     out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1, point=point_of(solution, method))
     primal, h = split_dual(fz, layout) if dual else (fz, None)
@@ -138,61 +135,6 @@ def split_dual(state: State, layout: Layout) -> tuple[State, Float[Tensor, "B N"
         return primal, None
     tangents = (torch.zeros_like(pair.primal) if pair.tangent is None else pair.tangent for pair in pairs)
     return primal, layout.pack(with_tensors(state, tangents))
-
-
-def check_again(method: ForwardSolve, changed: Float[Tensor, " B"], state: State) -> None:
-    """Report if f(z*), evaluated once more after the solve, differs from its value there."""
-    eps = rounding(tensors_in(state))
-    check_repeats(changed, method.stop, method.on_failure, eps=eps, coupled=method.coupled, of=FORWARD)
-
-
-def recorded(solution: Solution, layout: Layout) -> Solution:
-    """The solution with its states packed into rows."""
-    return dataclasses.replace(solution, z=layout.pack(solution.z), fz=layout.pack(solution.fz))
-
-
-def change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: Layout) -> Float[Tensor, " B"]:
-    """How much f(z), evaluated ``again``, differs from a solve of rows, in value or in residual, relative to ‖f(z)‖.
-
-    Both are needed: a sample's recorded value is from the last evaluation, and its residual from the evaluation at
-    which it was done.
-    """
-    value = relative(row_norm(again - solved.fz), row_norm(solved.fz))
-    residual = relative(stop.norms(again - solved.z, layout), stop.norms(again, layout))
-    return torch.maximum(value, (residual - solved.residual).abs())
-
-
-def check_arrival(
-    point: Point, g: Float[Tensor, "B N"], solved: Solution, stop: Stop, on_failure: OnFailure, *, of: Solve
-) -> None:
-    """At the end of the backward pass, when Jᵀu arrives, report if Jᵀu + g differs from its value in the solve."""
-    if not is_heard(stop, on_failure) or point.copies is not None:
-        return
-    layout, wide = point.layout, point.layout.widened()
-    # Detached, since a graph kept here would keep itself alive in a cycle if no backward pass ever arrived.
-    value, g = map_tensors(Tensor.detach, point.linearised.value), g.detach()
-
-    def check(products: tuple[Tensor | None, ...]) -> None:
-        values = tensors_in(value)
-        with torch.no_grad():
-            given = [torch.zeros_like(v) if p is None else p.detach() for v, p in zip(values, products, strict=True)]
-            changed = change(layout.pack(with_tensors(value, given)) + g, solved, stop, wide)
-        check_repeats(changed, stop, on_failure, eps=rounding(values), coupled=layout.coupled, of=of)
-
-    begin = point.linearised.start[0].node
-    if will_run(begin):
-        point.linearised.arrival.awaited = check
-    else:  # torch.autograd.grad for other tensors, or a compiled f: Jᵀu does not arrive, and takes one more VJP
-        check(tuple(tensors_in(point.linearised.vjp(layout.unpack(solved.z)))))
-
-
-def rounding(tensors: Sequence[Tensor]) -> float:
-    """The largest eps of the tensors' dtypes and, under autocast, of its dtype."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    kind = next(iter(tensors)).device.type
-    if torch.is_autocast_enabled(kind):
-        dtypes.add(torch.get_autocast_dtype(kind))
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,14 +6,13 @@ import dataclasses
 
 import torch
 
-from equilibria.core.failure import is_heard
 from equilibria.core.gradient import ForwardSolve, GradientRule, point_of, solve_without_graph
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
-from equilibria.core.stop import Stop
+from equilibria.core.stop import Stop, is_heard
 from equilibria.core.trees import map_pairs
-from equilibria.gradients.linearise import check_again
+from equilibria.gradients.repeats import check_again
 from equilibria.solvers.picard import Picard
 
 

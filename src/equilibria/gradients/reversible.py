@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equilibria.core.capture import Constants, Substitution, leaves_below
+from equilibria.core.capture import Constants, Substitution
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
+from equilibria.core.graph import leaves_below
 from equilibria.core.maps import Autocast, FunctionMap, Map
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State

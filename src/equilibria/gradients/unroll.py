@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from equilibria.core.diagnosis import Message
-from equilibria.core.failure import is_heard, tell
+from equilibria.core.failure import tell
 from equilibria.core.gradient import ForwardSolve, GradientRule
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
+from equilibria.core.stop import is_heard
 from equilibria.core.trees import map_tensors
 from equilibria.torch_private import is_batched, is_forward_mode
 

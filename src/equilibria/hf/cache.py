@@ -22,7 +22,7 @@ from equilibria.cells.transformer.past import KeyValues
 from equilibria.cells.trellis.cell import TrellisConfig
 from equilibria.cells.trellis.prepared import TrellisMemory
 from equilibria.hf.configuration import blocks_of
-from equilibria.layers.layer import LayerOutput
+from equilibria.layers.equilibrium import LayerOutput
 from equilibria.layers.sequence import Memory
 
 

@@ -20,8 +20,7 @@ from equilibria.core.maps import as_map
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.hf.view import check_cache, padding, view
-from equilibria.layers.equilibrium import check_gathered
-from equilibria.layers.layer import LayerOutput
+from equilibria.layers.equilibrium import LayerOutput, check_gathered
 
 Hidden = Float[Tensor, "B T D"]
 _CALLS = "_equilibrium_calls"

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from equilibria.core.refusal import refused_if_untracked
+from equilibria.core.graph import refused_if_untracked
 from equilibria.hf import cache as caches
 from equilibria.hf import remote
 from equilibria.hf.arguments import (

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from equilibria.core.failure import OnFailure
 from equilibria.core.gradient import GradientRule
 from equilibria.core.solver import Solver
-from equilibria.core.stop import Stop
+from equilibria.core.stop import OnFailure, Stop
 from equilibria.fixed_point import Method
 from equilibria.gradients.implicit import Implicit
 from equilibria.hf.loop import Hidden, Loop, Place, Settings
-from equilibria.layers.layer import LayerOutput
+from equilibria.layers.equilibrium import LayerOutput
 from equilibria.lm.experiments.serialise import part_from_json, part_to_json
 
 RECORD = "equilibrium_loop"

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from equilibria.core.state import State
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Cell, CellMap, Prepared, as_cell
-from equilibria.layers.layer import Layer, LayerOutput, check_no_method
+from equilibria.layers.equilibrium import Layer, LayerOutput, check_no_method
 from equilibria.layers.sequence import SequenceCell, sequence_cell
 
 

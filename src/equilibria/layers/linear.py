@@ -1,20 +1,33 @@
-"""Weight normalisation, W = g·v/‖v‖ per output row (Salimans and Kingma 2016), written as a function of g and v.
+"""Linear maps x ↦ W x + b in two halves: W once per forward pass, and the product at each evaluation of f.
 
-PyTorch's parametrisation caches W; filled without a graph by the solver, it would cut g and v off from the gradient.
-Here nothing is cached: ``effective()`` is called once per forward pass, in ``prepare``, and its value is passed on.
+W = g·v/‖v‖ per output row (weight normalisation, Salimans and Kingma 2016). PyTorch's parametrisation caches W; filled
+without a graph by the solver, it would cut g and v off from the gradient. Here nothing is cached: ``effective()`` is
+called once per forward pass, in ``prepare``, and its value is passed on.
+
+x Wᵀ + b is computed by the quicker of the two libraries in PyTorch for it on a CPU. PyTorch computes products of
+float32 by MKL, which uses the AVX-512 instructions of Intel's processors alone. oneDNN, which PyTorch contains for
+other operations, uses those of AMD's processors as well, and takes half the time on them (benchmarks/product.py). The
+results are equal up to rounding. ``torch.backends.mkldnn.flags(enabled=False)`` is a context in which everything is
+computed as by PyTorch.
+
+Letters: N rows of x, in and out channels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional
 
-from equilibria.torch_private import version
+from equilibria.layers.dropconnect import dropped_weight
+from equilibria.torch_private import is_forward_mode, is_many, is_transformed, is_wanted, product_by_onednn
 
 Init = Literal["default_fan_in", "normal"]
 INITS: tuple[Init, ...] = ("default_fan_in", "normal")
@@ -65,7 +78,7 @@ class NormedLinear(nn.Module):
             rate: the share that is dropped; the other entries of these columns are multiplied by 1/(1 − rate).
         """
         if kept is not None:
-            return _Dropped.apply(self.direction, self.gain, kept, 1 / (1 - rate))  # pyright: ignore
+            return dropped_weight(self.direction, self.gain, kept, rate=rate)
         if self.gain is None:
             return self.direction
         return self.direction * (self.gain / torch.linalg.vector_norm(self.direction, dim=1)).unsqueeze(1)
@@ -83,14 +96,14 @@ class LinearWeights(NamedTuple):
     bias: Float[Tensor, " out"] | None
 
 
-def weights_of(linear: nn.Module, *, inputs: int, like: Tensor, bias: bool = True) -> LinearWeights:
+def weights_of(module: nn.Module, *, inputs: int, like: Tensor, bias: bool = True) -> LinearWeights:
     """W and b of a linear module, with graph, computed once per forward pass.
 
     If another library has replaced a ``NormedLinear`` or an ``nn.Linear`` by a module of its own, such as one with a
     low-rank adapter or with quantised weights, W is its result for the identity, and b its result for zero.
 
     Args:
-        linear: a ``NormedLinear``, an ``nn.Linear``, or any module that computes x ↦ W x + b.
+        module: a ``NormedLinear``, an ``nn.Linear``, or any module that computes x ↦ W x + b.
         inputs: the width of x.
         like: gives dtype and device.
         bias: False if the module must not add anything.
@@ -98,16 +111,16 @@ def weights_of(linear: nn.Module, *, inputs: int, like: Tensor, bias: bool = Tru
     Raises:
         ValueError: the module adds something, and must not.
     """
-    if isinstance(linear, NormedLinear):
-        return LinearWeights(linear.effective(), linear.bias)
-    if type(linear) is nn.Linear:
-        return LinearWeights(linear.weight, linear.bias)
+    if isinstance(module, NormedLinear):
+        return LinearWeights(module.effective(), module.bias)
+    if type(module) is nn.Linear:
+        return LinearWeights(module.weight, module.bias)
     eye = torch.eye(inputs, dtype=like.dtype, device=like.device)
-    rows = linear(torch.cat([eye, eye.new_zeros(1, inputs)]))
+    rows = module(torch.cat([eye, eye.new_zeros(1, inputs)]))
     added = rows[-1]
     if not bias and bool(added.any()):
         raise ValueError(
-            f"a {type(linear).__name__} that replaces a linear map without bias adds a bias; replace it by one that "
+            f"a {type(module).__name__} that replaces a linear map without bias adds a bias; replace it by one that "
             "does not."
         )
     return LinearWeights((rows[:-1] - added).t(), added if bias else None)
@@ -133,98 +146,143 @@ def fold(module: nn.Module) -> None:
                 setattr(parent, name, _folded(child))
 
 
-def _folded(linear: NormedLinear) -> nn.Linear:
-    outputs, inputs = linear.direction.shape
-    plain = nn.Linear(inputs, outputs, bias=linear.bias is not None, device="meta")
-    plain.weight = nn.Parameter(linear.effective().detach().clone(), requires_grad=linear.direction.requires_grad)
-    if linear.bias is not None:
-        plain.bias = linear.bias
-    return plain.train(linear.training)
+def _folded(normed: NormedLinear) -> nn.Linear:
+    outputs, inputs = normed.direction.shape
+    plain = nn.Linear(inputs, outputs, bias=normed.bias is not None, device="meta")
+    plain.weight = nn.Parameter(normed.effective().detach().clone(), requires_grad=normed.direction.requires_grad)
+    if normed.bias is not None:
+        plain.bias = normed.bias
+    return plain.train(normed.training)
 
 
-class Held:
-    """The cached result of a computation from a module's parameters alone, reused for every generated position.
+LEAST_MULTIPLICATIONS = 2**22
+"""With fewer multiplications of two numbers, oneDNN takes longer to begin than it saves."""
 
-    It is recomputed when a parameter was changed in place by an optimiser or ``load_state_dict``, replaced, cast or
-    moved. Two changes that PyTorch does not count go unnoticed until ``renew``: writing through ``parameter.data``, and
-    the step of an optimiser with ``fused=True``. Copies and pickles of the module start with an empty cache.
+
+def linear(
+    x: Float[Tensor, "*shape in"], weight: Float[Tensor, "out in"], added: Float[Tensor, "*_ out"] | None = None
+) -> Float[Tensor, "*shape out"]:
+    """x Wᵀ + b, differentiable any number of times, backwards and forwards.
+
+    Args:
+        x: rows.
+        weight: W.
+        added: the bias b [out], or a number for each entry of the result.
     """
-
-    def __init__(self) -> None:
-        self.renew()
-
-    def of(self, module: nn.Module, compute: Callable[[], Any], *choices: Any) -> Any:
-        """``compute()``, or its last value if parameters, autocast and ``choices`` are the same."""
-        parameters = list(module.parameters())
-        if any(p.is_inference() for p in parameters):  # tensors of inference mode do not count changes
-            return compute()
-        versions = [(id(p), version(p), p.dtype, p.device) for p in parameters]
-        devices = {p.device.type for p in parameters}
-        autocast = [(torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in devices]
-        key = (choices, versions, autocast)
-        if key != self._key:
-            self._key, self._value = key, compute()
-            self._parameters = parameters  # kept alive, so that no other tensor can have the id of one of them
-        return self._value
-
-    def renew(self) -> None:
-        """Forget the value."""
-        self._key: Any = None
-        self._value: Any = None
-        self._parameters: list[nn.Parameter] = []
-
-    def __deepcopy__(self, memo: Any) -> Held:
-        return Held()
-
-    def __reduce__(self) -> tuple[type[Held], tuple[()]]:
-        return Held, ()
+    bias, entries = (None, added) if added is not None and added.ndim > 1 else (added, None)
+    if not _by_onednn(x, weight):
+        if entries is None:
+            return functional.linear(x, weight, bias)
+        return torch.addmm(entries.flatten(0, -2), x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
+    rows = x.flatten(0, -2)
+    if torch.compiler.is_compiling():
+        product = _compiled(rows, weight, bias)
+    elif torch.is_grad_enabled():
+        product: Any = _Product.apply(*map(_inner, (rows, weight, bias)))
+    else:
+        product = product_by_onednn(rows, weight, bias)
+    product = product if entries is None else product.add_(entries.flatten(0, -2))
+    return product if x.ndim == 2 else product.unflatten(0, x.shape[:-1])  # a view must not be changed in place
 
 
-ROWS = 512
-"""Number of rows of v that are copied at a time."""
+def _inner(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a view if it is a leaf: autograd tells only of inner nodes whether their gradient is wanted."""
+    if tensor is None or not (tensor.requires_grad and tensor.is_leaf):
+        return tensor
+    return tensor.view_as(tensor)
 
 
-class _Dropped(torch.autograd.Function):
-    """W from a v with dropped entries; autograd keeps no second copy of v."""
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """True where oneDNN is the quicker one, unless only PyTorch's own operator can do what follows."""
+    return (
+        MKL_HOLDS_BACK
+        and len(weight) * x.numel() >= LEAST_MULTIPLICATIONS
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+        and (torch.compiler.is_compiling() or not (is_forward_mode() or is_transformed()))
+    )
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _mkl_holds_back() -> bool:
+    """True if MKL computes products for PyTorch on this processor, and does not use its AVX-512 instructions."""
+    backends = torch.backends
+    both = backends.mkl.is_available() and backends.mkldnn.is_available()
+    return both and backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
+
+
+def _processor() -> str:
+    """A description of the processor that names its vendor."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+            return file.read(1024)  # the first of many equal processors
+    except OSError:
+        return platform.processor()
+
+
+MKL_HOLDS_BACK = _mkl_holds_back()
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b by oneDNN. Its first derivatives are computed so, too, and all others by operations of PyTorch."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, gain: Tensor | None, kept: Tensor, scale: float) -> Tensor:
-        w = _drop(v.clone(), kept, scale)
-        norm = None if gain is None else torch.linalg.vector_norm(w, dim=1)
-        ctx.save_for_backward(v, gain, kept, norm)
-        ctx.scale = scale
-        return w if gain is None or norm is None else w.mul_((gain / norm).unsqueeze(1))
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product_by_onednn(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        """With the unit rows e = v/‖v‖: dg = dW·e, dv = g/‖v‖ (dW − (dW·e) e)."""
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return *_gradients(grads[0], *ctx.saved_tensors, scale=ctx.scale), None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        wanted = [*(is_wanted(node) for node, _ in ctx.next_functions), False]  # without a bias there is no third node
+        if not (torch.is_grad_enabled() or is_forward_mode() or is_many(g)):
+            return _gradients(ctx, g, wanted, product_by_onednn)
+        with torch.autocast("cpu", enabled=False):
+            return _gradients(ctx, g, wanted, _plainly)
 
 
 def _gradients(
-    grad: Tensor, v: Tensor, gain: Tensor | None, kept: Tensor, norm: Tensor | None, *, scale: float
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of v and of the gain."""
-    if gain is None or norm is None:
-        return _drop(grad.clone(), kept, scale), None
-    if torch.is_grad_enabled():  # for a second derivative: recorded by autograd, with its intermediate results
-        v = _drop(v.clone(), kept, scale)
-        size = torch.linalg.vector_norm(v, dim=1)
-        inner = (grad * v).sum(dim=1) / size
-        dv = (grad - v * (inner / size).unsqueeze(1)) * (gain / size).unsqueeze(1)
-        return _drop(dv.clone(), kept, scale), inner
-    dv, inner = torch.empty_like(grad), torch.empty_like(gain)
-    pieces = zip(*(x.split(ROWS) for x in (grad, v, gain, kept, norm, dv, inner)), strict=True)
-    for grad_rows, v_rows, g, kept_rows, size, out, along in pieces:
-        e = _drop(v_rows.clone(), kept_rows, scale)
-        along.copy_(torch.bmm(grad_rows[:, None], e[:, :, None])[:, 0, 0] / size)
-        torch.mul(grad_rows, (g / size).unsqueeze(1), out=out)
-        _drop(out.addcmul_(e, (g * along / size.square()).unsqueeze(1), value=-1), kept_rows, scale)
-    return dv, inner
+    ctx: Any, g: Float[Tensor, "N out"], wanted: Sequence[bool], product: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, W and b, as far as they are wanted."""
+    x, weight = ctx.saved_tensors
+    return (
+        product(g, weight.t()) if wanted[0] else None,
+        product(g.t(), x.t()) if wanted[1] else None,
+        g.sum(dim=0) if wanted[2] else None,
+    )
 
 
-def _drop(v: Tensor, kept: Tensor, scale: float) -> Tensor:
-    """Multiply the first columns of v by ``kept``·``scale``, in place."""
-    v[:, : kept.shape[1]].mul_(kept).mul_(scale)
-    return v
+def _plainly(a: Float[Tensor, "N in"], b: Float[Tensor, "out in"]) -> Float[Tensor, "N out"]:
+    return a @ b.mT
+
+
+@torch.library.custom_op(
+    "equilibria::product", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+)
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b by oneDNN, as one operator of a compiled graph."""
+    return product_by_onednn(x, weight, bias)
+
+
+@_compiled.register_fake
+def _shaped(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    del bias
+    return x.new_empty(len(x), len(weight))
+
+
+def _compiled_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, g, ctx.needs_input_grad, lambda a, b: _compiled(a, b, None))
+
+
+_compiled.register_autograd(_compiled_backward, setup_context=_Product.setup_context)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from equilibria.core.failure import ConvergenceError, ConvergenceWarning, OnFailure
+from equilibria.core.failure import ConvergenceError, ConvergenceWarning
 from equilibria.core.maps import as_map
 from equilibria.core.solve import Solution
 from equilibria.core.state import State
-from equilibria.core.stop import Status, Stop
+from equilibria.core.stop import OnFailure, Status, Stop
 from equilibria.core.trees import map_tensors, tensors_in
 from equilibria.fixed_point import Method
 from equilibria.stability import check_gradient

@@ -20,8 +20,7 @@ from equilibria.cells.transformer.fused import Form, FusedTerm, attend, prepare_
 from equilibria.cells.transformer.positions import Positions, Rotation
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
-from equilibria.layers.linear import Init, LinearWeights, NormedLinear, weights_of
-from equilibria.layers.product import linear
+from equilibria.layers.linear import Init, LinearWeights, NormedLinear, linear, weights_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,8 +154,8 @@ class Attention(nn.Module):
         batch, time, _ = x.shape
         length = past.seen if isinstance(past, KeyValueCache) else 0 if past is None else past.shape[3]
         span = {"batch": batch, "queries": time, "memory": length, "like": x, "key_padding_mask": key_padding_mask}
-        form: Form = "exact" if self.training and self.dropout else self.form
-        fused = prepare_fused(form, self.positions, self.u, **span)
+        exact = self.form == "exact" or (self.training and self.dropout > 0)
+        fused = None if exact else prepare_fused(self.positions, self.u, if_quicker=self.form == "auto", **span)
         positions = self.positions.prepare(self.u, table=table, **span) if fused is None else fused
         shape = (self.heads, batch, time, length + time)
         drop = dropout_mask(shape, rate=self.dropout, training=self.training, like=x, rows=1, part=part)

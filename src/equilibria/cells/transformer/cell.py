@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from equilibria.cells.transformer.attention import Attention
 from equilibria.cells.transformer.cache import KeyValueCache
-from equilibria.cells.transformer.decay import DecayPositions
 from equilibria.cells.transformer.fused import Form
 from equilibria.cells.transformer.past import (
     KeyValues,
@@ -29,7 +28,7 @@ from equilibria.cells.transformer.past import (
     check_past,
     joined_padding,
 )
-from equilibria.cells.transformer.positions import Positions, Rotation
+from equilibria.cells.transformer.positions import DecayPositions, Positions, Rotation
 from equilibria.cells.transformer.prepared import (
     PastRead,
     TransformerKept,
@@ -42,8 +41,8 @@ from equilibria.cells.transformer.rotary import RotaryPositions
 from equilibria.core.checks import check_at_least, check_choices
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, add_masked, check_rate, dropout_mask, masked
-from equilibria.layers.linear import INITS, Held, Init, LinearWeights, NormedLinear, weights_of
-from equilibria.layers.product import linear
+from equilibria.layers.held import Held
+from equilibria.layers.linear import INITS, Init, LinearWeights, NormedLinear, linear, weights_of
 from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_width
 
 WINDOW = 1000

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from equilibria.cells.transformer.kernel import attention
-from equilibria.cells.transformer.positions import Positions
-from equilibria.cells.transformer.separated import Channels, by_distance, hide_padding
+from equilibria.cells.transformer.positions import Positions, by_distance, hide_padding
+from equilibria.cells.transformer.separated import Channels
 from equilibria.layers.cell import Prepared
 
 WIDEST_ON_GPU = 256
@@ -41,10 +41,10 @@ class FusedTerm:
 
 
 def prepare_fused(
-    form: Form,
     positions: Positions,
     u: Float[Tensor, "H C"],
     *,
+    if_quicker: bool,
     batch: int,
     queries: int,
     memory: int,
@@ -53,13 +53,13 @@ def prepare_fused(
 ) -> Prepared | None:
     """Shared: a ``FusedTerm``. Rows: the bias [B G T K] of each sample, or None.
 
-    None comes back for the exact form: with "exact", where no other is right, for one new position, and with "auto"
-    where it is the quicker one.
+    None comes back where the exact form is to be taken: where no other is right, for one new position, and with
+    ``if_quicker`` where it is the quicker one.
 
     Args:
-        form: what the configuration asks for.
         positions: the position term.
         u: the bias that is already added to the queries.
+        if_quicker: what the configuration asks for: "auto" if True, "fused" if False.
         batch: B.
         queries: T.
         memory: M.
@@ -69,7 +69,7 @@ def prepare_fused(
     heads, channels = len(u), u.shape[1] + positions.channels
     small = heads * batch * queries * (memory + queries) < LEAST_SCORES * channels
     too_wide = like.is_cuda and channels > WIDEST_ON_GPU
-    if form == "exact" or (form == "auto" and small) or queries == 1 or too_wide or not positions.separable:
+    if (if_quicker and small) or queries == 1 or too_wide or not positions.separable:
         return None
     term = positions.separated(u, queries=queries, memory=memory, like=like)
     keys, padding = memory + queries, key_padding_mask

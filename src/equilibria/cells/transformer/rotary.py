@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from equilibria.cells.transformer.positions import Positions, Rotation
-from equilibria.cells.transformer.separated import Separated, by_distance, hide_padding
+from equilibria.cells.transformer.positions import Positions, Rotation, by_distance, hide_padding
+from equilibria.cells.transformer.separated import Separated
 from equilibria.layers.cell import Prepared
 
 

@@ -7,19 +7,16 @@ queries counted from M. With [α | β] = W_rᵀ (q_i + v − u) and the theorems
 
 D more channels of the query, times D channels of the key that are constant.
 
-Letters: B batch, T queries, M memory, K = M + T keys, D width, H heads, C width of a head, F = D/2 frequencies;
-G is H, or 1 for a bias that all heads share.
+Letters: B batch, T queries, M memory, K = M + T keys, D width, H heads, C width of a head, F = D/2 frequencies.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 
 def angles(distance: Float[Tensor, " N"], width: int) -> Float[Tensor, "N F"]:
@@ -80,29 +77,3 @@ class Separated:
     """Added to the scores, for the distances K−1, …, 0; None for nothing."""
     channels: Channels | None = None
     """Further channels of queries and keys; None for none."""
-
-
-def by_distance(row: Float[Tensor, "G K"], *, queries: int, window: int) -> Float[Tensor, "G T K"]:
-    """The entry of distance M + i − j at (i, j), and −∞ where query i does not see key j.
-
-    ``row`` holds the distances K−1, …, 0. Query i reads K consecutive entries of it and of T−1 future places.
-    """
-    keys = row.shape[1]
-    row = functional.pad(row, (0, queries - 1), value=-math.inf)
-    if keys > window:
-        far = torch.arange(row.shape[1], device=row.device) < keys - window
-        row = row.masked_fill(far, -math.inf)
-    return row.unfold(1, keys, 1).flip(1)
-
-
-def hide_padding(
-    bias: Float[Tensor, "*shape T K"], key_padding_mask: Bool[Tensor, "B K"]
-) -> Float[Tensor, "*shape T K"]:
-    """The bias, −∞ also at keys that are padding, which a query of their stream sees only at its own position.
-
-    The axis before the last two of the result is that of the samples.
-    """
-    queries, keys = bias.shape[-2:]
-    key = torch.arange(keys, device=bias.device)
-    itself = key[keys - queries :, None] == key
-    return bias.masked_fill(key_padding_mask[:, None] & ~itself, -math.inf)

@@ -30,8 +30,8 @@ from equilibria.cells.trellis.scan import scan
 from equilibria.core.checks import check_at_least, check_choices
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, check_rate, dropout_mask, masked
-from equilibria.layers.linear import INITS, Held, Init, LinearWeights, NormedLinear, like_of, weights_of
-from equilibria.layers.product import linear
+from equilibria.layers.held import Held
+from equilibria.layers.linear import INITS, Init, LinearWeights, NormedLinear, like_of, linear, weights_of
 from equilibria.layers.sequence import (
     SequenceCell,
     check_cache_use,

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equilibria.layers.product import linear
+from equilibria.layers.linear import linear
 from equilibria.lm.model.clusters import AdaptiveEmbedding, Clusters
 from equilibria.lm.model.embedding import Dropped, Init, started, widened
 from equilibria.lm.model.heads import Head

@@ -13,7 +13,7 @@ from equilibria.core.stop import Stop
 from equilibria.core.trees import tensors_in
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import check_rate
-from equilibria.layers.layer import Layer
+from equilibria.layers.equilibrium import Layer
 from equilibria.layers.sequence import check_streams
 from equilibria.lm.model.embedding import Embedding
 from equilibria.lm.model.heads import SoftmaxHead

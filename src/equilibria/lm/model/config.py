@@ -13,9 +13,8 @@ from equilibria.cells.trellis.cell import TrellisConfig
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import check_rate
-from equilibria.layers.equilibrium import Equilibrium
+from equilibria.layers.equilibrium import Equilibrium, Layer
 from equilibria.layers.explicit import Stack, Unrolled
-from equilibria.layers.layer import Layer
 from equilibria.lm.model.adaptive import AdaptiveConfig
 from equilibria.lm.model.embedding import Dropped, Embedding, Init
 from equilibria.lm.model.heads import SoftmaxHead

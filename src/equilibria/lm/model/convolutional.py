@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from equilibria.core.maps import FunctionMap
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
-from equilibria.layers.layer import LayerOutput, check_no_method
+from equilibria.layers.equilibrium import LayerOutput, check_no_method
 from equilibria.lm.model.baseline import BaselineConfig, BaselineLayer, check_memory, no_map
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.layers.dropout import BatchSlice, check_rate
-from equilibria.layers.product import linear
+from equilibria.layers.linear import linear
 from equilibria.lm.model.embedding import Dropped, Embedding, Init, dropped, started, widened
 
 Table = TypeVar("Table", bound=nn.Module)

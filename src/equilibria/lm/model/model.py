@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equilibria.core.refusal import refused_if_untracked
+from equilibria.core.graph import refused_if_untracked
 from equilibria.core.solve import Solution
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
-from equilibria.layers.layer import Layer, LayerOutput
+from equilibria.layers.equilibrium import Layer, LayerOutput
 from equilibria.layers.sequence import Memory
 from equilibria.lm.model.clusters import AdaptiveEmbedding
 from equilibria.lm.model.embedding import Embedding, widened

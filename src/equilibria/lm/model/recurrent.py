@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from equilibria.core.maps import FunctionMap
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
-from equilibria.layers.layer import LayerOutput, check_no_method
+from equilibria.layers.equilibrium import LayerOutput, check_no_method
 from equilibria.lm.model.baseline import BaselineConfig, BaselineLayer, check_memory, no_map
 
 Network = Literal["lstm", "gru"]

@@ -1,4 +1,4 @@
-"""The optimiser of an experiment, its learning rate, and the averages of NT-ASGD."""
+"""The optimiser of an experiment, and the averages of NT-ASGD."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
 
-from equilibria.lm.experiments.decay import Validated, learning_rate
+from equilibria.lm.experiments.decay import Validated
 from equilibria.lm.experiments.settings import Optimisation
 
 
@@ -31,46 +31,6 @@ def build_optimiser(model: nn.Module, settings: Optimisation) -> Optimizer:
         return ASGD(parameters, lr=rate, weight_decay=weight_decay, lambd=0.0, t0=math.inf)
     kind = {"adam": Adam, "adamw": AdamW}[settings.optimiser]
     return kind(parameters, lr=rate, weight_decay=weight_decay, betas=settings.betas, eps=settings.epsilon)
-
-
-def set_learning_rate(
-    optimiser: Optimizer,
-    settings: Optimisation,
-    step: int,
-    validated: Validated,
-    *,
-    total: int,
-    factor: float = 1.0,
-) -> float:
-    """Set the learning rate of ``step``, counted from 1, to ``factor`` times the scheduled rate; returns it.
-
-    It is set before the step.
-
-    Args:
-        optimiser: the optimiser.
-        settings: peak, warm-up and decay of the rate.
-        step: number of the step.
-        validated: the validations so far, which may have divided the rate.
-        total: number of steps of the whole training.
-        factor: factor of the rate.
-    """
-    # With ASGD a division starts the averaging instead.
-    divisions = 0 if isinstance(optimiser, ASGD) else validated.divisions
-    rate = factor * learning_rate(
-        step,
-        peak=settings.learning_rate,
-        warmup=settings.warmup,
-        total=total,
-        final=settings.final_learning_rate,
-        decay=settings.decay,
-        divisions=divisions,
-    )
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-    if isinstance(optimiser, ASGD):  # ASGD computes the rate of a step at the end of the previous step
-        for state in optimiser.state.values():
-            state["eta"].fill_(rate)
-    return rate
 
 
 def note_validation(optimiser: Optimizer, validated: Validated, settings: Optimisation, loss: float) -> Validated:

@@ -1,4 +1,4 @@
-"""One training step: forward and backward over a batch, or over its parts one after the other, and clipping.
+"""One training step: its learning rate, forward and backward over a batch or its parts one by one, and clipping.
 
 A step draws what is random in it besides dropout: its budget, and whether it has the Jacobian penalty.
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim import ASGD, Optimizer
 
 from equilibria.core.solve import Solution
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
@@ -24,6 +25,8 @@ from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice, batch_draw
 from equilibria.layers.sequence import Memory
 from equilibria.lm.corpora import Segment
+from equilibria.lm.experiments.decay import Validated, learning_rate
+from equilibria.lm.experiments.settings import Optimisation
 from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.experiments.training import Training
 from equilibria.lm.model import LanguageModel, LanguageOutput
@@ -141,6 +144,46 @@ class Accumulation:
         if self.ranks.alone and parts == 1:
             return None
         return BatchSlice(first=(self.ranks.rank * parts + index) * rows, total=self.ranks.size * parts * rows)
+
+
+def set_learning_rate(
+    optimiser: Optimizer,
+    settings: Optimisation,
+    step: int,
+    validated: Validated,
+    *,
+    total: int,
+    factor: float = 1.0,
+) -> float:
+    """Set the learning rate of ``step``, counted from 1, to ``factor`` times the scheduled rate; returns it.
+
+    It is set before the step.
+
+    Args:
+        optimiser: the optimiser.
+        settings: peak, warm-up and decay of the rate.
+        step: number of the step.
+        validated: the validations so far, which may have divided the rate.
+        total: number of steps of the whole training.
+        factor: factor of the rate.
+    """
+    # With ASGD a division starts the averaging instead.
+    divisions = 0 if isinstance(optimiser, ASGD) else validated.divisions
+    rate = factor * learning_rate(
+        step,
+        peak=settings.learning_rate,
+        warmup=settings.warmup,
+        total=total,
+        final=settings.final_learning_rate,
+        decay=settings.decay,
+        divisions=divisions,
+    )
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    if isinstance(optimiser, ASGD):  # ASGD computes the rate of a step at the end of the previous step
+        for state in optimiser.state.values():
+            state["eta"].fill_(rate)
+    return rate
 
 
 def drawn_method(stage: Stage, method: Method | None) -> Method | None:

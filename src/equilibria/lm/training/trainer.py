@@ -24,10 +24,10 @@ from equilibria.lm.training.compilation import compile_cells
 from equilibria.lm.training.keeper import Keeper
 from equilibria.lm.training.log import Log
 from equilibria.lm.training.measure import memory_comparison, ngram_baseline
-from equilibria.lm.training.optimiser import build_optimiser, set_learning_rate
+from equilibria.lm.training.optimiser import build_optimiser
 from equilibria.lm.training.policy import ConvergencePolicy, NotFinite
 from equilibria.lm.training.snapshot import capture, restore
-from equilibria.lm.training.step import Accumulation, Step
+from equilibria.lm.training.step import Accumulation, Step, set_learning_rate
 from equilibria.lm.training.validation import Validations
 
 _log = logging.getLogger(__name__)

@@ -1,0 +1,123 @@
+"""Checks that f gives the same value when a rule evaluates it once more after a solve.
+
+They are nearly free, since the rule needs that evaluation anyway. They detect an f that mixes samples without
+``coupled=True``, or that draws random numbers. Each is called only where a failure is heard.
+
+Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from equilibria.core.diagnosis import FORWARD, Message, Solve
+from equilibria.core.failure import tell
+from equilibria.core.gradient import ForwardSolve
+from equilibria.core.maps import Linearised
+from equilibria.core.progress import relative
+from equilibria.core.solve import Solution
+from equilibria.core.state import Layout, State
+from equilibria.core.stop import OnFailure, Stop, row_norm
+from equilibria.core.trees import map_tensors, tensors_in, with_tensors
+from equilibria.torch_private import will_run
+
+
+def check_value(again: State, solution: Solution, method: ForwardSolve, layout: Layout) -> None:
+    """Report if f(z*), evaluated ``again`` after the solve, differs from its value there."""
+    solved = dataclasses.replace(solution, z=layout.pack(solution.z), fz=layout.pack(solution.fz))
+    with torch.no_grad():
+        check_again(method, _change(layout.pack(again), solved, method.stop, layout), again)
+
+
+def check_again(method: ForwardSolve, changed: Float[Tensor, " B"], state: State) -> None:
+    """Report if f(z*), evaluated once more after the solve, has ``changed`` relative to its norm there."""
+    eps = _rounding(tensors_in(state))
+    _check(changed, method.stop, method.on_failure, eps=eps, coupled=method.coupled, of=FORWARD)
+
+
+def check_arrival(
+    linearised: Linearised,
+    g: Float[Tensor, "B N"],
+    solved: Solution,
+    layout: Layout,
+    *,
+    stop: Stop,
+    on_failure: OnFailure,
+    of: Solve,
+) -> None:
+    """At the end of the backward pass, when Jᵀu arrives, report if Jᵀu + g differs from its value in the solve."""
+    # Detached, since a graph kept here would keep itself alive in a cycle if no backward pass ever arrived.
+    value, g, wide = map_tensors(Tensor.detach, linearised.value), g.detach(), layout.widened()
+
+    def check(products: tuple[Tensor | None, ...]) -> None:
+        values = tensors_in(value)
+        with torch.no_grad():
+            given = [torch.zeros_like(v) if p is None else p.detach() for v, p in zip(values, products, strict=True)]
+            changed = _change(layout.pack(with_tensors(value, given)) + g, solved, stop, wide)
+        _check(changed, stop, on_failure, eps=_rounding(values), coupled=layout.coupled, of=of)
+
+    begin = linearised.start[0].node
+    if will_run(begin):
+        linearised.arrival.awaited = check
+    else:  # torch.autograd.grad for other tensors, or a compiled f: Jᵀu does not arrive, and takes one more VJP
+        check(tuple(tensors_in(linearised.vjp(layout.unpack(solved.z)))))
+
+
+def _change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: Layout) -> Float[Tensor, " B"]:
+    """How much f(z), evaluated ``again``, differs from a solve of rows, in value or in residual, relative to ‖f(z)‖.
+
+    Both are needed: a sample's recorded value is from the last evaluation, and its residual from the evaluation at
+    which it was done.
+    """
+    value = relative(row_norm(again - solved.fz), row_norm(solved.fz))
+    residual = relative(stop.norms(again - solved.z, layout), stop.norms(again, layout))
+    return torch.maximum(value, (residual - solved.residual).abs())
+
+
+def _rounding(tensors: Sequence[Tensor]) -> float:
+    """The largest eps of the tensors' dtypes and, under autocast, of its dtype."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    kind = next(iter(tensors)).device.type
+    if torch.is_autocast_enabled(kind):
+        dtypes.add(torch.get_autocast_dtype(kind))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+_COUPLED = (
+    "Either f mixes the samples of the batch (attention over the batch, batch norm in training, a graph whose nodes "
+    "are the batch axis): pass coupled=True. Or f does not give the same bits twice (dropout inside it): draw "
+    "its masks before the solve."
+)
+_RANDOM = "f does not give the same bits twice (dropout inside it?): draw what is random before the solve."
+
+
+def _check(
+    change: Float[Tensor, " B"], stop: Stop, on_failure: OnFailure, *, eps: float, coupled: bool, of: Solve
+) -> None:
+    """Report an f whose value has changed.
+
+    Args:
+        change: the change of the value, relative to its norm; NaN for samples that are not finite anyway.
+        stop: the stop of the solve; a change of rtol/10 is allowed.
+        on_failure: warn or raise.
+        eps: the rounding unit of f; a change of 30·eps is allowed on top.
+        coupled: True if the samples are solved as one problem.
+        of: which solve it was, for the message.
+    """
+    differs = change > 0.1 * stop.rtol + 30 * eps
+
+    def message() -> Message:
+        worst = float(torch.where(differs, change, 0.0).max())
+        what = (
+            f"{of.name}: f was evaluated once more at the end, and its value has changed in {int(differs.sum())} of "
+            f"{len(differs)} samples, by up to {worst:.1e} of its norm, so the result is wrong by about that much"
+        )
+        advice = _RANDOM if coupled else _COUPLED
+        return Message(what, advice, kind=f"{of.name}, {advice}")
+
+    tell(differs, message, on_failure)
