@@ -106,6 +106,30 @@ def test_logits_are_those_of_the_whole_text(name):
         torch.testing.assert_close(logits, whole, rtol=0, atol=1e-8)
 
 
+def test_a_copy_of_a_cache_is_written_in_its_own_slots():
+    """Also after an evaluation at one position, when the cache has the views that all others write through."""
+    model, (row,) = built(CELLS[next(iter(CELLS))]), ragged((6,))
+    cell = model.layer.cell
+    with torch.no_grad():
+        _, memory = model.logits(row[None, :4], model.cache(1, length=9))
+        prepared = cell.prepare(model.embedding(row[None, 4:5]), memory)
+        cell(torch.ones_like(cell.start(prepared)), prepared)
+        past = prepared.rows.attention.past
+        assert past._newest
+        assert "_with_one" in vars(past)
+        copies = [dataclasses.replace(memory, past=made(past)) for made in (copy.deepcopy, through_a_pickle)]
+        first, memory = model.logits(row[None, 4:5], memory)
+        second, _ = model.logits(row[None, 5:6], memory)
+        for copied in copies:
+            again, after = model.logits(row[None, 4:5], copied)
+            assert torch.equal(again, first)
+            assert torch.equal(model.logits(row[None, 5:6], after)[0], second)
+
+
+def through_a_pickle(value):
+    return pickle.loads(pickle.dumps(value))
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_logits_of_eight_texts_are_those_of_each(name):
     model, rows = built(CELLS[name]), ragged()

@@ -69,8 +69,9 @@ class Method:
         solution = self.gradient.run(f, z0, self)
         if is_heard(self.stop, self.on_failure):
             report(solution, self.stop, self.on_failure)
-        z, iterates = refused_if_untracked((solution.z, solution.iterates))
-        return dataclasses.replace(solution, z=z, iterates=iterates)
+        given = solution.z, solution.iterates
+        tracked = refused_if_untracked(given)
+        return solution if tracked is given else dataclasses.replace(solution, z=tracked[0], iterates=tracked[1])
 
     def with_stop(self, stop: Stop | None) -> Method:
         """The method with another stop of the forward solve; the method itself for None."""

@@ -105,7 +105,7 @@ def solve_without_graph(
             keep=method.keep,
             drop_converged=not keep_history,
         )
-    if not keep_history:  # it holds many states, and the backward pass needs the memory
+    if not keep_history and solution.history is not None:  # many states, and the backward pass needs the memory
         solution = dataclasses.replace(solution, history=None)
     # Autocast caches weights that were cast without a graph; the evaluation with graph must not reuse them.
     torch.clear_autocast_cache()

@@ -60,15 +60,16 @@ class Progress:
 
     def __init__(self, z: Float[Tensor, "B N"], stop: Stop, layout: Layout) -> None:
         self._stop, self._layout = stop, layout
-        self._z, self._fz = z, z.new_tensor(math.nan).expand_as(z)  # f(z) stays NaN until it is finite once
+        self._z, self._fz = z, z.new_full((1, 1), math.nan).expand_as(z)  # f(z) stays NaN until it is finite once
         self._residual = torch.full((len(z),), math.inf, dtype=z.dtype, device=z.device)
-        counter = torch.int16 if stop.max_evals < 1 << 15 else torch.int64
-        self._steps = torch.zeros(len(z), dtype=counter, device=z.device)
+        self._counter = torch.int16 if stop.max_evals < 1 << 15 else torch.int64
+        self._steps: Tensor | None = None
+        """Steps that are counted one by one, once a sample is done."""
         self._steps_of_all = 0
-        """Steps of every sample beside those that are counted one by one."""
+        """Steps of every sample beside these."""
         self._active = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        self._broken = torch.zeros(len(z), dtype=torch.bool, device=z.device)
-        """True for samples that are not finite any more."""
+        self._broken: Tensor | None = None
+        """True for samples that are not finite any more; None if all are."""
         self.moving, self._count = len(z) > 0, len(z)
         self._floor: Tensor | None = None
         self._highest_floor = math.inf
@@ -82,7 +83,7 @@ class Progress:
 
     def update(self, z: Float[Tensor, "R N"], fz: Float[Tensor, "R N"], r: Float[Tensor, "R N"]) -> Bool[Tensor, " R"]:
         """Record the new pair (z, f(z)), with r = f(z) − z; returns True for samples that are still active."""
-        residual, size = (self._stop.norms(x.detach(), self._layout) for x in (r, fz))
+        residual, size = self._stop.norms(_constant(r), self._layout), self._stop.norms(_constant(fz), self._layout)
         ratio = residual / size  # NaN where something is not finite, and where both are 0
         if self._floor is None:
             self._floor = ROUNDING * torch.finfo(residual.dtype).eps * residual
@@ -110,7 +111,7 @@ class Progress:
 
     @property
     def _all_moving(self) -> bool:
-        return self._count == len(self._active)
+        return self._count == self._active.shape[0]
 
     def _only_better(self, z: Tensor, fz: Tensor, residual: Tensor, size: Tensor, ratio: Tensor) -> bool:
         """If every sample has improved and none is done, as in most steps, store the pair and return True."""
@@ -123,19 +124,19 @@ class Progress:
         # A NaN in one leaf makes the ratio NaN, and the difference of two infinite numbers is NaN.
         ratio = _largest(ratio)
         before = self._residual if self._stop.best else math.inf
-        if not _least(before - ratio) > 0:
+        if not _least_difference(before, ratio) > 0:
             return False
         self._note(z, fz, ratio, ratio)
         return True
 
     def _advance(self, z: Tensor, fz: Tensor, ratio: Tensor, met: Tensor) -> None:
         """Record a pair that is finite in all samples."""
-        active = self._active
+        active, all_moving = self._active, self._all_moving
         self._active = active & ~met
         self._count = int(torch.count_nonzero(self._active))
         self.moving = self._count > 0
-        if self._stop.best and not _any((ratio < self._residual) ^ active) and _least(self._residual - ratio) >= 0:
-            # All active samples have improved; the others have not moved, and neither have their residuals.
+        if self._stop.best and self._all_improved(ratio, None if all_moving else active):
+            # The samples that are not active have not moved, and neither have their residuals.
             self._note(z, fz, ratio, ratio)
             return
         improved = active & ((ratio < self._residual) | met) if self._stop.best else active
@@ -145,6 +146,12 @@ class Progress:
         else:
             shown = chosen(active[:, None], ratio[:, None], residual[:, None])[:, 0]
             self._note(chosen(improved[:, None], z, self._z), chosen(improved[:, None], fz, self._fz), residual, shown)
+
+    def _all_improved(self, ratio: Tensor, active: Tensor | None) -> bool:
+        """True if all active samples have improved, and no other one's residual differs; None if all are active."""
+        if active is None:
+            return _least_difference(self._residual, ratio) > 0
+        return not _any((ratio < self._residual) ^ active) and _least(self._residual - ratio) >= 0
 
     def _note(self, z: Tensor, fz: Tensor, residual: Tensor, shown: Tensor) -> None:
         """Store a pair as the best one of every sample, and ``shown`` in the trace."""
@@ -159,10 +166,11 @@ class Progress:
         met = active & finite & met
         first = torch.isinf(self._residual)
         improved = active & finite & ((ratio < self._residual) | met | first | (not stop.best))
-        self._broken = self._broken | (active & ~finite)
+        broken = active & ~finite
+        self._broken = broken = broken if self._broken is None else self._broken | broken
         self._residual = torch.where(improved, ratio, self._residual)
         self.trace.append(Residuals(torch.where(active, ratio, self._residual), self._places))
-        stale = (active & ~improved) | self._broken
+        stale = (active & ~improved) | broken
         self._active = active & finite & ~met
         any_stale, self._count = self._flags.read(torch.stack([stale.any().long(), self._active.sum()]))
         self.moving = self._count > 0
@@ -178,18 +186,19 @@ class Progress:
         if self._all_moving and not self._flags.late:
             self._steps_of_all += 1
             return proposal
-        self._steps = self._steps + self._active.view(torch.uint8)
+        one = self._active.view(torch.uint8)
+        self._steps = one.to(self._counter) if self._steps is None else self._steps + one
         return chosen(self._active[:, None], proposal, self._z)
 
     @property
     def converged(self) -> bool:
         """True if every sample has converged; up to date only on a CPU."""
-        return not self.moving and not _any(self._broken)
+        return not self.moving and (self._broken is None or not _any(self._broken))
 
     @property
     def worth_compacting(self) -> bool:
         """True if enough samples are done to drop them from the batch."""
-        return self._count <= WORTH * len(self._active)
+        return self._count <= WORTH * self._active.shape[0]
 
     def still_active(self) -> Int[Tensor, " R"]:
         """The indices of the active samples; on a GPU this waits for the device."""
@@ -212,7 +221,7 @@ class Progress:
         self._z = theirs[0] if self._z is z else take_rows(self._z, index)
         self._fz = theirs[1] if self._fz is fz else take_rows(self._fz, index)
         self._residual, self._steps = take_rows((self._residual, self._steps), index)
-        self._active, self._broken = self._active.new_ones(len(index)), self._broken.new_zeros(len(index))
+        self._active, self._broken = self._active.new_ones(len(index)), None
         self._floor = None if self._floor is None else self._floor[index]
         self._count, self._flags = len(index), _Flags(late=self._flags.late)
         return *theirs, theirs[1] - theirs[0], self._active
@@ -232,9 +241,14 @@ class Progress:
 
     def _current(self) -> Outcome:
         """The outcome of the samples at hand."""
-        status = int(Status.BUDGET_SPENT) * self._active.byte() + int(Status.NONFINITE) * self._broken.byte()
-        steps = self._steps.long() + self._steps_of_all
-        return Outcome(z=self._z, fz=self._fz, residual=self._residual, status=status.long(), steps=steps)
+        status = int(Status.BUDGET_SPENT) * self._active.long()
+        if self._broken is not None:
+            status = status + int(Status.NONFINITE) * self._broken.long()
+        if self._steps is None:
+            steps = torch.full_like(status, self._steps_of_all)
+        else:
+            steps = self._steps.long() + self._steps_of_all
+        return Outcome(z=self._z, fz=self._fz, residual=self._residual, status=status, steps=steps)
 
 
 def relative(norm: Tensor, size: Tensor) -> Float[Tensor, " R"]:
@@ -265,17 +279,31 @@ def _all(flags: Tensor) -> Bool[Tensor, " R"]:
 
 def _any(flags: Bool[Tensor, " R"]) -> bool:
     """``flags.any()`` as a bool, forty times as fast on a CPU."""
-    return len(flags) > 0 and bool(flags.view(torch.uint8).amax())
+    number = flags.numel()
+    return number > 0 and bool((flags if number == 1 else flags.view(torch.uint8).amax()).item())
 
 
 def _least(x: Tensor) -> float:
     """The smallest number, NaN if there is one, and infinity if there is none."""
-    return float(x.amin()) if x.numel() else math.inf
+    number = x.numel()
+    return (x if number == 1 else x.amin()).item() if number else math.inf
+
+
+def _least_difference(x: Tensor | float, y: Tensor) -> float:
+    """The smallest number of x − y; for one sample without an operator."""
+    if y.numel() == 1:
+        return (x.item() if isinstance(x, Tensor) else x) - y.item()
+    return _least(x - y)
 
 
 def _is_finite(x: Tensor) -> bool:
     """True only if every number is finite; False also where their sum overflows."""
-    return math.isfinite(x.sum())
+    return math.isfinite((x if x.numel() == 1 else x.sum()).item())
+
+
+def _constant(x: Tensor) -> Tensor:
+    """x without its graph."""
+    return x.detach() if x.requires_grad else x
 
 
 class _Flags:

@@ -46,7 +46,8 @@ class _Leaf:
     @classmethod
     def of(cls, tensor: Tensor, *, coupled: bool) -> _Leaf:
         rows = tensor[None] if coupled else tensor
-        own, axes = tuple(range(rows.ndim)), (0, *memory_order(rows, range(1, rows.ndim)))
+        own = tuple(range(rows.ndim))
+        axes = own if rows.is_contiguous() else (0, *memory_order(rows, range(1, rows.ndim)))
         order = axes if axes != own and rows.permute(axes).is_contiguous() else own
         shape = tuple(rows.shape[1:])
         return cls(
@@ -64,7 +65,7 @@ class _Leaf:
             tensor = tensor[None]
         if not self.plain:
             tensor = tensor.permute(self.order)
-        rows = tensor.reshape(len(tensor), self.size)
+        rows = tensor.reshape(tensor.shape[0], self.size)
         return rows if rows.dtype == dtype else rows.to(dtype)
 
     def shaped(self, rows: Float[Tensor, "B N"]) -> Tensor:
@@ -72,7 +73,7 @@ class _Leaf:
         if rows.dtype != self.dtype:
             rows = rows.to(self.dtype)
         if self.plain:
-            tensor = rows.view(len(rows), *self.shape)
+            tensor = rows.view(rows.shape[0], *self.shape)
         else:
             lying = rows.view(len(rows), *(self.shape[axis - 1] for axis in self.order[1:]))
             tensor = lying.permute(inverse(self.order))
@@ -229,7 +230,7 @@ def _aligned(skeleton: Any, value: Any) -> Any:
 
 def check_finite(z0: State, *, coupled: bool = False) -> None:
     """Raise a ValueError that names the samples of a start that are NaN or infinite, or on the meta device."""
-    tensors = [tensor.detach() for tensor in tree_leaves(z0)]
+    tensors = [z0.detach()] if isinstance(z0, Tensor) else [tensor.detach() for tensor in tree_leaves(z0)]
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError(
             "z0 is on the meta device, whose tensors hold no numbers, and a solve decides by numbers; put the model "
@@ -250,7 +251,7 @@ def check_finite(z0: State, *, coupled: bool = False) -> None:
 def _check_leaves(z0: State, tensors: Sequence[Any], *, coupled: bool) -> None:
     if not tensors:
         raise ValueError(f"z0 is {z0!r}, which holds no tensor; a state has at least one.")
-    for path, leaf in tree_flatten_with_path(z0)[0]:
+    for path, leaf in [((), z0)] if isinstance(z0, Tensor) else tree_flatten_with_path(z0)[0]:
         _check_leaf(f"z0{keystr(path)}", leaf, coupled=coupled)
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:

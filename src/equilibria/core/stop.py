@@ -23,10 +23,10 @@ def row_norm(x: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
     if x.is_cuda and x.dtype == torch.float32:  # float64 needs no look at the numbers, which would wait for the device
         return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype)
     norm = torch.linalg.vector_norm(x, dim=1)
-    if x.shape[1] == 1 or x.device.type != "cpu" or not len(x):
+    if x.shape[1] == 1 or x.device.type != "cpu" or not x.shape[0]:
         return norm
     small = _SMALL[x.dtype]
-    least, most = (float(bound) for bound in norm.detach().aminmax())
+    least, most = [norm.item()] * 2 if x.shape[0] == 1 else (bound.item() for bound in norm.detach().aminmax())
     if least > small and most < math.inf:  # False if a number is NaN
         return norm
     largest = x.detach().abs().amax(dim=1, keepdim=True)

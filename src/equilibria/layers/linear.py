@@ -196,7 +196,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     """True where oneDNN is the quicker one, unless only PyTorch's own operator can do what follows."""
     return (
         MKL_HOLDS_BACK
-        and len(weight) * x.numel() >= LEAST_MULTIPLICATIONS
+        and weight.shape[0] * x.numel() >= LEAST_MULTIPLICATIONS
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and type(x) in _PLAIN

@@ -12,25 +12,19 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.solver import Iterate, Solver
 from equilibria.solvers.history import (
     TINY,
-    bordered,
     check_history_dtype,
     combine,
-    dot,
     empty_window,
-    inner,
     quotient,
-    ridge_solve,
     selected,
-    small_dtype,
     stored_difference,
-    vector_at,
 )
+from equilibria.solvers.normal import Normal, empty_normal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,10 +39,8 @@ class AndersonHistory:
     """Δz_i + β·Δr_i."""
     dr: Float[Tensor, "B W N"]
     """Δr_i."""
-    gram: Float[Tensor, "B W W"]
-    """Inner products of the Δr_i."""
-    along: Float[Tensor, "B W"]
-    """Inner products of the Δr_i with the last residual."""
+    normal: Normal
+    """Inner products of the Δr_i with each other, and with the last residual."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +78,13 @@ class Anderson(Solver):
     def init(self, z: Float[Tensor, "B N"]) -> AndersonHistory:
         """A history without differences."""
         size = min(self.window - 1, z.shape[1]) if z.shape[1] > 1 else 0  # see ``_secant``
-        gram = torch.zeros(len(z), size, size, dtype=small_dtype(z), device=z.device)
         return AndersonHistory(
             step=0,
             plain=z,
             r=z,
             moves=empty_window(z, size, dtype=self.history_dtype),
             dr=empty_window(z, size, dtype=self.history_dtype),
-            gram=gram,
-            along=gram.new_zeros(len(z), size),
+            normal=empty_normal(z, size),
         )
 
     def step(self, f: Evaluator, at: Iterate, history: AndersonHistory) -> tuple[Tensor, AndersonHistory]:
@@ -105,27 +95,15 @@ class Anderson(Solver):
             return self._secant(h, plain, r)
         if h.step == 0:
             return plain, dataclasses.replace(h, step=1, plain=plain, r=r)
-        size = h.gram.shape[1]
+        size = h.dr.shape[1]
         slot, used = (h.step - 1) % size, min(h.step, size)
         dr = stored_difference(h.dr, slot, r, h.r)
         moves = stored_difference(h.moves, slot, plain, h.plain)
-        along = inner(dr[:, :used], r).to(h.gram.dtype)
-        # Δr_iᵀΔr = Δr_iᵀr − Δr_iᵀr₋, both known except for the newest Δr: this saves one pass over the window.
-        row = along - h.along[:, :used]
-        newest = vector_at(dr, slot, r.dtype)
-        square = dot(newest, newest).to(row.dtype)[:, None]
-        gram = bordered(h.gram, slot, torch.cat([row[:, :slot], square, row[:, slot + 1 :]], dim=1))
-        gamma = ridge_solve(gram[:, :used, :used], along, ridge=self.ridge, tiny=r.shape[1] <= TINY).to(r.dtype)
-        following = AndersonHistory(
-            step=h.step + 1,
-            plain=plain,
-            r=r,
-            moves=moves,
-            dr=dr,
-            gram=gram,
-            along=functional.pad(along, (0, h.along.shape[1] - used)),
-        )
-        return combine(-gamma, moves[:, :used], onto=plain), following
+        filled = (dr, moves) if used == size else (dr[:, :used], moves[:, :used])
+        normal = h.normal.updated(filled[0], slot, r)
+        weights = normal.weights(ridge=self.ridge, tiny=r.shape[1] <= TINY, like=r)
+        following = AndersonHistory(step=h.step + 1, plain=plain, r=r, moves=moves, dr=dr, normal=normal)
+        return combine(weights, filled[1], onto=plain), following
 
     def _secant(self, h: AndersonHistory, plain: Tensor, r: Tensor) -> tuple[Tensor, AndersonHistory]:
         """The step for samples of one number: the latest difference determines γ, so no window is needed."""
@@ -138,5 +116,5 @@ class Anderson(Solver):
     def select(self, history: AndersonHistory, rows: Int[Tensor, " R"]) -> AndersonHistory:
         """The history of these samples; their differences stay in the same storage."""
         windows = {"moves": selected(history.moves, rows), "dr": selected(history.dr, rows)}
-        parts = {name: getattr(history, name)[rows] for name in ("plain", "r", "gram", "along")}
-        return dataclasses.replace(history, **windows, **parts)
+        parts = {name: getattr(history, name)[rows] for name in ("plain", "r")}
+        return dataclasses.replace(history, normal=history.normal.select(rows), **windows, **parts)

@@ -5,6 +5,9 @@ Letters: B batch, N flattened state, W window.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -32,7 +35,8 @@ def stored(window: Float[Tensor, "B W N"], slot: int, row: Float[Tensor, "B N"])
 
 def vector_at(window: Float[Tensor, "B W N"], slot: int, dtype: torch.dtype) -> Float[Tensor, "B N"]:
     """The vector at ``slot``."""
-    return window[:, slot].to(dtype)
+    vector = window.select(1, slot)
+    return vector if vector.dtype == dtype else vector.to(dtype)
 
 
 def stored_difference(
@@ -41,7 +45,7 @@ def stored_difference(
     """The window with x − y at ``slot``, like ``stored``, but without a temporary for x − y."""
     if is_derived(window, x, y):
         return stored(window, slot, x - y)
-    torch.sub(x, y, out=window[:, slot])
+    torch.sub(x, y, out=window.select(1, slot))
     return window
 
 
@@ -73,7 +77,7 @@ def inner(window: Float[Tensor, "B W N"], x: Float[Tensor, "B N"]) -> Float[Tens
         return torch.stack([dot(row.to(x.dtype), x) for row in window.unbind(1)], dim=1)
     # Row times transposed window: on a CPU ten times faster than window times column, and a sample's bits do not
     # depend on the size of its batch.
-    return torch.bmm(x[:, None], window.mT)[:, 0]
+    return torch.bmm(x.unsqueeze(1), window.mT).select(1, 0)
 
 
 def combine(
@@ -85,8 +89,9 @@ def combine(
         for weight, row in zip(weights.to(onto.dtype).unbind(1), window.unbind(1), strict=True):
             onto = torch.addcmul(onto, row, weight[:, None], out=out)
         return onto
-    rows = weights.to(window.dtype)[:, None]
-    return (torch.bmm(rows, window) if onto is None else torch.baddbmm(onto[:, None], rows, window))[:, 0]
+    rows = (weights if weights.dtype == window.dtype else weights.to(window.dtype)).unsqueeze(1)
+    product = torch.bmm(rows, window) if onto is None else torch.baddbmm(onto.unsqueeze(1), rows, window)
+    return product.select(1, 0)
 
 
 def dot(x: Float[Tensor, "B N"], y: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
@@ -116,6 +121,10 @@ def ridge_solve(
     ``tiny`` systems are solved by elimination, in a few operations over the whole batch.
     """
     diagonal = gram.diagonal(dim1=1, dim2=2)
+    if gram.device.type == "cpu" and not is_derived(gram, target):
+        solution = _if_regular(gram, diagonal, target, ridge=ridge, tiny=tiny)
+        if solution is not None:
+            return solution
     filled = diagonal > 0
     scale = torch.where(filled, diagonal, 1.0).rsqrt()  # finite, and so is its gradient, even for an empty column
     regular = gram * scale[:, :, None] * scale[:, None, :]
@@ -127,6 +136,38 @@ def ridge_solve(
         solution, info = torch.linalg.solve_ex(regular, target * scale)
         usable = (info == 0) & torch.isfinite(solution).all(dim=1)
     return torch.where(usable[:, None], solution * scale, 0.0)
+
+
+def _if_regular(
+    gram: Float[Tensor, "B W W"],
+    diagonal: Float[Tensor, "B W"],
+    target: Float[Tensor, "B W"],
+    *,
+    ridge: float,
+    tiny: bool,
+) -> Float[Tensor, "B W"] | None:
+    """The result of ``ridge_solve``, to the bit, with half as many operators; None if a sample needs its care.
+
+    It reads three numbers from the device: that no column is empty, no system singular and no solution infinite.
+    """
+    if not (diagonal.numel() and diagonal.amin() > 0):
+        return None
+    scale = diagonal.rsqrt()
+    regular = (gram * scale.unsqueeze(2)).mul_(scale.unsqueeze(1))
+    regular.diagonal(dim1=1, dim2=2).add_(in_float32(ridge))
+    if tiny:
+        solution = eliminated(regular, target * scale)
+    else:
+        solution, info = torch.linalg.solve_ex(regular, target * scale)
+        if info.any():
+            return None
+    return solution.mul_(scale) if math.isfinite(solution.sum()) else None
+
+
+@functools.cache
+def in_float32(ridge: float) -> float:
+    """The ridge as ``torch.where`` rounds it."""
+    return float(torch.where(torch.tensor(True), ridge, 1.0))
 
 
 TINY = 4

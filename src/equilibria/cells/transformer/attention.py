@@ -27,8 +27,8 @@ from equilibria.layers.linear import Init, LinearWeights, NormedLinear, linear, 
 class AttentionWeights:
     """Values that depend on the parameters alone, with graph."""
 
-    qkv: Float[Tensor, "D 3*D"]
-    """Effective weights of queries, keys and values, transposed, the queries' part multiplied by 1/√C."""
+    qkv: Float[Tensor, "E D"]
+    """Effective weights of queries, keys and values, the queries' part multiplied by 1/√C."""
     scale: Float[Tensor, " 3*D"]
     """1/√C for the queries, 1 for keys and values."""
     bias: Float[Tensor, " 3*D"]
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         scale = torch.ones(3 * width, dtype=qkv.dtype, device=qkv.device)
         scale[:width] = 1 / math.sqrt(width // self.heads)
         return AttentionWeights(
-            qkv=(qkv * scale.unsqueeze(1)).t(),
+            qkv=qkv * scale.unsqueeze(1),
             scale=scale,
             bias=functional.pad(self.u.flatten(), (0, 2 * width)) * scale,
             out=weights_of(self.out, inputs=width, like=self.u),
@@ -173,7 +173,7 @@ class Attention(nn.Module):
         """The attention output o of the current positions: five matrix products with relative positions, else four."""
         shared, rows = prepared.shared, prepared.rows
         weights, past = shared.weights, rows.past
-        qkv = linear(x, weights.qkv.t(), weights.bias if rows.injection is None else rows.injection)
+        qkv = linear(x, weights.qkv, weights.bias if rows.injection is None else rows.injection)
         q, k, v = self._split(qkv)
         if shared.rotation is not None:
             q, k = shared.rotation(q), shared.rotation(k)
@@ -213,16 +213,18 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "2 H B L C"]:
         """Keys and values of states x under the injection U at the same positions, the keys turned by ``rotation``."""
         width = x.shape[2]
-        rows = linear(x, weights.qkv[:, width:].t())
+        rows = linear(x, weights.qkv[width:])
         k, v = self._split(rows if injection is None else rows + injection[..., width:])
         return torch.stack([k if rotation is None else rotation(k), v])
 
-    def _split(self, rows: Float[Tensor, "B L SD"]) -> list[Float[Tensor, "H B L C"]]:
+    def _split(self, rows: Float[Tensor, "B L SD"]) -> tuple[Float[Tensor, "H B L C"], ...]:
         """Queries, keys or values side by side in one row, into heads.
 
         They are taken apart before heads come first, so that their gradients are put together in one pass, in the
         layout of the rows.
         """
         batch, length, _ = rows.shape
-        parts = rows.view(batch, length, -1, self.heads, self.u.shape[1]).unbind(2)
-        return [part.permute(2, 0, 1, 3) for part in parts]
+        parts = rows.view(batch, length, -1, self.heads, self.u.shape[1])
+        if not torch.is_grad_enabled():  # the same views, by fewer operators
+            return parts.permute(2, 3, 0, 1, 4).unbind(0)
+        return tuple(part.permute(2, 0, 1, 3) for part in parts.unbind(2))

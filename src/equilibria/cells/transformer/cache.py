@@ -6,11 +6,15 @@ Letters: B batch, T time (new positions), K visible keys, H heads, C width of a 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from equilibria.torch_private import is_forward_mode
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,14 +109,30 @@ class KeyValueCache:
         self, k: Float[Tensor, "H B T C"], v: Float[Tensor, "H B T C"]
     ) -> tuple[Float[Tensor, "H B K C"], Float[Tensor, "H B K C"]]:
         """The stored keys and values followed by the new ones k and v; where possible these are views of the slots."""
-        first, end = self.end - self.seen, self.end + k.shape[2]
+        derived = is_forward_mode() and forward_ad.unpack_dual(k).tangent is not None  # a Jacobian–vector product
+        if derived or torch.is_grad_enabled() or not self._newest:
+            keys, values = self.past.unbind(0)
+            return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+        (new_keys, new_values), joined = self._with_one if k.shape[2] == 1 else self._with_new(k.shape[2])
+        new_keys.copy_(k)
+        new_values.copy_(v)
+        return joined
+
+    @functools.cached_property
+    def _with_one(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """``_with_new`` for one position: the views are the same in each evaluation of f."""
+        return self._with_new(1)
+
+    def _with_new(self, time: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Views of the slots of new keys and values, and of all visible ones, the new ones included."""
         keys, values = self._heads_first.unbind(0)
-        tangent = forward_ad.unpack_dual(k).tangent  # of a Jacobian–vector product
-        if tangent is not None or torch.is_grad_enabled() or not self._newest:
-            past = slice(first, self.end)
-            return torch.cat([keys[:, :, past], k], dim=2), torch.cat([values[:, :, past], v], dim=2)
-        keys[:, :, self.end : end], values[:, :, self.end : end] = k, v
-        return keys[:, :, first:end], values[:, :, first:end]
+        first, end = self.end - self.seen, self.end + time
+        new = keys[:, :, self.end : end], values[:, :, self.end : end]
+        return new, (keys[:, :, first:end], values[:, :, first:end])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: the views of a copy from a pickle would be of other memory than its slots."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def advanced(self, new: Float[Tensor, "2 H B T C"]) -> KeyValueCache:
         """The cache with the ``new`` keys and values added to its past."""

@@ -290,16 +290,18 @@ class TransformerCell(SequenceCell):
     def forward(self, z: Float[Tensor, "B T D"], prepared: Prepared) -> Float[Tensor, "B T D"]:
         """f(z)."""
         post, weights, rows = self.config.norm == "post", prepared.shared.weights, prepared.rows
+        middle, other = self.norms
         attention = Prepared(shared=prepared.shared.attention, rows=rows.attention)
-        attended = self.attention(z if post else self.norms[1](z), attention)
+        attended = self.attention(z if post else other(z), attention)
         a = add_masked(z, attended, rows.drop_attention)
-        b = self.norms[0](a)
-        # The product is left flat, because relu in place on a view would make autograd copy it back and forth.
+        b = middle(a)
+        # The products are left flat: one view less, and relu in place on a view would make autograd copy it back.
         inner = torch.relu_(linear(b.flatten(0, 1), *weights.inner))
-        inner = masked(inner.unflatten(0, z.shape[:2]), rows.drop_inner)
-        update = linear(inner, *weights.outer)
+        if rows.drop_inner is not None:
+            inner = masked(inner.unflatten(0, z.shape[:2]), rows.drop_inner).flatten(0, 1)
+        update = linear(inner, *weights.outer).view(z.shape)
         f = add_masked(a if self.config.norm == "pre" else b, update, rows.drop_outer)
-        return masked(self.norms[1](f) if post else f, rows.valid)
+        return masked(other(f) if post else f, rows.valid)
 
     def remember(self, z: Float[Tensor, "B T D"], prepared: Prepared) -> TransformerPast | None:
         """The last M positions of [Z0; z] and of [U0; U], detached.

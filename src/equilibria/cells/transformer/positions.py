@@ -125,11 +125,12 @@ def by_distance(row: Float[Tensor, "G K"], *, queries: int, window: int) -> Floa
     ``row`` holds the distances K−1, …, 0. Query i reads K consecutive entries of it and of T−1 future places.
     """
     keys = row.shape[1]
-    row = functional.pad(row, (0, queries - 1), value=-math.inf)
+    if queries > 1:
+        row = functional.pad(row, (0, queries - 1), value=-math.inf)
     if keys > window:
         far = torch.arange(row.shape[1], device=row.device) < keys - window
         row = row.masked_fill(far, -math.inf)
-    return row.unfold(1, keys, 1).flip(1)
+    return row.unfold(1, keys, 1).flip(1) if queries > 1 else row.unsqueeze(1)
 
 
 def hide_padding(
