@@ -190,13 +190,13 @@ def test_stages_follow_each_other():
 def test_a_model_solves_by_itself_as_in_the_last_stage():
     value = with_stage(experiment(), 1, eval_stop=Stop(max_evals=40))
     layer = value.build(corpus()).layer
-    assert (layer.method, layer.eval_stop) == (value.stages[1].training_method, Stop(max_evals=40))
+    assert (layer.method, layer.eval_stop) == (value.stages[1].method, Stop(max_evals=40))
 
 
 def test_a_stage_says_everything_about_the_solve():
     value = with_stage(experiment(), 0, eval_stop=Stop(max_evals=40))
     stage = value.stage_named("shallow")
-    layer = value.build(corpus(), stage).layer
+    layer = value.build(corpus(), stage, counted=True).layer
     assert (layer.method, layer.eval_stop) == (stage.training_method, Stop(max_evals=40))
     assert layer.evaluation_method == stage.evaluation_method
     assert stage.evaluation_method == dataclasses.replace(stage.training_method, stop=Stop(max_evals=40))

@@ -56,7 +56,8 @@ def test_many_unknowns_and_many_samples_are_tensors():
     assert isinstance(empty_normal(torch.zeros(1, 40, requires_grad=True), 5), NormalOfBatch)
 
 
-def test_steps_that_autograd_records_after_others_get_the_gradient_of_tensors():
+@pytest.mark.parametrize("recorded", [1, 3, 7])
+def test_steps_that_autograd_records_after_others_get_the_gradient_of_tensors(recorded):
     torch.manual_seed(0)
     matrix, offset = 0.3 * torch.randn(9, 9, dtype=torch.float64), torch.randn(1, 9, dtype=torch.float64)
     solver, grads = Anderson(), []
@@ -70,11 +71,11 @@ def test_steps_that_autograd_records_after_others_get_the_gradient_of_tensors():
             products = NormalOfBatch(gram=z.new_zeros(1, 5, 5), along=z.new_zeros(1, 0))
             history = dataclasses.replace(history, normal=products)
         for step in range(9):
-            with torch.set_grad_enabled(step >= 7):
+            with torch.set_grad_enabled(step >= recorded):
                 fz = f(z)
                 at = Iterate(z=z, fz=fz, r=fz - z, active=torch.ones(1, dtype=torch.bool))
                 z, history = solver.step(f, at, history)
-            assert isinstance(history.normal, NormalOfOne) == (numbers and step < 7)
+            assert isinstance(history.normal, NormalOfOne) == (numbers and step < recorded)
         grads += torch.autograd.grad(z.sum(), scale)
     assert grads[0] != 0
     assert_close(*grads)

@@ -47,7 +47,7 @@ class Normal(ABC):
 def empty_normal(z: Float[Tensor, "B N"], size: int) -> Normal:
     """The products of a window of ``size`` differences, before the first one is stored."""
     if z.shape[0] == 1 and size <= FEW and z.device.type == "cpu" and not is_derived(z):
-        return NormalOfOne(gram=[], along=[])
+        return NormalOfOne(gram=[], along=[], size=size)
     gram = torch.zeros(z.shape[0], size, size, dtype=small_dtype(z), device=z.device)
     return NormalOfBatch(gram=gram, along=gram.new_zeros(z.shape[0], 0))
 
@@ -94,21 +94,23 @@ class NormalOfOne(Normal):
     """Inner products of the Δr_i, row by row."""
     along: list[float]
     """Inner products of the Δr_i with r."""
+    size: int
+    """W."""
 
     def updated(self, window: Float[Tensor, "1 U N"], slot: int, r: Float[Tensor, "1 N"]) -> Normal:
         """The products with one more row, or with another one at ``slot``; as tensors if a derivative needs them."""
         if is_derived(window, r):
-            return self._of_batch(window.shape[1], r).updated(window, slot, r)
+            return self._of_batch(r).updated(window, slot, r)
         (along,) = inner(window, r).tolist()
         newest = vector_at(window, slot, r.dtype)
         row = [new - old for new, old in zip(along, self.along, strict=False)]  # the newest has no old product
         row[slot:] = [dot(newest, newest).item(), *row[slot + 1 :]]
         rows = [[*old[:slot], new, *old[slot + 1 :]] for old, new in zip(self.gram, row, strict=False)]
         rows[slot:] = [row, *rows[slot + 1 :]]
-        return NormalOfOne(gram=rows, along=along)
+        return NormalOfOne(gram=rows, along=along, size=self.size)
 
-    def _of_batch(self, used: int, like: Tensor) -> NormalOfBatch:
-        gram = torch.zeros(1, used, used, dtype=small_dtype(like))
+    def _of_batch(self, like: Tensor) -> NormalOfBatch:
+        gram = torch.zeros(1, self.size, self.size, dtype=small_dtype(like))
         known = len(self.gram)
         gram[0, :known, :known] = gram.new_tensor(self.gram).view(known, known)
         return NormalOfBatch(gram=gram, along=gram.new_tensor([self.along]))
