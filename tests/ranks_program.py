@@ -119,8 +119,9 @@ def main(folder: Path, parallel: Any, leave_after: int, recipe: str | None = Non
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     safetensors.safe_open = Counted
-    for module in (equilibria.core.gradient, equilibria.gradients.linearise, equilibria.gradients.unroll):
-        module.solve = watched(module.solve)
+    for module in (equilibria.core.gradient, equilibria.gradients.linearise):
+        module.solve_from = watched(module.solve_from)
+    equilibria.gradients.unroll.solve = watched(equilibria.gradients.unroll.solve)
     with Ranks.joined(parallel, "cpu", timeout=60) as ranks:
         every = ranks.of_all(train(folder, parallel, leave_after, recipe, ranks))
         if ranks.first:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import gc
 import os
 import warnings
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from equilibria.lm.sharding import without_maps
 from equilibria.torch_private import drop_process_groups
 
 Parallel = Literal["none", "ddp", "fsdp"]
@@ -137,10 +139,9 @@ class Ranks:
                 reduce_dtype=torch.float32 if bfloat16 else None,
                 cast_forward_inputs=False,
             )
-            layer = model.layer
-            assert isinstance(layer, nn.Module)
-            fully_shard(layer, reshard_after_forward=False, mp_policy=policy)
-            fully_shard(model, reshard_after_forward=False, mp_policy=policy)
+            assert isinstance(model.layer, nn.Module)
+            for module in (model.layer, model):
+                without_maps(module, functools.partial(fully_shard, reshard_after_forward=False, mp_policy=policy))
         return model
 
     @contextlib.contextmanager
