@@ -7,17 +7,15 @@ for the device. Only ``on_failure="raise"`` waits.
 from __future__ import annotations
 
 import atexit
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
-import jaxtyping
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from equilibria.core.caller import caller
 from equilibria.core.diagnosis import FORWARD, Message, Solve, diagnosis
 from equilibria.core.solve import Solution
 from equilibria.core.stop import OnFailure, Stop
@@ -83,9 +81,7 @@ atexit.register(settle, wait=True)
 def _speak(message: Message, on_failure: OnFailure) -> None:
     if on_failure == "raise":
         raise ConvergenceError(str(message))
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
-        frame, level = frame.f_back, level + 1
+    frame, level = caller()
     advised = message.kind, frame.f_code.co_filename, frame.f_lineno
     warnings.warn(f"{message.what}." if advised in ADVISED else str(message), ConvergenceWarning, stacklevel=level)
     ADVISED.add(advised)
@@ -93,6 +89,3 @@ def _speak(message: Message, on_failure: OnFailure) -> None:
 
 ADVISED: set[tuple[str, str, int]] = set()
 """The kinds of failure, with file and line of the caller, for which a warning has already given its advice."""
-
-_OWN = (*(str(Path(path).parent) for path in (torch.__file__, jaxtyping.__file__)), str(Path(__file__).parents[1]), "<")
-"""Prefixes of files that are not the user's: a warning names the first line outside them."""

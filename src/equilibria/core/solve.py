@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from equilibria.core.batch import batch_of
+from equilibria.core.caller import caller
 from equilibria.core.checks import check_keep, check_kind
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.heap import keep_freed_memory
@@ -207,5 +208,5 @@ def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:
                 f"it stay at about {level:.0e}, so solves will spend their budget; give rtol={4 * level:.0e}, or let f "
                 "compute in float32.",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=caller()[1],
             )
