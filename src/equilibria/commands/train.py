@@ -297,5 +297,4 @@ def _sample(run: Run, experiment: Experiment, corpus: Corpus) -> None:
     words = re.match(r"(\S+\s+){0,7}\S{1,40}", line)
     prompt = line[:40] if corpus.unit == "character" or words is None else words[0]
     with failures_of(loaded):  # the closing table has the share of solves that converge
-        text = loaded.generate(prompt, SAMPLE[corpus.unit])
-    report.write_sample(run.path, prompt=prompt, text=text)
+        report.write_sample(run.path, prompt=prompt, text=loaded.generate(prompt, SAMPLE[corpus.unit]))

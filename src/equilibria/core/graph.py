@@ -103,7 +103,7 @@ class SavedTensors:
 
 
 class _Refused(torch.autograd.Function):
-    """The identity; its backward pass raises a RuntimeError."""
+    """Returns its tensors unchanged. A backward pass through them raises a RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, sentence: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -125,13 +125,13 @@ def refused(sentence: str, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def refused_if_untracked(tree: Any) -> Any:
-    """The tree; in the forward pass of an autograd function, with tensors whose backward pass raises a RuntimeError.
+    """The tree unchanged, except in the forward pass of an autograd function: there its tensors refuse a backward pass.
 
-    ``torch.utils.checkpoint`` with ``use_reentrant=True`` is such a function: it runs a region without a graph, and
-    then tracks the tensors, and the tuples of tensors, that the region returns. In any other result, such as a
-    dataclass or a dict, the tensors would silently be constants. A tensor that the function does return gets its graph
-    as ever, since PyTorch then replaces the node that raises. Tensors that have a graph, and those that could not get
-    one, such as all under ``no_grad``, stay as they are.
+    They raise a RuntimeError in it. ``torch.utils.checkpoint`` with ``use_reentrant=True`` is such a function: it runs
+    a region without a graph, and then tracks the tensors, and the tuples of tensors, that the region returns. In any
+    other result, such as a dataclass or a dict, the tensors would silently be constants. A tensor that the function
+    does return gets its graph as ever, since PyTorch then replaces the node that raises. Tensors that have a graph, and
+    those that could not get one, such as all under ``no_grad``, stay as they are.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not tracking_functions():
         return tree
@@ -152,6 +152,6 @@ _UNTRACKED = (
 
 
 def refused_if_lacking(sentence: str, value: Tensor) -> Tensor:
-    """The value; its backward pass raises if an operation in its graph has no derivative (a fused kernel, twice)."""
+    """The value. Its backward pass raises if an operation in its graph has no derivative (a fused kernel, twice)."""
     lacking = any(node.name().endswith("NotImplemented") for node in nodes_below([value]))
     return refused(sentence, value)[0] if lacking else value

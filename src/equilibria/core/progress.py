@@ -66,7 +66,7 @@ class Progress:
         self._steps: Tensor | None = None
         """Steps that are counted one by one, once a sample is done."""
         self._steps_of_all = 0
-        """Steps of every sample beside these."""
+        """Steps that all samples took together, which are added to those."""
         self._active = torch.ones(len(z), dtype=torch.bool, device=z.device)
         self._broken: Tensor | None = None
         """True for samples that are not finite any more; None if all are."""
@@ -148,7 +148,7 @@ class Progress:
             self._note(chosen(improved[:, None], z, self._z), chosen(improved[:, None], fz, self._fz), residual, shown)
 
     def _all_improved(self, ratio: Tensor, active: Tensor | None) -> bool:
-        """True if all active samples have improved, and no other one's residual differs; None if all are active."""
+        """True if all active samples have improved, and no other residual has changed. None stands for all samples."""
         if active is None:
             return _least_difference(self._residual, ratio) > 0
         return not _any((ratio < self._residual) ^ active) and _least(self._residual - ratio) >= 0

@@ -147,7 +147,7 @@ def solve_from(
     keep: Sequence[int] = (),
     drop_converged: bool = True,
 ) -> Solution:
-    """``solve`` from the state that the list holds, which is taken out of it; the settings are right already.
+    """``solve`` from the state that the list holds, which is taken out of it. The caller has checked the settings.
 
     A start that nothing else holds is free after the first step; an argument would be held by every caller's frame.
     """

@@ -186,7 +186,7 @@ def linear(
 
 
 def _inner(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, or a view if it is a leaf: autograd tells only of inner nodes whether their gradient is wanted."""
+    """The tensor, or a view of a leaf. Autograd tells of inner nodes alone whether their gradient is wanted."""
     if tensor is None or not (tensor.requires_grad and tensor.is_leaf):
         return tensor
     return tensor.view_as(tensor)

@@ -146,9 +146,9 @@ def _if_regular(
     ridge: float,
     tiny: bool,
 ) -> Float[Tensor, "B W"] | None:
-    """The result of ``ridge_solve``, to the bit, with half as many operators; None if a sample needs its care.
+    """The bits that ``ridge_solve`` returns, by half as many operators, if every system of the batch is regular.
 
-    It reads three numbers from the device: that no column is empty, no system singular and no solution infinite.
+    None if a column is empty, a system is singular or a solution is infinite. These three tests read from the device.
     """
     if not (diagonal.numel() and diagonal.amin() > 0):
         return None

@@ -29,7 +29,7 @@ from equilibria.solvers.history import (
 
 
 class Normal(ABC):
-    """Inner products of the differences Δr_i with each other, and with the last residual r, in float64."""
+    """The inner products of the differences Δr_i with each other, and those of each Δr_i with the last residual r."""
 
     @abstractmethod
     def updated(self, window: Float[Tensor, "B U N"], slot: int, r: Float[Tensor, "B N"]) -> Normal:

@@ -148,7 +148,7 @@ class Attention(nn.Module):
             first: position of the first row of x, counted as for the keys of the past.
             weights: the result of ``weights``.
             table: the table of ``positions`` for the past and x, or for more keys; computed if None.
-            key_padding_mask: True for padding keys, which a query of their stream sees only at its own position.
+            key_padding_mask: True for padding keys. A query sees such a key only if it is at the same position.
             part: the rows of the whole batch that x holds.
         """
         batch, time, _ = x.shape

@@ -64,7 +64,7 @@ def prepare_fused(
         queries: T.
         memory: M.
         like: gives dtype and device.
-        key_padding_mask: True for padding keys, which a query of their stream sees only at its own position.
+        key_padding_mask: True for padding keys. A query sees such a key only if it is at the same position.
     """
     heads, channels = len(u), u.shape[1] + positions.channels
     small = heads * batch * queries * (memory + queries) < LEAST_SCORES * channels

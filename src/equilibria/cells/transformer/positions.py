@@ -109,7 +109,7 @@ class Positions(nn.Module, ABC):
             memory: M.
             like: gives dtype and device.
             table: the result of ``table`` for these keys or more; computed if None.
-            key_padding_mask: True for padding keys, which a query of their stream sees only at its own position.
+            key_padding_mask: True for padding keys. A query sees such a key only if it is at the same position.
         """
 
     @abstractmethod
@@ -136,9 +136,9 @@ def by_distance(row: Float[Tensor, "G K"], *, queries: int, window: int) -> Floa
 def hide_padding(
     bias: Float[Tensor, "*shape T K"], key_padding_mask: Bool[Tensor, "B K"]
 ) -> Float[Tensor, "*shape T K"]:
-    """The bias, −∞ also at keys that are padding, which a query of their stream sees only at its own position.
+    """The bias with −∞ at the keys that are padding. A query sees such a key only if it is at the same position.
 
-    The axis before the last two of the result is that of the samples.
+    The result has an axis for the samples before its last two axes.
     """
     queries, keys = bias.shape[-2:]
     key = torch.arange(keys, device=bias.device)
