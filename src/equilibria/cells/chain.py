@@ -95,7 +95,7 @@ class ChainCell(SequenceCell):
         injection = self._cells[0].injected(x)
         memories = self._memories(memory)
         blocks = [
-            cell.prepare_injected(x, injection, past, warm=warm, part=part, key_padding_mask=key_padding_mask)
+            cell.prepare(x, past, warm=warm, part=part, key_padding_mask=key_padding_mask, injection=injection)
             for cell, past in zip(self._cells, memories, strict=True)
         ]
         shared, rows, kept = zip(*((block.shared, block.rows, block.kept) for block in blocks), strict=True)

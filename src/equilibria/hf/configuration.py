@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from equilibria.cells import CellConfig
 from equilibria.cells.chain import ChainConfig
-from equilibria.cells.transformer.cell import WINDOW, TransformerConfig
+from equilibria.cells.transformer.cell import TransformerConfig
 from equilibria.cells.trellis.cell import TrellisConfig
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
@@ -167,7 +167,7 @@ class EquilibriumConfig(PreTrainedConfig):
             AttributeError: there is no such number, since positions enter by distances inside a window.
         """
         decays = [block for block in blocks_of(self.cell) if block.positions == "decay"]
-        limits = [block.longest for block in decays if (block.window or WINDOW) > block.longest]
+        limits = [block.longest for block in decays if block.reach > block.longest]
         if not limits:
             raise AttributeError("max_position_embeddings: a text may have any number of positions")
         return min(limits)
@@ -194,7 +194,7 @@ def seen_in_training(language: LanguageConfig, segment_length: int) -> LanguageC
 
 
 def _narrowed(cell: TransformerConfig, segment_length: int) -> TransformerConfig:
-    return dataclasses.replace(cell, window=min(cell.window or WINDOW, cell.memory + segment_length))
+    return dataclasses.replace(cell, window=min(cell.reach, cell.memory + segment_length))
 
 
 AutoConfig.register(MODEL_TYPE, EquilibriumConfig)

@@ -45,8 +45,6 @@ from equilibria.layers.held import Held
 from equilibria.layers.linear import INITS, Init, LinearWeights, NormedLinear, linear, weights_of
 from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_width
 
-WINDOW = 1000
-"""Number of positions that a query sees, itself included, if ``TransformerConfig.window`` is 0."""
 _CHOICES = {
     "norm": ("post", "pre", "pre-normalised"),
     "positions": ("relative", "decay", "rotary"),
@@ -131,9 +129,24 @@ class TransformerConfig:
         """D, the number of channels that later layers read: the whole state."""
         return self.width
 
+    @property
+    def reach(self) -> int:
+        """The number of positions that a query sees, itself included."""
+        return self.window or 1000
+
     def build(self) -> TransformerCell:
         """The cell, with fresh parameters."""
         return TransformerCell(self)
+
+    def build_positions(self) -> Positions:
+        """The part of the attention that knows positions, with fresh parameters."""
+        common = {"heads": self.heads, "window": self.reach}
+        if self.positions == "decay":
+            return DecayPositions(**common, longest=self.longest)
+        if self.positions == "rotary":
+            return RotaryPositions(**common, width=self.width)
+        names = ("width", "dropout", "variational", "weight_norm", "init", "std")
+        return RelativePositions(**common, **{name: getattr(self, name) for name in names})
 
 
 class TransformerCell(SequenceCell):
@@ -160,7 +173,7 @@ class TransformerCell(SequenceCell):
         self.attention = Attention(
             width=width,
             heads=config.heads,
-            positions=self._positions(config),
+            positions=config.build_positions(),
             form=config.attention,
             dropout=config.attention_dropout,
             weight_norm=config.weight_norm,
@@ -173,6 +186,11 @@ class TransformerCell(SequenceCell):
         # The first norm comes before the feed-forward network, the second at the end or at the beginning of f.
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=config.affine) for _ in range(2))
 
+    def injected(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3*D"] | None:
+        """U = x W_in + b_in; None from a cell without injection."""
+        check_width(x, self.config.width)
+        return None if self.inject is None else linear(x, *self._matrix(self.inject, self.config.width))
+
     def prepare(
         self,
         x: Float[Tensor, "B T D"],
@@ -181,28 +199,13 @@ class TransformerCell(SequenceCell):
         warm: bool = False,
         part: BatchSlice | None = None,
         key_padding_mask: Bool[Tensor, "B T"] | None = None,
+        injection: Float[Tensor, "B T 3*D"] | None = None,
     ) -> Prepared:
-        """Weights, injection, keys and values of the memory, position term and masks."""
-        return self.prepare_injected(
-            x, self.injected(x), memory, warm=warm, part=part, key_padding_mask=key_padding_mask
-        )
+        """Weights, injection, keys and values of the memory, position term and masks.
 
-    def injected(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T 3*D"] | None:
-        """U = x W_in + b_in; None from a cell without injection."""
-        check_width(x, self.config.width)
-        return None if self.inject is None else linear(x, *self._matrix(self.inject, self.config.width))
-
-    def prepare_injected(
-        self,
-        x: Float[Tensor, "B T D"],
-        injection: Float[Tensor, "B T 3*D"] | None,
-        memory: TransformerPast | None,
-        *,
-        warm: bool,
-        part: BatchSlice | None,
-        key_padding_mask: Bool[Tensor, "B T"] | None,
-    ) -> Prepared:
-        """``prepare`` with an injection from elsewhere: several cells may share one."""
+        Several cells may share an ``injection``; without one, the cell computes its own.
+        """
+        injection = self.injected(x) if injection is None else injection
         time = x.shape[1]
         read = self._read(x, memory, key_padding_mask)
         weights, mask = read.weights, read.key_padding_mask
@@ -256,7 +259,7 @@ class TransformerCell(SequenceCell):
         return PastRead(weights, past, length, mask)
 
     def _read_keys_and_values(self, memory: KeyValues, time: int, mask: Bool[Tensor, "B T"] | None) -> PastRead:
-        seen = memory.last(self._window - 1)
+        seen = memory.last(self.config.reach - 1)
         rotation = self._rotation(seen.length)
         mask = joined_padding(seen.key_padding_mask, mask, past=seen.length, time=time)
         seen = seen if rotation is None else dataclasses.replace(seen, k=rotation(seen.k))
@@ -347,7 +350,7 @@ class TransformerCell(SequenceCell):
         """
         config = self.config
         check_new_cache(self, batch, kind=TransformerMemory, memory=memory, padding=padding)
-        length = min(config.memory if length is None else length, self._window - 1)
+        length = min(config.memory if length is None else length, self.config.reach - 1)
         self._held.renew()
         with torch.no_grad():
             past = KeyValueCache.empty(
@@ -374,20 +377,6 @@ class TransformerCell(SequenceCell):
             return weights, self.attention.positions.table(queries=1, memory=length, like=self.attention.u)
 
         return self._held.of(self, computed, length)
-
-    @property
-    def _window(self) -> int:
-        return self.config.window or WINDOW
-
-    @staticmethod
-    def _positions(config: TransformerConfig) -> Positions:
-        common = {"heads": config.heads, "window": config.window or WINDOW}
-        if config.positions == "decay":
-            return DecayPositions(**common, longest=config.longest)
-        if config.positions == "rotary":
-            return RotaryPositions(**common, width=config.width)
-        names = ("width", "dropout", "variational", "weight_norm", "init", "std")
-        return RelativePositions(**common, **{name: getattr(config, name) for name in names})
 
     def _weights(self) -> TransformerWeights:
         config = self.config
