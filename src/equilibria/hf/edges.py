@@ -63,7 +63,7 @@ def resized(
         )
     if rows is not None and rows < known:
         raise ValueError(f"resize_token_embeddings({rows}): the model has {known} ids, and none can be taken away.")
-    rows = known if rows is None else rows
+    rows = int(known if rows is None else rows)
     if pad_to_multiple_of is not None:
         rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
     if rows == known:  # a row for the edge alone would be one that a saved configuration does not tell
