@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from equilibria.__main__ import main
-from equilibria.commands import train
+from equilibria.commands import sample
 
-train.SAMPLE["character"] = 12  # the text with which a training ends: the whole one takes longer than the training
+sample.SAMPLE["character"] = 12  # the text with which a training ends: the whole one takes longer than the training
 
 RECIPE = '''
 from equilibria import Anderson, Implicit, Method, Picard, Stop, Unroll

@@ -9,7 +9,7 @@ import pytest
 
 import equilibria
 from equilibria.__main__ import main
-from equilibria.commands import train
+from equilibria.commands.sample import SAMPLE
 from equilibria.lm.corpora import BytePairVocabulary, Language, Vocabulary, text_folder
 from equilibria.lm.report.comparison import compared
 from equilibria.lm.report.figures import draw_together
@@ -28,13 +28,12 @@ def place(tmp_path_factory):
     for split in ("train", "valid", "test"):
         file = folder / "text" / f"{split}.txt"
         file.write_text(file.read_text(encoding="utf-8").replace("d", "dé"), encoding="utf-8")
-    sample, train.SAMPLE["bpe"] = train.SAMPLE["bpe"], 12
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setitem(SAMPLE, "bpe", 12)
         for unit, more in (("bpe", ["--vocabulary-size", "262"]), ("character", [])):
             words = ["train", "recipe.py:small", "--data", "text", "--quiet", "--out", unit, "--unit", unit, *more]
             assert main(words) == 0
-    train.SAMPLE["bpe"] = sample
     return folder
 
 

@@ -16,7 +16,7 @@ import torch
 from equilibria import ConvergenceWarning
 from equilibria.__main__ import main
 from equilibria.cells import ChainConfig
-from equilibria.commands import report, train
+from equilibria.commands import report, sample, train
 from equilibria.commands.errors import explain
 from equilibria.commands.recipe import experiment_of
 from equilibria.lm.evaluation import evaluate
@@ -25,8 +25,9 @@ from equilibria.lm.report import figures, summary
 from equilibria.lm.report.record import read
 from equilibria.lm.runs import Run, checkpoint
 from equilibria.lm.runs.checkpoint import CheckpointError
+from equilibria.lm.runs.memory_length import with_memory
 from equilibria.lm.runs.trained import load as trained_model
-from equilibria.lm.runs.trained import with_data, with_memory
+from equilibria.lm.runs.trained import with_data
 from equilibria.lm.training import Trainer, TrainingInterrupted, TrainingStopped
 from equilibria.lm.training.policy import NotFinite
 from small_run import fails, furnish
@@ -41,7 +42,7 @@ def place(tmp_path, monkeypatch, one_figure) -> Path:
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setitem(train.SAMPLE, "character", 12)
+    monkeypatch.setitem(sample.SAMPLE, "character", 12)
     return tmp_path
 
 
@@ -52,7 +53,7 @@ def trained(tmp_path_factory) -> tuple[Path, str]:
     furnish(folder)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(folder)
-        patch.setitem(train.SAMPLE, "character", 12)
+        patch.setitem(sample.SAMPLE, "character", 12)
         assert main(["train", "recipe.py:small", "--data", "text", "--stages.1.steps", "5"]) == 0
     return folder, printed.getvalue()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from equilibria.__main__ import main
-from equilibria.commands import train
+from equilibria.commands import sample
 from small_run import fails, furnish
 
 TRELLIS = '''
@@ -44,7 +44,7 @@ def place(tmp_path, monkeypatch, one_figure) -> Path:
         file.write(TRELLIS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "150")
-    monkeypatch.setitem(train.SAMPLE, "character", 12)
+    monkeypatch.setitem(sample.SAMPLE, "character", 12)
     return tmp_path
 
 

@@ -8,8 +8,10 @@ import pytest
 import equilibria
 from equilibria.__main__ import main
 from equilibria.commands.interrupt import command
+from equilibria.commands.sample import prompt_of
+from equilibria.commands.train import _options
 from equilibria.errors import UsageError
-from equilibria.lm.corpora import TextFolder, text_file
+from equilibria.lm.corpora import Corpus, Stream, TextFolder, Vocabulary, text_file
 from equilibria.lm.report.comparison import differences, rows
 from equilibria.lm.report.record import read
 from small_run import fails
@@ -76,6 +78,86 @@ def test_a_text_that_has_moved_still_has_its_splits_and_another_one_has_none(pla
     assert other.evaluate("test").tokens == 17 * 20 - 1
 
 
+def test_a_text_with_another_name_continues_its_run(place, capsys):
+    (place / "My text.txt").rename(place / "moved.txt")
+    again = ["train", "text", "--out", "runs/My-text", "--resume", "--quiet"]
+    assert main([*again, "--data", "moved.txt"]) == 0
+    assert main(again) == 0  # the new place is stored
+    assert equilibria.load("runs/My-text").experiment.name == "My-text"
+    said = fails(capsys, *again, "--explicit", "4")
+    assert "runs/My-text is a run of 'My-text', not of 'text-4-layers'" in said
+
+
+def test_another_text_does_not_change_the_run_that_it_cannot_continue(place, capsys):
+    (place / "other.txt").write_text("The fixed point.\n" * 20)
+    before = (place / "runs" / "My-text" / "experiment.json").read_bytes()
+    again = ["train", "text", "--out", "runs/My-text", "--resume", "--quiet"]
+    assert "is not the one with which" in fails(capsys, *again, "--data", "other.txt", code=1)
+    assert (place / "runs" / "My-text" / "experiment.json").read_bytes() == before
+
+
+def test_a_name_that_is_given_stays(place):
+    options, _ = _options("text", ["--data", "My text.txt", "--name", "mine"])
+    assert options.experiment.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("unit", "valid", "prompt"),
+    [
+        ("character", "abc d\n \n\n.", "abc d\n \n\n"),  # nothing follows the first line
+        ("character", "abc d\nba cad\n", "ba cad"),
+        ("word", f"a b c d e f g {'x' * 60} h\n", f"a b c d e f g {'x' * 60}"),  # a part would be another word
+        ("word", "\n\na b\n", "a b"),
+        ("bpe", f"a\nb {'x' * 60}\n", f"b {'x' * 40}"),
+    ],
+)
+def test_the_sample_begins_with_text_that_the_vocabulary_has(unit, valid, prompt):
+    vocabulary = Vocabulary.of_text(valid, unit)
+    ids = Stream.of_text(vocabulary.encode(valid))
+    assert prompt_of(Corpus("own", ids, ids, ids, vocabulary, unit)) == prompt
+
+
+def test_a_validation_text_that_is_too_short_is_refused_before_the_training(place, capsys):
+    (place / "short.txt").write_text("ab" * 50)
+    said = fails(capsys, "train", "text", "--data", "short.txt", *QUICK, *QUIET, code=1)
+    assert "The validation text has 4 tokens to predict" in said
+    assert "try --training.eval-batch-size 4" in said
+
+
+@pytest.mark.parametrize(
+    ("use", "sentence"),
+    [
+        (lambda: equilibria.load("runs/My-text", checkpoint="bset"), "checkpoint='bset': it is 'best' or 'last'"),
+        (lambda: equilibria.load("runs/My-text", memory_length=2.5), r"load\(memory_length=2.5\): .* whole number"),
+        (lambda: equilibria.load("runs/My-text", memory_length=2, segment=0), "segment=0"),
+        (lambda: equilibria.load("runs/My-text").evaluate("tset"), "There is no split 'tset'"),
+        (lambda: equilibria.load("runs/My-text").evaluate(segment_length=0), r"Segments\(length=0\)"),
+        (lambda: equilibria.load("runs/My-text").evaluate(overlap=1.5), r"overlap=1.5\): it must be a whole number"),
+        (lambda: equilibria.load("runs/My-text").evaluate(max_segments=1.5), "max_segments is a whole number"),
+        (lambda: equilibria.load("runs/My-text").generate(["The "]), "The prompt is a list"),
+        (lambda: equilibria.load("runs/My-text").generate("The ", 2.5), "length is a whole number"),
+        (lambda: equilibria.load("runs/My-text").generate("The ", 2, top_k=2.5), "top_k is a whole number"),
+        (lambda: equilibria.load("My text.txt"), "My text.txt is a file, and a run is a folder"),
+        (lambda: equilibria.load("runs/My-text", data="~nobody at all"), "does not exist"),
+    ],
+)
+def test_what_python_cannot_mean_is_refused(place, unhooked, use, sentence):
+    with pytest.raises((ValueError, TypeError, UsageError), match=sentence):
+        use()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["report"], "report needs RUN"),
+        (["generate", "runs/My-text", "--prompt", "a", "--prompt", "b"], "give all prompts after one"),
+        (["train", "tiny", "--memory-depths", "-1"], "a depth counts layers"),
+    ],
+)
+def test_what_a_command_cannot_mean_is_refused(place, capsys, words, sentence):
+    assert sentence in fails(capsys, *words)
+
+
 def test_a_second_training_says_where_it_goes_and_how_to_continue_the_first(place, capsys):
     words = [word for word in QUIET if word != "--quiet"]
     assert main(["train", "text", "--data", "My text.txt", *QUICK, *words]) == 0
@@ -89,8 +171,6 @@ def test_a_second_training_says_where_it_goes_and_how_to_continue_the_first(plac
 
 @pytest.mark.parametrize(("steps", "shares"), [("2", [1, 1]), ("3", [2, 1]), ("2000", [1250, 750])])
 def test_steps_are_shared_by_the_stages(steps, shares):
-    from equilibria.commands.train import _options
-
     options, _ = _options("tiny", ["--steps", steps])
     assert [stage.steps for stage in options.experiment.stages] == shares
 

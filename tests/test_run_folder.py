@@ -349,7 +349,7 @@ def test_the_doctor_says_what_is_wrong(run, place, capsys):
         "line 4 is not a JSON object",
         f"{folders[-1].name} is damaged",
         "another text than that of the training: valid",
-        "files of somebody else: notes.txt",
+        "files that no training writes: notes.txt",
     ):
         assert words in said
 

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from equilibria.__main__ import main
-from equilibria.commands import terminal, train
+from equilibria.commands import sample, terminal
 from equilibria.commands.recipe import experiment_of
 from equilibria.lm.report import formats
 from equilibria.lm.report.display import Display, summary_table
@@ -39,7 +39,7 @@ def trained(tmp_path_factory) -> Path:
         file.write_text(file.read_text().replace("c", OWNED))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.chdir(folder)
-        patch.setitem(train.SAMPLE, "character", 12)
+        patch.setitem(sample.SAMPLE, "character", 12)
         words = ["--data", "text", "--stages.0.steps", "1", "--stages.1.steps", "1", "--quiet", "--out", "[red]run"]
         assert main(["train", "recipe.py:small", *words]) == 0
     return folder

@@ -24,7 +24,8 @@ from equilibria.lm.model import ExtraLosses, LanguageConfig
 from equilibria.lm.recipes import RECIPES
 from equilibria.lm.report.record import read
 from equilibria.lm.runs import Run, events
-from equilibria.lm.runs.trained import load, with_data, with_memory
+from equilibria.lm.runs.memory_length import with_memory
+from equilibria.lm.runs.trained import load, with_data
 from equilibria.lm.training import Trainer, TrainingStopped
 from equilibria.lm.training.measure import ngram_baseline
 from equilibria.lm.training.step import drawn_penalty

@@ -169,7 +169,7 @@ def test_a_folded_model_is_the_same(tmp_path):
     assert all("direction" not in name for name in found.state_dict())
 
 
-def test_more_tokens():
+def test_more_tokens(tmp_path):
     model, text = copy.deepcopy(small("transformer")), tokens(2, 6)
     with torch.no_grad():
         wanted = model(text).logits
@@ -182,6 +182,11 @@ def test_more_tokens():
         assert torch.isfinite(model(torch.full((1, 2), VOCABULARY + 3)).logits).all()
         with pytest.raises(ValueError, match="none can be taken away"):
             model.resize_token_embeddings(VOCABULARY)
+        unchanged = model.resize_token_embeddings(pad_to_multiple_of=2)
+        assert (unchanged.num_embeddings, model.config.vocab_size) == (VOCABULARY + 4, VOCABULARY + 4)
+        model.save_pretrained(tmp_path)  # the rows of the tables are told by the configuration
+        again = EquilibriumForCausalLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(text).logits, found)
     adaptive = EquilibriumForCausalLM(configuration("transformer", **HEADS["adaptive"]))
     with pytest.raises(ValueError, match="divided into clusters"):
         adaptive.resize_token_embeddings(VOCABULARY + 4)
@@ -192,6 +197,15 @@ REFUSED = {
     "an unknown argument": ({"mask": TEXT}, TypeError, "no argument mask"),
     "attentions": ({"output_attentions": True}, TypeError, "no argument output_attentions"),
     "a mask of pairs": ({"attention_mask": torch.ones(1, 1, 6, 6)}, ValueError, r"must be \[rows, 6\]"),
+    "a mask of more rows": ({"attention_mask": torch.ones(2, 6)}, ValueError, "with 1 rows"),
+    "a mask to add": ({"attention_mask": torch.tensor([[-1e9, 0, 0, 0, 0, 0]])}, ValueError, "attention_mask holds -1"),
+    "a mask of packed texts": ({"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]])}, ValueError, "holds 2"),
+    "an unknown label": ({"labels": TEXT + 1000}, ValueError, "labels holds 1000"),
+    "a negative label": ({"labels": TEXT - 7}, ValueError, "labels holds -7"),
+    "labels that were shifted": ({"labels": TEXT[:, 1:]}, ValueError, "the model shifts them itself"),
+    "an unknown id": ({"input_ids": TEXT + 1000}, ValueError, "input_ids holds 1000"),
+    "one axis": ({"input_ids": TEXT[0]}, ValueError, r"must be \[rows, tokens\]"),
+    "no tokens": ({"input_ids": TEXT[:, :0]}, ValueError, "at least one of each"),
     "a short mask": ({"attention_mask": torch.ones(1, 5)}, ValueError, r"must be \[rows, 6\]"),
     "holes": (
         {"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1]])},
@@ -209,7 +223,7 @@ REFUSED = {
 def test_refused_in_a_sentence(what, unhooked):
     arguments, error, said = REFUSED[what]
     with torch.no_grad(), pytest.raises(error, match=said):
-        small("transformer")(TEXT, **arguments)
+        small("transformer")(**{"input_ids": TEXT, **arguments})
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -45,6 +45,9 @@ def test_the_command_writes_a_folder_that_generates(tmp_path, capsys):
     assert_close(found, wanted, rtol=0, atol=1e-4)  # one text inside the window
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=5)[0])
     assert text.startswith("The function ")
+    first = text.removeprefix("The function ")[0]  # generate gives the tokenizer to the model, too
+    stopped = model.generate(**prompt, max_new_tokens=5, stop_strings=[first], tokenizer=tokenizer)
+    assert tokenizer.decode(stopped[0]) == f"The function {first}"
     model.save_pretrained(tmp_path / "again")  # as after a training
     assert (tmp_path / "again" / "equilibrium.py").read_text() == (out / "equilibrium.py").read_text()
     card = (out / "README.md").read_text(encoding="utf-8")
@@ -53,6 +56,20 @@ def test_the_command_writes_a_folder_that_generates(tmp_path, capsys):
     assert "A position sees 128 positions" in card
     assert main(["export", "tiny", "--format", "hf", "--out", str(out)]) == 2
     assert "is not an empty folder; name a new one." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--format", "hf"]], ids=["safetensors", "hf"])
+def test_an_export_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, capsys, monkeypatch, words):
+    from safetensors import SafetensorError
+
+    def full(*args, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    assert main(["export", "tiny", "--out", str(tmp_path / "out"), *words]) == 1
+    assert "there is no space left on the disk" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_folded_weights_in_one_file(tmp_path, capsys):

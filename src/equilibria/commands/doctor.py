@@ -88,7 +88,7 @@ def _folder(run: Run) -> Iterator[Finding]:
     if foreign := foreign_files(run.path):
         listed = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         advice = "the library leaves them alone; `train --overwrite` refuses the folder."
-        yield Finding("folder", f"files of somebody else: {listed}", advice, remark=True)
+        yield Finding("folder", f"files that no training writes: {listed}", advice, remark=True)
     unsettled = [name for name in (OLD, GONE) if (run.path / name).exists()]
     if unsettled:
         advice = "`equilibria train … --resume` completes that."

@@ -53,6 +53,8 @@ class Options:
 def main(arguments: Sequence[str]) -> int:
     """Print each prompt and its continuation: one token by token, several one after another."""
     options = parse(Options, arguments, verb="generate")
+    if sum(word.partition("=")[0] == "--prompt" for word in arguments) > 1:  # the last one alone would count
+        raise UsageError("--prompt is there twice; give all prompts after one: --prompt 'The ' 'Iterators are'.")
     if options.memory_length is not None and options.memory_length < 0:
         raise UsageError(
             f"--memory-length {options.memory_length}: it counts positions and is at least 0; leave it out "

@@ -43,6 +43,8 @@ class Options:
 def main(arguments: Sequence[str]) -> int:
     """Write the report and say where it is."""
     options = parse(Options, arguments, verb="report")
+    if not options.runs:
+        raise UsageError("report needs RUN: the folder that `equilibria train` has written, or several to compare.")
     records = [read(found(run)) for run in options.runs]
     if len(records) > 1:
         return _compare(records, options)

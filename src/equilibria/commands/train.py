@@ -18,12 +18,12 @@ from rich.text import Text
 
 from equilibria.commands import report
 from equilibria.commands.arguments import parse
-from equilibria.commands.failures import failures_of
 from equilibria.commands.interrupt import Asked, interrupted
 from equilibria.commands.recipe import experiment_of
+from equilibria.commands.sample import write_sample
 from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
-from equilibria.lm.corpora import Corpus
+from equilibria.lm.corpora import Corpus, TextFolder
 from equilibria.lm.device import choose_device
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.explicit import explicit
@@ -35,7 +35,7 @@ from equilibria.lm.report.display import Display, literal, summary_table, waitin
 from equilibria.lm.report.record import read
 from equilibria.lm.runs.folder import NEW, locked
 from equilibria.lm.runs.run import Run
-from equilibria.lm.runs.trained import load, with_data
+from equilibria.lm.runs.trained import with_data
 from equilibria.lm.training.tracker import require
 from equilibria.lm.training.trainer import Trainer, TrainingInterrupted
 
@@ -44,9 +44,6 @@ RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 RUNS = Path("runs")
 """Where runs go unless --out says otherwise."""
-
-SAMPLE = {"character": 360, "word": 60, "bpe": 90}
-"""Tokens of the sample at the end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,14 +189,15 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
         raise UsageError(f"{said[0]} says more about --explicit LAYERS, which is not there; try --explicit 12.")
     if options.resume and options.overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it; give one of the two.")
-    options = _named(_completed(options), recipe)
+    options = _named(_completed(options), default.experiment.name, recipe)
     path = options.out or folder(options.experiment.name, taken=options.resume or options.overwrite)
     goes_on = options.resume or (RESTARTS > 0 and not (path / NEW).is_dir())
     if goes_on and (path / "experiment.json").is_file():
         stored = Run.open(path).experiment(extra=kinds_in(default.experiment))
-        unnamed = options.data is None and recipe == "text"  # the name of the run is that of its text
-        if stored.name != options.experiment.name and not unnamed:
-            raise UsageError(f"{path} is a run of {stored.name!r}, not of {options.experiment.name!r}; check --out.")
+        name, kind = options.experiment.name, default.experiment.name.removeprefix(recipe)
+        of_a_text = recipe == "text" and isinstance(stored.corpus, TextFolder)  # its name is that of its text
+        if not stored.name.endswith(kind) if of_a_text else stored.name != name:
+            raise UsageError(f"{path} is a run of {stored.name!r}, not of {name!r}; check --out.")
         default = dataclasses.replace(default, experiment=stored)
         options = parse(Options, words, verb=f"train {recipe}", default=default)
         options = _completed(options)
@@ -216,9 +214,9 @@ def _completed(options: Options) -> Options:
     return dataclasses.replace(options, experiment=experiment)
 
 
-def _named(options: Options, recipe: str) -> Options:
-    """The options with an experiment that is called as its text, if it is of the recipe for any text."""
-    if recipe != "text" or options.data is None:
+def _named(options: Options, usual: str, recipe: str) -> Options:
+    """The options with an experiment that is called as its text, if its recipe is for any text and --name is absent."""
+    if recipe != "text" or options.data is None or options.experiment.name != usual:
         return options
     stem = re.sub(r"\W+", "-", options.data.stem).strip("-") or "text"
     name = stem + options.experiment.name.removeprefix("text")  # "-12-layers" of an explicit baseline stays
@@ -275,7 +273,7 @@ def _finish(run: Run, experiment: Experiment, corpus: Corpus, console: Console, 
     """The sample, the report and the table."""
     with waiting("writing a sample and the report"):
         if corpus.unit != "symbol":
-            _sample(run, experiment, corpus)
+            write_sample(run, experiment, corpus)
         record = read(run.path)
         page = report.write(record)
     if quiet:
@@ -287,14 +285,3 @@ def _finish(run: Run, experiment: Experiment, corpus: Corpus, console: Console, 
         console.print("\nA sample, after the words in bold from the validation text:", style="dim")
         console.print(Text.assemble(literal(sample[0], "bold"), literal(sample[1])))
     console.print(literal(f"\nreport: {page}"), soft_wrap=True)
-
-
-def _sample(run: Run, experiment: Experiment, corpus: Corpus) -> None:
-    """Let the best model continue the beginning of the validation text, and keep that for the report."""
-    loaded = load(run.path, extra=kinds_in(experiment))
-    text = corpus.vocabulary.decode(corpus.valid.tokens[:1000])
-    line = text[text.find("\n") + 1 :].lstrip()
-    words = re.match(r"(\S+\s+){0,7}\S{1,40}", line)
-    prompt = line[:40] if corpus.unit == "character" or words is None else words[0]
-    with failures_of(loaded):  # the closing table has the share of solves that converge
-        report.write_sample(run.path, prompt=prompt, text=loaded.generate(prompt, SAMPLE[corpus.unit]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,15 @@ def check_at_least(value: Any, **least: float) -> None:
     for name, bound in least.items():
         if getattr(value, name) < bound:
             raise ValueError(f"{type(value).__name__}({name}={getattr(value, name)}): {name} is at least {bound}.")
+
+
+def check_whole(call: str, **values: Any) -> None:
+    """Raise a ValueError unless each of these arguments of ``call`` is None or a whole number."""
+    for name, value in values.items():
+        try:
+            operator.index(0 if value is None else value)
+        except TypeError:
+            raise ValueError(f"{call}({name}={value!r}): {name} is a whole number, such as 8.") from None
 
 
 def check_choices(value: Any, choices: Mapping[str, Sequence[str]]) -> None:

@@ -41,7 +41,7 @@ def given_cache(cache: Any, past_key_values: Any) -> Cache | None:
 
 
 def key_padding_mask(
-    attention_mask: Tensor | None, position_ids: Tensor | None, *, seen: int, time: int
+    attention_mask: Tensor | None, position_ids: Tensor | None, *, seen: int, new: tuple[int, ...]
 ) -> Bool[Tensor, "B _"] | None:
     """True at padding, for the stored positions and the new ones; None if there is none.
 
@@ -50,12 +50,13 @@ def key_padding_mask(
         position_ids: the positions of the new tokens, which must count by one inside a text and continue that of the
             cache; None for those.
         seen: S, number of stored positions.
-        time: T, number of new ones.
+        new: B and T, numbers of rows and of new positions.
 
     Raises:
-        ValueError: padding lies inside a text, or positions jump, as where several texts are packed into one row.
+        ValueError: padding lies inside a text, or positions jump, as where several texts are packed into one row; or
+            the mask has another shape, or other values than 0 and 1.
     """
-    mask = None if attention_mask is None else _padding(attention_mask, seen + time)
+    mask = None if attention_mask is None else _padding(attention_mask, new[0], seen + new[1])
     if position_ids is not None:
         _check_steps(position_ids, None if mask is None else mask[:, seen:])
         if seen:
@@ -63,16 +64,50 @@ def key_padding_mask(
     return mask
 
 
-def _padding(attention_mask: Tensor, length: int) -> Bool[Tensor, "B _"] | None:
-    if attention_mask.ndim != 2 or attention_mask.shape[1] != length:
+def check_ids(
+    name: str, ids: Tensor, size: int, *, shape: tuple[int, ...] | None = None, ignored: int | None = None
+) -> None:
+    """Raise a ValueError unless the argument ``name`` holds ids [B T] from 0 to ``size`` − 1, or ``ignored``.
+
+    Their range is checked on a CPU alone, since another device would be waited for.
+    """
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64) or not ids.numel():
+        kind = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"{name} is {kind}, and must be [rows, tokens] of torch.int64, with at least one of each.")
+    if shape is not None and tuple(ids.shape) != tuple(shape):
         raise ValueError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)}, and must be [rows, {length}], one number for "
-            "each position in the cache and each new one: 1 at text, 0 at padding. Masks per pair of positions have no "
-            "meaning for an equilibrium, whose cell masks by itself."
+            f"{name} has the shape {tuple(ids.shape)}, and must be {tuple(shape)}: one number for each token of the "
+            "input; the model shifts them itself."
         )
-    text = attention_mask.bool()
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (ids < 0) | (ids >= size)
+    wrong = wrong if ignored is None else wrong & (ids != ignored)
+    if bool(wrong.any()):
+        others = "" if ignored is None else f", or {ignored} where nothing is scored"
+        raise ValueError(
+            f"{name} holds {int(ids[wrong][0])}, and the ids of this model are 0 … {size - 1}{others}; encode the text "
+            "with the tokenizer of the model."
+        )
+
+
+def _padding(attention_mask: Any, rows: int, length: int) -> Bool[Tensor, "B _"] | None:
+    if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) != (rows, length):
+        found = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(
+            f"attention_mask has the shape {found}, and must be [rows, {length}] with {rows} rows, one number "
+            "for each position in the cache and each new one: 1 at text, 0 at padding. Masks per pair of positions "
+            "have no meaning for an equilibrium, whose cell masks by itself."
+        )
+    text = attention_mask == 1
     if bool(text.all()):
         return None
+    if not bool((text | (attention_mask == 0)).all()):
+        other = attention_mask[~text & (attention_mask != 0)][0].item()
+        raise ValueError(
+            f"attention_mask holds {other}, and must hold 1 at text and 0 at padding; a mask of numbers to add, or of "
+            "the numbers of texts that are packed into one row, has another meaning."
+        )
     starts = (text[:, 1:] & ~text[:, :-1]).sum(dim=1) + text[:, 0]
     if bool((starts > 1).any()):
         raise ValueError(

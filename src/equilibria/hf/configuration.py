@@ -131,6 +131,11 @@ class EquilibriumConfig(PreTrainedConfig):
         return self.decoded_language().cell
 
     @property
+    def table_rows(self) -> int:
+        """Rows of embedding and head: one per id but for the edge, which has one after a resize alone."""
+        return self.vocab_size - (self.edge_token_id == self.vocab_size - 1)
+
+    @property
     def num_hidden_layers(self) -> int:
         """Number of layers of the cache: one per block, however many evaluations a solve needs."""
         return len(blocks_of(self.cell)) or 1

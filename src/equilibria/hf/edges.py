@@ -39,7 +39,11 @@ def lowest_at_edge(logits: Float[Tensor, "B T _"], config: EquilibriumConfig) ->
 
 
 def resized(
-    model: Any, rows: int | None, resize: Callable[..., nn.Embedding], *args: Any, **choices: Any
+    model: Any,
+    rows: int | None,
+    resize: Callable[..., nn.Embedding],
+    pad_to_multiple_of: int | None = None,
+    **choices: Any,
 ) -> nn.Embedding:
     """The embedding of ``model`` with ``rows`` rows, after the same change of its head; see the model's method.
 
@@ -47,8 +51,8 @@ def resized(
         model: an ``EquilibriumForCausalLM``.
         rows: number of ids; None to change nothing.
         resize: transformers' own method, which changes the embedding and the configuration.
-        args: its other arguments.
-        choices: its other arguments by name.
+        pad_to_multiple_of: raise the number of ids to a multiple of this.
+        choices: the other arguments of ``resize``.
     """
     language, config = model.model, model.config
     head, known = language.head, config.vocab_size
@@ -59,7 +63,12 @@ def resized(
         )
     if rows is not None and rows < known:
         raise ValueError(f"resize_token_embeddings({rows}): the model has {known} ids, and none can be taken away.")
-    embedding = resize(rows, *args, **choices)
+    rows = int(known if rows is None else rows)
+    if pad_to_multiple_of is not None:
+        rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+    if rows == known:  # a row for the edge alone would be one that a saved configuration does not tell
+        return language.embedding
+    embedding = resize(rows, **choices)
     count = embedding.num_embeddings
     with torch.no_grad():
         head.bias = _longer(head.bias, count)

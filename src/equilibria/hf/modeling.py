@@ -21,6 +21,7 @@ from equilibria.core.graph import refused_if_untracked
 from equilibria.hf import cache as caches
 from equilibria.hf import remote
 from equilibria.hf.arguments import (
+    check_ids,
     check_no_gradient_of_a_cache,
     given_cache,
     key_padding_mask,
@@ -70,9 +71,8 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         config.check()
         self._cell = config.cell
-        edge = config.edge_token_id is not None
         self.model = config.decoded_language().build(
-            config.vocab_size - edge, method=config.decoded_method(), eval_stop=config.decoded_eval_stop()
+            config.table_rows, method=config.decoded_method(), eval_stop=config.decoded_eval_stop()
         )
         if config.folded:
             fold(self.model)
@@ -97,6 +97,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        tokenizer: Any = None,
         **refused: Any,
     ) -> EquilibriumOutput | tuple[Any, ...]:
         """Logits, and the loss if there are labels.
@@ -120,12 +121,14 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             return_dict: False for a tuple.
             cache_position: not used: the cache knows its length.
             num_items_in_batch: number that the summed loss is divided by; None for the number of scored positions.
+            tokenizer: not used: ``generate(stop_strings=…)`` passes it on.
             refused: any other argument is an error.
 
         Raises:
             TypeError: an argument is unknown.
             ValueError: an argument has no exact meaning here, such as a cache with gradients.
         """
+        del tokenizer
         refuse({**refused, "output_attentions": output_attentions or None})
         check_labels_come_with_their_count(labels, num_items_in_batch)
         past = given_cache(cache, past_key_values)
@@ -136,7 +139,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self._vectors(input_ids, inputs_embeds)
-        mask = key_padding_mask(attention_mask, position_ids, seen=caches.seen(past), time=x.shape[1])
+        mask = key_padding_mask(attention_mask, position_ids, seen=caches.seen(past), new=x.shape[:2])
         if use_cache and past is None:
             past = DynamicCache(config=self.config)
         before, new = (None, None) if mask is None else (mask[:, : -x.shape[1]], mask[:, -x.shape[1] :])
@@ -153,6 +156,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is None:
             loss, logits = None, self._logits(output[:, chosen])
         else:  # the loss needs the logits of all positions
+            check_ids("labels", labels, self.config.vocab_size, shape=x.shape[:2], ignored=IGNORED)
             targets = targets_of(labels, new, self.config, counted=num_items_in_batch is not None)
             every = self._logits(output)
             loss = self._loss(every, out.output, output, targets, num_items_in_batch)
@@ -176,6 +180,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             assert inputs_embeds is not None
             return inputs_embeds
+        check_ids("input_ids", input_ids, self.config.vocab_size)
         return self.model.embedding(with_edges_read(input_ids, self.config))
 
     def _logits(self, output: Float[Tensor, "B T O"]) -> Float[Tensor, "B T V"]:
@@ -220,13 +225,16 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> None:
         """None: a tied head reads the embedding, and another one is no ``nn.Linear``."""
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **choices: Any) -> nn.Embedding:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
         """Give embedding and head rows for more ids, as after ``tokenizer.add_tokens``; new rows start at the mean.
 
         Raises:
             ValueError: the embedding is divided into clusters, or the number is smaller than the vocabulary.
         """
-        return resized(self, new_num_tokens, super().resize_token_embeddings, *args, **choices)
+        resize = super().resize_token_embeddings
+        return resized(self, new_num_tokens, resize, pad_to_multiple_of, mean_resizing=mean_resizing)
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None = None, **ignored: Any) -> Tensor | None:

@@ -14,6 +14,7 @@ from equilibria.hf.tokenization import EquilibriumTokenizer, tokenizer_of
 from equilibria.layers.linear import fold as fold_weights
 from equilibria.lm.corpora import Vocabulary
 from equilibria.lm.model import LanguageConfig
+from equilibria.lm.runs.files import discard, of_the_disk
 from equilibria.lm.runs.run import Run, Which
 from equilibria.lm.runs.shipped import require
 from equilibria.lm.runs.trained import Trained, load
@@ -89,11 +90,29 @@ def export(path: Path | str, out: Path | str, *, checkpoint: Which = "best", fol
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out} exists and is not an empty folder; name a new one.")
     found = from_run(path, checkpoint=checkpoint, fold=fold)
-    found.model.save_pretrained(out)
-    if found.tokenizer is not None:
-        found.tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(card.card(found.trained, Run.open(require(Path(path))).events()), encoding="utf-8")
+    new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found.model.save_pretrained(out)
+        if found.tokenizer is not None:
+            found.tokenizer.save_pretrained(out)
+        text = card.card(found.trained, Run.open(require(Path(path))).events())
+        (out / "README.md").write_text(text, encoding="utf-8")
+    except Exception as error:
+        reason = of_the_disk(error, out)
+        _empty(out, remove=new)  # a part of an export would stand in the way of the next one
+        raise reason or error from None
     return found
+
+
+def _empty(folder: Path, *, remove: bool) -> None:
+    """Empty the folder; remove it too if ``remove`` is true."""
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        discard(entry)
+    if remove:
+        folder.rmdir()
 
 
 def _edge(vocabulary: Vocabulary) -> int:

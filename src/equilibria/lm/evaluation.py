@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equilibria.core.checks import check_whole
 from equilibria.core.solve import Solution
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Cell
@@ -67,6 +68,7 @@ def evaluate(
     Raises:
         ValueError: an argument is out of its range, or the stream is too short for the batch.
     """
+    check_whole("evaluate", batch_size=batch_size, max_segments=max_segments)
     if max_segments is not None and max_segments < 1:
         raise ValueError(f"evaluate(max_segments={max_segments}): at least 1 segment is scored; None scores them all.")
     if batch_size % ranks.size:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from equilibria.lm.corpora.source import expanded
+
 WikiText = Literal["wikitext-103-v1", "wikitext-2-v1"]
 """The names of the two data sets of words on the Hub."""
 
@@ -39,7 +41,7 @@ def fetch_wikitext(name: WikiText, root: Path) -> None:
         ConnectionError: the download failed.
         FileExistsError: the folder is not empty.
     """
-    root = root.expanduser()
+    root = expanded(root)
     if not is_vacant(root):
         raise FileExistsError(f"{root} is not empty, and WikiText is downloaded into an empty folder; name another.")
     rows = _download(name, root)

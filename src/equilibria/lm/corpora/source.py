@@ -10,6 +10,14 @@ from typing import ClassVar
 from equilibria.lm.corpora.corpus import Corpus
 
 
+def expanded(path: Path) -> Path:
+    """The path with the home of a user for a leading "~"; as it is without such a user, as a file may be called so."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 class Source(ABC):
     """Names a corpus and loads it. Subclasses are frozen dataclasses, whose fields are the options of the loader."""
 
@@ -39,7 +47,7 @@ class FolderSource(Source):
     def __post_init__(self) -> None:
         """Make the path absolute: a run may be continued from another working directory."""
         if self.root is not None:
-            object.__setattr__(self, "root", Path(self.root).expanduser().absolute())
+            object.__setattr__(self, "root", expanded(Path(self.root)).absolute())
 
     def folder(self) -> Path:
         """The folder; a ValueError if none was named."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from equilibria.lm.corpora.byte_level import check_size
 from equilibria.lm.corpora.corpus import Corpus, Stream
-from equilibria.lm.corpora.source import FolderSource
+from equilibria.lm.corpora.source import FolderSource, expanded
 from equilibria.lm.corpora.vocabulary import BPE_SIZE, TextUnit, Vocabulary, kind_of, noun
 
 FILE_NAMES = ("{split}.txt", "ptb.{split}.txt", "wiki.{split}.tokens")
@@ -37,7 +38,7 @@ def text_folder(
         ValueError: a file is empty or not UTF-8, or has unknown words; names the file.
     """
     kind_of(unit)
-    train, valid, test = (_find(root.expanduser(), split) for split in ("train", "valid", "test"))
+    train, valid, test = (_find(expanded(root), split) for split in ("train", "valid", "test"))
     with _naming(train):
         vocabulary, ids = Vocabulary.of_lines(lines_of(train, lowercase=lowercase), unit, size=vocabulary_size)
         learnt = Stream.of_text(ids)
@@ -47,7 +48,7 @@ def text_folder(
             return Stream.of_text(vocabulary.encode_lines(lines_of(path, lowercase=lowercase)))
 
     return Corpus(
-        name=root.expanduser().resolve().name,
+        name=expanded(root).resolve().name,
         train=learnt,
         valid=encoded(valid),
         test=encoded(test),
@@ -133,7 +134,7 @@ def published(
 def _find(root: Path, split: str) -> Path:
     """The file of a split."""
     if not root.is_dir():
-        state = "is a file" if root.exists() else "does not exist"
+        state = "is a file" if root.is_file() else "is no folder" if root.exists() else "does not exist"
         raise FileNotFoundError(
             f"{root} {state}, and a corpus is a folder with train.txt, valid.txt and test.txt; check the path."
         )
@@ -149,7 +150,7 @@ def _find(root: Path, split: str) -> Path:
 
 
 def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
-    """The lines of a UTF-8 file with any line ends, one at a time.
+    r"""The lines of a UTF-8 file, one at a time; "\r\n" becomes "\n", and "\r" alone is a character, no line end.
 
     Raises:
         ValueError: the file is not UTF-8, or has only blank lines.
@@ -160,9 +161,11 @@ def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
             try:
                 line = data.decode("utf-8")
             except UnicodeDecodeError as error:
+                wide = offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+                code = "UTF-16" if wide else "LATIN1"
                 raise ValueError(
                     f"not UTF-8: byte 0x{data[error.start]:02x} at byte offset {offset + error.start}, line {number}, "
-                    "cannot be decoded; convert the file, for example with iconv -f LATIN1 -t UTF-8."
+                    f"cannot be decoded; convert the file, for example with iconv -f {code} -t UTF-8."
                 ) from None
             if number == 1:
                 line = line.removeprefix("\ufeff")

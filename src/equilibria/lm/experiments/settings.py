@@ -145,6 +145,11 @@ class Logging:
             )
         at_least(self, 1, "log_every")
         at_least(self, 0, "spectral_radius")
+        if any(depth < 0 for depth in self.memory_depths):
+            raise ValueError(
+                f"Logging(memory_depths={self.memory_depths}): a depth counts layers and is at least 0; try (8, "
+                "16, 32, 64), or measure_memory=False for no measurement."
+            )
         if 0 < self.spectral_radius < 3:
             raise ValueError(
                 f"Logging(spectral_radius={self.spectral_radius}): give at least 3 iterations; try 40, or 0 for none."

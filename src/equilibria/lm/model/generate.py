@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from equilibria.core.checks import check_whole
 from equilibria.layers.sequence import Memory
 from equilibria.lm.model.modes import eval_mode
 
@@ -75,6 +76,7 @@ def generate(
         ValueError: an argument is out of its range, the prompt has unknown tokens, or the logits are not finite.
         TypeError: the prompt is not made of tensors.
     """
+    check_whole("generate", length=length)
     if length < 1:
         raise ValueError(f"generate(length={length}): length counts the tokens to generate and is at least 1.")
     tokens = stream(
@@ -110,6 +112,7 @@ def stream(
     The arguments are those of ``generate``. Without ``stop`` the iterator never ends. The weights must not change while
     it is used.
     """
+    check_whole("generate", top_k=top_k, seed=seed, stop=stop, segment=segment, memory_length=memory_length)
     _check_choices(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     _check_lengths(segment=segment, memory_length=memory_length)
     tokens, padding = _batch(prompt)

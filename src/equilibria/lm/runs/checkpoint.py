@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from equilibria.errors import EquilibriaError
-from equilibria.lm.runs.files import discard, force
+from equilibria.lm.runs.files import discard, force, of_the_disk
 from equilibria.lm.runs.pieces import Piece, whole
 from equilibria.lm.runs.state import check_kind, check_state
 
@@ -95,7 +94,7 @@ def being_written(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
         discard(target)  # a damaged one, if the run returned to an earlier checkpoint
         unfinished.rename(target)
     except Exception as error:
-        reason = _of_the_disk(error, unfinished)
+        reason = of_the_disk(error, folder)
         shutil.rmtree(unfinished, ignore_errors=True)  # frees space on a full disk
         if reason is None:
             raise
@@ -244,15 +243,6 @@ def discard_after(folder: Path, step: int) -> None:
 def _remove(entry: Path) -> None:
     """Remove a checkpoint; it is renamed first, so that no incomplete folder has the name of a checkpoint."""
     discard(entry.rename(entry.with_name(f"{_TEMPORARY}{entry.name}")))
-
-
-def _of_the_disk(error: Exception, folder: Path) -> OSError | None:
-    """The operating system's error behind a library's error while writing; None if there is none."""
-    if isinstance(error, OSError):
-        return None
-    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors reports it, torch.save does not
-    number = int(told.group(1)) if told else errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else None
-    return None if number is None else OSError(number, os.strerror(number), str(folder.parent))
 
 
 def _is_inside(name: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from jaxtyping import Int
 from torch import Tensor
 
+from equilibria.core.checks import check_whole
 from equilibria.lm.corpora import Language, Vocabulary
 from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.model import LanguageModel
@@ -47,6 +48,7 @@ def continuation(
     vocabulary = language.vocabulary
     if language.unit == "symbol":
         raise ValueError(f"The corpus {language.name} is a synthetic task, not text; generate needs a run on text.")
+    check_whole("generate", length=length)
     if length < 1:
         raise ValueError(f"The length {length} is the number of tokens to generate and is at least 1; try 400.")
     if not prompts:
@@ -103,6 +105,8 @@ class Detokeniser:
 
 
 def _encoded(vocabulary: Vocabulary, prompt: str) -> Int[Tensor, " T"]:
+    if not isinstance(prompt, str):
+        raise TypeError(f"The prompt is a {type(prompt).__name__}, and is a text; try 'The '.")
     if not prompt:
         raise ValueError("The prompt is empty, and the model needs something to continue; try 'The '.")
     try:

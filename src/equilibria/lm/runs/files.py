@@ -7,7 +7,9 @@ or old, and a symbolic link in its place is replaced instead of followed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -86,6 +88,15 @@ def discard(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def of_the_disk(error: Exception, folder: Path) -> OSError | None:
+    """The operating system's error behind a library's error while writing; None if there is none."""
+    if isinstance(error, OSError):
+        return None
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors reports it, torch.save does not
+    number = int(told.group(1)) if told else errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else None
+    return None if number is None else OSError(number, os.strerror(number), str(folder))
 
 
 def force(path: Path) -> None:

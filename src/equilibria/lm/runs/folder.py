@@ -62,9 +62,9 @@ def locked(path: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read(200).strip() or "another process"
             raise ValueError(f"{path} is in use by {holder}; wait until it ends, or choose another folder with --out.")
-        _sign(file)
         started = False
         try:
+            _sign(file)
             yield
             started = (path / FILES[0]).is_file()
         finally:

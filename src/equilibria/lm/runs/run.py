@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from equilibria.errors import UsageError
 from equilibria.lm.corpora.language import Language
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.serialise import from_json, kinds_in, to_json
@@ -40,7 +42,7 @@ class Run:
         """A new run of ``experiment`` in the folder ``path``, or, with ``resume``, the existing one.
 
         With ``resume`` and no run in the folder, a new run starts, so that the same command can be repeated whenever it
-        was stopped. Settings without influence on the weights may then differ; experiment.json is updated. With
+        was stopped. Settings without influence on the weights may then differ; ``go_on`` stores them. With
         ``overwrite`` an existing run stays until ``settle`` replaces it by the new one.
 
         Raises:
@@ -55,7 +57,7 @@ class Run:
         run._recover()
         run.give_up()  # removes the remains of a process that was killed before its first checkpoint
         if run.description.is_file() and resume:
-            run._continue(experiment)
+            run._changed(experiment)
             return run
         if run.description.is_file():
             if not overwrite:
@@ -213,7 +215,10 @@ class Run:
 
         Raises:
             CheckpointError: the run has no checkpoint yet, or the chosen one is damaged.
+            UsageError: ``which`` is neither of the two.
         """
+        if which not in typing.get_args(Which):
+            raise UsageError(f"checkpoint={which!r}: it is 'best' or 'last'; try 'best'.")
         found = self.best() if which == "best" else self.newest()
         if found is None:
             raise CheckpointError(f"{self.path} has no good checkpoint yet: continue the training with --resume.")
@@ -240,8 +245,13 @@ class Run:
                 "move these elsewhere, or choose another folder with --out."
             )
 
-    def _continue(self, experiment: Experiment) -> None:
+    def go_on(self, experiment: Experiment) -> None:
         """Store the settings that may change when a run continues; a ValueError if other settings have changed."""
+        if self._changed(experiment):
+            self._describe(experiment)
+
+    def _changed(self, experiment: Experiment) -> bool:
+        """True if settings have changed that may; a ValueError if other settings have changed."""
         # Read as an experiment, because runs of older versions lack fields, which then get their defaults.
         before = to_json(self.experiment(extra=kinds_in(experiment)))
         stored, asked = dict(_leaves(before)), dict(_leaves(to_json(experiment)))
@@ -252,8 +262,7 @@ class Run:
                     f"{self.path} was started with {name} = {stored.get(name)!r} and cannot be continued with "
                     f"{asked.get(name)!r}; give the old value, or start a new run with another --out."
                 )
-        if changed:
-            self._describe(experiment)
+        return bool(changed)
 
 
 OF_A_RANK = frozenset(

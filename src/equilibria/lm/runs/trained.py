@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from equilibria.cells.chain import ChainConfig
-from equilibria.cells.transformer.cell import TransformerConfig
+from equilibria.core.checks import check_whole
 from equilibria.errors import UsageError
 from equilibria.fixed_point import Method
 from equilibria.lm.corpora import Corpus, Stream, TextFolder, Vocabulary
-from equilibria.lm.corpora.language import Language
+from equilibria.lm.corpora.language import SPLITS, Language
+from equilibria.lm.corpora.source import expanded
 from equilibria.lm.corpora.text_folder import lines_of
 from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.device import choose_device
@@ -26,6 +26,7 @@ from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.model import LanguageConfig, LanguageModel
 from equilibria.lm.runs.checkpoint import CheckpointError
 from equilibria.lm.runs.continuation import continuation
+from equilibria.lm.runs.memory_length import with_memory
 from equilibria.lm.runs.run import Run, Which
 from equilibria.lm.runs.shipped import TEXTS, require
 from equilibria.lm.runs.weights import load_weights, weights
@@ -115,7 +116,11 @@ class Trained:
             self.model,
             stream,
             batch_size=batch_size,
-            segment_length=None if stream.episode else segment_length or usual["segment_length"],
+            segment_length=None
+            if stream.episode
+            else usual["segment_length"]
+            if segment_length is None
+            else segment_length,
             overlap=usual["overlap"] if overlap is None else overlap,
             max_segments=max_segments,
             method=method or self.stage.evaluation_method,
@@ -152,6 +157,8 @@ class Trained:
         """A split of the corpus, as the run keeps it or as its source gives it; or the file ``data`` as one text."""
         if self.is_file:
             return self._text
+        if split not in SPLITS:
+            raise UsageError(f"There is no split {split!r} of a corpus; there are {', '.join(SPLITS)}.")
         kept = self._kept(split)
         return getattr(self.corpus, split) if kept is None else kept
 
@@ -210,9 +217,10 @@ def load(
         UsageError: there is no run in the folder; names the runs nearby.
         CheckpointError: the run has no good checkpoint yet, or its weights do not fit its experiment.
     """
+    check_whole("load", memory_length=memory_length, segment=segment)
     path, data = require(Path(path)), None if data is None else Path(data)
-    if data is not None and not data.expanduser().exists():
-        raise UsageError(f"--data {data}: {data.expanduser().absolute()} does not exist; check the path.")
+    if data is not None and not expanded(data).exists():
+        raise UsageError(f"--data {data}: {expanded(data).absolute()} does not exist; check the path.")
     run = Run.open(path)
     experiment = run.experiment(extra=extra)
     if data is not None and (not data.is_file() or _is_corpus(data, experiment, run.language)):
@@ -249,7 +257,7 @@ def _is_corpus(data: Path, experiment: Experiment, language: Language | None) ->
 
 
 def _is_root(data: Path, experiment: Experiment) -> bool:
-    return getattr(experiment.corpus, "root", None) == data.expanduser().absolute()
+    return getattr(experiment.corpus, "root", None) == expanded(data).absolute()
 
 
 def with_data(experiment: Experiment, data: Path) -> Experiment:
@@ -260,36 +268,7 @@ def with_data(experiment: Experiment, data: Path) -> Experiment:
             f"--data {data}: the corpus {type(corpus).__name__} is not read from a folder; leave --data out, or choose "
             "a recipe that reads a folder, such as ptb."
         )
-    return dataclasses.replace(experiment, corpus=dataclasses.replace(corpus, root=data.expanduser().absolute()))
-
-
-def with_memory(experiment: Experiment, length: int, *, segment: int | None = None) -> Experiment:
-    """The experiment with a cell (or a chain of blocks) that remembers ``length`` positions.
-
-    Raises:
-        UsageError: the memory of the cell has no length, or the cell has too few position biases.
-    """
-    model = experiment.model
-    cell = model.cell if isinstance(model, LanguageConfig) else model
-    cell = _remembering(cell, length, segment or experiment.training.batches.segment_length)
-    return dataclasses.replace(experiment, model=dataclasses.replace(model, cell=cell))
-
-
-def _remembering(cell: Any, length: int, segment: int) -> Any:
-    if isinstance(cell, ChainConfig):
-        return dataclasses.replace(cell, cells=tuple(_remembering(block, length, segment) for block in cell.cells))
-    if not isinstance(cell, TransformerConfig):
-        raise UsageError(
-            f"--memory-length {length}: the memory of a {type(cell).__name__} has no length; leave it out for this "
-            "model."
-        )
-    longest = cell.longest - segment
-    if cell.positions == "decay" and min(length, (cell.window or 1000) - 1) > longest:
-        raise UsageError(
-            f"--memory-length {length}: this cell has position biases for {cell.longest:,} positions, for memory and "
-            f"a segment of {segment:,} together; give at most {max(0, longest):,}."
-        )
-    return dataclasses.replace(cell, memory=length)
+    return dataclasses.replace(experiment, corpus=dataclasses.replace(corpus, root=expanded(data).absolute()))
 
 
 def device(experiment: Experiment) -> torch.device:

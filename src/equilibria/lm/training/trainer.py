@@ -104,6 +104,8 @@ class Trainer:
         if found is not None:
             self._go_back_to(found)
             self.policy.rollbacks = found.state.get("rollbacks", 0)
+        if self.ranks.first:
+            self.run.go_on(self.experiment)  # not before: another text must not leave its settings in the run
         self.ranks.wait()
         step = -1 if found is None else found.step
         self.keeper.discard_after(step)

@@ -34,11 +34,22 @@ class Validations:
 
     def __init__(self, experiment: Experiment, corpus: Corpus, optimiser: Optimizer, log: Log) -> None:
         self._experiment, self._corpus, self._optimiser, self._log = experiment, corpus, optimiser, log
+        self._check_length()
         self.best: dict[str, Any] | None = None
         """The best validation of the stage and of those before it that solve alike: its step, its stage and its nll
         ("nats"). From the end of a stage until the next one has a finite score, that of the old one without "nats"."""
         self.effect = Validated()
         """The effect of the validations on the learning rate."""
+
+    def _check_length(self) -> None:
+        """Raise a ValueError if the validation text is too short to be scored, before anything is trained."""
+        text, streams = self._corpus.valid, self._experiment.training.validation.eval_batch_size
+        have, parts = len(text) // (text.episode or 1), "episodes" if text.episode else "tokens to predict"
+        if have < streams:
+            raise ValueError(
+                f"The validation text has {have} {parts}, and each of the {streams} streams that read it side by side "
+                f"needs one; try --training.eval-batch-size {have}, or a longer text."
+            )
 
     def score(self, accumulation: Accumulation, *, step: int, stage: Stage, method: Method | None) -> Evaluation:
         """Evaluate the weights after ``step``, or their averages if ASGD averages, with ``method``."""

@@ -1,0 +1,43 @@
+"""with_memory: an experiment whose cell remembers another number of positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from equilibria.cells.chain import ChainConfig
+from equilibria.cells.transformer.cell import TransformerConfig
+from equilibria.errors import UsageError
+from equilibria.lm.experiments.experiment import Experiment
+from equilibria.lm.model import LanguageConfig
+
+
+def with_memory(experiment: Experiment, length: int, *, segment: int | None = None) -> Experiment:
+    """The experiment with a cell (or a chain of blocks) that remembers ``length`` positions.
+
+    Raises:
+        UsageError: the memory of the cell has no length, or the cell has too few position biases.
+    """
+    if segment is not None and segment < 1:
+        raise UsageError(f"segment={segment}: a segment has at least one token; leave it out for that of the training.")
+    model = experiment.model
+    cell = model.cell if isinstance(model, LanguageConfig) else model
+    cell = _remembering(cell, length, experiment.training.batches.segment_length if segment is None else segment)
+    return dataclasses.replace(experiment, model=dataclasses.replace(model, cell=cell))
+
+
+def _remembering(cell: Any, length: int, segment: int) -> Any:
+    if isinstance(cell, ChainConfig):
+        return dataclasses.replace(cell, cells=tuple(_remembering(block, length, segment) for block in cell.cells))
+    if not isinstance(cell, TransformerConfig):
+        raise UsageError(
+            f"--memory-length {length}: the memory of a {type(cell).__name__} has no length; leave it out for this "
+            "model."
+        )
+    longest = cell.longest - segment
+    if cell.positions == "decay" and min(length, (cell.window or 1000) - 1) > longest:
+        raise UsageError(
+            f"--memory-length {length}: this cell has position biases for {cell.longest:,} positions, for memory and "
+            f"a segment of {segment:,} together; give at most {max(0, longest):,}."
+        )
+    return dataclasses.replace(cell, memory=length)
