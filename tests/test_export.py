@@ -89,6 +89,7 @@ class ByFunction(nn.Module):
         return fixed_point(lambda z: 0.5 * torch.tanh(z) + x, torch.zeros_like(x)).z
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")  # from PyTorch 2.14 on
 @pytest.mark.parametrize("network", [OneTensor(Equilibrium(Block())), ByFunction()], ids=["layer", "function"])
 def test_an_equilibrium_is_refused_with_what_to_do_instead(network):
     x = torch.randn(4, 5)

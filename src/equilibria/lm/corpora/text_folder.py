@@ -153,7 +153,7 @@ def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
     r"""The lines of a UTF-8 file, one at a time; "\r\n" becomes "\n", and "\r" alone is a character, no line end.
 
     Raises:
-        ValueError: the file is not UTF-8, or has only blank lines.
+        ValueError: the file is not UTF-8, has a NUL character, or has only blank lines.
     """
     offset, blank = 0, True
     with path.open("rb") as file:
@@ -167,6 +167,11 @@ def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
                     f"not UTF-8: byte 0x{data[error.start]:02x} at byte offset {offset + error.start}, line {number}, "
                     f"cannot be decoded; convert the file, for example with iconv -f {code} -t UTF-8."
                 ) from None
+            if "\0" in line:  # UTF-16 of English is valid UTF-8 with one after each letter
+                raise ValueError(
+                    f"a NUL character at byte offset {offset + data.index(0)}, line {number}, which no text has: the "
+                    "file may be UTF-16, for iconv -f UTF-16LE -t UTF-8, or binary; tr -d '\\\\000' removes such characters."
+                )
             if number == 1:
                 line = line.removeprefix("\ufeff")
             if line.endswith("\r\n"):

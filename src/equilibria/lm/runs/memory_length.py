@@ -35,7 +35,7 @@ def _remembering(cell: Any, length: int, segment: int) -> Any:
             "model."
         )
     longest = cell.longest - segment
-    if cell.positions == "decay" and min(length, (cell.window or 1000) - 1) > longest:
+    if cell.positions == "decay" and min(length, cell.reach - 1) > longest:
         raise UsageError(
             f"--memory-length {length}: this cell has position biases for {cell.longest:,} positions, for memory and "
             f"a segment of {segment:,} together; give at most {max(0, longest):,}."

@@ -112,15 +112,12 @@ class Trained:
             official: divide the tokens into rows first, as the published codes do; see ``Segments``.
         """
         stream, usual = self.stream(split), self.experiment.training.evaluation
+        length = usual["segment_length"] if segment_length is None else segment_length
         return evaluate(
             self.model,
             stream,
             batch_size=batch_size,
-            segment_length=None
-            if stream.episode
-            else usual["segment_length"]
-            if segment_length is None
-            else segment_length,
+            segment_length=None if stream.episode else length,
             overlap=usual["overlap"] if overlap is None else overlap,
             max_segments=max_segments,
             method=method or self.stage.evaluation_method,
