@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from equilibria import (
+    ConvergenceWarning,
     Equilibrium,
     Implicit,
     Method,
@@ -16,8 +17,10 @@ from equilibria import (
     Picard,
     Reversible,
     ReversibleGradient,
+    Stack,
     Stop,
     Unroll,
+    Unrolled,
     fixed_point,
     implicit,
 )
@@ -196,3 +199,73 @@ def test_a_reversible_solve_inside_a_reversible_solve():
     expected = by_unrolling(lambda z: 0.5 * inner(z, RULES["unroll"]), [w, v, x], start)
     found = run(REVERSIBLE, lambda z: 0.5 * inner(z, REVERSIBLE), start).z
     assert_equal(gradients(found, [w, v, x]), expected)
+
+
+EXPLICIT = {
+    "equilibrium": lambda module: Equilibrium(module, **settings(RULES["checkpointed"])),
+    "unrolled": lambda module: Unrolled(module, 25, checkpoint=True),
+    "stack": lambda module: Stack([module] * 25, checkpoint=True),
+}
+
+
+@pytest.mark.parametrize("kind", EXPLICIT)
+def test_what_is_evaluated_again_has_the_weights_of_functional_call(kind):
+    module, x = Tanh(), draw(3, 4)
+    layer = EXPLICIT[kind](module)
+    weights = {name: (0.5 * weight.detach() + 0.1).requires_grad_() for name, weight in layer.named_parameters()}
+    w, b = weights.values()
+    expected = by_unrolling(lambda z: torch.tanh(z @ w.T + b + x), [w, b], torch.zeros_like(x))
+    assert_equal(gradients(torch.func.functional_call(layer, weights, (x,)).z, [w, b]), expected)
+
+
+@pytest.mark.parametrize("kind", ["unrolled", "stack"])
+def test_buffers_that_f_replaces_stay_replaced_under_a_checkpoint(kind):
+    class Counting(Tanh):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, z, x):
+            self.count = self.count + 1
+            return super().forward(z, x)
+
+    module = Counting()
+    EXPLICIT[kind](module)(draw(3, 4))
+    assert module.count == 25
+
+
+CHANGES = {
+    "input": lambda parts: parts["x"].add_(1.0),
+    "bias": lambda parts: parts["b"].add_(1.0),
+    "number": lambda parts: parts.update(k=2.0),
+    "weight": lambda parts: parts["w"].data.mul_(0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_before_a_backward_pass_that_evaluates_f_again_is_heard(change):
+    parts: Any = {
+        "w": (CONTRACTIVE * draw(4, 4)).requires_grad_(),
+        "b": draw(4).requires_grad_(),
+        "x": draw(3, 4),
+        "k": 1.0,
+    }
+
+    def f(z):
+        return torch.tanh(z @ parts["w"] + parts["b"] + parts["k"] * parts["x"])
+
+    z = fixed_point(f, torch.zeros(3, 4).double()).z
+    gradients(z, [parts["b"]], create_graph=True)
+    with torch.no_grad():
+        CHANGES[change](parts)
+    with pytest.warns(ConvergenceWarning, match=r"create_graph=True: f was evaluated once more .* was changed between"):
+        gradients(z, [parts["b"]], create_graph=True)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_rounding_of_autocast_is_no_change_of_f(inside):
+    module, x = Tanh().float(), draw(3, 4).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = Equilibrium(module, stop=Stop(rtol=2e-2), gradient=Implicit(stop=Stop(rtol=2e-3)))(x).z
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        gradients(z, list(module.parameters()))
