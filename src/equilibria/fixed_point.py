@@ -7,12 +7,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from equilibria.core.checks import check_choices, check_keep, check_kind
 from equilibria.core.failure import report
 from equilibria.core.gradient import GradientRule
-from equilibria.core.graph import refused_if_untracked
+from equilibria.core.graph import refused_if_untracked, without_graph
 from equilibria.core.maps import FunctionMap, Map, as_map
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
@@ -165,7 +163,7 @@ def implicit(
         @untraced
         @functools.wraps(procedure)
         def differentiable(*operands: Any, **options: Any) -> State:
-            with torch.no_grad(), without_forward_mode():
+            with without_graph(), without_forward_mode():
                 z = procedure(*operands, **options)
             method = Method(Picard(), found, gradient, coupled=coupled, on_failure=on_failure)
             return method.run(_with_operands(as_map(f), operands), z).z

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
-from equilibria.core.graph import kept, refused_if_lacking
+from equilibria.core.graph import kept, refused_if_lacking, without_graph
 from equilibria.core.maps import AffineMap, Map, as_map
 from equilibria.core.progress import relative
 from equilibria.core.solve import solve
@@ -150,7 +150,7 @@ def error_estimate(
     if products < 1:
         raise ValueError(f"error_estimate(products={products}): at least one product J·v is needed; try 20.")
     f, layout = as_map(f), Layout.of(z, coupled=coupled)
-    with torch.no_grad():
+    with without_graph():
         z = map_tensors(Tensor.detach, z)
         evaluate = Evaluator(f, layout, 2 + products)
         flat = layout.pack(z)

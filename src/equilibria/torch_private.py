@@ -2,7 +2,6 @@
 
 PyTorch may change such a name in any release. No other file of the library has one (a test looks for them), so that a
 new version of PyTorch is a question about this file alone. Tried with: TRIED.
-
 What to do if a name is gone is the last sentence of its docstring.
 """
 
@@ -11,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import Node
+from torch.nn.utils import parametrize
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -170,8 +170,7 @@ def tracking_functions() -> list[FunctionCtx]:
         return []
     found, frame = [], sys._getframe()
     while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount > 0:
+        if (code := frame.f_code).co_name == "forward" and code.co_argcount > 0:
             context = frame.f_locals.get(code.co_varnames[0])
             if isinstance(context, FunctionCtx) and context.next_functions:  # pyright: ignore
                 found.append(context)
@@ -179,7 +178,7 @@ def tracking_functions() -> list[FunctionCtx]:
     return found
 
 
-# ---------------------------------------------------------------- operators
+# ---------------------------------------------------------------- operators, tensors, modules and process groups
 
 
 def product_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -193,9 +192,6 @@ def product_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 def _dense(matrix: Tensor) -> Tensor:
     """The matrix in one piece of memory: a part of a wider one takes oneDNN ten times as long."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
-
-
-# ---------------------------------------------------------------- tensors, storages, modules and process groups
 
 
 def version(tensor: Tensor) -> int:
@@ -220,6 +216,19 @@ def is_compiled(module: nn.Module) -> bool:
     If it goes: an option of ``Equilibrium`` that says so.
     """
     return module._compiled_call_impl is not None
+
+
+@contextlib.contextmanager
+def own_parametrizations() -> Iterator[None]:
+    """A context with its own cache of ``torch.nn.utils.parametrize.cached()``, so that no weight enters or leaves it.
+
+    If it goes: say in the documentation that a solve inside ``cached()`` loses gradients.
+    """
+    outer, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = outer
 
 
 def without_donated_buffers() -> contextlib.AbstractContextManager[Any]:

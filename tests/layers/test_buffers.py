@@ -143,3 +143,20 @@ def test_spectral_norm_is_the_same_at_every_evaluation():
         out.z.sum().backward()
     assert_close(mixed.parametrizations.weight[0]._u, once.parametrizations.weight[0]._u, rtol=0, atol=0)
     assert torch.equal(out.f(out.z), out.f(out.z))
+
+
+def test_a_lazy_buffer_is_refused_until_it_has_a_shape():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LazyBatchNorm1d()
+
+        def forward(self, z, x):
+            return torch.tanh(self.norm(0.3 * z + x))
+
+    module, x = Lazy(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    layer = Equilibrium(module, coupled=True)
+    with pytest.raises(ValueError, match=r"The buffer module\.norm\.running_mean inside f has no shape yet"):
+        layer(x)
+    module(torch.zeros_like(x), x)
+    assert layer(x).solution.converged.all()

@@ -28,14 +28,17 @@ class Constants(TorchFunctionMode):
                 return f(z)
             self._complete = True
             with self:
-                return f(z)
+                value = f(z)
+            self._record(value)  # a tensor that f returns may never have been an argument
+            return value
 
         return watched
 
+    def _record(self, tree: Any) -> None:
+        self.found |= {id(tensor): tensor for tensor in tensors_in(tree) if tensor.requires_grad}
+
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tensors_in((args, kwargs or {})):
-            if tensor.requires_grad:
-                self.found[id(tensor)] = tensor
+        self._record((args, kwargs))
         return func(*args, **(kwargs or {}))
 
 
@@ -66,13 +69,21 @@ class Substitution(TorchFunctionMode):
 
     Captured tensors may depend on each other (memory keys depend on weights). That graph was recorded once, outside f;
     it is backpropagated once, after the reverse pass.
+
+    Args:
+        known: the constants as f knows them, which must stay alive, since they are found by their ``id``.
+        constants: the same, with the values that the backward pass has checked.
     """
 
-    def __init__(self, known: tuple[int, ...], constants: Sequence[Tensor]) -> None:
+    def __init__(self, known: Sequence[Tensor], constants: Sequence[Tensor]) -> None:
         super().__init__()
         self.leaves = [constant.detach().requires_grad_() for constant in constants]
-        self._of = dict(zip(known, self.leaves, strict=True))
+        self._of = {id(tensor): leaf for tensor, leaf in zip(known, self.leaves, strict=True)}
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = map_tensors(lambda tensor: self._of.get(id(tensor), tensor), (args, kwargs or {}))
+        args, kwargs = self.replaced((args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def replaced(self, tree: Any) -> Any:
+        """The tree with leaves instead of constants; for the value of f too, which may be a constant itself."""
+        return map_tensors(lambda tensor: self._of.get(id(tensor), tensor), tree)

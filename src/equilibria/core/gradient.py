@@ -10,7 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 from equilibria.core.checks import check_kind
-from equilibria.core.graph import kept
+from equilibria.core.graph import kept, without_graph
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve_from
 from equilibria.core.solver import Solver
@@ -95,7 +95,7 @@ def solve_without_graph(
     _check_no_transform()
     if not forward_mode:
         _check_no_tangent(f, z0)
-    with torch.no_grad(), without_forward_mode(), kept():
+    with without_graph(), without_forward_mode(), kept():
         solution = solve_from(
             [map_tensors(torch.Tensor.detach, z0)],
             f,
@@ -107,8 +107,6 @@ def solve_without_graph(
         )
     if not keep_history and solution.history is not None:  # many states, and the backward pass needs the memory
         solution = dataclasses.replace(solution, history=None)
-    # Autocast caches weights that were cast without a graph; the evaluation with graph must not reuse them.
-    torch.clear_autocast_cache()
     return solution
 
 
@@ -133,7 +131,7 @@ def _check_no_tangent(f: Map, z0: State) -> None:
     """Raise a RuntimeError if f reads a dual tensor; inside a ``dual_level`` the check costs one evaluation of f."""
     if not is_forward_mode():
         return
-    with torch.no_grad():
+    with without_graph():
         values = tensors_in(f(map_tensors(lambda leaf: forward_ad.unpack_dual(leaf).primal, z0)))
     if any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in values):
         raise RuntimeError(_UNSUPPORTED)

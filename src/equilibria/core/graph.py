@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from equilibria.core.trees import map_tensors
-from equilibria.torch_private import at_the_end, hooks_on_saved_tensors, tracking_functions
+from equilibria.torch_private import at_the_end, hooks_on_saved_tensors, own_parametrizations, tracking_functions
 
 
 def leaves_below(values: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -40,6 +40,19 @@ def nodes_below(values: Sequence[Tensor]) -> Iterator[Any]:
 def kept() -> contextlib.AbstractContextManager[Any]:
     """A context in which a graph keeps the tensors that it saves, past all hooks; for VJPs that follow at once."""
     return contextlib.nullcontext() if hooks_on_saved_tensors() is None else saved_tensors_hooks(_same, _same)
+
+
+@contextlib.contextmanager
+def without_graph() -> Iterator[None]:
+    """``torch.no_grad`` for evaluations of f before others that have a graph.
+
+    The caches of ``parametrize.cached()`` and of autocast would hand those the weights that were made without one.
+    """
+    try:
+        with torch.no_grad(), own_parametrizations():
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from equilibria.core.capture import Unknown
 from equilibria.core.diagnosis import ADJOINT, FORWARD, TANGENT, Solve
 from equilibria.core.failure import report
 from equilibria.core.gradient import ForwardSolve
+from equilibria.core.graph import without_graph
 from equilibria.core.maps import FunctionMap, Map
 from equilibria.core.progress import Residuals
 from equilibria.core.solve import Solution
@@ -29,7 +30,7 @@ from equilibria.core.state import Layout, State
 from equilibria.core.stop import OnFailure, Stop, is_heard
 from equilibria.core.tracing import untraced
 from equilibria.gradients.linearise import solve_linear, solve_rows
-from equilibria.torch_private import forward_modes, is_batched, without_forward_mode
+from equilibria.torch_private import forward_modes, is_batched, own_parametrizations, without_forward_mode
 
 
 def solved(f: Map, z0: State, method: ForwardSolve, *, solver: Solver, stop: Stop) -> Solution:
@@ -48,11 +49,12 @@ def solved(f: Map, z0: State, method: ForwardSolve, *, solver: Solver, stop: Sto
     _check_levels()
     f = f.eager()
     layout, reads = Layout.of(z0, coupled=method.coupled), f.reads()
-    with torch.no_grad():
+    with without_graph():
         _check_given(f, z0, reads)
 
     def function(x: Float[Tensor, "B N"], *operands: Tensor) -> Float[Tensor, "B N"]:
-        value = f.given(operands)(layout.unpack(x))
+        with own_parametrizations():  # each level of the transforms has its own operands
+            value = f.given(operands)(layout.unpack(x))
         return layout.pack(layout.cast(layout.aligned(value)))
 
     system = System(

@@ -19,7 +19,7 @@ from equilibria.core.maps import Map
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
-from equilibria.core.stop import OnFailure, Stop, is_heard
+from equilibria.core.stop import Stop, is_heard
 from equilibria.gradients.functional import solved
 from equilibria.gradients.higher import AdjointMap, RowsMethod, TangentMap, deliver, through
 from equilibria.gradients.linearise import (
@@ -34,7 +34,7 @@ from equilibria.gradients.linearise import (
     solve_linear,
     split_dual,
 )
-from equilibria.gradients.repeats import check_arrival
+from equilibria.gradients.repeats import check_arrival, check_unchanged
 from equilibria.solvers.anderson import Anderson
 from equilibria.torch_private import is_transformed, without_forward_mode
 
@@ -77,7 +77,8 @@ class Implicit(GradientRule):
 def _attached(rule: Implicit, f: Map, solution: Solution, method: ForwardSolve, *, checked: bool = True) -> Solution:
     """``solution``, which has no graph, with a z that can be differentiated to any order."""
     # Only the list of adjoint solutions is kept until the backward pass, not the solution.
-    systems = _Systems(rule, method.on_failure, solution.adjoint)
+    heard = checked and is_heard(method.stop, method.on_failure)
+    systems = _Systems(rule, method, solution.adjoint, solution.residual if heard else None)
     return attached(f, solution, systems.adjoint, method, systems, checked=checked)
 
 
@@ -86,8 +87,10 @@ class _Systems(Orders):
     """The linear systems of one fixed point."""
 
     rule: Implicit
-    on_failure: OnFailure
+    method: ForwardSolve
     solved: list[Solution]
+    residual: Float[Tensor, " B"] | None
+    """The relative residual of z*; None if no change of f is reported."""
 
     def adjoint(self, point: Point, g: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         """u = Jᵀu + g without graph."""
@@ -98,6 +101,8 @@ class _Systems(Orders):
         with torch.no_grad(), without_forward_mode():
             found = self._solve_adjoint(point, g)
         there = through(point.f, z, point.tangent, point.layout, point.linearised)
+        if self.residual is not None:
+            check_unchanged(there, z, self.residual, self.method, point.layout)
         u = self._differentiable(AdjointMap(there, point.layout, g), found, point.layout)
         return deliver(there, point.layout, u, below, alike=point.alike)
 
@@ -111,20 +116,20 @@ class _Systems(Orders):
             system = TangentMap(there, layout, h)
             with torch.no_grad():
                 found = solve_linear(system.linear, h, layout, rule.solver, rule.stop)
-            if is_heard(rule.stop, self.on_failure):
-                report(found, rule.stop, self.on_failure, of=TANGENT)
+            if is_heard(rule.stop, self.method.on_failure):
+                report(found, rule.stop, self.method.on_failure, of=TANGENT)
             return self._differentiable(system, found, layout)
 
     def _solve_adjoint(self, point: Point, g: Float[Tensor, "B N"]) -> Solution:
         rule = self.rule
         found = solve_adjoint(point, g, rule.solver, rule.stop)
         self.solved.append(as_state(point, found))
-        if is_heard(rule.stop, self.on_failure):
+        if is_heard(rule.stop, self.method.on_failure):
             self._report(point, g, found)
         return found
 
     def _report(self, point: Point, g: Float[Tensor, "B N"], found: Solution) -> None:
-        said = {"stop": self.rule.stop, "on_failure": self.on_failure, "of": ADJOINT}
+        said = {"stop": self.rule.stop, "on_failure": self.method.on_failure, "of": ADJOINT}
         report(found, **said)
         if point.copies is None:
             check_arrival(point.linearised, g, found, point.layout, **said)
@@ -136,7 +141,7 @@ class _Systems(Orders):
         which has been reported already, and is not checked.
         """
         rule = self.rule
-        method = RowsMethod(solver=rule.solver, stop=rule.stop, on_failure=self.on_failure)
+        method = RowsMethod(solver=rule.solver, stop=rule.stop, on_failure=self.method.on_failure)
         if not needs_leaves(rule.stop):
             return _attached(rule, system, found, method, checked=False).z
         wide = layout.widened()

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.core.diagnosis import FORWARD, Message, Solve
+from equilibria.core.diagnosis import ADJOINT, FORWARD, Message, Solve
 from equilibria.core.failure import tell
 from equilibria.core.gradient import ForwardSolve
-from equilibria.core.maps import Linearised
+from equilibria.core.maps import Autocast, Linearised
 from equilibria.core.progress import relative
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State
@@ -37,7 +37,30 @@ def check_value(again: State, solution: Solution, method: ForwardSolve, layout: 
 def check_again(method: ForwardSolve, changed: Float[Tensor, " B"], state: State) -> None:
     """Report if f(z*), evaluated once more after the solve, has ``changed`` relative to its norm there."""
     eps = _rounding(tensors_in(state))
-    _check(changed, method.stop, method.on_failure, eps=eps, coupled=method.coupled, of=FORWARD)
+    _check(changed, method.stop, method.on_failure, eps=eps, advice=_advice(coupled=method.coupled), of=FORWARD)
+
+
+def check_unchanged(
+    there: Linearised, z: Float[Tensor, "B N"], residual: Float[Tensor, " B"], method: ForwardSolve, layout: Layout
+) -> None:
+    """Report if f is no longer that of the forward pass, in a backward pass that evaluates it again, ``there``.
+
+    Args:
+        there: f linearised at z.
+        z: f(z*), as rows. Even the same f moves it by J·r.
+        residual: the relative residual ‖r‖/‖f(z*)‖; ``SPREAD`` times as much is allowed.
+        method: settings of the forward solve.
+        layout: the layout of the state.
+    """
+    with torch.no_grad():
+        again, z = layout.pack(map_tensors(Tensor.detach, there.value)), z.detach()
+        moved = relative(method.stop.norms(again - z, layout), method.stop.norms(again, layout))
+    eps = _rounding(tensors_in(there.value), there.autocast)
+    _check(moved - SPREAD * residual, method.stop, method.on_failure, eps=eps, advice=_CHANGED, of=_AGAIN)
+
+
+SPREAD = 10
+"""Largest ‖J·r‖ / ‖r‖ that is expected of a map whose fixed point was found."""
 
 
 def check_arrival(
@@ -59,7 +82,8 @@ def check_arrival(
         with torch.no_grad():
             given = [torch.zeros_like(v) if p is None else p.detach() for v, p in zip(values, products, strict=True)]
             changed = _change(layout.pack(with_tensors(value, given)) + g, solved, stop, wide)
-        _check(changed, stop, on_failure, eps=_rounding(values), coupled=layout.coupled, of=of)
+        eps = _rounding(values, linearised.autocast)
+        _check(changed, stop, on_failure, eps=eps, advice=_advice(coupled=layout.coupled), of=of)
 
     begin = linearised.start[0].node
     if will_run(begin):
@@ -79,13 +103,17 @@ def _change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: L
     return torch.maximum(value, (residual - solved.residual).abs())
 
 
-def _rounding(tensors: Sequence[Tensor]) -> float:
-    """The largest eps of the tensors' dtypes and, under autocast, of its dtype."""
+def _rounding(tensors: Sequence[Tensor], autocast: Autocast | None = None) -> float:
+    """The largest eps of the tensors' dtypes and, where f ran under autocast, of its dtype; None for that of now."""
     dtypes = {tensor.dtype for tensor in tensors}
-    kind = next(iter(tensors)).device.type
-    if torch.is_autocast_enabled(kind):
-        dtypes.add(torch.get_autocast_dtype(kind))
+    autocast = Autocast(tensors[0].device.type) if autocast is None else autocast
+    if autocast.enabled:
+        dtypes.add(autocast.dtype)
     return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _advice(*, coupled: bool) -> str:
+    return _RANDOM if coupled else _COUPLED
 
 
 _COUPLED = (
@@ -93,11 +121,22 @@ _COUPLED = (
     "are the batch axis): pass coupled=True. Or f does not give the same bits twice (dropout inside it): draw "
     "its masks before the solve."
 )
+_CHANGED = (
+    "What f reads was changed between the two passes (an input or a weight in place, train() and eval(), a number in a "
+    "closure): with create_graph=True, change it after the backward pass."
+)
+_AGAIN = dataclasses.replace(ADJOINT, name="The backward pass with create_graph=True")
 _RANDOM = "f does not give the same bits twice (dropout inside it?): draw what is random before the solve."
 
 
 def _check(
-    change: Float[Tensor, " B"], stop: Stop, on_failure: OnFailure, *, eps: float, coupled: bool, of: Solve
+    change: Float[Tensor, " B"],
+    stop: Stop,
+    on_failure: OnFailure,
+    *,
+    eps: float,
+    advice: str,
+    of: Solve,
 ) -> None:
     """Report an f whose value has changed.
 
@@ -106,7 +145,7 @@ def _check(
         stop: the stop of the solve; a change of rtol/10 is allowed.
         on_failure: warn or raise.
         eps: the rounding unit of f; a change of 30·eps is allowed on top.
-        coupled: True if the samples are solved as one problem.
+        advice: the likeliest cause, and what to do.
         of: which solve it was, for the message.
     """
     differs = change > 0.1 * stop.rtol + 30 * eps
@@ -117,7 +156,6 @@ def _check(
             f"{of.name}: f was evaluated once more at the end, and its value has changed in {int(differs.sum())} of "
             f"{len(differs)} samples, by up to {worst:.1e} of its norm, so the result is wrong by about that much"
         )
-        advice = _RANDOM if coupled else _COUPLED
         return Message(what, advice, kind=f"{of.name}, {advice}")
 
     tell(differs, message, on_failure)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ from equilibria.core.capture import Constants, Substitution
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
 from equilibria.core.graph import leaves_below
 from equilibria.core.maps import Autocast, FunctionMap, Map
+from equilibria.core.progress import relative
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Status, Stop, row_norm
 from equilibria.core.tracing import untraced
+from equilibria.core.trees import tensors_in
 from equilibria.gradients.linearise import differentiated_once
 from equilibria.solvers.reversible import Reversible
-from equilibria.torch_private import is_many
+from equilibria.torch_private import is_many, own_parametrizations
 
 ACCURACY = 1e-3
 """Largest relative error of the reconstructed start that is accepted."""
@@ -57,6 +60,8 @@ class ReversibleGradient(GradientRule):
         solution = solve_without_graph(FunctionMap(constants.of(f)), z0, method, stop=last, keep_history=True)
         if not torch.is_grad_enabled():
             return solution
+        if not constants.found:
+            solution = dataclasses.replace(solution, evals=solution.evals + _check_hidden(f, solution.z))
         path = _Path(
             f=f.pinned(),
             layout=layout,
@@ -65,9 +70,11 @@ class ReversibleGradient(GradientRule):
             steps=solution.steps[:, None],
             status=solution.status[:, None],
             autocast=Autocast(layout.device.type),
-            known=tuple(constants.found),
+            constants=tuple(constants.found.values()),
         )
-        z = _Undo.apply(path, layout.pack(solution.z), layout.pack(z0), *constants.found.values())
+        # A view is seen by the function modes around this solve, such as that of another reversible solve.
+        read = [c.view_as(c) if c.layout is torch.strided else c for c in constants.found.values()]
+        z = _Undo.apply(path, layout.pack(solution.z), layout.pack(z0), *read)
         return dataclasses.replace(solution, z=layout.unpack(z), history=None)  # pyright: ignore
 
 
@@ -84,6 +91,16 @@ def _check_budget(solver: Reversible, stop: Stop, dtype: torch.dtype) -> None:
         )
 
 
+def _check_hidden(f: Map, z: State) -> int:
+    """Raise a RuntimeError if f reads a tensor that requires a gradient, although no constant was seen.
+
+    Returns the number of evaluations: one, unless the first has a graph.
+    """
+    hidden = _Hidden()
+    with torch.enable_grad(), own_parametrizations():
+        return 2 if hidden.check(tensors_in(f(z)), known=()) and hidden.check(tensors_in(f(z)), known=()) else 1
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Path:
     """The data for walking the iteration backwards."""
@@ -95,8 +112,8 @@ class _Path:
     steps: Int[Tensor, "B 1"]
     status: Int[Tensor, "B 1"]
     autocast: Autocast
-    known: tuple[int, ...]
-    """The ``id`` of each constant, in order."""
+    constants: tuple[Tensor, ...]
+    """The tensors that f reads, as f knows them."""
 
 
 class _Undo(torch.autograd.Function):
@@ -128,14 +145,14 @@ class _Undo(torch.autograd.Function):
 def _walk_back(path: _Path, z: Tensor, z_bar: Tensor, constants: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The reconstructed start, its gradient and the gradients of the constants, from the gradient of z_N."""
     beta, y = path.relaxation, path.y
-    y_bar, sums = torch.zeros_like(z_bar), [torch.zeros_like(c) for c in constants]
+    y_bar, sums, hidden = torch.zeros_like(z_bar), [torch.zeros_like(c) for c in constants], _Hidden()
     for n in reversed(range(int(path.steps.max()))):
         # A sample that had stopped before step n keeps its values: its seed is zero and its state stays.
         live = path.steps > n
-        f_y, at_y = _value_and_vjp(path, y, torch.where(live, beta * z_bar, 0.0), constants, sums)
+        f_y, at_y = _value_and_vjp(path, y, torch.where(live, beta * z_bar, 0.0), constants, sums, hidden)
         z = torch.where(live, (z - beta * f_y) / (1 - beta), z)
         y_bar = y_bar + at_y
-        f_z, at_z = _value_and_vjp(path, z, torch.where(live, beta * y_bar, 0.0), constants, sums)
+        f_z, at_z = _value_and_vjp(path, z, torch.where(live, beta * y_bar, 0.0), constants, sums, hidden)
         y = torch.where(live, (y - beta * f_z) / (1 - beta), y)
         z_bar = torch.where(live, (1 - beta) * z_bar + at_z, z_bar)
         y_bar = torch.where(live, (1 - beta) * y_bar, y_bar)
@@ -144,7 +161,7 @@ def _walk_back(path: _Path, z: Tensor, z_bar: Tensor, constants: list[Tensor]) -
 
 def _check_arrival(miss: Tensor, z: Tensor, path: _Path) -> None:
     """Raise a RuntimeError if the reverse pass misses the start, since the gradient is then as inaccurate."""
-    lost = float((row_norm(miss) / row_norm(z).clamp_min(1e-30)).nan_to_num(nan=math.inf).max())
+    lost = float(relative(row_norm(miss), row_norm(z)).nan_to_num(nan=math.inf).max())
     if lost > ACCURACY:
         raise RuntimeError(
             f"ReversibleGradient undid {int(path.steps.max())} steps and missed the start by {lost:.0e} of the state "
@@ -154,17 +171,19 @@ def _check_arrival(miss: Tensor, z: Tensor, path: _Path) -> None:
 
 
 def _value_and_vjp(
-    path: _Path, point: Tensor, seed: Tensor, constants: list[Tensor], sums: list[Tensor]
+    path: _Path, point: Tensor, seed: Tensor, constants: list[Tensor], sums: list[Tensor], hidden: _Hidden
 ) -> tuple[Tensor, Tensor]:
     """f(point) and Jᵀ·seed there; the VJPs of the constants are added to ``sums``."""
-    instead, layout = Substitution(path.known, constants), path.layout
-    with torch.enable_grad(), path.autocast.on():
+    instead, layout = Substitution(path.constants, constants), path.layout
+    with torch.enable_grad(), path.autocast.on(), own_parametrizations():
         leaf = point.detach().requires_grad_()
         state = layout.unpack(leaf)
         with instead:
             value = path.f(state)
-        value = layout.pack(layout.aligned(value))
-    _check_seen(value, instead.leaves)
+        value = layout.pack(layout.aligned(instead.replaced(value)))
+    hidden.check([value], known=instead.leaves)
+    if not value.requires_grad:
+        return value, torch.zeros_like(point)
     products = torch.autograd.grad(value, [leaf, *instead.leaves], seed, allow_unused=True)
     for total, product in zip(sums, products[1:], strict=True):
         if product is not None:
@@ -173,13 +192,31 @@ def _value_and_vjp(
     return value.detach(), at_point
 
 
-def _check_seen(value: Tensor, constants: list[Tensor]) -> None:
-    """Raise a RuntimeError if a parameter below ``value`` is not among the constants: its gradient would be lost."""
-    found = {id(constant) for constant in constants}
-    for leaf in leaves_below([value]):
-        # The point itself is a leaf and not a constant, but it is not a parameter either.
-        if id(leaf) not in found and isinstance(leaf, torch.nn.Parameter):
-            raise RuntimeError(
-                f"ReversibleGradient cannot see a parameter of shape {tuple(leaf.shape)} that f uses (a compiled "
-                "function or a custom autograd.Function hides it); call f uncompiled, or use Unroll(checkpoint=True)."
-            )
+class _Hidden:
+    """Looks for tensors that f reads although no function mode saw them: their gradients would be lost.
+
+    They are leaves that two evaluations of f have in common, while each evaluation has its own point, and its own
+    tensors that f makes for itself.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Tensor] | None = None
+
+    def check(self, values: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
+        """Raise a RuntimeError if a leaf below f(z) was below the last one, too; True if there is any leaf.
+
+        Args:
+            values: the tensors of f(z).
+            known: leaves that are not hidden.
+        """
+        own = {id(tensor) for tensor in known}
+        leaves = {id(leaf): leaf for leaf in leaves_below(values) if id(leaf) not in own}
+        for name, leaf in leaves.items():
+            if self._before is not None and name in self._before:
+                raise RuntimeError(
+                    f"ReversibleGradient cannot see a tensor of shape {tuple(leaf.shape)} that f uses (a compiled "
+                    "function or a custom autograd.Function hides it); call f uncompiled, or use "
+                    "Unroll(checkpoint=True)."
+                )
+        self._before = leaves
+        return bool(leaves)

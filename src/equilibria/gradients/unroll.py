@@ -16,7 +16,7 @@ from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
 from equilibria.core.stop import is_heard
 from equilibria.core.trees import map_tensors
-from equilibria.torch_private import is_batched, is_forward_mode
+from equilibria.torch_private import is_batched, is_forward_mode, own_parametrizations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,11 @@ class Recomputed(Map):
 
     def __call__(self, z: State) -> State:
         """f(z); only z is kept for the backward pass."""
-        return checkpoint(self.f, z, use_reentrant=False)
+        return checkpoint(self._value, z, use_reentrant=False)
+
+    def _value(self, z: State) -> State:
+        with own_parametrizations():  # the second evaluation may run outside of ``cached()``
+            return self.f(z)
 
     def jvp(self, z: State, v: State) -> State:
         """J(z)·v."""
@@ -55,7 +59,8 @@ class Unroll(GradientRule):
                 "gradient=Implicit(), or give f a larger batch."
             )
         if self.checkpoint and torch.is_grad_enabled():
-            f = Recomputed(f)
+            # Pinned, since ``functional_call`` has taken its weights away by the time of the backward pass.
+            f = Recomputed(f.pinned() if f.eager() is f else f)
         solution = solve(f, z0, method.solver, method.stop, coupled=method.coupled, keep=method.keep)
         derived = torch.is_grad_enabled() or is_forward_mode()
         if derived and is_heard(method.stop, method.on_failure):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from equilibria.core.maps import Linearised, Map, linearised, linearised_for_products
 from equilibria.core.state import State
@@ -144,6 +145,12 @@ class Buffers:
 
     def __init__(self, cell: Cell) -> None:
         self._own = dict(cell.named_buffers())
+        for name, buffer in self._own.items():
+            if is_lazy(buffer):
+                raise ValueError(
+                    f"The buffer {name} inside f has no shape yet, and a solve starts every evaluation of f from "
+                    "copies of the buffers: call the lazy module once before, module(z0, *inputs)."
+                )
         self._first = {name: buffer.clone() for name, buffer in self._own.items()}
         self._last: dict[str, Tensor] = {}
 
@@ -228,6 +235,10 @@ class CellMap(Map):
         """The uncompiled map bound to the weights of this moment, which ``functional_call`` may later replace."""
         prepared = dataclasses.replace(self.prepared, kept=None)
         return dataclasses.replace(self, prepared=prepared, weights=self._weights, past_compilation=True)
+
+    def bound(self) -> CellMap:
+        """The map bound to the parameters of this moment, as ``pinned``, but compiled if the cell is."""
+        return dataclasses.replace(self, weights=dict(self.cell.named_parameters()))
 
     @property
     def _weights(self) -> dict[str, Tensor]:
