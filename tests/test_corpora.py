@@ -174,6 +174,12 @@ def test_undecodable_text_is_located(tmp_path):
         text_folder(tmp_path)
 
 
+def test_a_text_with_nul_characters_is_refused(tmp_path):
+    (write(tmp_path) / "valid.txt").write_bytes("the cat\n".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"valid\.txt: a NUL character at byte offset 1, line 1, .* iconv -f UTF-16LE"):
+        text_folder(tmp_path)
+
+
 def test_a_token_the_training_text_lacks_is_named_with_its_file(tmp_path):
     with pytest.raises(ValueError, match=r"valid\.txt: The word 'bird' \(position 1, line 1\)"):
         text_folder(write(tmp_path, {**TEXTS, "train": "the cat sat"}))

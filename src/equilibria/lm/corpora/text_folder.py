@@ -170,7 +170,8 @@ def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
             if "\0" in line:  # UTF-16 of English is valid UTF-8 with one after each letter
                 raise ValueError(
                     f"a NUL character at byte offset {offset + data.index(0)}, line {number}, which no text has: the "
-                    "file may be UTF-16, for iconv -f UTF-16LE -t UTF-8, or binary; tr -d '\\\\000' removes such characters."
+                    "file may be UTF-16, which iconv -f UTF-16LE -t UTF-8 converts, or binary; tr -d '\\000' removes "
+                    "the characters."
                 )
             if number == 1:
                 line = line.removeprefix("\ufeff")
