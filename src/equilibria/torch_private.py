@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-TRIED = ("2.13.0", "2.14.1")
+TRIED = ("2.11.0", "2.13.0", "2.14.1", "2.15.0")
 """The versions of PyTorch with which the tests of the core, the solvers, the gradients and the layers passed."""
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
