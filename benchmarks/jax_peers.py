@@ -1,13 +1,15 @@
-"""A training step of a DEQ-Transformer's layer beside jitted JAX programs of jaxopt and optimistix, on one core.
+r"""A training step of a DEQ-Transformer's layer beside jitted JAX programs of jaxopt and optimistix, on one core.
 
 pip install jax jaxopt optimistix          in an environment that has torch, best one of its own
-taskset -c 1 python benchmarks/jax_peers.py --compiled
+equilibria train tiny --out wide --model.cell.width 512 --model.cell.heads 8 --model.cell.inner 2048 \
+    --stages.0.steps 200 --stages.1.steps 60
+taskset -c 1 python benchmarks/jax_peers.py wide --compiled
     prints the table, writes results/jax_peers.json and its part of docs/evidence/measured.md
 
-The layer has the size of the recipe `tiny` (8 × 64 positions, memory 64, width 128). Beside jaxopt's Anderson method
-stands ours on the weights of the trained `tiny` and a segment of its held-out text. optimistix has no Anderson method,
-and plain iteration does not converge on that model, so beside its ``FixedPointIteration`` stands ``Picard`` on weights
-as drawn, which contract.
+The layers have the size of the recipe `tiny` (8 × 64 positions, memory 64, width 128), and that of each RUN. Beside
+jaxopt's Anderson method stands ours on the weights of the trained model and a segment of its held-out text. optimistix
+has no Anderson method, and plain iteration does not converge on these models, so beside its ``FixedPointIteration``
+stands ``Picard`` on weights as drawn, which contract.
 
 All stop by the same test: the residual of the whole batch, ‖f(z) − z‖ ≤ rtol·‖z*‖ forward and ‖Jᵀu + g − u‖ ≤
 rtol·‖g‖ backward, both constants (here ``coupled=True``, since jaxopt and optimistix solve one problem). "per sample"
@@ -59,14 +61,14 @@ class Problem:
     g: torch.Tensor
 
     @classmethod
-    def trained(cls) -> Problem:
-        """The trained `tiny`, and two segments of its held-out text."""
-        loaded = equilibria.load("tiny")
+    def trained(cls, run: str) -> Problem:
+        """A trained model, and two segments of its held-out text."""
+        loaded = equilibria.load(run)
         stream, model = Segments(loaded.stream("valid"), batch_size=8, length=64), loaded.model
         with torch.no_grad():
             memory = model(stream.at(20).tokens, stream.at(20).targets).memory
             x = model.embedding(stream.at(21).tokens)
-        return cls.of("`tiny`, trained", model.layer.cell, x, memory)
+        return cls.of(f"trained, width {x.shape[2]}", model.layer.cell, x, memory)
 
     @classmethod
     def drawn(cls) -> Problem:
@@ -81,7 +83,7 @@ class Problem:
             x = torch.randn(8, 64, config.width)
             u = cell.injected(x)
         memory = TransformerMemory.joined(None, torch.randn(x.shape), u, None, length=config.memory)
-        return cls.of("as drawn", cell, x, memory)
+        return cls.of(f"as drawn, width {config.width}", cell, x, memory)
 
     @classmethod
     def of(cls, name: str, cell: TransformerCell, x: torch.Tensor, memory: TransformerMemory) -> Problem:
@@ -264,6 +266,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help="trained runs beside the shipped `tiny`, with decay positions")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile for the cell")
     given = parser.parse_args()
@@ -274,7 +277,8 @@ def main() -> None:
     rows = []
     anderson = Anderson(window=WINDOW)
     for rtol in (1e-2, 1e-3):
-        rows.append(compare(Problem.trained(), "jaxopt", anderson, rtol=rtol, **choices))
+        for run in ("tiny", *given.runs):
+            rows.append(compare(Problem.trained(run), "jaxopt", anderson, rtol=rtol, **choices))
         rows.append(compare(Problem.drawn(), "optimistix", Picard(), rtol=rtol, **choices))
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "jaxopt", "optimistix")}
     publish("jax_peers", {"versions": versions, "rows": rows}, table(rows), page="evidence/measured")

@@ -32,7 +32,8 @@ class LayerOutput:
     z: State
     """The state, which carries the gradient."""
     f: Map
-    """The map whose fixed point was sought (Stack: the last layer's), for stability measures."""
+    """The map whose fixed point was sought (Stack: the last layer's), for stability measures. It reads the weights that
+    the module has when it is called: after ``torch.func.functional_call`` its own ones again."""
     solution: Solution | None
     """The result of the solve; None from a layer that solves nothing."""
     memory: Any = None
