@@ -1,4 +1,4 @@
-# make demo    train a deep equilibrium model on real text, in about four minutes
+# make demo    train a deep equilibrium model on real text, in minutes
 # make test    style, types, layers and all tests that are not marked slow
 # make check   the slow tests too: several processes, compilation, campaigns
 # make paper   the claims and tables of the paper: hours; DATA is a folder with the Penn Treebank

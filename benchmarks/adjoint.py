@@ -1,10 +1,10 @@
-"""The backward pass of an implicit layer beside torchdeq 0.1.0: products, time, states held, error of the gradient.
+"""The backward pass of an implicit layer beside torchdeq 0.1.0: VJPs, time, states held, error of the gradient.
 
 pip install --no-deps torchdeq==0.1.0
 python benchmarks/adjoint.py         prints the table, writes results/adjoint.json and its part of
     docs/evidence/measured.md
 
-From the same equilibrium (float64, 1e-10, rounded to float32) and the same cotangent. "Products" are those with Jᵀ;
+From the same equilibrium (float64, 1e-10, rounded to float32) and the same cotangent. VJPs are products with Jᵀ;
 errors are of the gradient of all parameters, against one in float64 at 1e-10. "Scaled" is the same with the loss times
 1e-4, which must change nothing.
 """

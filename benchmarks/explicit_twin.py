@@ -1,12 +1,13 @@
-"""Penn Treebank at equal wall time: the deep equilibrium transformer and its explicit, weight-tied baseline.
+"""Penn Treebank at equal time: the deep equilibrium transformer and its explicit, weight-tied baseline.
 
 python benchmarks/explicit_twin.py --data FOLDER [--minutes 15] [--depth 12] [--only NAME …]
 
 All have the same parameters, start, corpus, batches and optimiser. ``explicit`` is the baseline as ``--explicit`` makes
 it; ``curriculum`` is the same network after the same shallow stage as the equilibrium has. Each first gets its learning
 rate from short runs, whose speed then decides how many steps of a whole cosine fit into the time; two trainings at a
-time run side by side, one thread each. Writes results/explicit_twin.json and its part of
-docs/evidence/reproducing.md; with ``--only`` the other rows stay as they are.
+time run side by side, one thread each. The time is the processor's (see ``trainings.py``); it was wall time when the
+result in results/ was measured. Writes results/explicit_twin.json and its part of docs/evidence/reproducing.md; with
+``--only`` the other rows stay as they are.
 """
 
 from __future__ import annotations
