@@ -101,10 +101,11 @@ class _Systems(Orders):
         with torch.no_grad(), without_forward_mode():
             found = self._solve_adjoint(point, g)
         there = through(point.f, z, point.tangent, point.layout, point.linearised)
+        u = self._differentiable(AdjointMap(there, point.layout, g), found, point.layout)
+        delivered = deliver(there, point.layout, u, below, alike=point.alike)
         if self.residual is not None:
             check_unchanged(there, z, self.residual, self.method, point.layout)
-        u = self._differentiable(AdjointMap(there, point.layout, g), found, point.layout)
-        return deliver(there, point.layout, u, below, alike=point.alike)
+        return delivered
 
     def tangent(self, point: Point, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         """w = Jw + h, with graph."""
