@@ -112,6 +112,13 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def reached(found: dict[str, Any], row: dict[str, Any]) -> str:
+    """The evaluations of a solve, with its residual if that did not reach the tolerance."""
+    if found["residual"] <= row["rtol"]:
+        return f"{found['evals']:.0f}"
+    return f"not reached in {found['evals']:.0f} ({found['residual']:.0e})"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """For the documentation."""
     lines = [
@@ -121,10 +128,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         mine, other = row["ours"], row["theirs"]
-        failed = not other["residual"] <= row["rtol"]
-        evals = f"not reached in {other['evals']:.0f} ({other['residual']:.0e})" if failed else f"{other['evals']:.0f}"
         lines.append(
-            f"| {row['radius']:.2f} | {row['rtol']:g} | {row['method']} | {mine['evals']:.0f} | {evals} "
+            f"| {row['radius']:.2f} | {row['rtol']:g} | {row['method']} | {reached(mine, row)} | {reached(other, row)} "
             f"| {mine['seconds']:.2f} s | {other['seconds']:.2f} s | {row['time_ratio']:.2f} | {mine['own']:.1%} "
             f"| {other['own']:.1%} | {mine['states']:.1f} | {other['states']:.1f} |"
         )
