@@ -14,6 +14,7 @@ from torch import Tensor
 
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.progress import Outcome, Progress, Residuals
+from equilibria.core.rounding import Rounding, is_recording
 from equilibria.core.solver import Iterate, Solver
 from equilibria.core.state import Layout
 from equilibria.core.stop import Stop
@@ -33,6 +34,7 @@ class Whole:
         self._solver, self._evaluate, self._progress = solver, evaluate, Progress(z, stop, layout)
         self.history = solver.init(z)
         self._at: Iterate | None = None
+        self._rounding = Rounding(layout, evaluate.autocast) if solver.secant and is_recording() else None
         self.outcome = self._progress.outcome
 
     @property
@@ -49,6 +51,8 @@ class Whole:
         """Record the pair (z, f(z)); ``last`` says that no step follows."""
         r = fz - z
         self._at = Iterate(z=z, fz=fz, r=r, active=self._progress.update(z, fz, r))
+        if self._rounding is not None:
+            self._rounding.update(z, fz, r)
 
     def drop_converged(self) -> None:
         """Drop the samples that are done from the batch, once enough of them are and if f supports it."""
@@ -58,13 +62,17 @@ class Whole:
                 self._evaluate.take(index)
                 self._at = Iterate(*self._progress.take(index, at.z, at.fz))
                 self.history = self._solver.select(self.history, index)
+                if self._rounding is not None:
+                    self._rounding.take(index)
 
     def step(self) -> Float[Tensor, "R N"]:
         """The next iterate."""
         at, self._at = self._at, None
         assert at is not None  # ``update`` came before
-        proposal, self.history = self._solver.step(self._evaluate, at, self.history)
-        return self._progress.freeze(self._evaluate.rounded(proposal))
+        given = at if self._rounding is None else self._rounding.constant(at)
+        proposal, self.history = self._solver.step(self._evaluate, given, self.history)
+        proposal = self._evaluate.rounded(proposal)
+        return self._progress.freeze(proposal if self._rounding is None else self._rounding.with_derivative(proposal))
 
     def residuals(self) -> tuple[tuple[Residuals, ...], ...]:
         """The relative residuals after each evaluation."""

@@ -65,6 +65,7 @@ class Anderson(Solver):
     dtype of the algebra."""
 
     by_row: ClassVar[bool] = True
+    secant: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.window < 2:

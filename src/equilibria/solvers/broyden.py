@@ -108,6 +108,7 @@ class Broyden(Solver):
     the dtype of the algebra."""
 
     by_row: ClassVar[bool] = True
+    secant: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:
