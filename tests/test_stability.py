@@ -1,6 +1,8 @@
 """Jacobian penalty, spectral radius, gradient check: against dense Jacobians."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -268,3 +270,38 @@ def test_the_leak_of_a_small_sample_is_not_hidden_by_large_ones():
     reading[0, 3] = 1.0  # half of the samples with the first and without the last contain one of the large ones
     assert not stability.check_independence(lambda z: reading @ (scale * z), torch.ones(4, 5)).independent
     assert stability.check_independence(lambda z: scale * z, torch.ones(4, 5)).independent
+
+
+def test_check_gradient_names_what_is_wrong_with_its_arguments():
+    x, z = torch.ones(2, 3, requires_grad=True), torch.zeros(2, 3)
+    for tensors, steps in (([], 300), ([torch.ones(2)], 300), ([x], 0)):
+        with pytest.raises(ValueError, match="give at least one step and at least one tensor, each with requires_grad"):
+            check_gradient(lambda z: 0.5 * z + x, z, tensors, steps=steps)
+    with pytest.raises(ValueError, match="f uses no tensor that requires a gradient"):
+        check_gradient(lambda z: 0.5 * z + 1, z, [x])
+
+
+NOT_WHOLE = """
+import torch
+from equilibria import Anderson, Broyden, Neumann, NewtonKrylov, Phantom, stability
+
+z = torch.ones(1, 2)
+for call in (
+    lambda: Anderson(window=2.5), lambda: Broyden(rank=float("nan")), lambda: NewtonKrylov(inner="6"),
+    lambda: Phantom(steps=1.5), lambda: Neumann(terms=1.5),
+    lambda: stability.spectral_radius(torch.tanh, z, iterations=3.5),
+    lambda: stability.error_estimate(torch.tanh, z, products=2.5),
+    lambda: stability.jacobian_penalty(torch.tanh, z, samples=1.5),
+    lambda: stability.check_gradient(torch.tanh, z, [z], steps=1.5),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_counts_are_whole_numbers():
+    # In another process, since the type checker of the tests would be first.
+    found = subprocess.run([sys.executable, "-c", NOT_WHOLE], capture_output=True, text=True, check=True).stdout
+    assert found.count("is a whole number, such as 8.") == 9

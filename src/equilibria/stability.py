@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.core.checks import check_whole
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import kept, refused_if_lacking, without_graph
@@ -54,6 +55,7 @@ def jacobian_penalty(
         draw: returns ε for one leaf of f(z); by default ε is standard normal and comes from ``generator``.
         coupled: f mixes the samples; the result is then one number for all of them.
     """
+    check_whole("jacobian_penalty", samples=samples)
     if samples < 1:
         raise ValueError(f"jacobian_penalty(samples={samples}): at least one random vector is needed; try 1.")
     layout = Layout.of(z, coupled=coupled)
@@ -107,6 +109,7 @@ def spectral_radius(
         generator: random numbers for the first vector; the default generator if None.
         coupled: f mixes the samples; the result is then one number for all of them.
     """
+    check_whole("spectral_radius", iterations=iterations)
     if iterations < 3:
         raise ValueError(f"spectral_radius(iterations={iterations}): at least three VJPs are needed; try 60.")
     layout = Layout.of(z, coupled=coupled)
@@ -148,6 +151,7 @@ def error_estimate(
         One number per sample: infinite where z is 0 and z* is not, and where (I − J) d = f(z) − z is found to have no
         solution (f(z) = z + 1); NaN where f(z) or a product is not finite.
     """
+    check_whole("error_estimate", products=products)
     if products < 1:
         raise ValueError(f"error_estimate(products={products}): at least one product J·v is needed; try 20.")
     f, layout = as_map(f), Layout.of(z, coupled=coupled)
@@ -256,12 +260,20 @@ def check_gradient(
         damping: damping of the unroll.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    check_whole("check_gradient", steps=steps)
+    if steps < 1 or not tensors or not all(t.requires_grad for t in tensors):
+        raise ValueError(
+            f"check_gradient(steps={steps}) of {len(tensors)} tensors: give at least one step and at least one tensor, "
+            "each with requires_grad=True; try steps=300 and model.parameters()."
+        )
     generator = torch.Generator().manual_seed(0)
     weights = map_tensors(lambda leaf: torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf), z0)
 
     def gradients(z: State) -> list[Tensor]:
         total = sum(product.sum() for product in tensors_in(map_pairs(torch.mul, weights, z)))
         assert isinstance(total, Tensor)
+        if not total.requires_grad:
+            raise ValueError("check_gradient: f uses no tensor that requires a gradient; give one that it uses.")
         found = torch.autograd.grad(total, tensors, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
 
