@@ -144,3 +144,11 @@ def test_singular_normal_equations_have_a_finite_gradient(size):
     z = solution.z[0, 0].detach()
     expected = 0.9 * z.cos() / (1 + 0.9 * z.sin())
     assert off(torch.autograd.grad(solution.z.sum(), x)[0][0, 0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_zeros_are_no_start_at_the_level_of_rounding(dtype):
+    x = torch.ones(2, 3, dtype=dtype, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        fixed_point(lambda z: 0.5 * z + x, torch.zeros(2, 3, dtype=dtype), stop=PAST[0], gradient=Unroll())

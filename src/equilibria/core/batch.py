@@ -14,10 +14,11 @@ from torch import Tensor
 
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.progress import Outcome, Progress, Residuals
-from equilibria.core.rounding import Rounding, is_recording
+from equilibria.core.rounding import Rounding
 from equilibria.core.solver import Iterate, Solver
 from equilibria.core.state import Layout
 from equilibria.core.stop import Stop
+from equilibria.torch_private import is_forward_mode
 
 BLOCK = 1 << 18
 """Numbers per thread in a block of samples: few enough that the tensors of a step stay in the cache."""
@@ -34,7 +35,8 @@ class Whole:
         self._solver, self._evaluate, self._progress = solver, evaluate, Progress(z, stop, layout)
         self.history = solver.init(z)
         self._at: Iterate | None = None
-        self._rounding = Rounding(layout, evaluate.autocast) if solver.secant and is_recording() else None
+        recorded = solver.secant and (torch.is_grad_enabled() or is_forward_mode())
+        self._rounding = Rounding(layout, evaluate.autocast) if recorded else None
         self.outcome = self._progress.outcome
 
     @property

@@ -13,17 +13,11 @@ from equilibria.core.maps import Autocast
 from equilibria.core.solver import Iterate
 from equilibria.core.state import Layout
 from equilibria.core.stop import row_norm
-from equilibria.torch_private import is_forward_mode
 
 LEVEL = 10
 """A residual may consist of rounding errors if it is at most so many eps of f(z)."""
 FALLEN = 1e-2
 """The derivative has converged with the residual if that has fallen to this fraction of its first value."""
-
-
-def is_recording() -> bool:
-    """True if a solve may get a graph or tangents."""
-    return torch.is_grad_enabled() or is_forward_mode()
 
 
 class Rounding:
