@@ -1,13 +1,16 @@
 """Jacobian penalty, spectral radius, gradient check: against dense Jacobians."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.testing import assert_close
 
-from equilibria import Anderson, Equilibrium, Implicit, Layout, Neumann, Stop, fixed_point
+from equilibria import Anderson, Equilibrium, Implicit, Layout, Neumann, Stop, fixed_point, stability
 from equilibria.stability import check_gradient, jacobian_penalty, spectral_radius
 from equilibria.testing.problems import TreeProblem, flat, tanh_map
 
@@ -243,3 +246,62 @@ def test_arguments_are_checked():
         jacobian_penalty(torch.tanh, torch.zeros(1, 2), samples=0)
     with pytest.raises(ValueError, match="three VJPs"):
         spectral_radius(torch.tanh, torch.zeros(1, 2), iterations=2)
+
+
+def test_the_error_estimate_is_accurate_where_the_system_is_ill_conditioned():
+    # A Jordan block: ‖(I − J)⁻¹‖ is about 1000, and GMRES to 1e-3 was wrong by 16 %.
+    jacobian = torch.diag(torch.full((3,), 0.9)).double() + torch.diag(torch.ones(2), 1).double()
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solution = torch.linalg.solve(torch.eye(3, dtype=torch.float64) - jacobian, x.mT).mT
+    z = solution * (1 + 1e-2 * torch.randn(20, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    expected = (z - solution).norm(dim=1) / z.norm(dim=1)
+    assert_close(stability.error_estimate(lambda z: z @ jacobian.mT + x, z), expected, rtol=1e-4, atol=0)
+
+
+def test_the_error_is_infinite_where_there_is_no_solution():
+    rates = torch.tensor([1.0, 0.5])
+    assert (stability.error_estimate(lambda z: z + 1, torch.ones(2, 50)) == torch.inf).all()
+    assert (stability.error_estimate(lambda z: rates * z + 1, torch.ones(2, 2)) == torch.inf).all()
+    assert (stability.error_estimate(lambda z: z, torch.ones(2, 2)) == 0).all()
+
+
+def test_the_leak_of_a_small_sample_is_not_hidden_by_large_ones():
+    scale, reading = torch.tensor([[1.0], [1e6], [1e6], [1.0]]), torch.eye(4)
+    reading[0, 3] = 1.0  # half of the samples with the first and without the last contain one of the large ones
+    assert not stability.check_independence(lambda z: reading @ (scale * z), torch.ones(4, 5)).independent
+    assert stability.check_independence(lambda z: scale * z, torch.ones(4, 5)).independent
+
+
+def test_check_gradient_names_what_is_wrong_with_its_arguments():
+    x, z = torch.ones(2, 3, requires_grad=True), torch.zeros(2, 3)
+    for tensors, steps in (([], 300), ([torch.ones(2)], 300), ([x], 0)):
+        with pytest.raises(ValueError, match="give at least one step and at least one tensor, each with requires_grad"):
+            check_gradient(lambda z: 0.5 * z + x, z, tensors, steps=steps)
+    with pytest.raises(ValueError, match="f uses no tensor that requires a gradient"):
+        check_gradient(lambda z: 0.5 * z + 1, z, [x])
+
+
+NOT_WHOLE = """
+import torch
+from equilibria import Anderson, Broyden, Neumann, NewtonKrylov, Phantom, stability
+
+z = torch.ones(1, 2)
+for call in (
+    lambda: Anderson(window=2.5), lambda: Broyden(rank=float("nan")), lambda: NewtonKrylov(inner="6"),
+    lambda: Phantom(steps=1.5), lambda: Neumann(terms=1.5),
+    lambda: stability.spectral_radius(torch.tanh, z, iterations=3.5),
+    lambda: stability.error_estimate(torch.tanh, z, products=2.5),
+    lambda: stability.jacobian_penalty(torch.tanh, z, samples=1.5),
+    lambda: stability.check_gradient(torch.tanh, z, [z], steps=1.5),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_counts_are_whole_numbers():
+    # In another process, since the type checker of the tests would be first.
+    found = subprocess.run([sys.executable, "-c", NOT_WHOLE], capture_output=True, text=True, check=True).stdout
+    assert found.count("is a whole number, such as 8.") == 9

@@ -40,7 +40,7 @@ class Method:
     state is then one problem with one norm, and its leaves may have any shape."""
     on_failure: OnFailure = "warn"
     """The reaction to a forward or backward solve that does not converge: "warn", "raise" or "ignore". A solve whose
-    stop has no tolerance never fails."""
+    stop has no tolerance never fails; the gradient of one that is unrolled may (see ``Unroll``)."""
     keep: tuple[int, ...] = ()
     """Numbers of steps after which the solve stores its state in ``Solution.iterates``."""
     keep_point: bool = False

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.core.checks import check_whole
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import kept, refused_if_lacking, without_graph
@@ -54,6 +55,7 @@ def jacobian_penalty(
         draw: returns ε for one leaf of f(z); by default ε is standard normal and comes from ``generator``.
         coupled: f mixes the samples; the result is then one number for all of them.
     """
+    check_whole("jacobian_penalty", samples=samples)
     if samples < 1:
         raise ValueError(f"jacobian_penalty(samples={samples}): at least one random vector is needed; try 1.")
     layout = Layout.of(z, coupled=coupled)
@@ -107,6 +109,7 @@ def spectral_radius(
         generator: random numbers for the first vector; the default generator if None.
         coupled: f mixes the samples; the result is then one number for all of them.
     """
+    check_whole("spectral_radius", iterations=iterations)
     if iterations < 3:
         raise ValueError(f"spectral_radius(iterations={iterations}): at least three VJPs are needed; try 60.")
     layout = Layout.of(z, coupled=coupled)
@@ -141,12 +144,14 @@ def error_estimate(
     Args:
         f: the map.
         z: the point, usually the result of a solve.
-        products: largest number of products J·v; if GMRES needs more, the estimate is too small.
+        products: largest number of products J·v; if GMRES needs more, the estimate is off, mostly too small.
         coupled: f mixes the samples; the result is then one number for all of them.
 
     Returns:
-        One number per sample: infinite where z is 0 and z* is not, NaN where f(z) or a product is not finite.
+        One number per sample: infinite where z is 0 and z* is not, and where (I − J) d = f(z) − z is found to have no
+        solution (f(z) = z + 1); NaN where f(z) or a product is not finite.
     """
+    check_whole("error_estimate", products=products)
     if products < 1:
         raise ValueError(f"error_estimate(products={products}): at least one product J·v is needed; try 20.")
     f, layout = as_map(f), Layout.of(z, coupled=coupled)
@@ -156,9 +161,14 @@ def error_estimate(
         flat = layout.pack(z)
         r = evaluate(flat) - flat
         system = AffineMap(lambda v: evaluate.jvp(flat, v), r)
-        stop = Stop(rtol=1e-3, max_evals=2 + products, best=False)
-        solved = solve(system, torch.zeros_like(r), NewtonKrylov(inner=products, forcing=1e-3), stop)
+        accuracy = max(1e-8, 100 * torch.finfo(r.dtype).eps)
+        stop = Stop(rtol=accuracy, max_evals=2 + products, best=False)
+        solved = solve(system, torch.zeros_like(r), NewtonKrylov(inner=products, forcing=accuracy), stop)
         found = relative(row_norm(solved.z), row_norm(flat))
+        # A Krylov space of N dimensions holds every solution, and one without a direction holds none.
+        whole = torch.full_like(found, r.shape[1] <= products, dtype=torch.bool) | (row_norm(solved.z) == 0)
+        missed = row_norm(solved.fz - solved.z) > 1e-2 * row_norm(r)
+        found = torch.where(whole & missed, torch.inf, found)
         return torch.where(solved.status == Status.NONFINITE, torch.nan, found)
 
 
@@ -167,7 +177,8 @@ class IndependenceCheck:
     """The result of ``check_independence``."""
 
     leak: Float[Tensor, " B"]
-    """For each sample, the largest share of ‖Jᵀu‖ that falls on it although u is zero there."""
+    """For each sample, its part of ‖Jᵀu‖ where u is zero there, relative to that part where u is not: the largest of
+    all u. Infinite if f(z) depends on the sample, but not in the sample itself."""
 
     @property
     def independent(self) -> bool:
@@ -195,16 +206,17 @@ def check_independence(
         point = as_map(f).linearise(z).for_products()
     with torch.no_grad():
         flat = layout.pack(z)
-        leak = flat.new_zeros(len(flat))
+        leak, own = flat.new_zeros(2, len(flat))
         number = torch.arange(len(flat), device=flat.device)
         for digit in range(max(1, (len(flat) - 1).bit_length())):
             for half in (0, 1):
                 chosen = ((number >> digit) & 1) == half
                 u = torch.randn(flat.shape, dtype=flat.dtype, device=flat.device, generator=generator)
-                product = layout.pack(point.vjp(layout.unpack(u * chosen[:, None])))
-                outside = torch.where(chosen, 0.0, row_norm(product))
-                leak = torch.maximum(leak, relative(outside, torch.linalg.vector_norm(product)))
-    return IndependenceCheck(leak=leak)
+                size = row_norm(layout.pack(point.vjp(layout.unpack(u * chosen[:, None]))))
+                # Every sample is measured by its own size: beside a large one, the leak of a small one would vanish.
+                leak = torch.maximum(leak, torch.where(chosen, 0.0, size))
+                own = torch.maximum(own, torch.where(chosen, size, 0.0))
+    return IndependenceCheck(leak=relative(leak, own))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,12 +260,20 @@ def check_gradient(
         damping: damping of the unroll.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    check_whole("check_gradient", steps=steps)
+    if steps < 1 or not tensors or not all(t.requires_grad for t in tensors):
+        raise ValueError(
+            f"check_gradient(steps={steps}) of {len(tensors)} tensors: give at least one step and at least one tensor, "
+            "each with requires_grad=True; try steps=300 and model.parameters()."
+        )
     generator = torch.Generator().manual_seed(0)
     weights = map_tensors(lambda leaf: torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf), z0)
 
     def gradients(z: State) -> list[Tensor]:
         total = sum(product.sum() for product in tensors_in(map_pairs(torch.mul, weights, z)))
         assert isinstance(total, Tensor)
+        if not total.requires_grad:
+            raise ValueError("check_gradient: f uses no tensor that requires a gradient; give one that it uses.")
         found = torch.autograd.grad(total, tensors, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
 

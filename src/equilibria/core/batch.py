@@ -14,9 +14,11 @@ from torch import Tensor
 
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.progress import Outcome, Progress, Residuals
+from equilibria.core.rounding import Rounding
 from equilibria.core.solver import Iterate, Solver
 from equilibria.core.state import Layout
 from equilibria.core.stop import Stop
+from equilibria.torch_private import is_forward_mode
 
 BLOCK = 1 << 18
 """Numbers per thread in a block of samples: few enough that the tensors of a step stay in the cache."""
@@ -33,6 +35,8 @@ class Whole:
         self._solver, self._evaluate, self._progress = solver, evaluate, Progress(z, stop, layout)
         self.history = solver.init(z)
         self._at: Iterate | None = None
+        recorded = solver.secant and (torch.is_grad_enabled() or is_forward_mode())
+        self._rounding = Rounding(layout, evaluate.autocast) if recorded else None
         self.outcome = self._progress.outcome
 
     @property
@@ -49,6 +53,8 @@ class Whole:
         """Record the pair (z, f(z)); ``last`` says that no step follows."""
         r = fz - z
         self._at = Iterate(z=z, fz=fz, r=r, active=self._progress.update(z, fz, r))
+        if self._rounding is not None:
+            self._rounding.update(z, fz, r)
 
     def drop_converged(self) -> None:
         """Drop the samples that are done from the batch, once enough of them are and if f supports it."""
@@ -58,13 +64,17 @@ class Whole:
                 self._evaluate.take(index)
                 self._at = Iterate(*self._progress.take(index, at.z, at.fz))
                 self.history = self._solver.select(self.history, index)
+                if self._rounding is not None:
+                    self._rounding.take(index)
 
     def step(self) -> Float[Tensor, "R N"]:
         """The next iterate."""
         at, self._at = self._at, None
         assert at is not None  # ``update`` came before
-        proposal, self.history = self._solver.step(self._evaluate, at, self.history)
-        return self._progress.freeze(self._evaluate.rounded(proposal))
+        given = at if self._rounding is None else self._rounding.constant(at)
+        proposal, self.history = self._solver.step(self._evaluate, given, self.history)
+        proposal = self._evaluate.rounded(proposal)
+        return self._progress.freeze(proposal if self._rounding is None else self._rounding.with_derivative(proposal))
 
     def residuals(self) -> tuple[tuple[Residuals, ...], ...]:
         """The relative residuals after each evaluation."""

@@ -39,6 +39,12 @@ class Solver(ABC):
     """Least number of evaluations for one step and the test of its result."""
     by_row: ClassVar[bool] = False
     """True if a step treats every row by itself and does not evaluate f: then a batch can be stepped in blocks."""
+    secant: ClassVar[bool] = False
+    """True if the weights of a step are quotients of differences between residuals. They are meaningless once these
+    are rounding errors, so that a recorded solve then passes no derivative through the step (see ``Rounding``)."""
+    plain: ClassVar[bool] = False
+    """True if a step is a fixed combination of iterates and values of f, so that its derivative is right at any
+    residual, however small."""
 
     @abstractmethod
     def init(self, z: Float[Tensor, "B N"]) -> History:

@@ -12,10 +12,11 @@ from equilibria.core.diagnosis import Message
 from equilibria.core.failure import tell
 from equilibria.core.gradient import ForwardSolve, GradientRule
 from equilibria.core.maps import Map
+from equilibria.core.rounding import FALLEN, LEVEL
 from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
 from equilibria.core.stop import is_heard
-from equilibria.core.trees import map_tensors
+from equilibria.core.trees import map_tensors, tensors_in
 from equilibria.torch_private import is_batched, is_forward_mode, own_parametrizations
 
 
@@ -44,8 +45,10 @@ class Unroll(GradientRule):
 
     With ``Picard()`` and ``Stop(rtol=0, atol=0, max_evals=L + 1, best=False)`` it is a weight-tied network of depth L.
     The gradient converges as the residual falls from its first value: from a start near the solution, few steps meet
-    the tolerance and the gradient has hardly begun to converge. A warning says so (see ``Method.on_failure``); a stop
-    without tolerance takes all its steps.
+    the tolerance and the gradient has hardly begun to converge. A warning says so (see ``Method.on_failure``). A stop
+    without tolerance takes all its steps: then the warning comes only from a start at the level of rounding, unless
+    the solver is ``Picard`` or ``Reversible`` and the last iterate is returned (``best=False``). Steps of ``Anderson``
+    and ``Broyden`` that no longer reduce a residual at the level of rounding keep the derivative of the best iterate.
     """
 
     checkpoint: bool = False
@@ -65,6 +68,8 @@ class Unroll(GradientRule):
         derived = torch.is_grad_enabled() or is_forward_mode()
         if derived and is_heard(method.stop, method.on_failure):
             _check_steps(solution, method)
+        elif derived and method.on_failure != "ignore" and (method.stop.best or not method.solver.plain):
+            _check_start(solution, method)
         # Fields that serve reports only must not keep the graph alive.
         return dataclasses.replace(solution, fz=map_tensors(Tensor.detach, solution.fz), history=None)
 
@@ -88,6 +93,27 @@ def _check_steps(solution: Solution, method: ForwardSolve) -> None:
             f"Unroll(): {int(early.sum())} of {len(early)} samples met the tolerance near their start, and their "
             f"gradient is wrong by up to {float(error[early].max()):.0%}",
             "Start from zeros, take a fixed number of steps with Stop(rtol=0, max_evals=…, best=False), or use "
+            "gradient=Implicit().",
+            kind="Unroll()",
+        ),
+        method.on_failure,
+    )
+
+
+def _check_start(solution: Solution, method: ForwardSolve) -> None:
+    """Report samples that a stop without tolerance began at the level of rounding.
+
+    Their first iterate may be the best one, and the steps of most solvers from there are combinations of rounding
+    errors. In both cases the derivative does not converge.
+    """
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in tensors_in(solution.z))
+    near = solution.trace[0].detach() <= min(LEVEL / FALLEN * eps, 0.1)  # in half precision, zeros are no near start
+    tell(
+        near,
+        lambda: Message(
+            f"Unroll(): {int(near.sum())} of {len(near)} samples began at the level of rounding, where steps carry "
+            "little or no derivative, and their gradient may be wrong",
+            "Start from zeros, take the last iterate of Picard() with Stop(rtol=0, max_evals=…, best=False), or use "
             "gradient=Implicit().",
             kind="Unroll()",
         ),

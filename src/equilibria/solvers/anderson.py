@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from equilibria.core.checks import check_whole
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.solver import Iterate, Solver
 from equilibria.solvers.history import (
@@ -65,8 +66,10 @@ class Anderson(Solver):
     dtype of the algebra."""
 
     by_row: ClassVar[bool] = True
+    secant: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_whole("Anderson", window=self.window)
         if self.window < 2:
             raise ValueError(f"Anderson(window={self.window}): at least 2 pairs are combined; try 6, or use Picard().")
         if not 0 < self.mixing <= 2:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from equilibria.core.checks import check_whole
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.solver import History, Iterate, Solver
 from equilibria.core.trees import take_rows
@@ -108,8 +109,10 @@ class Broyden(Solver):
     the dtype of the algebra."""
 
     by_row: ClassVar[bool] = True
+    secant: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_whole("Broyden", rank=self.rank)
         if self.rank < 1:
             raise ValueError(f"Broyden(rank={self.rank}): at least 1 update is needed; try 20, or use Picard().")
         check_history_dtype("Broyden", self.history_dtype)

@@ -135,6 +135,11 @@ def ridge_solve(
     else:
         solution, info = torch.linalg.solve_ex(regular, target * scale)
         usable = (info == 0) & torch.isfinite(solution).all(dim=1)
+    if is_derived(gram, target) and (usable.is_cuda or not usable.all()):  # a GPU is not waited for
+        # The ``where`` below would turn the derivative of an infinite solution into NaN: solve once more without it.
+        regular = torch.where(usable[:, None, None], regular, torch.eye(len(regular[0])).to(regular))
+        target = torch.where(usable[:, None], target, 0.0)
+        solution = eliminated(regular, target * scale) if tiny else torch.linalg.solve(regular, target * scale)
     return torch.where(usable[:, None], solution * scale, 0.0)
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.core.checks import check_choices
+from equilibria.core.checks import check_choices, check_whole
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.products import JVP, WAYS
 from equilibria.core.solver import Iterate, Solver
@@ -42,6 +42,7 @@ class NewtonKrylov(Solver):
     cost: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
+        check_whole("NewtonKrylov", inner=self.inner)
         if self.inner < 1:
             raise ValueError(f"NewtonKrylov(inner={self.inner}): at least 1 inner iteration is needed; try 10.")
         check_choices(self, {"jvp": WAYS})

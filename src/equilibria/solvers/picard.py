@@ -23,6 +23,7 @@ class Picard(Solver):
     """λ in (0, 1]; 1 is plain iteration, which is a weight-tied network."""
 
     by_row: ClassVar[bool] = True
+    plain: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:

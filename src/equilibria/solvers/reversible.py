@@ -27,6 +27,7 @@ class Reversible(Solver):
     relaxation: float = 0.8
     """β in (0, 2), not 1. Undoing a step multiplies rounding errors by 1/|1 − β| to 1/(1 − β)²."""
     cost: ClassVar[int] = 2
+    plain: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.relaxation < 2 or self.relaxation == 1:
