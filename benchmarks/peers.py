@@ -1,11 +1,10 @@
 r"""A whole training step beside the same model written on torchdeq 0.1.0 (``get_deq``): time, memory, evaluations.
 
 pip install --no-deps torchdeq==0.1.0
-equilibria train tiny --out tiny
 equilibria train ptb --data FOLDER --out ptb --stages.0.steps 400 --stages.1.steps 250
 equilibria train ptb --data FOLDER --out wide --model.cell.width 512 --model.cell.heads 8 --model.cell.inner 2048 \
     --training.batch-size 8 --stages.0.steps 200 --stages.1.steps 60
-python benchmarks/peers.py tiny ptb wide --data FOLDER
+python benchmarks/peers.py tiny ptb wide --data FOLDER          (`tiny` is the model that comes with the library)
     prints the table, writes results/peers.json, docs/pictures/peers.png and its part of docs/evidence/reproducing.md
 
 Weights (of those runs), embedding, cell, head, loss, masks, tolerance (relative, 1e-3) and gradient rule (implicit) are
