@@ -213,7 +213,7 @@ def test_every_status_has_advice():
 @pytest.mark.parametrize(("dtype", "level"), [(torch.bfloat16, "4e-03"), (torch.float16, "5e-04")])
 def test_a_tolerance_below_the_rounding_of_f_is_warned_about(dtype, level):
     z0 = torch.zeros(1, 4)
-    said = rf"rtol=0.0001\) is below what {str(dtype)[6:]} resolves.*about {level}"
+    said = rf"rtol=0.0001\) is below what {str(dtype)[6:]} resolves.* to {level}"
     with pytest.warns(RuntimeWarning, match=said) as caught:
         solve(halving, z0.to(dtype), Picard(), Stop(rtol=1e-4))
     assert caught[0].filename == __file__

@@ -205,8 +205,8 @@ def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:
         if set(dtypes) == {dtype} and 0 < stop.rtol < level:
             warnings.warn(
                 f"Stop(rtol={stop.rtol:g}) is below what {str(dtype)[6:]} resolves: residuals of an f that computes in "
-                f"it stay at about {level:.0e}, so solves will spend their budget; give rtol={4 * level:.0e}, or let f "
-                "compute in float32.",
+                f"it stay at {level / 4:.0e} to {level:.0e}, so solves may spend their budget; give "
+                f"rtol={4 * level:.0e}, or let f compute in float32.",
                 RuntimeWarning,
                 stacklevel=caller()[1],
             )
