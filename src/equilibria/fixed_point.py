@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from equilibria.core.checks import check_choices, check_keep, check_kind
+from equilibria.core.checks import FLAG, check_choices, check_keep, check_kind
 from equilibria.core.failure import report
 from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import refused_if_untracked, without_graph
@@ -50,7 +50,7 @@ class Method:
         check_kind("solver", self.solver, Solver, "Anderson()")
         check_kind("stop", self.stop, Stop, "Stop(rtol=1e-3)")
         check_kind("gradient", self.gradient, GradientRule, "Implicit()")
-        check_choices(self, {"on_failure": REACTIONS})
+        check_choices(self, {"on_failure": REACTIONS, "coupled": FLAG, "keep_point": FLAG})
         check_keep(self.keep)
 
     @untraced

@@ -31,12 +31,16 @@ def check_whole(call: str, **values: Any) -> None:
             raise ValueError(f"{call}({name}={value!r}): {name} is a whole number, such as 8.") from None
 
 
-def check_choices(value: Any, choices: Mapping[str, Sequence[str]]) -> None:
+def check_choices(value: Any, choices: Mapping[str, Sequence[Any]]) -> None:
     """Raise a ValueError if a field of ``value`` is not one of its choices."""
     for name, allowed in choices.items():
         if getattr(value, name) not in allowed:
             known = " or ".join(map(repr, allowed)) if len(allowed) == 2 else f"one of {', '.join(map(repr, allowed))}"
             raise ValueError(f"{type(value).__name__}({name}={getattr(value, name)!r}): {name} is {known}.")
+
+
+FLAG = (True, False)
+"""The choices of a flag; the text "no" would count as true."""
 
 
 def check_keep(keep: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.core.checks import FLAG, check_choices
 from equilibria.core.state import Layout
 
 
@@ -68,6 +69,7 @@ class Stop:
     all of its leaves are, and its residual is the largest of theirs."""
 
     def __post_init__(self) -> None:
+        check_choices(self, {"best": FLAG, "per_leaf": FLAG})
         for name in ("rtol", "atol"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:

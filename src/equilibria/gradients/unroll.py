@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from equilibria.core.checks import FLAG, check_choices
 from equilibria.core.diagnosis import Message
 from equilibria.core.failure import tell
 from equilibria.core.gradient import ForwardSolve, GradientRule
@@ -53,6 +54,9 @@ class Unroll(GradientRule):
 
     checkpoint: bool = False
     """Keep only the iterates and evaluate f again in the backward pass (T. Chen et al. 2016)."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, {"checkpoint": FLAG})
 
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution as the solver returns it, with the graph of all its steps."""
