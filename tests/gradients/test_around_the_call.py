@@ -208,10 +208,14 @@ EXPLICIT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # PyTorch, while it compiles
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", EXPLICIT)
-def test_what_is_evaluated_again_has_the_weights_of_functional_call(kind):
+def test_what_is_evaluated_again_has_the_weights_of_functional_call(kind, compiled):
     module, x = Tanh(), draw(3, 4)
     layer = EXPLICIT[kind](module)
+    if compiled and kind != "stack":
+        layer.cell.compile(backend="eager")
     weights = {name: (0.5 * weight.detach() + 0.1).requires_grad_() for name, weight in layer.named_parameters()}
     w, b = weights.values()
     expected = by_unrolling(lambda z: torch.tanh(z @ w.T + b + x), [w, b], torch.zeros_like(x))

@@ -79,6 +79,10 @@ class Map(ABC):
         """The map bound to the tensors that it reads now, so that a later backward pass evaluates the same f."""
         return self
 
+    def bound(self) -> Map:
+        """The map with the parameters that it reads now, for a checkpoint, which evaluates it again as it is."""
+        return self
+
     def rows(self, index: Int[Tensor, " R"]) -> Map | None:
         """The map of these samples alone, in this order, or None (the default) if f cannot drop samples.
 

@@ -66,8 +66,8 @@ class Unroll(GradientRule):
                 "gradient=Implicit(), or give f a larger batch."
             )
         if self.checkpoint and torch.is_grad_enabled():
-            # Pinned, since ``functional_call`` has taken its weights away by the time of the backward pass.
-            f = Recomputed(f.pinned() if f.eager() is f else f)
+            # ``functional_call`` has returned by the time of the backward pass, and the module has its own weights again.
+            f = Recomputed(f.bound())
         solution = solve(f, z0, method.solver, method.stop, coupled=method.coupled, keep=method.keep)
         derived = torch.is_grad_enabled() or is_forward_mode()
         if derived and is_heard(method.stop, method.on_failure):

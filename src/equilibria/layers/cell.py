@@ -232,12 +232,14 @@ class CellMap(Map):
         return dataclasses.replace(own, prepared=prepared, weights=weights)
 
     def pinned(self) -> CellMap:
-        """The uncompiled map bound to the weights of this moment, which ``functional_call`` may later replace."""
+        """The uncompiled map with the weights of this moment; ``functional_call`` may later replace them."""
         prepared = dataclasses.replace(self.prepared, kept=None)
         return dataclasses.replace(self, prepared=prepared, weights=self._weights, past_compilation=True)
 
     def bound(self) -> CellMap:
-        """The map bound to the parameters of this moment, as ``pinned``, but compiled if the cell is."""
+        """The map with the parameters of this moment, compiled if the cell is; f may still replace buffers of the cell."""
+        if self.weights is not None:
+            return self
         return dataclasses.replace(self, weights=dict(self.cell.named_parameters()))
 
     @property
