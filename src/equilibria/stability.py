@@ -213,7 +213,7 @@ def check_independence(
                 chosen = ((number >> digit) & 1) == half
                 u = torch.randn(flat.shape, dtype=flat.dtype, device=flat.device, generator=generator)
                 size = row_norm(layout.pack(point.vjp(layout.unpack(u * chosen[:, None]))))
-                # Every sample is measured by its own size: beside a large one, the leak of a small one would vanish.
+                # Relative to the whole batch, the leak of a small sample would vanish beside a large one.
                 leak = torch.maximum(leak, torch.where(chosen, 0.0, size))
                 own = torch.maximum(own, torch.where(chosen, size, 0.0))
     return IndependenceCheck(leak=relative(leak, own))

@@ -15,7 +15,7 @@ from equilibria.commands.arguments import found, parse
 from equilibria.errors import UsageError
 from equilibria.layers.linear import fold
 from equilibria.lm.report.visible import visible
-from equilibria.lm.runs.files import check_own, discard, of_the_disk
+from equilibria.lm.runs.files import check_own, discard, errors_of_the_disk
 from equilibria.lm.runs.pieces import whole
 from equilibria.lm.runs.run import Run, Which
 from equilibria.lm.runs.shipped import check_writable
@@ -85,10 +85,9 @@ def _file(options: Options, run: Run) -> int:
     try:
         tensors = {name: whole(tensor).contiguous() for name, tensor in stored.model.items()}
         tensors = _folded(run, options.checkpoint) if options.fold else tensors
-        save_file(tensors, beside, metadata=metadata)
-        beside.replace(target)
-    except Exception as error:
-        raise of_the_disk(error, beside.parent) or error from None
+        with errors_of_the_disk(target.parent):
+            save_file(tensors, beside, metadata=metadata)
+            beside.replace(target)
     finally:
         discard(beside)
     count = sum(tensor.numel() for tensor in tensors.values())

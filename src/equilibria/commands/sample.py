@@ -17,7 +17,7 @@ SAMPLE = {"character": 360, "word": 60, "bpe": 90}
 
 
 def write_sample(run: Run, experiment: Experiment, corpus: Corpus) -> None:
-    """Let the best model continue the beginning of the validation text, and keep that for the report."""
+    """Let the best model continue the beginning of the validation text, and store what it writes for the report."""
     loaded, prompt = load(run.path, extra=kinds_in(experiment)), prompt_of(corpus)
     with failures_of(loaded):  # the closing table has the share of solves that converge
         report.write_sample(run.path, prompt=prompt, text=loaded.generate(prompt, SAMPLE[corpus.unit]))

@@ -196,7 +196,8 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
         stored = Run.open(path).experiment(extra=kinds_in(default.experiment))
         name, kind = options.experiment.name, default.experiment.name.removeprefix(recipe)
         of_a_text = recipe == "text" and isinstance(stored.corpus, TextFolder)  # its name is that of its text
-        if not stored.name.endswith(kind) if of_a_text else stored.name != name:
+        fits = stored.name.endswith(kind) if of_a_text else stored.name == name
+        if not fits:
             raise UsageError(f"{path} is a run of {stored.name!r}, not of {name!r}; check --out.")
         default = dataclasses.replace(default, experiment=stored)
         options = parse(Options, words, verb=f"train {recipe}", default=default)

@@ -1,4 +1,4 @@
-"""The derivative of a recorded solve whose residuals have fallen to rounding errors.
+"""The derivative of a solve that autograd records and whose residuals have fallen to the size of rounding errors.
 
 Letters: R samples that are still evaluated, N flattened state.
 """
@@ -32,8 +32,10 @@ class Rounding:
         eps = [torch.finfo(leaf.dtype).eps for leaf in layout.leaves]
         if autocast.enabled:
             eps = [max(number, torch.finfo(autocast.dtype).eps) for number in eps]
-        columns = torch.tensor(eps, dtype=layout.dtype).repeat_interleave(torch.tensor(layout.sizes))
-        self._eps = eps[0] if len(set(eps)) == 1 else columns.to(layout.device)
+        self._eps: float | Tensor = eps[0]
+        if len(set(eps)) > 1:
+            columns = torch.tensor(eps, dtype=layout.dtype).repeat_interleave(torch.tensor(layout.sizes))
+            self._eps = columns.to(layout.device)
         self._reached: Bool[Tensor, " R"] | None = None
         """True for samples whose residual has stopped falling at the level of rounding."""
 

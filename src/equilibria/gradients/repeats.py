@@ -36,7 +36,7 @@ def check_value(again: State, solution: Solution, method: ForwardSolve, layout: 
 
 def check_again(method: ForwardSolve, changed: Float[Tensor, " B"], state: State) -> None:
     """Report if f(z*), evaluated once more after the solve, has ``changed`` relative to its norm there."""
-    eps = _rounding(tensors_in(state))
+    eps = rounding_unit(tensors_in(state))
     _check(changed, method.stop, method.on_failure, eps=eps, advice=_advice(coupled=method.coupled), of=FORWARD)
 
 
@@ -55,7 +55,7 @@ def check_unchanged(
     with torch.no_grad():
         again, z = layout.pack(map_tensors(Tensor.detach, there.value)), z.detach()
         moved = relative(method.stop.norms(again - z, layout), method.stop.norms(again, layout))
-    eps = _rounding(tensors_in(there.value), there.autocast)
+    eps = rounding_unit(tensors_in(there.value), there.autocast)
     _check(moved - SPREAD * residual, method.stop, method.on_failure, eps=eps, advice=_CHANGED, of=_AGAIN)
 
 
@@ -82,7 +82,7 @@ def check_arrival(
         with torch.no_grad():
             given = [torch.zeros_like(v) if p is None else p.detach() for v, p in zip(values, products, strict=True)]
             changed = _change(layout.pack(with_tensors(value, given)) + g, solved, stop, wide)
-        eps = _rounding(values, linearised.autocast)
+        eps = rounding_unit(values, linearised.autocast)
         _check(changed, stop, on_failure, eps=eps, advice=_advice(coupled=layout.coupled), of=of)
 
     begin = linearised.start[0].node
@@ -103,7 +103,7 @@ def _change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: L
     return torch.maximum(value, (residual - solved.residual).abs())
 
 
-def _rounding(tensors: Sequence[Tensor], autocast: Autocast | None = None) -> float:
+def rounding_unit(tensors: Sequence[Tensor], autocast: Autocast | None = None) -> float:
     """The largest eps of the tensors' dtypes and, where f ran under autocast, of its dtype; None for that of now."""
     dtypes = {tensor.dtype for tensor in tensors}
     autocast = Autocast(tensors[0].device.type) if autocast is None else autocast

@@ -18,6 +18,7 @@ from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
 from equilibria.core.stop import is_heard
 from equilibria.core.trees import map_tensors, tensors_in
+from equilibria.gradients.repeats import rounding_unit
 from equilibria.torch_private import is_batched, is_forward_mode, own_parametrizations
 
 
@@ -66,7 +67,7 @@ class Unroll(GradientRule):
                 "gradient=Implicit(), or give f a larger batch."
             )
         if self.checkpoint and torch.is_grad_enabled():
-            # ``functional_call`` has returned by the time of the backward pass, and the module has its own weights again.
+            # When the backward pass begins, ``functional_call`` has put the module's own weights back.
             f = Recomputed(f.bound())
         solution = solve(f, z0, method.solver, method.stop, coupled=method.coupled, keep=method.keep)
         derived = torch.is_grad_enabled() or is_forward_mode()
@@ -110,7 +111,7 @@ def _check_start(solution: Solution, method: ForwardSolve) -> None:
     Their first iterate may be the best one, and the steps of most solvers from there are combinations of rounding
     errors. In both cases the derivative does not converge.
     """
-    eps = max(torch.finfo(leaf.dtype).eps for leaf in tensors_in(solution.z))
+    eps = rounding_unit(tensors_in(solution.z))
     near = solution.trace[0].detach() <= min(LEVEL / FALLEN * eps, 0.1)  # in half precision, zeros are no near start
     tell(
         near,

@@ -132,7 +132,7 @@ class EquilibriumConfig(PreTrainedConfig):
 
     @property
     def table_rows(self) -> int:
-        """Rows of embedding and head: one per id but for the edge, which has one after a resize alone."""
+        """The number of rows of embedding and head: one per id. The edge has a row only after a resize added ids."""
         return self.vocab_size - (self.edge_token_id == self.vocab_size - 1)
 
     @property

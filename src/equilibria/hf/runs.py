@@ -14,7 +14,7 @@ from equilibria.hf.tokenization import EquilibriumTokenizer, tokenizer_of
 from equilibria.layers.linear import fold as fold_weights
 from equilibria.lm.corpora import Vocabulary
 from equilibria.lm.model import LanguageConfig
-from equilibria.lm.runs.files import discard, of_the_disk
+from equilibria.lm.runs.files import discard, errors_of_the_disk
 from equilibria.lm.runs.run import Run, Which
 from equilibria.lm.runs.shipped import require
 from equilibria.lm.runs.trained import Trained, load
@@ -93,15 +93,15 @@ def export(path: Path | str, out: Path | str, *, checkpoint: Which = "best", fol
     new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        found.model.save_pretrained(out)
-        if found.tokenizer is not None:
-            found.tokenizer.save_pretrained(out)
-        text = card.card(found.trained, Run.open(require(Path(path))).events())
-        (out / "README.md").write_text(text, encoding="utf-8")
-    except Exception as error:
-        reason = of_the_disk(error, out)
+        with errors_of_the_disk(out):
+            found.model.save_pretrained(out)
+            if found.tokenizer is not None:
+                found.tokenizer.save_pretrained(out)
+            text = card.card(found.trained, Run.open(require(Path(path))).events())
+            (out / "README.md").write_text(text, encoding="utf-8")
+    except Exception:
         _empty(out, remove=new)  # a part of an export would stand in the way of the next one
-        raise reason or error from None
+        raise
     return found
 
 

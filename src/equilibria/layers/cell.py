@@ -237,7 +237,7 @@ class CellMap(Map):
         return dataclasses.replace(self, prepared=prepared, weights=self._weights, past_compilation=True)
 
     def bound(self) -> CellMap:
-        """The map with the parameters of this moment, compiled if the cell is; f may still replace buffers of the cell."""
+        """The map with the parameters of this moment, compiled if the cell is; f can still replace buffers."""
         if self.weights is not None:
             return self
         return dataclasses.replace(self, weights=dict(self.cell.named_parameters()))

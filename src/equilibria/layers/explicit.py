@@ -168,7 +168,7 @@ def layers_used(depth: int | None, layers: int) -> int:
 def _applied(cell: Cell, z: State, prepared: Prepared, *, checkpoint: bool) -> State:
     if not checkpoint or not is_grad_enabled():
         return cell(z, prepared)
-    # ``functional_call`` has returned by the time of the backward pass, and the module has its own weights again. f draws
-    # no random numbers, so no state of a generator has to be restored.
+    # When the backward pass begins, ``functional_call`` has put the cell's own weights back. f draws no
+    # random numbers, so no state of a generator has to be restored.
     f = CellMap(cell, prepared).bound()
     return recomputed(f, z, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore

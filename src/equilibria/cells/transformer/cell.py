@@ -201,7 +201,7 @@ class TransformerCell(SequenceCell):
         key_padding_mask: Bool[Tensor, "B T"] | None = None,
         injection: Float[Tensor, "B T 3*D"] | None = None,
     ) -> Prepared:
-        """Weights, injection, keys and values of the memory, position term and masks.
+        """Computes what f reads: weights, injection, keys and values of the memory, position term and masks.
 
         Several cells may share an ``injection``; without one, the cell computes its own.
         """

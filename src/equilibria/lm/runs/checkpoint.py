@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from equilibria.errors import EquilibriaError
-from equilibria.lm.runs.files import discard, force, of_the_disk
+from equilibria.lm.runs.files import discard, errors_of_the_disk, force
 from equilibria.lm.runs.pieces import Piece, whole
 from equilibria.lm.runs.state import check_kind, check_state
 
@@ -84,21 +84,19 @@ def being_written(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
     discard(unfinished)
     unfinished.mkdir()
     try:
-        yield unfinished
-        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
-        state["files"] = {name: sha256_of(unfinished / name) for name in _files_in(unfinished)}
-        text = json.dumps({"state": state, "sha256": _digest(state)}, indent=1)
-        (unfinished / _STATE).write_text(text, encoding="utf-8", newline="\n")
-        for entry in [*unfinished.rglob("*"), unfinished]:
-            force(entry)
-        discard(target)  # a damaged one, if the run returned to an earlier checkpoint
-        unfinished.rename(target)
-    except Exception as error:
-        reason = of_the_disk(error, folder)
+        with errors_of_the_disk(folder):
+            yield unfinished
+            state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+            state["files"] = {name: sha256_of(unfinished / name) for name in _files_in(unfinished)}
+            text = json.dumps({"state": state, "sha256": _digest(state)}, indent=1)
+            (unfinished / _STATE).write_text(text, encoding="utf-8", newline="\n")
+            for entry in [*unfinished.rglob("*"), unfinished]:
+                force(entry)
+            discard(target)  # a damaged one, if the run returned to an earlier checkpoint
+            unfinished.rename(target)
+    except Exception:
         shutil.rmtree(unfinished, ignore_errors=True)  # frees space on a full disk
-        if reason is None:
-            raise
-        raise reason from error
+        raise
     force(folder)
 
 

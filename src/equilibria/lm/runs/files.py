@@ -90,13 +90,19 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def of_the_disk(error: Exception, folder: Path) -> OSError | None:
-    """The operating system's error behind a library's error while writing; None if there is none."""
-    if isinstance(error, OSError):
-        return None
-    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors reports it, torch.save does not
-    number = int(told.group(1)) if told else errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else None
-    return None if number is None else OSError(number, os.strerror(number), str(folder))
+@contextlib.contextmanager
+def errors_of_the_disk(folder: Path) -> Iterator[None]:
+    """A context for writing into ``folder``: it raises the operating system's error behind an error of a library."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors reports it, torch.save does not
+        number = int(told.group(1)) if told else errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else None
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def force(path: Path) -> None:

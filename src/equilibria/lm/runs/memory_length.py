@@ -16,7 +16,7 @@ def with_memory(experiment: Experiment, length: int, *, segment: int | None = No
     """The experiment with a cell (or a chain of blocks) that remembers ``length`` positions.
 
     Raises:
-        UsageError: the memory of the cell has no length, or the cell has too few position biases.
+        UsageError: the cell is of a kind whose memory has no length, or it has biases for fewer positions.
     """
     if segment is not None and segment < 1:
         raise UsageError(f"segment={segment}: a segment has at least one token; leave it out for that of the training.")

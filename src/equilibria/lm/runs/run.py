@@ -251,7 +251,7 @@ class Run:
             self._describe(experiment)
 
     def _changed(self, experiment: Experiment) -> bool:
-        """True if settings have changed that may; a ValueError if other settings have changed."""
+        """True if a setting differs from the stored one; a ValueError if it influences the weights."""
         # Read as an experiment, because runs of older versions lack fields, which then get their defaults.
         before = to_json(self.experiment(extra=kinds_in(experiment)))
         stored, asked = dict(_leaves(before)), dict(_leaves(to_json(experiment)))

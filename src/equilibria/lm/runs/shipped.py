@@ -45,8 +45,9 @@ def require(path: Path) -> Path:
             f"{path} of the library; rename the folder, or name the model by its path, {FOLDER / path}."
         )
     found = sorted(str(file.parent) for base in {path.parent, Path("runs")} for file in base.glob("*/experiment.json"))
-    fault = "is a file, and a run is a folder" if path.is_file() else "does not exist"
-    fault = "holds no run (no experiment.json)" if path.is_dir() else fault
+    fault = "does not exist"
+    if path.exists():
+        fault = "holds no run (no experiment.json)" if path.is_dir() else "is a file, and a run is a folder"
     hint = nearest(str(path), [*found, *names()]) or (f"there are the runs {', '.join(found[:5])}." if found else "")
     raise UsageError(f"{path} {fault}; {hint or 'a run is a folder that `equilibria train` has written.'}")
 
