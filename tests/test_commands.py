@@ -104,7 +104,7 @@ def test_every_verb_explains_itself(capsys, verb):
         ("train tiny --penalty 3", "--penalty could be --stages.0.penalty, --stages.1.penalty; give the full name."),
         ("train tiny --batch-size x", "--batch-size takes a whole number, and 'x' is none."),
         ("train tiny --learning-rate x", "--learning-rate takes a number, and 'x' is none."),
-        ("train tiny --batch-size 0", "Batches(batch_size=0): it must be at least 1."),
+        ("train tiny --batch-size 0", "Batches(batch_size=0): batch_size is at least 1; try 8."),
         ("train tiny --batch-size", "--batch-size needs a value after it."),
         ("train tiny --training.betas 1", "--training.betas needs 2 values after it."),
         (

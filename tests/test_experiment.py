@@ -331,21 +331,15 @@ def test_wrong_numbers_are_named(wrong):
     ["learning_rate", "final_learning_rate", "weight_decay", "clip", "momentum", "epsilon", "rank_timeout"],
 )
 def test_a_training_has_finite_numbers(name, bad):
-    with pytest.raises(ValueError, match=rf"\w+\({name}={re.escape(str(bad))}\): it must be a finite number"):
+    with pytest.raises(ValueError, match=rf"\w+\({name}={re.escape(str(bad))}\): \w+ (is|must be) a finite number"):
         Training().changed(**{name: bad})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    ("part", "name", "path"),
-    [
-        ("model", "std", "model.std"),
-        ("cell", "std", "model.cell.std"),
-        ("solver", "ridge", "stages.1.method.solver.ridge"),
-        ("training", "betas", "training.optimisation.betas.1"),
-    ],
+    ("part", "name"), [("model", "std"), ("cell", "std"), ("solver", "ridge"), ("training", "betas")]
 )
-def test_every_number_of_an_experiment_is_finite(part, name, path, bad):
+def test_every_number_of_an_experiment_is_finite(part, name, bad):
     """Also in a file: Python reads NaN and Infinity from JSON."""
 
     def change(data: dict) -> None:
@@ -354,8 +348,8 @@ def test_every_number_of_an_experiment_is_finite(part, name, path, bad):
         parts["solver"] = data["stages"][1]["method"]["solver"]
         parts[part][name] = [0.9, bad] if name == "betas" else bad
 
-    last = path.rpartition(f"{name}")[2]
-    with pytest.raises(ValueError, match=rf"{name}{re.escape(last)}={bad}\): it must be a finite number|{name}={bad}"):
+    value = f"(0.9, {bad})" if name == "betas" else str(bad)
+    with pytest.raises(ValueError, match=rf"\({name}={re.escape(value)}\): {name} is .*a finite number"):
         from_json(json.loads(json.dumps(edited(change))))
 
 

@@ -14,6 +14,7 @@ ROOT = Path(equilibria.__file__).parent
 ROOMS = (
     "torch_private",
     "errors",
+    "checks",
     "core",
     "solvers",
     "gradients",

@@ -132,7 +132,7 @@ def test_a_validation_text_that_is_too_short_is_refused_before_the_training(plac
         (lambda: equilibria.load("runs/My-text", memory_length=2, segment=0), "segment=0"),
         (lambda: equilibria.load("runs/My-text").evaluate("tset"), "There is no split 'tset'"),
         (lambda: equilibria.load("runs/My-text").evaluate(segment_length=0), r"Segments\(length=0\)"),
-        (lambda: equilibria.load("runs/My-text").evaluate(overlap=1.5), r"overlap=1.5\): it must be a whole number"),
+        (lambda: equilibria.load("runs/My-text").evaluate(overlap=1.5), r"overlap=1.5\): overlap is a whole number"),
         (lambda: equilibria.load("runs/My-text").evaluate(max_segments=1.5), "max_segments is a whole number"),
         (lambda: equilibria.load("runs/My-text").generate(["The "]), "The prompt is a list"),
         (lambda: equilibria.load("runs/My-text").generate("The ", 2.5), "length is a whole number"),

@@ -147,14 +147,14 @@ def test_an_overlap_of_episodes_is_refused():
 @pytest.mark.parametrize(
     ("numbers", "sentence"),
     [
-        ({"batch_size": 0}, r"batch_size=0\): it must be at least 1"),
+        ({"batch_size": 0}, r"batch_size=0\): batch_size is at least 1"),
         ({"batch_size": 11}, "11 streams need at least 11 tokens and the text has 10; try batch_size=10"),
         ({"batch_size": 3, "world_size": 4}, "12 streams need at least 12 tokens .*; try batch_size=2"),
         ({"batch_size": 1, "world_size": 11}, "or fewer processes"),
         ({"batch_size": 1, "rank": 2, "world_size": 2}, "ranks are 0 … 1"),
-        ({"batch_size": 1, "position": -1}, r"position=-1\): it must be at least 0"),
+        ({"batch_size": 1, "position": -1}, r"position=-1\): position is at least 0"),
         ({"batch_size": 1, "overlap": 4}, r"overlap=4\): segments of 4 tokens.*at most 3"),
-        ({"batch_size": 1, "overlap": -1}, r"overlap=-1\): it must be at least 0"),
+        ({"batch_size": 1, "overlap": -1}, r"overlap=-1\): overlap is at least 0"),
         ({"batch_size": 1, "length": 0}, "try length=64"),
         ({"batch_size": 1, "length": None}, "try length=64"),
     ],

@@ -304,4 +304,4 @@ for call in (
 def test_counts_are_whole_numbers():
     # In another process, since the type checker of the tests would be first.
     found = subprocess.run([sys.executable, "-c", NOT_WHOLE], capture_output=True, text=True, check=True).stdout
-    assert found.count("is a whole number, such as 8.") == 9
+    assert found.count("is a whole number") == 9

@@ -220,10 +220,10 @@ def test_a_reader_that_has_left_ends_every_verb_quietly(place, line):
         (["train", "tiny", "--warmup", "99999"], "the warm-up is longer"),
         (
             ["train", "tiny", "--training.weight-decay", "nan"],
-            "Optimisation(weight_decay=nan): it must be a finite number",
+            "Optimisation(weight_decay=nan): weight_decay is a finite number; try 0.0.",
         ),
-        (["train", "tiny", "--stages.0.penalty", "inf"], "Stage(penalty=inf): it must be a finite number"),
-        (["train", "tiny", "--model.cell.std", "nan"], "Experiment(model.cell.std=nan): it must be a finite number"),
+        (["train", "tiny", "--stages.0.penalty", "inf"], "Stage(penalty=inf): penalty is a finite number; try 0.0."),
+        (["train", "tiny", "--model.cell.std", "nan"], "TransformerConfig(std=nan): std is a finite number; try 0.01."),
         (["train", "tiny", "--training.weight-decay", "1e300"], "weight_decay=1e+300"),
         (["train", "tiny", "--training.log-every", "9" * 30], "--training.log.log-every 999"),
         (["train", "tiny", "--training.seed", "9" * 30], "it must be at most 2⁶³ − 1; try 0."),

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from equilibria.core.checks import FLAG, check_choices, check_keep, check_kind
+from equilibria.checks import check_fields, check_keep, check_kind
 from equilibria.core.failure import report
 from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import refused_if_untracked, without_graph
@@ -15,7 +15,7 @@ from equilibria.core.maps import FunctionMap, Map, as_map
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
-from equilibria.core.stop import REACTIONS, OnFailure, Stop, is_heard
+from equilibria.core.stop import OnFailure, Stop, is_heard
 from equilibria.core.tracing import untraced
 from equilibria.gradients.implicit import Implicit
 from equilibria.gradients.neumann import Neumann
@@ -50,7 +50,7 @@ class Method:
         check_kind("solver", self.solver, Solver, "Anderson()")
         check_kind("stop", self.stop, Stop, "Stop(rtol=1e-3)")
         check_kind("gradient", self.gradient, GradientRule, "Implicit()")
-        check_choices(self, {"on_failure": REACTIONS, "coupled": FLAG, "keep_point": FLAG})
+        check_fields(self)
         check_keep(self.keep)
 
     @untraced

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
-from equilibria.core.checks import check_whole
+from equilibria.checks import check_whole
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import kept, refused_if_lacking, without_graph
@@ -95,8 +95,9 @@ def spectral_radius(
 
     Power iteration with A = Jᵀ leads the vector into the space of the leading eigenvalues. Its last VJPs span a Krylov
     space of up to 20 dimensions, whose Ritz values by the Arnoldi iteration tell real and complex eigenvalues of
-    (nearly) the same modulus apart; the result is the largest of their moduli. NaN where J is not finite. Costs one
-    evaluation of f and ``iterations`` VJPs, and stores 20 vectors like z.
+    (nearly) the same modulus apart; the result is the largest of their moduli, except for values that a far more
+    accurate one beside them belies. NaN where J is not finite. Costs one evaluation of f and ``iterations`` VJPs, and
+    stores 20 vectors like z.
 
     It is an estimate: too small by a few percent where more than 20 eigenvalues have nearly the largest modulus, too
     large where J is far from normal, and about ⁿ√eps off for a defective eigenvalue of multiplicity n. More iterations
@@ -125,7 +126,20 @@ def spectral_radius(
         size = min(KRYLOV, width, iterations)
         for _ in range(iterations - size):
             v = product(unit(v))
-        return ritz_values(product, v, size=size).abs().amax(dim=1).to(layout.dtype)
+        return _largest_modulus(*ritz_values(product, v, size=size)).to(layout.dtype)
+
+
+def _largest_modulus(values: Complex[Tensor, "B W"], residuals: Float[Tensor, "B W"]) -> Float[Tensor, " B"]:
+    """The largest modulus of a Ritz value, of those that are not spurious.
+
+    A Ritz value is off by about its residual; where J is not normal, one may lie outside the spectrum by that much. It
+    is spurious if a value with less than a tenth of its relative residual lies within that distance, or above it.
+    """
+    modulus = values.abs()
+    doubt = residuals / torch.where(modulus > 0, modulus, 1.0)
+    least = modulus * (1 - doubt)
+    belied = (modulus[:, None] >= least[:, :, None]) & (doubt[:, None] < 0.1 * doubt[:, :, None])
+    return torch.where(belied.any(dim=2), 0.0, modulus).amax(dim=1)
 
 
 KRYLOV = 20

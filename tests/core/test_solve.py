@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from equilibria import AffineMap, Anderson, Broyden, Method, Picard, Solver, Status, Stop, Unroll, fixed_point, solve
+from equilibria import AffineMap, Anderson, Broyden, Picard, Solver, Status, Stop, fixed_point, solve
 
 HALVE = Stop(rtol=0, atol=1e-3, max_evals=100)
 
@@ -201,22 +201,6 @@ def test_a_solution_prints_one_line():
     solution = solve(lambda z: z * 0.5 + 1, torch.ones(2, 3), Picard(), Stop())
     assert repr(solution) == str(solution)
     assert "\n" not in str([solution])
-
-
-@pytest.mark.usefixtures("unhooked")
-@pytest.mark.parametrize(
-    ("call", "sentence"),
-    [
-        (lambda: Method(coupled="no"), r"Method\(coupled='no'\): coupled is True or False\."),
-        (lambda: Method(keep_point="no"), r"Method\(keep_point='no'\)"),
-        (lambda: Stop(best="no"), r"Stop\(best='no'\)"),
-        (lambda: Stop(per_leaf=2), r"Stop\(per_leaf=2\)"),
-        (lambda: Unroll(checkpoint="no"), r"Unroll\(checkpoint='no'\)"),
-    ],
-)
-def test_a_flag_is_true_or_false(call, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        call()
 
 
 def test_every_status_has_advice():

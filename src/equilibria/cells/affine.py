@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from equilibria.core.checks import check_at_least
+from equilibria.checks import check_at_least, check_fields
 from equilibria.layers.cell import Cell, Prepared
 
 
@@ -27,6 +27,7 @@ class AffineConfig:
     """‖A‖₂ at the start; below 1 the map is a contraction, by this factor per step."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, width=1)
         if not 0 <= self.norm < math.inf:
             raise ValueError(f"AffineConfig(norm={self.norm}): the norm of A is finite and ≥ 0; try 0.5.")

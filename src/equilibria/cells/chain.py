@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from equilibria.cells.transformer.cell import TransformerCell, TransformerConfig
 from equilibria.cells.transformer.past import TransformerCache, TransformerMemory, TransformerPast
-from equilibria.core.checks import check_choices
+from equilibria.checks import check_fields
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.sequence import SequenceCell
@@ -39,7 +39,7 @@ class ChainConfig:
     def __post_init__(self) -> None:
         if not self.cells:
             raise ValueError("ChainConfig(cells=()): a chain has at least one block; give one TransformerConfig(…).")
-        check_choices(self, {"memory": ("blocks", "last")})
+        check_fields(self)
         for name in ("width", "memory"):
             values = {getattr(cell, name) for cell in self.cells}
             if len(values) > 1:

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch.autograd import forward_ad
 
-from equilibria.core.checks import check_kind
+from equilibria.checks import check_kind
 from equilibria.core.graph import kept, without_graph
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve_from

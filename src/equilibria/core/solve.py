@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from equilibria.checks import check_keep, check_kind
 from equilibria.core.batch import batch_of
 from equilibria.core.caller import caller
-from equilibria.core.checks import check_keep, check_kind
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.heap import keep_freed_memory
 from equilibria.core.maps import Map, as_map

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.core.checks import FLAG, check_choices
+from equilibria.checks import check_fields
 from equilibria.core.state import Layout
 
 
@@ -69,15 +69,15 @@ class Stop:
     all of its leaves are, and its residual is the largest of theirs."""
 
     def __post_init__(self) -> None:
-        check_choices(self, {"best": FLAG, "per_leaf": FLAG})
+        check_fields(self)
         for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"Stop({name}={value}): a tolerance is a finite number ≥ 0; try {name}=1e-3, or 0.")
-        if not isinstance(self.max_evals, int) or self.max_evals < 1:
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"Stop({name}={getattr(self, name)}): a tolerance is a finite number ≥ 0; try {name}=1e-3, or 0."
+                )
+        if self.max_evals < 1:
             raise ValueError(
-                f"Stop(max_evals={self.max_evals}): the budget counts evaluations of f and must be a whole number, "
-                "at least 1; try 30."
+                f"Stop(max_evals={self.max_evals}): the budget counts evaluations of f and is at least 1; try 30."
             )
         if not (callable(self.norm) or self.norm in NORMS):
             raise ValueError(f"Stop(norm={self.norm!r}): the norm is 'l2', 'max' or a function of the state.")
@@ -136,7 +136,6 @@ _ADVICE = {
 
 OnFailure = Literal["warn", "raise", "ignore"]
 """The reaction to a solve that does not converge."""
-REACTIONS: tuple[OnFailure, ...] = ("warn", "raise", "ignore")
 
 
 def is_heard(stop: Stop, on_failure: OnFailure) -> bool:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.core.checks import check_kind
+from equilibria.checks import check_kind
 from equilibria.core.diagnosis import ADJOINT, TANGENT
 from equilibria.core.failure import report
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph

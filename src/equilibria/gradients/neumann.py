@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from equilibria.core.checks import check_whole
+from equilibria.checks import check_fields
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution
@@ -28,7 +28,7 @@ class Neumann(GradientRule):
     """k ≥ 0, the number of VJPs."""
 
     def __post_init__(self) -> None:
-        check_whole("Neumann", terms=self.terms)
+        check_fields(self)
         if self.terms < 0:
             raise ValueError(f"Neumann(terms={self.terms}): the number of VJPs is ≥ 0; try 5, or 0 for JFB.")
 

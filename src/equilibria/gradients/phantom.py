@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from equilibria.core.checks import check_whole
+from equilibria.checks import check_fields
 from equilibria.core.gradient import ForwardSolve, GradientRule, point_of, solve_without_graph
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve
@@ -32,7 +32,7 @@ class Phantom(GradientRule):
     """λ in (0, 1]."""
 
     def __post_init__(self) -> None:
-        check_whole("Phantom", steps=self.steps)
+        check_fields(self)
         if self.steps < 1:
             raise ValueError(f"Phantom(steps={self.steps}): at least 1 tracked step carries the gradient; try 1 or 5.")
         if not 0 < self.damping <= 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from equilibria.core.checks import FLAG, check_choices
+from equilibria.checks import check_fields
 from equilibria.core.diagnosis import Message
 from equilibria.core.failure import tell
 from equilibria.core.gradient import ForwardSolve, GradientRule
@@ -57,7 +57,7 @@ class Unroll(GradientRule):
     """Keep only the iterates and evaluate f again in the backward pass (T. Chen et al. 2016)."""
 
     def __post_init__(self) -> None:
-        check_choices(self, {"checkpoint": FLAG})
+        check_fields(self)
 
     def run(self, f: Map, z0: State, method: ForwardSolve) -> Solution:
         """The solution as the solver returns it, with the graph of all its steps."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from equilibria.core.checks import check_kind
+from equilibria.checks import check_kind
 from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import refused_if_untracked
 from equilibria.core.maps import Map

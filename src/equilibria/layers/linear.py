@@ -30,7 +30,6 @@ from equilibria.layers.dropconnect import dropped_weight
 from equilibria.torch_private import is_forward_mode, is_many, is_transformed, is_wanted, product_by_onednn
 
 Init = Literal["default_fan_in", "normal"]
-INITS: tuple[Init, ...] = ("default_fan_in", "normal")
 
 
 class NormedLinear(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equilibria.core.checks import check_whole
+from equilibria.checks import check_whole
 from equilibria.core.solve import Solution
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Cell

@@ -25,7 +25,6 @@ from equilibria.lm.sharding import without_maps
 from equilibria.torch_private import drop_process_groups
 
 Parallel = Literal["none", "ddp", "fsdp"]
-KINDS: tuple[Parallel, ...] = ("none", "ddp", "fsdp")
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 """The environment variables that torchrun sets for each process."""
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equilibria.core.checks import check_whole
+from equilibria.checks import check_fields
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.solver import Iterate, Solver
 from equilibria.solvers.history import (
@@ -69,7 +69,7 @@ class Anderson(Solver):
     secant: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_whole("Anderson", window=self.window)
+        check_fields(self)
         if self.window < 2:
             raise ValueError(f"Anderson(window={self.window}): at least 2 pairs are combined; try 6, or use Picard().")
         if not 0 < self.mixing <= 2:

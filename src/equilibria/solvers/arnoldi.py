@@ -34,25 +34,28 @@ def unit(v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
 
 def ritz_values(
     product: Callable[[Float[Tensor, "B N"]], Float[Tensor, "B N"]], v: Float[Tensor, "B N"], *, size: int
-) -> Complex[Tensor, "B W"]:
-    """The eigenvalues of A in the Krylov space of v, Av, A²v, … with W = ``size`` ≤ N dimensions: W products.
+) -> tuple[Complex[Tensor, "B W"], Float[Tensor, "B W"]]:
+    """The eigenvalues θ of A in the Krylov space of v, Av, A²v, … with W = ``size`` ≤ N dimensions: W products.
 
     W. E. Arnoldi (Quart. Appl. Math. 9, 1951). Where the space is invariant after fewer steps, its eigenvalues are
     those of A, and the others are 0. NaN where a product is not finite.
+
+    Returns:
+        The values θ, and the residuals ‖A y − θ y‖ of their vectors y of length 1.
     """
     basis = torch.zeros(len(v), size, v.shape[1], dtype=v.dtype, device=v.device)
-    hessenberg = torch.zeros(len(v), size, size, dtype=small_dtype(v), device=v.device)
+    hessenberg = torch.zeros(len(v), size + 1, size, dtype=small_dtype(v), device=v.device)
     basis[:, 0] = unit(v)
     for k in range(size):
         image = product(basis[:, k])
         w, column = orthogonalised(image, basis[:, : k + 1])
+        length = row_norm(w)
+        grows = length > INVARIANT * torch.finfo(v.dtype).eps * row_norm(image)
         hessenberg[:, : k + 1, k] = column.to(hessenberg.dtype)
+        hessenberg[:, k + 1, k] = torch.where(grows, length, 0.0).to(hessenberg.dtype)
         if k + 1 < size:
-            length = row_norm(w)
-            grows = length > INVARIANT * torch.finfo(v.dtype).eps * row_norm(image)
-            hessenberg[:, k + 1, k] = torch.where(grows, length, 0.0).to(hessenberg.dtype)
             basis[:, k + 1] = torch.where(grows[:, None], unit(w), 0.0)
     finite = hessenberg.isfinite().all(dim=2).all(dim=1)
-    # eigvals raises on NaN.
-    found = torch.linalg.eigvals(torch.where(finite[:, None, None], hessenberg, 0.0))
-    return torch.where(finite[:, None], found, torch.nan)
+    # eig raises on NaN.
+    found, vectors = torch.linalg.eig(torch.where(finite[:, None, None], hessenberg[:, :-1], 0.0))
+    return torch.where(finite[:, None], found, torch.nan), hessenberg[:, -1, -1:] * vectors[:, -1].abs()

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equilibria.core.checks import check_whole
+from equilibria.checks import check_fields
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.solver import History, Iterate, Solver
 from equilibria.core.trees import take_rows
@@ -112,7 +112,7 @@ class Broyden(Solver):
     secant: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_whole("Broyden", rank=self.rank)
+        check_fields(self)
         if self.rank < 1:
             raise ValueError(f"Broyden(rank={self.rank}): at least 1 update is needed; try 20, or use Picard().")
         check_history_dtype("Broyden", self.history_dtype)

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.core.checks import check_choices, check_whole
+from equilibria.checks import check_fields
 from equilibria.core.evaluator import Evaluator
-from equilibria.core.products import JVP, WAYS
+from equilibria.core.products import JVP
 from equilibria.core.solver import Iterate, Solver
 from equilibria.core.stop import row_norm
 from equilibria.solvers.arnoldi import orthogonalised
@@ -42,10 +42,9 @@ class NewtonKrylov(Solver):
     cost: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        check_whole("NewtonKrylov", inner=self.inner)
+        check_fields(self)
         if self.inner < 1:
             raise ValueError(f"NewtonKrylov(inner={self.inner}): at least 1 inner iteration is needed; try 10.")
-        check_choices(self, {"jvp": WAYS})
         if not 0 < self.forcing < 1:
             raise ValueError(f"NewtonKrylov(forcing={self.forcing}): the forcing term lies in (0, 1); try 0.1.")
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.checks import check_fields
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.solver import Iterate, Solver
 
@@ -26,6 +27,7 @@ class Picard(Solver):
     plain: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.damping <= 1:
             raise ValueError(
                 f"Picard(damping={self.damping}): the damping lies in (0, 1]; try 1.0, or 0.5 to stabilise."

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from equilibria.checks import check_fields
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.solver import Iterate, Solver
 
@@ -30,6 +31,7 @@ class Reversible(Solver):
     plain: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.relaxation < 2 or self.relaxation == 1:
             raise ValueError(
                 f"Reversible(relaxation={self.relaxation}): the relaxation lies in (0, 2) and is not 1, where a step "

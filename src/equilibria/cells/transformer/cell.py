@@ -38,19 +38,12 @@ from equilibria.cells.transformer.prepared import (
 )
 from equilibria.cells.transformer.relative import RelativePositions
 from equilibria.cells.transformer.rotary import RotaryPositions
-from equilibria.core.checks import check_at_least, check_choices
+from equilibria.checks import check_at_least, check_fields
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, add_masked, check_rate, dropout_mask, masked
 from equilibria.layers.held import Held
-from equilibria.layers.linear import INITS, Init, LinearWeights, NormedLinear, linear, weights_of
+from equilibria.layers.linear import Init, LinearWeights, NormedLinear, linear, weights_of
 from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_width
-
-_CHOICES = {
-    "norm": ("post", "pre", "pre-normalised"),
-    "positions": ("relative", "decay", "rotary"),
-    "init": INITS,
-    "attention": ("exact", "fused", "auto"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +95,8 @@ class TransformerConfig:
     form is then taken."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, width=1, heads=1, inner=1, longest=1, memory=0, window=0)
-        check_choices(self, _CHOICES)
+        check_fields(self)
+        check_at_least(self, width=1, heads=1, inner=1, longest=1, memory=0, window=0, std=0)
         if self.width % self.heads:
             divisors = [heads for heads in range(1, self.width + 1) if self.width % heads == 0]
             raise ValueError(

@@ -10,7 +10,6 @@ Letters: B batch, T time, E channels of the input, H channels of h and of c, O c
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 import torch
@@ -27,11 +26,11 @@ from equilibria.cells.trellis.prepared import (
     valid_of,
 )
 from equilibria.cells.trellis.scan import scan
-from equilibria.core.checks import check_at_least, check_choices
+from equilibria.checks import check_at_least, check_fields
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, check_rate, dropout_mask, masked
 from equilibria.layers.held import Held
-from equilibria.layers.linear import INITS, Init, LinearWeights, NormedLinear, like_of, linear, weights_of
+from equilibria.layers.linear import Init, LinearWeights, NormedLinear, like_of, linear, weights_of
 from equilibria.layers.sequence import (
     SequenceCell,
     check_cache_use,
@@ -40,8 +39,6 @@ from equilibria.layers.sequence import (
     check_streams,
     check_width,
 )
-
-_CHOICES = {"recurrence": ("delayed", "scan"), "injection_init": INITS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +70,8 @@ class TrellisConfig:
     """The weights of the input start from U(±1/√(2·width)), or with "normal" from N(0, std²), as in TrellisNet."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, width=1, hidden=0, outputs=1)
-        check_choices(self, _CHOICES)
-        if not 0 <= self.std < math.inf:
-            raise ValueError(f"TrellisConfig(std={self.std}): a standard deviation is finite and ≥ 0; try 0.01.")
+        check_fields(self)
+        check_at_least(self, width=1, hidden=0, outputs=1, std=0)
         check_rate("TrellisConfig", "dropout", self.dropout)
         check_rate("TrellisConfig", "weight_dropout", self.weight_dropout)
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from equilibria.checks import check_at_least, check_fields
 from equilibria.lm.corpora.corpus import Corpus, Stream
 from equilibria.lm.corpora.episodes import check_counts, drawn
 from equilibria.lm.corpora.source import Source
@@ -103,6 +104,10 @@ class Copying(Source):
     """One delimiter (Bai, Kolter, Koltun 2019, appendix F) or eleven (Bai, Kolter, Koltun 2018)."""
     seed: int = 0
     """Seed of the sequences."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_at_least(self, blank=1, train=1, valid=1, test=1)
 
     def load(self) -> Corpus:
         """The corpus; the same seed always gives the same sequences."""

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from equilibria.checks import check_at_least, check_fields
 from equilibria.lm.corpora.corpus import Corpus, Stream
 from equilibria.lm.corpora.episodes import check_counts, drawn
 from equilibria.lm.corpora.source import Source
@@ -63,6 +64,10 @@ class PrefixSums(Source):
     """Number of sequences for the test."""
     seed: int = 0
     """Seed of the sequences."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_at_least(self, length=1, train=1, valid=1, test=1)
 
     def load(self) -> Corpus:
         """The corpus; the same seed always gives the same sequences."""

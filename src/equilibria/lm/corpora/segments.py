@@ -9,11 +9,11 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
-from numbers import Integral
 
 from jaxtyping import Int
 from torch import Tensor
 
+from equilibria.checks import check_at_least, check_fields
 from equilibria.lm.corpora.corpus import Stream
 
 
@@ -187,18 +187,14 @@ class Segments:
             )
 
     def _check_numbers(self) -> None:
-        for name, least in (("batch_size", 1), ("world_size", 1), ("position", 0), ("overlap", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, Integral):
-                raise ValueError(f"Segments({name}={value!r}): it must be a whole number; try {name}={least}.")
-            if value < least:
-                raise ValueError(f"Segments({name}={value}): it must be at least {least}; try {name}={least}.")
+        check_fields(self)
+        check_at_least(self, batch_size=1, world_size=1, position=0, overlap=0)
         if not 0 <= self.rank < self.world_size:
             raise ValueError(
                 f"Segments(rank={self.rank}, world_size={self.world_size}): ranks are 0 … {self.world_size - 1}; "
                 "give each process its own rank and all processes the same world_size."
             )
-        if self._continuous and (not isinstance(self.length, Integral) or self.length < 1):
+        if self._continuous and (self.length is None or self.length < 1):
             raise ValueError(
                 f"Segments(length={self.length}): continuous text is cut into segments of at least 1 token; "
                 "try length=64."

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from equilibria.checks import check_fields
 from equilibria.lm.corpora.byte_level import check_size
 from equilibria.lm.corpora.corpus import Corpus, Stream
 from equilibria.lm.corpora.source import FolderSource, expanded
@@ -204,7 +205,8 @@ class TextFolder(FolderSource):
     """Number of tokens that byte-pair encoding learns; only for unit="bpe"."""
 
     def __post_init__(self) -> None:
-        """Check the size of the vocabulary, and make the path absolute."""
+        """Check the settings, and make the path absolute."""
+        check_fields(self)
         super().__post_init__()
         if self.unit != "bpe" and self.vocabulary_size != BPE_SIZE:
             raise ValueError(

@@ -13,14 +13,6 @@ LARGEST_SEED = 2**63 - 1
 """The largest seed of PyTorch's generators."""
 
 
-def at_least(value: object, least: int, *names: str) -> None:
-    """Raise a ValueError if one of the named fields of a dataclass is below ``least``; None is allowed."""
-    for name in names:
-        number = getattr(value, name)
-        if number is not None and number < least:
-            raise ValueError(f"{type(value).__name__}({name}={number}): it must be at least {least}.")
-
-
 def finite(value: object) -> None:
     """Raise a ValueError if a float in a tree of dataclasses is not finite in float32: NaN, infinity, 1e39.
 

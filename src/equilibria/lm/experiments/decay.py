@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from equilibria.checks import check_fields
+
 
 class Decay(ABC):
     """How the learning rate falls after the warm-up. Subclasses are frozen dataclasses of numbers."""
@@ -31,11 +33,7 @@ class Cosine(Decay):
     Kolter and Koltun (2019), where the rate jumps down at the end of the warm-up."""
 
     def __post_init__(self) -> None:
-        if self.origin not in ("warmup", "start"):
-            raise ValueError(
-                f"Cosine(origin={self.origin!r}): a cosine is measured from the end of the 'warmup', or from the "
-                "'start' of the training; try 'warmup'."
-            )
+        check_fields(self)
 
     def rate(self, step: int, *, peak: float, warmup: int, total: int, final: float, divisions: int) -> float:
         """final + ½ (peak − final) (1 + cos(π p)), where p is the progress since the origin.
@@ -200,7 +198,8 @@ def learning_rate(
 
 
 def _check(decay: Decay, *, above: dict[str, float], least: dict[str, float] | None = None) -> None:
-    """Raise a ValueError for fields that are not finite, not above ``above``, or below ``least``."""
+    """Raise a ValueError for fields of the wrong type, not finite, not above ``above``, or below ``least``."""
+    check_fields(decay)
     wrong = [(name, f"above {bound:g}") for name, bound in above.items() if not bound < getattr(decay, name) < math.inf]
     for name, bound in (least or {}).items():
         if not bound <= getattr(decay, name) < math.inf:

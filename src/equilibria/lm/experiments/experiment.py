@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cached_property
 
+from equilibria.checks import check_fields
 from equilibria.lm.corpora import Corpus
 from equilibria.lm.corpora.language import Language
 from equilibria.lm.corpora.source import Source
@@ -31,6 +32,7 @@ class Experiment:
     """Batches, optimiser, validation, log, faults and devices."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.stages:
             raise ValueError("Experiment(stages=()): an experiment needs at least one stage; give Stage(…).")
         finite(self)

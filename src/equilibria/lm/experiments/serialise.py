@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from equilibria import gradients, solvers
+from equilibria.checks import hints_of, members_of
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.lm import corpora
@@ -85,7 +86,7 @@ def _kinds() -> dict[str, type]:
         kind = pending.pop()
         if kind.__name__ not in kinds:
             kinds[kind.__name__] = kind
-            pending += [part for hint in _hints(kind).values() for part in _dataclasses(hint)]
+            pending += [part for hint in hints_of(kind).values() for part in _dataclasses(hint)]
     return kinds
 
 
@@ -111,7 +112,7 @@ def _decode(data: JSON, hint: Any, kinds: Mapping[str, type], *, where: str) -> 
     """The value of type ``hint`` that ``data`` represents; ``where`` is its path, for errors."""
     if isinstance(data, Mapping):
         return _decode_dataclass(data, hint, kinds, where=where)
-    for member in _members(hint):
+    for member in members_of(hint):
         if isinstance(data, list) and typing.get_origin(member) is tuple:
             return _decode_tuple(data, member, kinds, where=where)
         if typing.get_origin(member) is typing.Literal and data in typing.get_args(member):
@@ -122,7 +123,7 @@ def _decode(data: JSON, hint: Any, kinds: Mapping[str, type], *, where: str) -> 
             return member(data)
         if member is torch.dtype and isinstance(data, str) and data in DTYPES:
             return DTYPES[data]
-    possible = [member for member in _members(hint) if typing.get_origin(member) is not Callable]  # never in JSON
+    possible = [member for member in members_of(hint) if typing.get_origin(member) is not Callable]  # never in JSON
     allowed = " or ".join(map(_named, possible))
     raise ValueError(f"{where} is {data!r}; it must be {allowed}.")
 
@@ -141,10 +142,10 @@ def _decode_dataclass(data: Mapping[str, JSON], hint: Any, kinds: Mapping[str, t
             f"{where} has the unknown kind {data.get('kind')!r}; {nearest_or_all(str(data.get('kind')), kinds)} "
             "Name a dataclass of your own with --recipe FILE.py:FUNCTION, or in from_json(…, extra=[…])."
         )
-    allowed = [member for member in _members(hint) if isinstance(member, type)]
+    allowed = [member for member in members_of(hint) if isinstance(member, type)]
     if not any(issubclass(kind, member) for member in allowed):
         raise ValueError(f"{where} is a {kind.__name__}; it must be {' or '.join(_named(m) for m in allowed)}.")
-    hints = _hints(kind)
+    hints = hints_of(kind)
     fields = {name: value for name, value in data.items() if name != "kind"}
     for name in fields:
         if name not in hints:
@@ -165,18 +166,8 @@ def _decode_tuple(data: list[JSON], hint: Any, kinds: Mapping[str, type], *, whe
     return tuple(_decode(item, part, kinds, where=f"{where}.{index}") for index, (item, part) in pairs)
 
 
-def _hints(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the one type."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
 def _dataclasses(hint: Any) -> list[type]:
-    parts = [part for member in _members(hint) for part in (member, *typing.get_args(member))]
+    parts = [part for member in members_of(hint) for part in (member, *typing.get_args(member))]
     return [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
 
 

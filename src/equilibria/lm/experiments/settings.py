@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import ClassVar, Literal
+from typing import Literal
 
-from equilibria.lm.experiments.checks import above_zero, at_least, at_most, finite
+from equilibria.checks import check_at_least, check_fields, check_kind
+from equilibria.lm.experiments.checks import above_zero, at_most, finite
 from equilibria.lm.experiments.decay import CATALOGUE, Cosine, Decay, NonMonotone
-from equilibria.lm.ranks import KINDS, Parallel
+from equilibria.lm.ranks import Parallel
 
 MOST_THREADS = 1024
 """More threads help on no machine, and OpenMP ends the process if the system cannot give it a thread."""
@@ -28,9 +29,10 @@ class Batches:
     """Tokens that a segment shares with the previous one, read again and not scored; 0 to carry the memory instead."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         finite(self)
-        at_least(self, 1, "batch_size", "segment_length")
-        at_least(self, 0, "overlap")
+        check_at_least(self, batch_size=1, segment_length=1)
+        check_at_least(self, overlap=0)
         if self.overlap >= self.segment_length:
             raise ValueError(too_long("overlap", self.overlap, self.segment_length, of="Batches"))
 
@@ -63,13 +65,11 @@ class Optimisation:
     """Arithmetic inside the model; weights and the solvers' algebra stay float32. Use bfloat16 for rtol ≥ 1e-2 only."""
 
     def __post_init__(self) -> None:
+        check_kind("decay", self.decay, Decay, "Cosine()")
+        check_fields(self)
         finite(self)
-        at_least(self, 0, "warmup", "weight_decay", "final_learning_rate")
+        check_at_least(self, warmup=0, weight_decay=0, final_learning_rate=0)
         above_zero(self, "learning_rate", "clip", "epsilon")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"Optimisation(precision={self.precision!r}): it is 'float32' or 'bfloat16'.")
-        if self.optimiser not in ("adam", "adamw", "sgd", "asgd"):
-            raise ValueError(f"Optimisation(optimiser={self.optimiser!r}): it is 'adam', 'adamw', 'sgd' or 'asgd'.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"Optimisation(betas={self.betas}): both decays lie in [0, 1); try (0.9, 0.999).")
         if not 0 <= self.momentum < 1 or (self.momentum and self.optimiser != "sgd"):
@@ -108,9 +108,10 @@ class Validation:
     """Number of segments per validation; None for all."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         finite(self)
-        at_least(self, 1, "valid_every", "eval_batch_size", "eval_segment_length", "valid_segments")
-        at_least(self, 0, "eval_overlap")
+        check_at_least(self, valid_every=1, eval_batch_size=1, eval_segment_length=1, valid_segments=1)
+        check_at_least(self, eval_overlap=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,19 +133,16 @@ class Logging:
     tensorboard: bool = False
     """The older name of tracker="tensorboard"."""
 
-    TRACKERS: ClassVar = ("none", "tensorboard", "trackio", "wandb")
-
     def __post_init__(self) -> None:
+        check_fields(self)
         finite(self)
-        if self.tracker not in self.TRACKERS:
-            raise ValueError(f"Logging(tracker={self.tracker!r}): it is one of {', '.join(map(repr, self.TRACKERS))}.")
         if self.tensorboard and self.tracker not in ("none", "tensorboard"):
             raise ValueError(
                 f"Logging(tracker={self.tracker!r}, tensorboard=True): there is one tracker at a time, and tensorboard "
                 "is the older name of tracker='tensorboard'; leave one of the two out."
             )
-        at_least(self, 1, "log_every")
-        at_least(self, 0, "spectral_radius")
+        check_at_least(self, log_every=1)
+        check_at_least(self, spectral_radius=0)
         if any(depth < 0 for depth in self.memory_depths):
             raise ValueError(
                 f"Logging(memory_depths={self.memory_depths}): a depth counts layers and is at least 0; try (8, "
@@ -177,16 +175,11 @@ class Faults:
     tolerated: float = 0.5
     """Share of the samples of a step that may fail to converge before ``unconverged`` acts."""
 
-    POLICIES: ClassVar = ("continue", "raise_budget", "skip_step", "stop")
-
     def __post_init__(self) -> None:
+        check_fields(self)
         finite(self)
-        at_least(self, 1, "checkpoint_every", "keep")
-        at_least(self, 0, "rollbacks")
-        if self.unconverged not in self.POLICIES:
-            raise ValueError(
-                f"Faults(unconverged={self.unconverged!r}): it is one of {', '.join(map(repr, self.POLICIES))}."
-            )
+        check_at_least(self, checkpoint_every=1, keep=1)
+        check_at_least(self, rollbacks=0)
         if not 0 <= self.tolerated < 1:
             raise ValueError(f"Faults(tolerated={self.tolerated}): tolerated is a share in [0, 1); try 0.5.")
 
@@ -209,13 +202,12 @@ class Devices:
     """Seconds after which a process stops waiting for a lost one."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         finite(self)
-        at_least(self, 1, "threads", "accumulate")
+        check_at_least(self, threads=1, accumulate=1)
         above_zero(self, "rank_timeout")
         at_most(self, MOST_THREADS, "threads", advice=f"this machine has {os.cpu_count()} cores; try None")
         at_most(self, LONGEST_WAIT, "rank_timeout", advice="try 600")
-        if self.parallel not in KINDS:
-            raise ValueError(f"Devices(parallel={self.parallel!r}): it is 'none', 'ddp' or 'fsdp'.")
 
 
 def too_long(name: str, overlap: int, length: int, *, of: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from functools import cached_property
 
+from equilibria.checks import check_at_least, check_fields
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.gradients.unroll import Unroll
-from equilibria.lm.experiments.checks import at_least, finite
+from equilibria.lm.experiments.checks import finite
 from equilibria.solvers.picard import Picard
 
 SOLVES = ("method", "eval_stop", "depth")
@@ -39,15 +40,15 @@ class Stage:
     """The budget of each training step is reduced by a random number of evaluations, 0 … budget_jitter."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         finite(self)
-        at_least(self, 1, "steps")
+        check_at_least(self, steps=1, depth=1)
         if self.penalty < 0:
             raise ValueError(
                 f"Stage(penalty={self.penalty}): the weight of the penalty is ≥ 0; try 1.0, or 0 for none."
             )
         if not 0 < self.penalty_share <= 1:
             raise ValueError(f"Stage(penalty_share={self.penalty_share}): a probability is in (0, 1]; try 0.4.")
-        at_least(self, 1, "depth")
         if self.method is None:
             self._check_without_method()
             return

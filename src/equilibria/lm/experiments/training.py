@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from equilibria.lm.experiments.checks import LARGEST_SEED, at_least, at_most, finite
+from equilibria.checks import check_at_least, check_fields
+from equilibria.lm.experiments.checks import LARGEST_SEED, at_most, finite
 from equilibria.lm.experiments.settings import (
     Batches,
     Devices,
@@ -38,8 +39,9 @@ class Training:
     """Seed of the initial weights, the dropout masks and the probes of the penalty."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         finite(self)
-        at_least(self, 0, "seed")
+        check_at_least(self, seed=0)
         at_most(self, LARGEST_SEED, "seed", advice="try 0")
         batch_size, parts = self.batches.batch_size, self.devices.accumulate
         if batch_size % parts:

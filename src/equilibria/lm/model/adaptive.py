@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from equilibria.checks import check_at_least, check_fields
 from equilibria.lm.model.adaptive_heads import AdaptiveHead, TiedAdaptiveHead, UntiedAdaptiveHead
 from equilibria.lm.model.clusters import AdaptiveEmbedding, Clusters
 from equilibria.lm.model.embedding import Dropped, Init
@@ -32,6 +33,8 @@ class AdaptiveConfig:
     """The head's weights of the slots start from N(0, slot_std²); None to start them like those of the words."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_at_least(self, projection_std=0)
         if not self.cutoffs or self.cutoffs[0] < 1 or list(self.cutoffs) != sorted(set(self.cutoffs)):
             raise ValueError(
                 f"AdaptiveConfig(cutoffs={self.cutoffs}): give at least one cutoff, each at least 1 and larger than "

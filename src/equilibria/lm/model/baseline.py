@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
+from equilibria.checks import check_at_least, check_fields
 from equilibria.core.stop import Stop
 from equilibria.core.trees import tensors_in
 from equilibria.fixed_point import Method
@@ -38,18 +39,14 @@ class BaselineConfig(ABC):
     """The embedding starts from N(0, std²) and is multiplied by √inputs; the head from N(0, 1/outputs)."""
 
     def __post_init__(self) -> None:
-        self._check_positive("inputs")
+        check_fields(self)
+        check_at_least(self, inputs=1, std=0)
         check_rate(type(self).__name__, "dropout", self.dropout)
         if self.dropout and self.inputs == 1:
             raise ValueError(
                 f"{type(self).__name__}(inputs=1, dropout={self.dropout}): dropping the only channel of the embedding "
                 "leaves nothing to read; try dropout=0, or wider inputs."
             )
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{type(self).__name__}({name}={getattr(self, name)}): {name} is at least 1.")
 
     @property
     def solves(self) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 from equilibria.cells import CellConfig
 from equilibria.cells.chain import ChainConfig
 from equilibria.cells.transformer.cell import TransformerConfig
 from equilibria.cells.trellis.cell import TrellisConfig
+from equilibria.checks import check_at_least, check_fields
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import check_rate
@@ -38,10 +38,9 @@ class Explicit:
     """k: in training, layers k, 2k, … have an auxiliary loss, with the weight of ``ExtraLosses``; 0 for none."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.depth < 1:
             raise ValueError(f"Explicit(depth={self.depth}): a network has at least one layer; try depth=12.")
-        if self.memory not in ("last", "layers"):
-            raise ValueError(f"Explicit(memory={self.memory!r}): it is 'last' or 'layers'.")
         if not self.tied and self.memory == "last":
             raise ValueError(
                 "Explicit(tied=False, memory='last'): layers with weights of their own remember their own inputs; "
@@ -121,8 +120,8 @@ class LanguageConfig:
     """Weights of the extra losses that training adds to the mean nll."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.std < math.inf:
-            raise ValueError(f"LanguageConfig(std={self.std}): a standard deviation is finite and ≥ 0; try 0.01.")
+        check_fields(self)
+        check_at_least(self, std=0)
         for name in ("dropout", "input_dropout", "word_dropout"):
             rate = getattr(self, name)
             if rate is not None:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from equilibria.checks import check_at_least
 from equilibria.core.maps import FunctionMap
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
@@ -39,7 +40,7 @@ class ConvolutionalConfig(BaselineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("channels", "levels", "kernel")
+        check_at_least(self, channels=1, levels=1, kernel=1)
 
     @property
     def outputs(self) -> int:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equilibria.core.checks import check_whole
+from equilibria.checks import check_whole
 from equilibria.layers.sequence import Memory
 from equilibria.lm.model.modes import eval_mode
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from equilibria.checks import check_fields
 from equilibria.layers.dropout import check_rate
 from equilibria.lm.model.embedding import Dropped, Embedding, Init, dropped, widened
 from equilibria.lm.model.heads import TableHead
@@ -28,6 +29,7 @@ class MixtureConfig:
     """Share of the latents' channels that is dropped, the same channels at all positions of a segment."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.experts < 1:
             raise ValueError(f"MixtureConfig(experts={self.experts}): a mixture has at least one expert; try 15.")
         if self.width is not None and self.width < 1:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from equilibria.checks import check_at_least, check_fields
 from equilibria.core.graph import refused_if_untracked
 from equilibria.core.solve import Solution
 from equilibria.fixed_point import Method
@@ -40,9 +41,8 @@ class ExtraLosses:
     """Weight of the mean nll of each auxiliary output (Bai, Kolter and Koltun 2019, Trellis networks)."""
 
     def __post_init__(self) -> None:
-        for name, weight in dataclasses.asdict(self).items():
-            if not weight >= 0:
-                raise ValueError(f"ExtraLosses({name}={weight}): a weight is at least 0; try 0 for none.")
+        check_fields(self)
+        check_at_least(self, activation=0, temporal_activation=0, auxiliary=0)
 
     def of(
         self,

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equilibria.checks import check_at_least
 from equilibria.core.maps import FunctionMap
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
@@ -37,11 +38,8 @@ class RecurrentConfig(BaselineConfig):
     """H, channels of the state."""
 
     def __post_init__(self) -> None:
-        if self.network not in _NETWORKS:
-            choices = " or ".join(map(repr, _NETWORKS))
-            raise ValueError(f"RecurrentConfig(network={self.network!r}): network is {choices}.")
-        self._check_positive("hidden")
         super().__post_init__()
+        check_at_least(self, hidden=1)
 
     @property
     def outputs(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from jaxtyping import Int
 from torch import Tensor
 
-from equilibria.core.checks import check_whole
+from equilibria.checks import check_whole
 from equilibria.lm.corpora import Language, Vocabulary
 from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.model import LanguageModel

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from equilibria.core.checks import check_whole
+from equilibria.checks import check_whole
 from equilibria.errors import UsageError
 from equilibria.fixed_point import Method
 from equilibria.lm.corpora import Corpus, Stream, TextFolder, Vocabulary

@@ -1,0 +1,135 @@
+"""Checks of arguments that several files share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import numbers
+import operator
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+
+def check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    """Raise a TypeError unless ``value`` is a ``kind``; the usual mistake is the class instead of an instance."""
+    if not isinstance(value, kind):
+        found = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}"
+        raise TypeError(f"{name} is {found}; it must be a {kind.__name__}, for example {example}.")
+
+
+def check_at_least(settings: Any, **least: float) -> None:
+    """Raise a ValueError if a field of a dataclass is below its bound; None is allowed."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < bound:
+            raise _refused(settings, name, f"at least {bound}")
+
+
+def check_whole(call: str, **values: Any) -> None:
+    """Raise a ValueError unless each of these arguments of ``call`` is None or a whole number."""
+    for name, value in values.items():
+        try:
+            operator.index(0 if value is None else value)
+        except TypeError:
+            raise ValueError(f"{call}({name}={value!r}): {name} is a whole number, such as 8.") from None
+
+
+def check_fields(settings: Any) -> None:
+    """Raise a ValueError if a field of a dataclass is not of its annotated type.
+
+    Without it, the text "no" would count as true, and a width of 1.5 would fail far from its cause. The types are
+    flags, numbers, texts, choices, dtypes, tuples of these, and unions. Fields with further types are left to their
+    class, and so is everything where an annotation cannot be read.
+    """
+    for name, members in _simple_fields(type(settings)):
+        value = getattr(settings, name)
+        if not any(_is_a(value, member) for member in members):
+            raise _refused(settings, name, " or ".join(map(_named, members)))
+
+
+def _refused(settings: Any, name: str, allowed: str) -> ValueError:
+    """The error for a field with a value that is not ``allowed``, with its default as advice."""
+    usual = {field.name: field.default for field in dataclasses.fields(settings)}[name]
+    advice = "" if usual is dataclasses.MISSING else f"; try {usual!r}"
+    return ValueError(f"{type(settings).__name__}({name}={getattr(settings, name)!r}): {name} is {allowed}{advice}.")
+
+
+@functools.cache
+def _simple_fields(kind: type) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """The fields that ``check_fields`` checks, with the alternatives of their types."""
+    try:
+        hints = hints_of(kind)
+    except NameError:  # a name that only the file of the class knows, or only its type checker
+        return ()
+    found = ((name, members_of(hint)) for name, hint in hints.items())
+    return tuple((name, members) for name, members in found if all(map(_is_simple, members)))
+
+
+def _is_simple(member: Any) -> bool:
+    if typing.get_origin(member) is tuple:
+        return all(map(_is_simple, _entries(member)))
+    return member in _NAMES or typing.get_origin(member) is Literal
+
+
+def _entries(member: Any) -> tuple[Any, ...]:
+    """The types of a tuple's entries, without the … of tuples of any length."""
+    return tuple(entry for entry in typing.get_args(member) if entry is not ...)
+
+
+def _is_a(value: Any, member: Any) -> bool:
+    """True if the value is of this simple type; a flag is not a number, and NaN and infinity are none."""
+    if typing.get_origin(member) is Literal:
+        return isinstance(value, str | int) and value in typing.get_args(member)
+    if typing.get_origin(member) is tuple:
+        entries = typing.get_args(member)
+        length = len(value) if isinstance(value, tuple | list) else -1
+        entries = entries[:1] * length if entries[1:] == (...,) else entries
+        return length == len(entries) and all(map(_is_a, value, entries))
+    if member is float:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if member is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return isinstance(value, member)
+
+
+_NAMES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    torch.dtype: "a dtype, such as torch.float32",
+    type(None): "None",
+}
+
+
+def _named(member: Any) -> str:
+    if member in _NAMES:
+        return _NAMES[member]
+    if typing.get_origin(member) is tuple:
+        return f"a tuple, each entry {' or '.join(dict.fromkeys(map(_named, _entries(member))))}"
+    choices = [repr(choice) for choice in typing.get_args(member)]
+    return " or ".join(choices) if len(choices) <= 2 else f"one of {', '.join(choices)}"
+
+
+def hints_of(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, by name."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def members_of(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def check_keep(keep: Sequence[int]) -> None:
+    """Raise a ValueError unless these are increasing numbers of steps."""
+    increasing = all(a < b for a, b in itertools.pairwise(keep))
+    if not increasing or any(not isinstance(step, numbers.Integral) or step < 1 for step in keep):
+        raise ValueError(f"keep={tuple(keep)}: these must be increasing numbers of steps from 1 on; try keep=(5, 10).")
