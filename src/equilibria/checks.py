@@ -45,8 +45,10 @@ def check_fields(settings: Any) -> None:
 
     Without it, the text "no" would count as true, and a width of 1.5 would fail far from its cause. The types are
     flags, numbers, texts, choices, dtypes, tuples of these, and unions. Fields with further types are left to their
-    class, and so is everything where an annotation cannot be read.
+    class, and so is everything where an annotation cannot be read, as in code that torch.compile traces.
     """
+    if torch.compiler.is_compiling():
+        return
     for name, members in _simple_fields(type(settings)):
         value = getattr(settings, name)
         if not any(_is_a(value, member) for member in members):

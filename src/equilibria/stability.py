@@ -17,11 +17,10 @@ from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import kept, refused_if_lacking, without_graph
 from equilibria.core.maps import AffineMap, Map, as_map
-from equilibria.core.progress import relative
 from equilibria.core.solve import solve
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
-from equilibria.core.stop import Status, Stop, row_norm
+from equilibria.core.stop import Status, Stop, relative, row_norm
 from equilibria.core.tracing import untraced
 from equilibria.core.trees import map_pairs, map_tensors, tensors_in
 from equilibria.fixed_point import Method

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equilibria.core.evaluator import Evaluator
-from equilibria.core.progress import Outcome, Progress, Residuals
+from equilibria.core.outcome import Outcome, Residuals
+from equilibria.core.progress import Progress
 from equilibria.core.rounding import Rounding
 from equilibria.core.solver import Iterate, Solver
 from equilibria.core.state import Layout

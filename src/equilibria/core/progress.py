@@ -16,43 +16,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from equilibria.core.outcome import Outcome, Residuals
 from equilibria.core.state import Layout
-from equilibria.core.stop import Status, Stop
+from equilibria.core.stop import Status, Stop, largest_leaf, relative
 from equilibria.core.trees import take_rows
 
 WORTH = 0.75
 """The batch is compacted when at most this fraction of it is still active."""
 ROUNDING = 10
 """A sample has also converged when its residual is at most this many eps times its first residual."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Residuals:
-    """The relative residuals of some samples of a batch after one evaluation."""
-
-    values: Float[Tensor, " R"]
-    places: Int[Tensor, " R"] | None = None
-    """Where the samples are in their block; None for a whole block."""
-    start: int = 0
-    """Where the block begins in the batch."""
-
-    def put_into(self, row: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """The row of all samples with these values, a copy unless they are all of it."""
-        if len(self.values) == len(row):
-            return self.values
-        places = torch.arange(len(self.values), device=row.device) if self.places is None else self.places
-        return row.index_copy(0, self.start + places, self.values)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Outcome:
-    """Final iterate, residual, status and step count of a set of samples."""
-
-    z: Float[Tensor, "B N"]
-    fz: Float[Tensor, "B N"]
-    residual: Float[Tensor, " B"]
-    status: Int[Tensor, " B"]
-    steps: Int[Tensor, " B"]
 
 
 class Progress:
@@ -94,7 +66,7 @@ class Progress:
         elif not (self._all_moving and self._only_better(z, fz, residual, size, ratio)):
             met = _all(self._met(residual, size, ratio))
             if _is_finite(ratio) and _is_finite(size):
-                self._advance(z, fz, _largest(ratio), met)
+                self._advance(z, fz, largest_leaf(ratio), met)
             else:
                 self._record(z, fz, residual, size, met)
         return self._active
@@ -122,7 +94,7 @@ class Progress:
         elif _any(_all(self._met(residual, size, ratio))):
             return False
         # A NaN in one leaf makes the ratio NaN, and the difference of two infinite numbers is NaN.
-        ratio = _largest(ratio)
+        ratio = largest_leaf(ratio)
         before = self._residual if self._stop.best else math.inf
         if not _least_difference(before, ratio) > 0:
             return False
@@ -251,11 +223,6 @@ class Progress:
         return Outcome(z=self._z, fz=self._fz, residual=self._residual, status=status, steps=steps)
 
 
-def relative(norm: Tensor, size: Tensor) -> Float[Tensor, " R"]:
-    """norm / size of each row, or the largest of its leaves; 0 where the norm is 0, whatever the size."""
-    return _largest(torch.where(norm == 0, 0.0, norm / size))
-
-
 def chosen(mask: Bool[Tensor, "R 1"], x: Float[Tensor, "R N"], y: Float[Tensor, "R N"]) -> Float[Tensor, "R N"]:
     """x where the mask is true, else y."""
     if x.shape[1] == 1 and x.device.type == "cpu" and not (x.requires_grad or y.requires_grad):
@@ -265,11 +232,6 @@ def chosen(mask: Bool[Tensor, "R 1"], x: Float[Tensor, "R N"], y: Float[Tensor, 
         if _is_finite(mixed):
             return mixed
     return torch.where(mask, x, y)
-
-
-def _largest(x: Tensor) -> Float[Tensor, " R"]:
-    """The largest number of each sample, where there is one per leaf."""
-    return x if x.ndim == 1 else x.amax(dim=1)
 
 
 def _all(flags: Tensor) -> Bool[Tensor, " R"]:

@@ -22,7 +22,7 @@ from equilibria.core.caller import caller
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.heap import keep_freed_memory
 from equilibria.core.maps import Map, as_map
-from equilibria.core.progress import Residuals
+from equilibria.core.outcome import Residuals
 from equilibria.core.solver import History, Solver
 from equilibria.core.state import Layout, State, check_finite
 from equilibria.core.stop import Status, Stop

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equilibria.core.trees import inverse, memory_order
+from equilibria.core.trees import DifferentTrees, in_order_of, inverse, memory_order
 from equilibria.torch_private import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 State = Any
@@ -162,8 +162,8 @@ class Layout:
         if spec == self.spec and all(isinstance(leaf, Tensor) for leaf in leaves):
             return value
         try:
-            return _aligned(tree_unflatten(range(len(self.leaves)), self.spec), value)
-        except _Different:
+            return in_order_of(tree_unflatten(range(len(self.leaves)), self.spec), value)
+        except DifferentTrees:
             raise TypeError(
                 f"f returned {described(value, coupled=self.coupled)}, and the state is {self.described()}; f must "
                 "return a state that is built like z0, with the same keys and as many tensors."
@@ -208,24 +208,6 @@ class _Dims:
 
     def __str__(self) -> str:
         return str(self.shape) if self.coupled else f"({', '.join(['B', *map(str, self.shape)])})"
-
-
-class _Different(Exception):
-    """Two trees are built differently."""
-
-
-def _aligned(skeleton: Any, value: Any) -> Any:
-    if isinstance(skeleton, int):
-        if isinstance(value, Tensor):
-            return value
-        raise _Different
-    if isinstance(skeleton, dict) and isinstance(value, dict) and skeleton.keys() == value.keys():
-        return type(skeleton)((key, _aligned(part, value[key])) for key, part in skeleton.items())
-    same = type(skeleton) is type(value) and isinstance(skeleton, tuple | list) and len(skeleton) == len(value)
-    if not same:
-        raise _Different
-    parts = [_aligned(part, other) for part, other in zip(skeleton, value, strict=True)]
-    return type(skeleton)(*parts) if hasattr(skeleton, "_fields") else type(skeleton)(parts)
 
 
 def check_finite(z0: State, *, coupled: bool = False) -> None:

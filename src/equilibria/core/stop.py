@@ -44,6 +44,16 @@ _SMALL = {
 NORMS = ("l2", "max")
 
 
+def relative(norm: Tensor, size: Tensor) -> Float[Tensor, " R"]:
+    """norm / size of each row, or the largest of its leaves; 0 where the norm is 0, whatever the size."""
+    return largest_leaf(torch.where(norm == 0, 0.0, norm / size))
+
+
+def largest_leaf(x: Tensor) -> Float[Tensor, " R"]:
+    """The largest number of each sample, where there is one per leaf."""
+    return x if x.ndim == 1 else x.amax(dim=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stop:
     """When a sample is done: ‖r‖ ≤ rtol·‖f(z)‖ + atol with r = f(z) − z, or the budget is spent.

@@ -90,3 +90,26 @@ def memory_order(tensor: Tensor, axes: Sequence[int]) -> tuple[int, ...]:
 def inverse(order: Sequence[int]) -> tuple[int, ...]:
     """The permutation that undoes ``order``."""
     return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+class DifferentTrees(Exception):
+    """Two trees are built differently."""
+
+
+def in_order_of(skeleton: Any, value: Any) -> Any:
+    """The tree ``value`` with the entries of its dicts in the order of the skeleton, whose leaves are numbers.
+
+    Raises:
+        DifferentTrees: they are built differently.
+    """
+    if isinstance(skeleton, int):
+        if isinstance(value, Tensor):
+            return value
+        raise DifferentTrees
+    if isinstance(skeleton, dict) and isinstance(value, dict) and skeleton.keys() == value.keys():
+        return type(skeleton)((key, in_order_of(part, value[key])) for key, part in skeleton.items())
+    same = type(skeleton) is type(value) and isinstance(skeleton, tuple | list) and len(skeleton) == len(value)
+    if not same:
+        raise DifferentTrees
+    parts = [in_order_of(part, other) for part, other in zip(skeleton, value, strict=True)]
+    return type(skeleton)(*parts) if hasattr(skeleton, "_fields") else type(skeleton)(parts)

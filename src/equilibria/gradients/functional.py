@@ -23,7 +23,7 @@ from equilibria.core.failure import report
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.graph import without_graph
 from equilibria.core.maps import FunctionMap, Map
-from equilibria.core.progress import Residuals
+from equilibria.core.outcome import Residuals
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State

@@ -19,10 +19,9 @@ from equilibria.core.diagnosis import ADJOINT, FORWARD, Message, Solve
 from equilibria.core.failure import tell
 from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import Autocast, Linearised
-from equilibria.core.progress import relative
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State
-from equilibria.core.stop import OnFailure, Stop, row_norm
+from equilibria.core.stop import OnFailure, Stop, relative, row_norm
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
 from equilibria.torch_private import will_run
 

@@ -18,10 +18,9 @@ from equilibria.core.capture import Constants, Substitution
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
 from equilibria.core.graph import leaves_below
 from equilibria.core.maps import Autocast, FunctionMap, Map
-from equilibria.core.progress import relative
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State
-from equilibria.core.stop import Status, Stop, row_norm
+from equilibria.core.stop import Status, Stop, relative, row_norm
 from equilibria.core.tracing import untraced
 from equilibria.core.trees import tensors_in
 from equilibria.gradients.linearise import differentiated_once
