@@ -49,9 +49,17 @@ class Unrolled(Layer):
         depth: int | None = None,
         **options: Any,
     ) -> LayerOutput:
-        """The last state under ``inputs``, from ``start`` or the cell's own first iterate.
+        """The last state under ``inputs``.
 
-        ``depth`` is the number of layers this time; None for all of them.
+        Args:
+            inputs: arguments of the cell's ``prepare``, or of the module after z.
+            start: z_0; None for the cell's own first iterate.
+            method: None, since nothing is solved; the argument makes the network callable like an ``Equilibrium``.
+            depth: number of layers this time; None for all of them.
+            options: options of the cell's ``prepare``.
+
+        Raises:
+            TypeError: ``method`` is given.
         """
         check_no_method(self, method)
         prepared = self.cell.prepare(*inputs, **options)
@@ -120,9 +128,17 @@ class Stack(Layer):
         depth: int | None = None,
         **options: Any,
     ) -> LayerOutput:
-        """The last layer's state under ``inputs``; for sequence cells these are x and a tuple of memories, or None.
+        """The last layer's state under ``inputs``.
 
-        ``depth`` is the number of layers this time, the first ones; those after them remember nothing.
+        Args:
+            inputs: arguments of each cell's ``prepare``; for sequence cells x and a tuple of memories, or None.
+            start: z_0; None for the first cell's own first iterate.
+            method: None, since nothing is solved; the argument makes the network callable like an ``Equilibrium``.
+            depth: number of layers this time, the first ones; those after them remember nothing. None for all.
+            options: options of each cell's ``prepare``.
+
+        Raises:
+            TypeError: ``method`` is given.
         """
         check_no_method(self, method)
         used = layers_used(self.depth if depth is None else depth, len(self.cells))
