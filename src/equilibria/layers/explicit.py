@@ -8,6 +8,7 @@ from typing import Any
 from torch import is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from equilibria.checks import check_flag, check_whole
 from equilibria.core.state import State
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Cell, CellMap, Prepared, as_cell
@@ -31,6 +32,8 @@ class Unrolled(Layer):
 
     def __init__(self, cell: nn.Module, depth: int, *, checkpoint: bool = False, auxiliary_every: int = 0) -> None:
         super().__init__()
+        check_whole("Unrolled", depth=depth, auxiliary_every=auxiliary_every)
+        check_flag("Unrolled", checkpoint=checkpoint)
         if depth < 1:
             raise ValueError(f"Unrolled(depth={depth}): a network has at least one layer; try depth=12.")
         if not 0 <= auxiliary_every <= depth:
@@ -106,6 +109,9 @@ class Stack(Layer):
 
     def __init__(self, cells: Iterable[nn.Module], *, checkpoint: bool = False, depth: int | None = None) -> None:
         super().__init__()
+        check_flag("Stack", checkpoint=checkpoint)
+        if isinstance(cells, nn.Module) and not isinstance(cells, nn.ModuleList | nn.Sequential):
+            raise TypeError(f"Stack(cells={type(cells).__name__}): give a list of modules, one for each layer.")
         self.cells, self.checkpoint = nn.ModuleList(as_cell(cell) for cell in cells), checkpoint
         if not self.cells:
             raise ValueError("Stack(cells=[]): a stack has at least one cell; give one cell per layer.")
@@ -176,6 +182,7 @@ def layers_used(depth: int | None, layers: int) -> int:
     """The number of layers out of ``layers`` that a network of ``depth`` layers has; all for None."""
     if depth is None:
         return layers
+    check_whole("a network", depth=depth)
     if not 1 <= depth <= layers:
         raise ValueError(f"depth={depth} of a network of {layers} layers; give 1 to {layers}, or None for all.")
     return depth
