@@ -30,7 +30,7 @@ PUBLIC = (
     "testing",
     *(
         f"lm.{part}"
-        for part in ("model", "corpora", "experiments", "evaluation", "score", "runs", "training", "recipes")
+        for part in ("model", "corpora", "experiments", "evaluation", "score", "runs", "training", "recipes", "testing")
     ),
 )
 """Packages whose names the reference shows as a whole."""
@@ -104,8 +104,10 @@ def test_the_suites_of_extend_pass(tmp_path):
 
 def test_extend_shows_a_suite_for_each_kind():
     from equilibria import testing
+    from equilibria.lm import testing as of_corpora
 
-    assert all(f"({suite}):" in program("docs/howto/extend.md") for suite in testing.__all__)
+    suites = (*testing.__all__, *of_corpora.__all__)
+    assert all(f"({suite}):" in program("docs/howto/extend.md") for suite in suites)
 
 
 def exists(name):

@@ -213,7 +213,21 @@ def test_the_mean_penalty_is_the_norm_of_the_dense_jacobian():
         assert float(estimate) == pytest.approx(float(dense.square().sum()) / 36, rel=0.05)
 
 
-@pytest.mark.parametrize(("make", "words"), [(lambda: Unrolled(SMALL.build(), 0), "depth=0.*at least one layer")])
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda cell: Unrolled(cell, 0), "depth=0.*at least one layer"),
+        (lambda cell: Unrolled(cell, 2.5), r"Unrolled\(depth=2.5\): depth is a whole number"),
+        (lambda cell: Unrolled(cell, "3"), r"Unrolled\(depth='3'\): depth is a whole number"),
+        (lambda cell: Unrolled(cell, 3, auxiliary_every=1.5), "auxiliary_every is a whole number"),
+        (lambda cell: Unrolled(cell, 3, checkpoint="no"), r"Unrolled\(checkpoint='no'\): checkpoint is True or False"),
+        (lambda cell: Unrolled(cell, 3)(inputs(3), depth=1.5), "depth is a whole number"),
+        (lambda cell: Stack([cell], depth=0.5), "depth is a whole number"),
+        (lambda cell: Stack([cell], checkpoint="no"), r"Stack\(checkpoint='no'\): checkpoint is True or False"),
+        (lambda cell: Stack(cell), r"Stack\(cells=TransformerCell\): give a list of modules"),
+    ],
+)
 def test_refused(make, words):
-    with pytest.raises(ValueError, match=words):
-        make()
+    with pytest.raises((ValueError, TypeError), match=words):
+        make(SMALL.build().double())

@@ -40,6 +40,13 @@ def check_whole(call: str, **values: Any) -> None:
             raise ValueError(f"{call}({name}={value!r}): {name} is a whole number, such as 8.") from None
 
 
+def check_flag(call: str, **values: Any) -> None:
+    """Raise a ValueError unless each of these arguments of ``call`` is True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{call}({name}={value!r}): {name} is True or False.")
+
+
 def check_fields(settings: Any) -> None:
     """Raise a ValueError if a field of a dataclass is not of its annotated type.
 

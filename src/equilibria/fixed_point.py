@@ -151,13 +151,17 @@ def implicit(
 
     Raises:
         ValueError: the rule differentiates the steps of a solver, and a procedure has no such steps.
+        TypeError: f cannot be called, or ``stop`` is no ``Stop``.
     """
     if not isinstance(gradient, Implicit | Neumann | Phantom):
         raise ValueError(
             f"implicit(f, gradient={gradient}): there are no steps of a solver to differentiate; use Implicit(), "
             "Neumann(terms) or Phantom(steps)."
         )
-    found = dataclasses.replace(stop, max_evals=1)
+    check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
+    once = dataclasses.replace(stop, max_evals=1)
+    method = Method(Picard(), once, gradient, coupled=coupled, on_failure=on_failure)
+    mapped = as_map(f)
 
     def decorate(procedure: Callable[..., State]) -> Callable[..., State]:
         @untraced
@@ -165,8 +169,7 @@ def implicit(
         def differentiable(*operands: Any, **options: Any) -> State:
             with without_graph(), without_forward_mode():
                 z = procedure(*operands, **options)
-            method = Method(Picard(), found, gradient, coupled=coupled, on_failure=on_failure)
-            return method.run(_with_operands(as_map(f), operands), z).z
+            return method.run(_with_operands(mapped, operands), z).z
 
         return differentiable
 

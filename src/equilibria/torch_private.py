@@ -76,7 +76,15 @@ def is_many(cotangent: Tensor) -> bool:
 
     If it goes: refuse ``is_grads_batched=True``.
     """
-    return is_transformed() or _functorch.is_legacy_batchedtensor(cotangent)
+    return is_transformed() or is_of_older_vmap(cotangent)
+
+
+def is_of_older_vmap(tensor: Tensor) -> bool:
+    """True for many tensors in one, as ``is_grads_batched=True`` and ``jacobian(vectorize=True)`` make them.
+
+    If it goes: return False; those two then end in an error of PyTorch's own.
+    """
+    return _functorch.is_legacy_batchedtensor(tensor)
 
 
 def by_older_vmap(of_all: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

@@ -58,3 +58,18 @@ def test_a_procedure_that_has_not_arrived_is_heard(a):
         root(a, steps=1)
     with pytest.raises(ConvergenceError):
         implicit(babylon, gradient=RULE, stop=TIGHT, on_failure="raise")(newton)(a, steps=1)
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: implicit(babylon, stop=1e-3), r"stop is 0.001; it must be a Stop"),
+        (lambda: implicit(babylon, on_failure="stop"), "on_failure is one of"),
+        (lambda: implicit(babylon, coupled="no"), "coupled is True or False"),
+        (lambda: implicit(3), "f is int; it must be a function"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_a_procedure_is_decorated(make, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        make()

@@ -10,6 +10,7 @@ from equilibria import (
     Anderson,
     Broyden,
     ConvergenceWarning,
+    Implicit,
     Method,
     Neumann,
     Phantom,
@@ -19,6 +20,7 @@ from equilibria import (
     Shine,
     Stop,
     Unroll,
+    fixed_point,
 )
 from equilibria.core.maps import as_map
 
@@ -94,6 +96,19 @@ def test_forward_mode_is_refused(method, grad, parts):
         with pytest.raises(RuntimeError, match="differentiated in forward mode"):
             energy(method, forward_ad.make_dual(x.detach(), torch.ones_like(x)), readout, weight)
         energy(method, x, readout, weight)  # nothing is dual here
+
+
+def test_the_many_tangents_of_the_older_vmap_are_refused(parts):
+    x, _, weight = (part.detach() for part in parts)
+    settings = {"stop": TIGHT, "gradient": Implicit(stop=TIGHT)}
+
+    def of(x):
+        return fixed_point(lambda z, x: torch.tanh(z @ weight + x), torch.zeros_like(x), x, **settings).z
+
+    jacobian = torch.autograd.functional.jacobian
+    with pytest.raises(RuntimeError, match=r"all tangents at once.*torch.func.jacfwd, or strategy='reverse-mode'"):
+        jacobian(of, x, vectorize=True, strategy="forward-mode")
+    assert torch.allclose(torch.func.jacfwd(of)(x), jacobian(of, x, vectorize=True, strategy="reverse-mode"))
 
 
 def test_unrolling_allows_forward_mode(parts):

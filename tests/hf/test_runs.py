@@ -54,6 +54,7 @@ def test_the_command_writes_a_folder_that_generates(tmp_path, capsys):
     assert "| this model | 2.0" in card
     assert "265,575 parameters and 103 characters" in card
     assert "A position sees 128 positions" in card
+    assert "for 2,000 steps on\n`python_docs`." in card  # the name of a text, as it is
     assert main(["export", "tiny", "--format", "hf", "--out", str(out)]) == 2
     assert "is not an empty folder; name a new one." in capsys.readouterr().err
 

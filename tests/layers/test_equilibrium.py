@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import equilibria
-from equilibria import Anderson, Broyden, ConvergenceWarning, Equilibrium, Implicit, Picard, Stack, Stop, Unroll
+from equilibria import Anderson, Broyden, ConvergenceWarning, Equilibrium, Implicit, Method, Picard, Stack, Stop, Unroll
 from equilibria.cells import AffineCell, AffineConfig
 
 TIGHT = Stop(rtol=1e-10, atol=1e-12, max_evals=100)
@@ -114,6 +114,13 @@ def test_a_start_at_the_equilibrium_costs_one_evaluation():
     torch.testing.assert_close(again.z, first.z, rtol=1e-7, atol=1e-7)
     with pytest.raises(ValueError, match="NaN or infinite"):
         layer(x, start=first.z * torch.nan)
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize("method", [Stop(), Anderson(), Method, "implicit"])
+def test_the_method_of_a_call_is_a_method(method):
+    with pytest.raises(TypeError, match=r"method is .*; it must be a Method, for example Method\(Anderson\(\)\)"):
+        Equilibrium(_Halved())(torch.ones(2, 3), method=method)
 
 
 def test_the_output_of_a_layer_says_where_its_tensor_is():

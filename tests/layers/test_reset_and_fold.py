@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from equilibria.cells import CELLS, TransformerConfig, TrellisConfig
 from equilibria.layers.linear import NormedLinear, fold
-from equilibria.lm.model import AdaptiveConfig, LanguageConfig, MixtureConfig
+from equilibria.lm.model import AdaptiveConfig, ConvolutionalConfig, LanguageConfig, MixtureConfig, RecurrentConfig
 
 WIDE = TransformerConfig(width=32, heads=4, inner=64, memory=8)
 MODELS = {
@@ -23,6 +23,8 @@ MODELS = {
     "adaptive-untied": LanguageConfig(WIDE, tied=False, adaptive=AdaptiveConfig(cutoffs=(20, 40), division=2)),
     "decay": LanguageConfig(TransformerConfig(width=32, heads=4, inner=64, positions="decay", longest=16, affine=True)),
     "trellis": LanguageConfig(TrellisConfig(width=32, hidden=16, outputs=32)),
+    "lstm": RecurrentConfig(hidden=32),
+    "tcn": ConvolutionalConfig(levels=2),
 }
 
 

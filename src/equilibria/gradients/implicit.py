@@ -36,7 +36,7 @@ from equilibria.gradients.linearise import (
 )
 from equilibria.gradients.repeats import check_arrival, check_unchanged
 from equilibria.solvers.anderson import Anderson
-from equilibria.torch_private import is_transformed, without_forward_mode
+from equilibria.torch_private import is_of_older_vmap, is_transformed, without_forward_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,12 @@ def _attached(rule: Implicit, f: Map, solution: Solution, method: ForwardSolve, 
     return attached(f, solution, systems.adjoint, method, systems, checked=checked)
 
 
+_MANY_TANGENTS = (
+    "torch.autograd.functional.jacobian(vectorize=True, strategy='forward-mode') gives a solve all tangents at once, "
+    "and it cannot take them; use torch.func.jacfwd, or strategy='reverse-mode'."
+)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Systems(Orders):
     """The linear systems of one fixed point."""
@@ -113,6 +119,8 @@ class _Systems(Orders):
         there = through(point.f, z, (), layout, point.linearised)
         _, h = split_dual(there.value, layout)
         assert h is not None  # called only if f(z*) has a tangent
+        if is_of_older_vmap(h):
+            raise RuntimeError(_MANY_TANGENTS)
         with without_forward_mode(), point.linearised.autocast.off():
             system = TangentMap(there, layout, h)
             with torch.no_grad():

@@ -20,7 +20,7 @@ tags: [deep-equilibrium, equilibria]
 
 A language model whose output is the fixed point z* = f(z*, x) of one weight-tied cell (Bai, Kolter and Koltun,
 *Deep Equilibrium Models*, 2019), trained with [equilibria](https://pypi.org/project/equilibria) for $step steps on
-$corpus. It has $parameters parameters and $vocabulary $unit in its vocabulary.
+`$corpus`. It has $parameters parameters and $vocabulary $unit in its vocabulary.
 
 ```python
 import equilibria.hf  # pip install "equilibria[hf]"
@@ -59,7 +59,7 @@ def card(trained: Trained, events: Iterable[Mapping[str, Any]]) -> str:
     return _CARD.substitute(
         name=experiment.name,
         step=f"{trained.step:,}",
-        corpus=start.get("corpus", {}).get("name", trained.language.name).replace("_", " "),
+        corpus=start.get("corpus", {}).get("name", trained.language.name),
         parameters=f"{sum(parameter.numel() for parameter in trained.model.parameters()):,}",
         vocabulary=f"{len(trained.vocabulary):,}",
         unit=_UNITS.get(trained.language.unit, "tokens"),

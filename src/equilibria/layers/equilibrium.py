@@ -155,9 +155,11 @@ class Equilibrium(Layer):
 
         Raises:
             ValueError: ``start`` has another shape than the state, or is not finite.
-            TypeError: the cell cannot tell its first iterate, and ``start`` is None.
+            TypeError: the cell cannot tell its first iterate, and ``start`` is None; or ``method`` is no ``Method``.
         """
         check_gathered(self.cell)
+        if not isinstance(method, Method | None):
+            raise TypeError(f"method is {method!r}; it must be a Method, for example Method(Anderson()).")
         prepared = self.cell.prepare(*inputs, **options)
         buffers = Buffers.of(self.cell)
         f = CellMap(self.cell, prepared, buffers)

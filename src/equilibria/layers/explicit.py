@@ -8,6 +8,7 @@ from typing import Any
 from torch import is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from equilibria.checks import check_flag, check_whole
 from equilibria.core.state import State
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Cell, CellMap, Prepared, as_cell
@@ -31,6 +32,8 @@ class Unrolled(Layer):
 
     def __init__(self, cell: nn.Module, depth: int, *, checkpoint: bool = False, auxiliary_every: int = 0) -> None:
         super().__init__()
+        check_whole("Unrolled", depth=depth, auxiliary_every=auxiliary_every)
+        check_flag("Unrolled", checkpoint=checkpoint)
         if depth < 1:
             raise ValueError(f"Unrolled(depth={depth}): a network has at least one layer; try depth=12.")
         if not 0 <= auxiliary_every <= depth:
@@ -49,9 +52,17 @@ class Unrolled(Layer):
         depth: int | None = None,
         **options: Any,
     ) -> LayerOutput:
-        """The last state under ``inputs``, from ``start`` or the cell's own first iterate.
+        """The last state under ``inputs``.
 
-        ``depth`` is the number of layers this time; None for all of them.
+        Args:
+            inputs: arguments of the cell's ``prepare``, or of the module after z.
+            start: z_0; None for the cell's own first iterate.
+            method: None, since nothing is solved; the argument makes the network callable like an ``Equilibrium``.
+            depth: number of layers this time; None for all of them.
+            options: options of the cell's ``prepare``.
+
+        Raises:
+            TypeError: ``method`` is given.
         """
         check_no_method(self, method)
         prepared = self.cell.prepare(*inputs, **options)
@@ -98,6 +109,9 @@ class Stack(Layer):
 
     def __init__(self, cells: Iterable[nn.Module], *, checkpoint: bool = False, depth: int | None = None) -> None:
         super().__init__()
+        check_flag("Stack", checkpoint=checkpoint)
+        if isinstance(cells, nn.Module) and not isinstance(cells, nn.ModuleList | nn.Sequential):
+            raise TypeError(f"Stack(cells={type(cells).__name__}): give a list of modules, one for each layer.")
         self.cells, self.checkpoint = nn.ModuleList(as_cell(cell) for cell in cells), checkpoint
         if not self.cells:
             raise ValueError("Stack(cells=[]): a stack has at least one cell; give one cell per layer.")
@@ -120,9 +134,17 @@ class Stack(Layer):
         depth: int | None = None,
         **options: Any,
     ) -> LayerOutput:
-        """The last layer's state under ``inputs``; for sequence cells these are x and a tuple of memories, or None.
+        """The last layer's state under ``inputs``.
 
-        ``depth`` is the number of layers this time, the first ones; those after them remember nothing.
+        Args:
+            inputs: arguments of each cell's ``prepare``; for sequence cells x and a tuple of memories, or None.
+            start: z_0; None for the first cell's own first iterate.
+            method: None, since nothing is solved; the argument makes the network callable like an ``Equilibrium``.
+            depth: number of layers this time, the first ones; those after them remember nothing. None for all.
+            options: options of each cell's ``prepare``.
+
+        Raises:
+            TypeError: ``method`` is given.
         """
         check_no_method(self, method)
         used = layers_used(self.depth if depth is None else depth, len(self.cells))
@@ -160,6 +182,7 @@ def layers_used(depth: int | None, layers: int) -> int:
     """The number of layers out of ``layers`` that a network of ``depth`` layers has; all for None."""
     if depth is None:
         return layers
+    check_whole("a network", depth=depth)
     if not 1 <= depth <= layers:
         raise ValueError(f"depth={depth} of a network of {layers} layers; give 1 to {layers}, or None for all.")
     return depth

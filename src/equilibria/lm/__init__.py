@@ -2,5 +2,5 @@
 
 ``lm.corpora`` reads text, ``lm.model`` is the model, ``lm.experiments`` describes a training, ``lm.runs`` reads and
 writes run directories, ``lm.training`` trains, ``lm.recipes`` contains the experiments that the command line knows by
-name, and ``lm.report`` shows a run.
+name, and ``lm.report`` shows a run. ``lm.testing`` has the laws of a corpus.
 """

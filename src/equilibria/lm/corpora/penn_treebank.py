@@ -23,6 +23,9 @@ def penn_treebank(root: Path) -> Corpus:
 
     Reference: Mikolov, Karafiát, Burget, Černocký, Khudanpur 2010, "Recurrent neural network based language model".
 
+    Args:
+        root: the folder.
+
     Raises:
         ValueError: the token counts are not the published ones.
     """
@@ -45,6 +48,9 @@ def penn_treebank_characters(root: Path) -> Corpus:
     Publications count 5,059K, 396K and 446K characters in Mikolov's files ``ptb.char.*.txt``: one fewer per line,
     namely one of the two blanks around the end of a line. That blank is certain and so lowers the mean: the same model
     has 0.8 % fewer bits per character here.
+
+    Args:
+        root: the folder with the files of words.
 
     Raises:
         ValueError: the character counts are not those of the three files.

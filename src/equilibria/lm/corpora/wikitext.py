@@ -27,6 +27,9 @@ def wikitext103(root: Path) -> Corpus:
 
     Reference: Merity, Xiong, Bradbury, Socher 2017, "Pointer sentinel mixture models".
 
+    Args:
+        root: the folder.
+
     Raises:
         ValueError: the token counts are not the published ones, for example those of the raw variant.
     """
@@ -40,7 +43,14 @@ def wikitext103(root: Path) -> Corpus:
 
 
 def wikitext2(root: Path) -> Corpus:
-    """WikiText-2, a fiftieth of WikiText-103 with its own vocabulary, read in the same way as WikiText-103."""
+    """WikiText-2, a fiftieth of WikiText-103 with its own vocabulary, read in the same way as WikiText-103.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        ValueError: the token counts are not the published ones.
+    """
     return published(
         root,
         counts=WIKITEXT2_COUNTS,

@@ -96,7 +96,14 @@ class Stage:
 
 
 def network_of(depth: int, *, name: str | None = None, steps: int = 1, checkpoint: bool = False) -> Stage:
-    """A stage that trains an equilibrium's cell as a weight-tied network of ``depth`` layers, by back-propagation."""
+    """A stage that trains an equilibrium's cell as a weight-tied network of ``depth`` layers, by back-propagation.
+
+    Args:
+        depth: number of layers.
+        name: the name of the stage; None for "12 layers".
+        steps: number of training steps.
+        checkpoint: evaluate each layer again in the backward pass instead of storing what it needs.
+    """
     stop = Stop(rtol=0, atol=0, max_evals=depth + 1, best=False)  # the last evaluation is for the residual
     gradient = Unroll(checkpoint=checkpoint)
     return Stage(name=name or f"{depth} layers", steps=steps, method=Method(Picard(), stop, gradient))

@@ -6,12 +6,14 @@ Letters: B batch, T time, I width of the input, C channels, K kernel, d dilation
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from equilibria.checks import check_at_least
 from equilibria.core.maps import FunctionMap
@@ -141,6 +143,17 @@ class _Block(nn.Module):
 
 class _Causal(nn.Conv1d):
     """A convolution whose last tap is the present."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters again, as ``nn.Conv1d`` does, and gain and direction from the weight that was drawn."""
+        weight = self.weight  # with weight norm a new tensor, and filling it would change no parameter
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        if is_parametrized(self, "weight"):
+            self.weight = weight
+        assert self.bias is not None
+        bound = 1 / math.sqrt(weight[0].numel())
+        nn.init.uniform_(self.bias, -bound, bound)
 
     @property
     def past(self) -> int:

@@ -79,12 +79,28 @@ class Trained:
         seed: int = 0,
         stop: str | None = None,
     ) -> str:
-        """The text that the model generates after ``prompt``; the options are those of ``continuation``."""
+        """The text that the model generates after ``prompt``.
+
+        Args:
+            prompt: the text to continue, of at least one token.
+            length: number of tokens to generate.
+            temperature: divides the logits; 0 always takes the most probable token.
+            top_k: choose among the k most probable tokens only.
+            top_p: choose among the fewest most probable tokens whose probabilities add up to at least this.
+            seed: the same seed gives the same text.
+            stop: a token that ends the text.
+
+        Raises:
+            ValueError: the prompt is empty or has tokens that the model does not know, or an option is out of range.
+        """
         choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop}
         return "".join(piece for (piece,) in self.pieces((prompt,), length=length, **choices))
 
     def pieces(self, prompts: Sequence[str], *, length: int = 400, **choices: Any) -> Iterator[tuple[str, ...]]:
-        """An iterator over the pieces of the generated text, for several prompts side by side; see ``continuation``."""
+        """An iterator over the pieces of the generated text, for several prompts side by side.
+
+        The options are those of ``generate``. A text that has ended has empty pieces.
+        """
         segment = self.experiment.training.batches.segment_length
         return continuation(self.model, self.language, prompts, length=length, segment=segment, **choices)
 
