@@ -74,7 +74,7 @@ PAPER = {
     "dropouts": (0.05, 0.0),
     "adaptive": ((20_000, 40_000, 200_000), 4),
     "learning rate": ("adam", 2.5e-4, 0.0),
-    "decay": Cosine(),
+    "decay": Cosine(origin="start"),
     "warm-up, steps": (16_000, 300_000),
     "pre-training": (16_000, 2),
     "segment, memory": (150, 150),
@@ -90,7 +90,7 @@ V2 = PAPER | {
     "backward": ("Broyden", 35, 1e-3, 0),
     "evaluation": (150, 16),
 }
-SEQ = V2 | {"pre-training": None, "forward": ("Broyden", 35, 1e-3, 0), "decay": Cosine(origin="start")}
+SEQ = V2 | {"pre-training": None, "forward": ("Broyden", 35, 1e-3, 0)}
 TABLE = {
     "wikitext103-small": PAPER
     | {

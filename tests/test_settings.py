@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from equilibria import gradients, solvers
+from equilibria import Unrolled, fixed_point, gradients, solve, solvers, stability
 from equilibria.cells import TransformerConfig
 from equilibria.cells.chain import ChainConfig
 from equilibria.checks import check_fields, hints_of, members_of
@@ -133,3 +133,30 @@ def test_fields_whose_types_cannot_be_read_are_left_to_their_class():
 def test_an_integer_tensor_is_no_setting():
     with pytest.raises(ValueError, match=r"Anderson\(window=tensor\(4\)\): window is a whole number"):
         Anderson(window=torch.tensor(4))
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda f, z: fixed_point(f, z, keep=5), "keep=5: these must be increasing numbers of steps"),
+        (lambda f, z: fixed_point(f, z, keep="12"), "keep='12': these must be"),
+        (lambda f, z: solve(f, z, Picard(), Stop(), keep=(0, 2)), "keep=(0, 2): these must be"),
+        (lambda f, z: solve(f, z, Picard(), Stop(), coupled="no"), "solve(coupled='no'): coupled is True or False"),
+        (
+            lambda f, z: solve(f, z, Picard(), Stop(), drop_converged=2),
+            "solve(drop_converged=2): drop_converged is",
+        ),
+        (lambda f, z: stability.spectral_radius(f, z, coupled="no"), "spectral_radius(coupled='no'): coupled is True"),
+        (lambda f, z: stability.check_gradient(f, z, [1.0]), "at least one tensor, each with requires_grad=True"),
+        (lambda f, z: Unrolled(torch.nn.Identity(), None), "Unrolled(depth=None): a network has at least one layer"),
+        (lambda f, z: ChainConfig(cells=(1,)), "ChainConfig(cells=(1,)): these are a tuple of TransformerConfig"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(call, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        call(torch.cos, torch.zeros(2, 3))
+
+
+def test_a_list_of_steps_is_kept_as_a_tuple():
+    assert Method(keep=[2, 5]) == Method(keep=(2, 5))
+    assert len(fixed_point(torch.cos, torch.zeros(2, 3), keep=[2, 5]).iterates) == 2

@@ -137,8 +137,8 @@ def members_of(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def check_keep(keep: Sequence[int]) -> None:
+def check_keep(keep: Any) -> None:
     """Raise a ValueError unless these are increasing numbers of steps."""
-    increasing = all(a < b for a, b in itertools.pairwise(keep))
-    if not increasing or any(not isinstance(step, numbers.Integral) or step < 1 for step in keep):
-        raise ValueError(f"keep={tuple(keep)}: these must be increasing numbers of steps from 1 on; try keep=(5, 10).")
+    whole = isinstance(keep, Sequence) and all(isinstance(step, numbers.Integral) for step in keep)
+    if not whole or any(a >= b for a, b in itertools.pairwise((0, *keep))):
+        raise ValueError(f"keep={keep!r}: these must be increasing numbers of steps from 1 on; try keep=(5, 10).")

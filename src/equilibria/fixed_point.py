@@ -50,8 +50,9 @@ class Method:
         check_kind("solver", self.solver, Solver, "Anderson()")
         check_kind("stop", self.stop, Stop, "Stop(rtol=1e-3)")
         check_kind("gradient", self.gradient, GradientRule, "Implicit()")
-        check_fields(self)
         check_keep(self.keep)
+        object.__setattr__(self, "keep", tuple(self.keep))
+        check_fields(self)
 
     @untraced
     def run(self, f: Map, z0: State) -> Solution:
@@ -123,7 +124,7 @@ def fixed_point(
         gradient=gradient,
         coupled=coupled,
         on_failure=on_failure,
-        keep=tuple(keep),
+        keep=keep,
         keep_point=keep_point,
     )
     return method.run(_with_operands(as_map(f), operands), z0)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from equilibria.checks import check_whole
+from equilibria.checks import check_flag, check_whole
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import kept, refused_if_lacking, without_graph
@@ -55,6 +55,7 @@ def jacobian_penalty(
         coupled: f mixes the samples; the result is then one number for all of them.
     """
     check_whole("jacobian_penalty", samples=samples)
+    check_flag("jacobian_penalty", coupled=coupled)
     if samples < 1:
         raise ValueError(f"jacobian_penalty(samples={samples}): at least one random vector is needed; try 1.")
     layout = Layout.of(z, coupled=coupled)
@@ -110,6 +111,7 @@ def spectral_radius(
         coupled: f mixes the samples; the result is then one number for all of them.
     """
     check_whole("spectral_radius", iterations=iterations)
+    check_flag("spectral_radius", coupled=coupled)
     if iterations < 3:
         raise ValueError(f"spectral_radius(iterations={iterations}): at least three VJPs are needed; try 60.")
     layout = Layout.of(z, coupled=coupled)
@@ -165,6 +167,7 @@ def error_estimate(
         solution (f(z) = z + 1); NaN where f(z) or a product is not finite.
     """
     check_whole("error_estimate", products=products)
+    check_flag("error_estimate", coupled=coupled)
     if products < 1:
         raise ValueError(f"error_estimate(products={products}): at least one product J·v is needed; try 20.")
     f, layout = as_map(f), Layout.of(z, coupled=coupled)
@@ -274,7 +277,8 @@ def check_gradient(
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     check_whole("check_gradient", steps=steps)
-    if steps < 1 or not tensors or not all(t.requires_grad for t in tensors):
+    check_flag("check_gradient", coupled=coupled)
+    if steps < 1 or not tensors or not all(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise ValueError(
             f"check_gradient(steps={steps}) of {len(tensors)} tensors: give at least one step and at least one tensor, "
             "each with requires_grad=True; try steps=300 and model.parameters()."

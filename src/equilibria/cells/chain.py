@@ -40,6 +40,8 @@ class ChainConfig:
         if not self.cells:
             raise ValueError("ChainConfig(cells=()): a chain has at least one block; give one TransformerConfig(…).")
         check_fields(self)
+        if not isinstance(self.cells, tuple) or not all(isinstance(cell, TransformerConfig) for cell in self.cells):
+            raise ValueError(f"ChainConfig(cells={self.cells!r}): these are a tuple of TransformerConfig(…).")
         for name in ("width", "memory"):
             values = {getattr(cell, name) for cell in self.cells}
             if len(values) > 1:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equilibria.checks import check_keep, check_kind
+from equilibria.checks import check_flag, check_keep, check_kind
 from equilibria.core.batch import batch_of
 from equilibria.core.caller import caller
 from equilibria.core.evaluator import Evaluator
@@ -133,6 +133,7 @@ def solve(
     check_kind("solver", solver, Solver, "Anderson()")
     check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
     check_keep(keep)
+    check_flag("solve", coupled=coupled, drop_converged=drop_converged)
     return solve_from([z0], f, solver, stop, coupled=coupled, keep=keep, drop_converged=drop_converged)
 
 

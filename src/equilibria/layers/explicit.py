@@ -34,7 +34,7 @@ class Unrolled(Layer):
         super().__init__()
         check_whole("Unrolled", depth=depth, auxiliary_every=auxiliary_every)
         check_flag("Unrolled", checkpoint=checkpoint)
-        if depth < 1:
+        if depth is None or depth < 1:
             raise ValueError(f"Unrolled(depth={depth}): a network has at least one layer; try depth=12.")
         if not 0 <= auxiliary_every <= depth:
             raise ValueError(
