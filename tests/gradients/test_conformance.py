@@ -54,6 +54,11 @@ class TestImplicitPicard(GradientSuite):
         return Method(Picard(), TIGHT, Implicit(Picard(), TIGHT))
 
 
+class TestDampedNeumann(GradientSuite):
+    def make(self):
+        return Method(Anderson(), TIGHT, Neumann(250, 0.5))
+
+
 class TestNeumann(GradientSuite):
     def make(self):
         return Method(Anderson(), TIGHT, Neumann(80))

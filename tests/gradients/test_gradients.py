@@ -95,8 +95,26 @@ def test_phantom_equals_its_neumann_form():
         total = total + damping * term
         term = damping * torch.autograd.grad(fz, z, term, retain_graph=True)[0] + (1 - damping) * term
     expected = torch.autograd.grad(fz, weight, total)[0]
-    got = torch.autograd.grad(run(Phantom(steps, damping), f, torch.zeros_like(x), Broyden(), TIGHT).z, weight, g)[0]
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    for rule in (Phantom(steps, damping), Neumann(steps - 1, damping)):
+        got = torch.autograd.grad(run(rule, f, torch.zeros_like(x), Broyden(), TIGHT).z, weight, g)[0]
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert Neumann(3, 1.0) == Neumann(3)
+
+
+def test_a_damped_series_converges_where_the_plain_one_does_not():
+    # J = −1.5: Σ (−1.5)ⁱ diverges, and with λ = 0.4 B is 0.
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    f = lambda z: x - 1.5 * z  # noqa: E731
+    plain, damped = (gradients(rule, Broyden(), TIGHT, f, x, [x]) for rule in (Neumann(30), Neumann(30, 0.4)))
+    exact = gradients(Implicit(stop=TIGHT), Broyden(), TIGHT, f, x, [x])
+    assert relative(damped, exact) < 1e-12
+    assert relative(plain, exact) > 1e3
+
+
+def test_a_series_of_no_terms_is_scaled_by_its_damping():
+    weight, x, f = tanh_map()
+    jfb, scaled = (gradients(Neumann(0, k), Anderson(), TIGHT, f, x, [weight, x]) for k in (1.0, 0.5))
+    assert relative(scaled, 0.5 * jfb) < 1e-12
 
 
 def test_reversible_gradient_is_that_of_its_own_truncated_recursion():
@@ -350,6 +368,7 @@ def test_wrong_parts_of_a_rule_are_named_before_the_solve(choice, words):
     ("rule", "words"),
     [
         (lambda: Neumann(-1), "≥ 0"),
+        (lambda: Neumann(3, 0.0), "the damping lies in"),
         (lambda: Phantom(0, 1.0), "at least 1"),
         (lambda: Phantom(1, 1.5), r"\(0, 1\]"),
     ],
