@@ -175,8 +175,9 @@ def error_estimate(
         z = map_tensors(Tensor.detach, z)
         evaluate = Evaluator(f, layout, 2 + products)
         flat = layout.pack(z)
-        r = evaluate(flat) - flat
-        system = AffineMap(lambda v: evaluate.jvp(flat, v), r)
+        fz = evaluate(flat)
+        r = fz - flat
+        system = AffineMap(lambda v: evaluate.jvp(flat, v, fz=fz), r)
         accuracy = max(1e-8, 100 * torch.finfo(r.dtype).eps)
         stop = Stop(rtol=accuracy, max_evals=2 + products, best=False)
         solved = solve(system, torch.zeros_like(r), NewtonKrylov(inner=products, forcing=accuracy), stop)

@@ -66,6 +66,16 @@ def test_the_worst_sample_speaks():
     assert diagnosis(solution, stop, FORWARD).what.endswith("not falling")
 
 
+def test_the_worst_residual_is_that_of_a_sample_that_failed():
+    """Relative to a solution 0 the residual stays large, although the sample has converged."""
+    rates, x, stop = torch.tensor([[0.2], [0.9]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]]), Stop(max_evals=40)
+    solution = solve(lambda z: rates * z + x, torch.ones(2, 2), Picard(), stop)
+    assert solution.status.tolist() == [Status.CONVERGED, Status.BUDGET_SPENT]
+    assert solution.residual[0] > 1
+    for text in (diagnosis(solution, stop, FORWARD).what, str(solution)):
+        assert f"worst residual {float(solution.residual[1]):.1e}" in text
+
+
 @pytest.mark.parametrize("rate", [0.7, 0.9, 0.97])
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=lambda solver: type(solver).__name__)
 @pytest.mark.parametrize("evals", [5, 12, 30])

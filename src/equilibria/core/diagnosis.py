@@ -72,7 +72,7 @@ def diagnosis(solution: Solution, stop: Stop, solve: Solve) -> Message:
         said, advice = _by_trace(solution, solution.trace[:, worst].detach().double(), stop, solve)
     what = (
         f"{solve.name}: {done} of {total} samples converged, {solution.evals} evaluations, worst residual "
-        f"{float(solution.residual.max()):.1e}, {said}"
+        f"{float(solution.residual[failed].max()):.1e}, {said}"
     )
     own = "" if solve.is_forward else f" {_OWN}"
     # Coupled samples that are solved one by one fail together; if some have converged, ``gradients.repeats`` sees it.

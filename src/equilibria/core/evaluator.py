@@ -91,18 +91,30 @@ class Evaluator:
     def _tensors(self, state: State) -> list[Tensor]:
         return [state] if self._layout.single else tensors_in(state)
 
-    def jvp(self, z: Float[Tensor, "B N"], v: Float[Tensor, "B N"], *, how: JVP = "auto") -> Float[Tensor, "B N"]:
+    def jvp(
+        self,
+        z: Float[Tensor, "B N"],
+        v: Float[Tensor, "B N"],
+        *,
+        fz: Float[Tensor, "B N"] | None = None,
+        how: JVP = "auto",
+    ) -> Float[Tensor, "B N"]:
         """J(z)·v, counted as one evaluation.
 
         Args:
             z: the point.
             v: the direction.
+            fz: f(z), if it is known. Finite differences need it, and otherwise evaluate and count it once per point.
             how: "forward" mode, "double" backward, finite "differences", or "auto": the first that works for f.
         """
         self.evals += 1
         if how not in self._products:
-            self._products[how] = Products(self._flat, self._forward_jvp, how)
-        return self._products[how](z, v)
+            self._products[how] = Products(self._flat, self._forward_jvp, self._counted, how)
+        return self._products[how](z, v, fz)
+
+    def _counted(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        self.evals += 1
+        return self._flat(z)
 
     def _flat(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         with self.autocast.on():
