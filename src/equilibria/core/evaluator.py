@@ -13,7 +13,7 @@ from equilibria.core.maps import Autocast, Map
 from equilibria.core.products import JVP, Products
 from equilibria.core.state import Layout, State, described
 from equilibria.core.trees import tensors_in
-from equilibria.torch_private import version
+from equilibria.torch_private import task, version
 
 
 class Evaluator:
@@ -79,7 +79,7 @@ class Evaluator:
         try:
             return self._f(z)
         except Exception as error:
-            if self.evals == 1:
+            if self.evals == 1 and task() < 0:  # a backward pass solves linear systems
                 error.add_note(
                     f"f was called with the start z0 = {described(z, coupled=True)} of {self._layout.dtypes()}. If the "
                     "error is about shapes or dtypes, give a z0 (start= of a layer, whose default is zeros like the "
