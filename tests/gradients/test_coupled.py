@@ -317,6 +317,40 @@ def test_an_empty_batch_gives_an_empty_solution():
     assert not weight.grad.any()
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("stop", [Stop(max_evals=21), Stop(rtol=0, max_evals=4, best=False)], ids=str)
+@pytest.mark.parametrize(
+    ("solver", "rule"),
+    [
+        (Anderson(), Implicit()),
+        (Picard(), Neumann(5)),
+        (Picard(), Phantom(5)),
+        (Broyden(), Shine()),
+        (Picard(), Unroll()),
+        (Anderson(), Unroll()),
+        (Broyden(), Unroll(checkpoint=True)),
+        (NewtonKrylov(), Unroll()),
+        (Reversible(0.5), ReversibleGradient()),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_an_empty_state_has_a_gradient_of_zeros_by_every_rule(solver, rule, stop, coupled):
+    weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fixed_point(
+            lambda z: torch.tanh(weight * z + 1),
+            torch.zeros(0, 3, dtype=torch.float64),
+            solver=solver,
+            stop=stop,
+            gradient=rule,
+            coupled=coupled,
+        )
+        found.z.sum().backward()
+    assert found.z.shape == (0, 3)
+    assert weight.grad == 0
+
+
 @pytest.mark.parametrize("solver", [Anderson(), Broyden(), NewtonKrylov(), Picard(), Reversible()], ids=str)
 @pytest.mark.parametrize("stop", [Stop(), Stop(norm="max"), Stop(per_leaf=True, norm="max"), Stop(rtol=0)], ids=str)
 @pytest.mark.parametrize("rows", [0, 3])
