@@ -66,7 +66,8 @@ def jacobian_penalty(
         for _ in range(samples):
             noise = map_tensors(draw or (lambda leaf: _normal(leaf, generator)), point.value)
             product = layout.pack(point.vjp(noise))
-            total = total + product.square().mean(dim=1)
+            if product.shape[1]:  # the mean of no numbers is NaN
+                total = total + product.square().mean(dim=1)
     return refused_if_lacking(_FUSED, total / samples)
 
 
@@ -125,6 +126,8 @@ def spectral_radius(
         batch, width = len(layout.pack(z)), sum(layout.sizes)
         v = torch.randn(batch, width, dtype=layout.dtype, device=layout.device, generator=generator)
         size = min(KRYLOV, width, iterations)
+        if not size:
+            return v.new_zeros(batch)
         for _ in range(iterations - size):
             v = product(unit(v))
         return _largest_modulus(*ritz_values(product, v, size=size)).to(layout.dtype)
