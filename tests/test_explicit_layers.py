@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from equilibria import Anderson, Equilibrium, Implicit, Picard, Stack, Stop, Unroll, Unrolled
 from equilibria.cells import ChainConfig, TransformerConfig
@@ -113,6 +115,31 @@ def test_checkpoints_change_no_gradient(kind):
         found.append(torch.autograd.grad(z.square().sum(), list(network.parameters())))
         assert len(calls) == (2 if checkpoint else 1) * forward
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["batch norm", "spectral norm", "dropout"])
+@pytest.mark.parametrize("make", [Unrolled, lambda module, depth, **how: Stack([module] * depth, **how)])
+def test_checkpoints_restore_what_a_module_writes_and_draws(kind, make):
+    """Running statistics moved twice, and the second evaluation had other weights or another mask than the first."""
+
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            mixed = nn.Linear(6, 6)
+            self.mixed = spectral_norm(mixed) if kind == "spectral norm" else mixed
+            self.norm = nn.BatchNorm1d(6) if kind == "batch norm" else nn.Identity()
+            self.dropout = nn.Dropout(0.5 if kind == "dropout" else 0.0)
+
+        def forward(self, z, x):
+            return torch.tanh(self.dropout(self.norm(self.mixed(z))) + x)
+
+    found = []
+    for checkpoint in (False, True):
+        torch.manual_seed(1)
+        network = make(Module().double(), 4, checkpoint=checkpoint).train()
+        network(torch.randn(8, 6, dtype=torch.float64)).z.square().sum().backward()
+        found.append([*(parameter.grad for parameter in network.parameters()), *network.buffers()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
 
 
 def test_a_layer_without_injection_begins_with_its_input():

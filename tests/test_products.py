@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from equilibria import Anderson, Implicit, NewtonKrylov, Picard, Stop, Unroll, fixed_point, solve
+from equilibria import Anderson, Evaluator, Implicit, Layout, NewtonKrylov, Picard, Stop, Unroll, fixed_point, solve
+from equilibria.core.maps import as_map
 from equilibria.stability import check_independence, error_estimate
 from equilibria.testing.problems import tanh_map
 
@@ -52,6 +53,28 @@ def test_newton_krylov_solves_maps_without_forward_mode(name, how):
         plain = solve(f, z0, Picard(), Stop(rtol=1e-12, max_evals=300))
     assert found.converged.all()
     torch.testing.assert_close(found.z, plain.z, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["forward", "differences"])
+def test_every_evaluation_is_counted(how):
+    """Differences need f(z), which the solve has evaluated already; they evaluated it again, uncounted."""
+    _, x, f = tanh_map()
+    calls = []
+
+    def counted(z):
+        calls.append(1)
+        return f(z)
+
+    stop = Stop(rtol=1e-14, max_evals=30)
+    with torch.no_grad():
+        found = solve(counted, torch.zeros_like(x), NewtonKrylov(inner=3, jvp=how), stop)
+    assert found.evals == len(calls) <= 30
+    evaluate = Evaluator(as_map(counted), Layout.of(x), max_evals=9)
+    calls.clear()
+    with torch.no_grad():
+        for _ in range(2):
+            evaluate.jvp(x, x, how=how)
+    assert evaluate.evals == len(calls)
 
 
 @pytest.mark.parametrize("how", ["forward", "double"])

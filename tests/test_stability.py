@@ -305,3 +305,10 @@ def test_counts_are_whole_numbers():
     # In another process, since the type checker of the tests would be first.
     found = subprocess.run([sys.executable, "-c", NOT_WHOLE], capture_output=True, text=True, check=True).stdout
     assert found.count("is a whole number") == 9
+
+
+def test_a_coupled_state_without_numbers_has_no_jacobian():
+    """The penalty of a graph without nodes was NaN, and made the loss so."""
+    weight, z = torch.tensor(0.5, requires_grad=True), torch.zeros(0, 3)
+    for measure in (jacobian_penalty, spectral_radius):
+        assert measure(lambda z: torch.tanh(weight * z), z, coupled=True).tolist() == [0.0]

@@ -66,7 +66,8 @@ def jacobian_penalty(
         for _ in range(samples):
             noise = map_tensors(draw or (lambda leaf: _normal(leaf, generator)), point.value)
             product = layout.pack(point.vjp(noise))
-            total = total + product.square().mean(dim=1)
+            if product.shape[1]:  # the mean of no numbers is NaN
+                total = total + product.square().mean(dim=1)
     return refused_if_lacking(_FUSED, total / samples)
 
 
@@ -125,6 +126,8 @@ def spectral_radius(
         batch, width = len(layout.pack(z)), sum(layout.sizes)
         v = torch.randn(batch, width, dtype=layout.dtype, device=layout.device, generator=generator)
         size = min(KRYLOV, width, iterations)
+        if not size:
+            return v.new_zeros(batch)
         for _ in range(iterations - size):
             v = product(unit(v))
         return _largest_modulus(*ritz_values(product, v, size=size)).to(layout.dtype)
@@ -175,8 +178,9 @@ def error_estimate(
         z = map_tensors(Tensor.detach, z)
         evaluate = Evaluator(f, layout, 2 + products)
         flat = layout.pack(z)
-        r = evaluate(flat) - flat
-        system = AffineMap(lambda v: evaluate.jvp(flat, v), r)
+        fz = evaluate(flat)
+        r = fz - flat
+        system = AffineMap(lambda v: evaluate.jvp(flat, v, fz=fz), r)
         accuracy = max(1e-8, 100 * torch.finfo(r.dtype).eps)
         stop = Stop(rtol=accuracy, max_evals=2 + products, best=False)
         solved = solve(system, torch.zeros_like(r), NewtonKrylov(inner=products, forcing=accuracy), stop)

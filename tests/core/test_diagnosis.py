@@ -9,7 +9,19 @@ import warnings
 import pytest
 import torch
 
-from equilibria import Anderson, Broyden, ConvergenceWarning, Implicit, Picard, Status, Stop, fixed_point, solve
+from equilibria import (
+    Anderson,
+    Broyden,
+    ConvergenceWarning,
+    Implicit,
+    NewtonKrylov,
+    Picard,
+    Reversible,
+    Status,
+    Stop,
+    fixed_point,
+    solve,
+)
 from equilibria.core.diagnosis import FORWARD, diagnosis
 
 X = torch.linspace(-2, 3, 128).view(2, 64)
@@ -39,7 +51,7 @@ def test_a_residual_that_falls_names_a_budget_that_is_enough(rate):
         (lambda z: torch.tanh(0.5 * z) + X + 0.1 * torch.rand_like(z), Stop(), "stalled", "same bits twice"),
         (lambda z: 0.999 * z + X, Stop(max_evals=60), "falling slowly", "does not tell how many evaluations"),
         (lambda z: z - (z - X) ** 3 / (1 + (z - X) ** 2), Stop(rtol=1e-4), "falling slowly", "does not tell how many"),
-        (lambda z: 1.5 * z + X, Stop(max_evals=4), "after few evaluations", r"stop=Stop\(max_evals=30\)"),
+        (lambda z: 1.5 * z + X, Stop(max_evals=4), "after few steps", r"stop=Stop\(max_evals=30\)"),
         (lambda z: (z - 1).log(), Stop(), "NaN or infinite", r"Already f\(z0\)"),
         (lambda z: z * z + 5, Stop(), "NaN or infinite", "after 6 steps"),
         (torch.cos, Stop(max_evals=1), "after a single evaluation", "more evaluations"),
@@ -66,6 +78,16 @@ def test_the_worst_sample_speaks():
     assert diagnosis(solution, stop, FORWARD).what.endswith("not falling")
 
 
+def test_the_worst_residual_is_that_of_a_sample_that_failed():
+    """Relative to a solution 0 the residual stays large, although the sample has converged."""
+    rates, x, stop = torch.tensor([[0.2], [0.9]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]]), Stop(max_evals=40)
+    solution = solve(lambda z: rates * z + x, torch.ones(2, 2), Picard(), stop)
+    assert solution.status.tolist() == [Status.CONVERGED, Status.BUDGET_SPENT]
+    assert solution.residual[0] > 1
+    for text in (diagnosis(solution, stop, FORWARD).what, str(solution)):
+        assert f"worst residual {float(solution.residual[1]):.1e}" in text
+
+
 @pytest.mark.parametrize("rate", [0.7, 0.9, 0.97])
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=lambda solver: type(solver).__name__)
 @pytest.mark.parametrize("evals", [5, 12, 30])
@@ -82,6 +104,25 @@ def test_a_budget_that_is_named_is_enough(rate, solver, evals):
                 assert budget
                 more = dataclasses.replace(stop, max_evals=int(budget.group(1)))
                 assert solve(f, torch.ones_like(X), solver, more).converged.all()
+
+
+@pytest.mark.parametrize("rate", [0.7, 0.9])
+@pytest.mark.parametrize("solver", [Reversible(0.5), NewtonKrylov(), NewtonKrylov(1), NewtonKrylov(2, 0.9)], ids=str)
+@pytest.mark.parametrize("evals", [5, 12, 30, 60, 90])
+def test_a_budget_counts_evaluations_and_not_steps(rate, solver, evals):
+    """The budget that was named for solvers whose steps cost several evaluations could be below the one just spent."""
+    spectrum, x = torch.linspace(-rate, rate, 64, dtype=torch.float64), X.double()
+    stop = Stop(rtol=1e-6, max_evals=evals)
+    for f in (lambda z: spectrum * z + x, lambda z: rate * torch.sin(z) + x):
+        solution = solve(f, torch.ones_like(x), solver, stop)
+        if not solution.converged.all():
+            message = diagnosis(solution, stop, FORWARD)
+            budget = re.search(r"stop=Stop\(max_evals=(\d+)\)", message.advice)
+            if budget:
+                assert int(budget.group(1)) > evals
+                more = dataclasses.replace(stop, max_evals=int(budget.group(1)))
+                enough = solve(f, torch.ones_like(x), solver, more).converged.all()
+                assert enough or not message.what.endswith("still falling")
 
 
 def test_coupling_is_the_last_resort():

@@ -1,5 +1,7 @@
 """What happens around a call, such as a change between the passes, gives the right gradient, an error or a warning."""
 
+import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
@@ -264,6 +266,45 @@ def test_a_change_before_a_backward_pass_that_evaluates_f_again_is_heard(change)
         CHANGES[change](parts)
     with pytest.warns(ConvergenceWarning, match=r"create_graph=True: f was evaluated once more .* was changed between"):
         gradients(z, [parts["b"]], create_graph=True)
+
+
+@pytest.mark.parametrize("stop", [Stop(), Stop(rtol=0, max_evals=10, best=False)], ids=str)
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_before_a_checkpoint_evaluates_f_again_is_heard(change, coupled, stop):
+    parts: Any = {
+        "w": (CONTRACTIVE * draw(4, 4)).requires_grad_(),
+        "b": draw(4).requires_grad_(),
+        "x": draw(3, 4),
+        "k": 1.0,
+    }
+
+    def f(z):
+        value = torch.tanh(z["a"] @ parts["w"] + parts["b"] + parts["k"] * parts["x"])
+        return {"a": value, "b": z["a"].sum(dim=1)}
+
+    z0 = {"a": torch.zeros(3, 4).double(), "b": torch.zeros(3).double()}
+    method = Method(Picard(), stop, Unroll(checkpoint=True), coupled=coupled)
+    samples = "1 of 1" if coupled else "3 of 3"
+    heard = pytest.warns(ConvergenceWarning, match=f"of a checkpoint: f was .* changed in {samples} samples")
+    for on_failure, changed in (("warn", False), ("ignore", True), ("warn", True)):
+        z = run(dataclasses.replace(method, on_failure=on_failure), f, z0)
+        if changed:
+            with torch.no_grad():
+                CHANGES[change](parts)
+        with heard if changed and on_failure == "warn" else contextlib.nullcontext():
+            gradients(z.z["b"], [parts["b"]])
+        parts["k"] = 1.0
+
+
+def test_an_error_in_a_backward_pass_has_no_advice_about_the_start():
+    w = (CONTRACTIVE * draw(4, 4)).requires_grad_()
+    z = fixed_point(lambda z: torch.tanh(z @ w + 1), torch.zeros(3, 4).double()).z
+    with torch.no_grad():
+        w.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+        z.sum().backward()
+    assert not getattr(caught.value, "__notes__", [])
 
 
 @pytest.mark.parametrize("inside", [True, False])

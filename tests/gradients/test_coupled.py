@@ -164,6 +164,31 @@ def test_independent_samples_are_silent():
             (z * torch.tensor([1.0, 1e-6, 0.0, 1e6, 1.0], dtype=dtype)[:, None]).sum().backward()
 
 
+@pytest.mark.parametrize(
+    "stop", [Stop(rtol=3e-2, norm="max"), Stop(rtol=3e-2, norm=lambda z: z.abs().sum(dim=1)), Stop(rtol=3e-2)], ids=str
+)
+def test_phantom_compares_residuals_in_the_norm_of_the_solve(stop):
+    """It measured its first tracked step by the Euclidean norm, and took the difference of two norms for coupling."""
+    x, weight = numbers(5, 4, seed=3), (0.2 * numbers(4, 4)).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fixed_point(
+            lambda z: torch.tanh(z @ weight + x), torch.zeros_like(x), solver=Picard(), stop=stop, gradient=Phantom(2)
+        )
+
+
+def test_phantom_compares_the_residuals_of_leaves():
+    x, weight = numbers(5, 4, seed=3), (0.2 * numbers(4, 4)).requires_grad_()
+
+    def f(z):
+        return {"a": torch.tanh(z["a"] @ weight + x), "b": 1e-3 * torch.tanh(z["a"] + z["b"])}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stop, z0 = Stop(rtol=3e-2, per_leaf=True), {"a": torch.zeros_like(x), "b": torch.zeros_like(x)}
+        fixed_point(f, z0, solver=Picard(), stop=stop, gradient=Phantom(2))
+
+
 def test_randomness_inside_f_is_noticed():
     weight = (0.3 * numbers(4, 4)).requires_grad_()
     x = numbers(5, 4, seed=3)
@@ -290,6 +315,63 @@ def test_an_empty_batch_gives_an_empty_solution():
     found.z.sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("stop", [Stop(max_evals=21), Stop(rtol=0, max_evals=4, best=False)], ids=str)
+@pytest.mark.parametrize(
+    ("solver", "rule"),
+    [
+        (Anderson(), Implicit()),
+        (Picard(), Neumann(5)),
+        (Picard(), Phantom(5)),
+        (Broyden(), Shine()),
+        (Picard(), Unroll()),
+        (Anderson(), Unroll()),
+        (Broyden(), Unroll(checkpoint=True)),
+        (NewtonKrylov(), Unroll()),
+        (Reversible(0.5), ReversibleGradient()),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_an_empty_state_has_a_gradient_of_zeros_by_every_rule(solver, rule, stop, coupled):
+    weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fixed_point(
+            lambda z: torch.tanh(weight * z + 1),
+            torch.zeros(0, 3, dtype=torch.float64),
+            solver=solver,
+            stop=stop,
+            gradient=rule,
+            coupled=coupled,
+        )
+        found.z.sum().backward()
+    assert found.z.shape == (0, 3)
+    assert weight.grad == 0
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(), NewtonKrylov(), Picard(), Reversible()], ids=str)
+@pytest.mark.parametrize("stop", [Stop(), Stop(norm="max"), Stop(per_leaf=True, norm="max"), Stop(rtol=0)], ids=str)
+@pytest.mark.parametrize("rows", [0, 3])
+def test_leaves_without_numbers_are_solved(solver, stop, rows):
+    """A graph without edges, and one without nodes."""
+    bias, shape = torch.ones(2, dtype=torch.float64, requires_grad=True), (rows, 2)
+    z0 = {"nodes": torch.zeros(shape, dtype=torch.float64), "edges": torch.zeros(0, 5, dtype=torch.float64)}
+    found = fixed_point(
+        lambda z: {"nodes": 0.5 * z["nodes"] + bias, "edges": z["edges"].sin()},
+        z0,
+        solver=solver,
+        stop=stop,
+        gradient=Implicit(solver, stop),
+        coupled=True,
+    )
+    assert found.z["nodes"].shape == shape
+    assert found.z["edges"].shape == (0, 5)
+    assert found.converged.all() or stop.rtol == 0
+    found.z["nodes"].sum().backward()
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 2 * rows), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("solver", [Anderson(), Broyden(), Picard()], ids=lambda s: type(s).__name__)

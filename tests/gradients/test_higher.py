@@ -239,6 +239,45 @@ def test_a_closure_inside_a_transform_is_refused_with_what_to_do(parts):
         torch.func.vmap(loss)(torch.stack([x, x]))
 
 
+def test_operands_may_be_complex():
+    """Their gradients and tangents inside torch.func were 0, without a word."""
+    w, x, along = 0.2 * torch.view_as_complex(draw(3, 3, 2)), draw(2, 3, 2), torch.view_as_complex(draw(3, 3, 2))
+
+    def f(z, w, x):
+        return torch.view_as_real(torch.tanh(torch.view_as_complex(z) @ w + torch.view_as_complex(x)))
+
+    def loss(w):
+        return fixed_point(f, torch.zeros_like(x), w, x, **EXACT).z.pow(3).sum()
+
+    def unrolled(w):
+        z = torch.zeros_like(x)
+        for _ in range(100):
+            z = f(z, w, x)
+        return z.pow(3).sum()
+
+    tracked = w.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(unrolled(tracked), tracked)
+    torch.testing.assert_close(torch.func.grad(loss)(w), expected, rtol=1e-8, atol=1e-10)
+    tangent = torch.func.jvp(loss, (w,), (along,))[1]
+    torch.testing.assert_close(tangent, (expected.conj() * along).real.sum(), rtol=1e-8, atol=1e-10)
+
+
+def test_transforms_keep_the_point(parts):
+    x, w = (part.detach() for part in parts)
+
+    def points(x):
+        found = fixed_point(tanh, torch.zeros_like(x), x, w, keep=(2, 3), keep_point=True)
+        return found.z, (found.point, *found.iterates)
+
+    plain = points(x)[1]
+    for transformed, given in (
+        (torch.func.vjp(points, x, has_aux=True)[2], plain),
+        (torch.func.vmap(points)(torch.stack([x, x]))[1], [torch.stack([each, each]) for each in plain]),
+    ):
+        for mine, theirs in zip(transformed, given, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_nested_forward_modes_are_refused(parts):
     x, w = (part.detach() for part in parts)
     with pytest.raises(RuntimeError, match="Two nested forward modes"):

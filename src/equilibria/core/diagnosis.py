@@ -72,7 +72,7 @@ def diagnosis(solution: Solution, stop: Stop, solve: Solve) -> Message:
         said, advice = _by_trace(solution, solution.trace[:, worst].detach().double(), stop, solve)
     what = (
         f"{solve.name}: {done} of {total} samples converged, {solution.evals} evaluations, worst residual "
-        f"{float(solution.residual.max()):.1e}, {said}"
+        f"{float(solution.residual[failed].max()):.1e}, {said}"
     )
     own = "" if solve.is_forward else f" {_OWN}"
     # Coupled samples that are solved one by one fail together; if some have converged, ``gradients.repeats`` sees it.
@@ -98,10 +98,10 @@ tell a geometric fall from it."""
 LARGE = 0.1
 """A relative residual above this means that every evaluation still moves the state by a tenth of its size."""
 SHORT = 10
-"""A trace of fewer evaluations shows no trend."""
+"""A shorter trace shows no trend."""
 NEAR_ROUNDING = 100
 """A residual of at most this many eps may be the rounding of f."""
-UNCOUPLED = ("NaN or infinite", "after a single evaluation", "after few evaluations", "near rounding")
+UNCOUPLED = ("NaN or infinite", "after a single evaluation", "after few steps", "near rounding")
 """The causes that say nothing about coupled samples."""
 _SMALLER = "smaller weights (weight norm, initialisation, learning rate, Jacobian penalty)"
 
@@ -112,14 +112,15 @@ def _by_trace(solution: Solution, trace: Float[Tensor, " K"], stop: Stop, solve:
     if spent == 1:
         return "after a single evaluation", "The start is no fixed point: give more evaluations, or a better start."
     if spent < SHORT:
-        budget = solve.setting.format("max_evals=30")
-        return "after few evaluations", f"They are too few to tell why: try {budget}, or a better start."
+        budget = solve.setting.format(f"max_evals={max(30, _rounded_up(AMPLE * stop.max_evals))}")
+        return "after few steps", f"They are too few to tell why: try {budget}, or a better start."
     eps = max(torch.finfo(leaf.dtype).eps for leaf in tensors_in(solution.z))
     slope, tiny = _slope(trace), last <= NEAR_ROUNDING * eps
     if 0 < stop.rtol < last and _is_geometric(trace):
         needed = spent + math.log(stop.rtol / last) / slope
         if needed <= (WITHIN_ROUNDING if tiny else WITHIN) * spent:
-            budget = solve.setting.format(f"max_evals={_rounded_up(AMPLE * needed)}")
+            each = stop.max_evals / spent  # a step of some solvers costs several evaluations
+            budget = solve.setting.format(f"max_evals={_rounded_up(AMPLE * needed * each)}")
             return "still falling", f"At this rate {budget} is enough; so is an rtol above {2 * last:.0e}."
     if tiny:
         advice = f"This may be the rounding of f: give an rtol above {2 * last:.0e}, or compute in a wider dtype."

@@ -13,7 +13,7 @@ from equilibria.core.maps import Autocast, Map
 from equilibria.core.products import JVP, Products
 from equilibria.core.state import Layout, State, described
 from equilibria.core.trees import tensors_in
-from equilibria.torch_private import version
+from equilibria.torch_private import task, version
 
 
 class Evaluator:
@@ -79,7 +79,7 @@ class Evaluator:
         try:
             return self._f(z)
         except Exception as error:
-            if self.evals == 1:
+            if self.evals == 1 and task() < 0:  # a backward pass solves linear systems
                 error.add_note(
                     f"f was called with the start z0 = {described(z, coupled=True)} of {self._layout.dtypes()}. If the "
                     "error is about shapes or dtypes, give a z0 (start= of a layer, whose default is zeros like the "
@@ -91,18 +91,30 @@ class Evaluator:
     def _tensors(self, state: State) -> list[Tensor]:
         return [state] if self._layout.single else tensors_in(state)
 
-    def jvp(self, z: Float[Tensor, "B N"], v: Float[Tensor, "B N"], *, how: JVP = "auto") -> Float[Tensor, "B N"]:
+    def jvp(
+        self,
+        z: Float[Tensor, "B N"],
+        v: Float[Tensor, "B N"],
+        *,
+        fz: Float[Tensor, "B N"] | None = None,
+        how: JVP = "auto",
+    ) -> Float[Tensor, "B N"]:
         """J(z)·v, counted as one evaluation.
 
         Args:
             z: the point.
             v: the direction.
+            fz: f(z), if it is known. Finite differences need it, and otherwise evaluate and count it once per point.
             how: "forward" mode, "double" backward, finite "differences", or "auto": the first that works for f.
         """
         self.evals += 1
         if how not in self._products:
-            self._products[how] = Products(self._flat, self._forward_jvp, how)
-        return self._products[how](z, v)
+            self._products[how] = Products(self._flat, self._forward_jvp, self._counted, how)
+        return self._products[how](z, v, fz)
+
+    def _counted(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        self.evals += 1
+        return self._flat(z)
 
     def _flat(self, z: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         with self.autocast.on():

@@ -25,20 +25,27 @@ class Products:
     Args:
         f: the map.
         forward: J(z)·v by forward mode; raises an error if an operation of f has none.
+        value: f(z) as an evaluation of its own, for finite differences whose f(z) is not given.
         how: the way; "auto" remembers the first one that works.
     """
 
-    def __init__(self, f: Callable[[_Rows], _Rows], forward: Callable[[_Rows, _Rows], _Rows], how: JVP) -> None:
-        self._f, self._forward = f, forward
+    def __init__(
+        self,
+        f: Callable[[_Rows], _Rows],
+        forward: Callable[[_Rows, _Rows], _Rows],
+        value: Callable[[_Rows], _Rows],
+        how: JVP,
+    ) -> None:
+        self._f, self._forward, self._value = f, forward, value
         self._ways = list(WAYS[1:]) if how == "auto" else [how]
         self._z: _Rows | None = None
         self._pullback: tuple[Tensor, Tensor] | None = None
         self._fz: _Rows | None = None
 
-    def __call__(self, z: _Rows, v: _Rows) -> _Rows:
-        """J(z)·v."""
+    def __call__(self, z: _Rows, v: _Rows, fz: _Rows | None) -> _Rows:
+        """J(z)·v; ``fz`` is f(z), if it is known."""
         if self._z is not z:
-            self._z, self._pullback, self._fz = z, None, None
+            self._z, self._pullback, self._fz = z, None, fz
         while True:
             try:
                 return {"forward": self._forward, "double": self._double, "differences": self._differences}[
@@ -70,7 +77,7 @@ class Products:
     def _differences(self, z: _Rows, v: _Rows) -> _Rows:
         """(f(z + h·v) − f(z)) / h with the h that balances rounding and curvature; accurate to about √eps."""
         if self._fz is None:
-            self._fz = self._f(z)
+            self._fz = self._value(z)
         length = torch.linalg.vector_norm(v.detach(), dim=1, keepdim=True)
         size = 1 + torch.linalg.vector_norm(z.detach(), dim=1, keepdim=True)
         h = torch.finfo(z.dtype).eps ** 0.5 * size / torch.where(length > 0, length, 1.0)

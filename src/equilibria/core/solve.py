@@ -72,14 +72,13 @@ class Solution:
         return torch.stack(rows)
 
     def __str__(self) -> str:
-        """Counts, cost, worst residual, and the advice of the worst status."""
+        """Counts, cost, worst residual (of the samples that did not converge, if any), advice of the worst status."""
         total, done = self.status.numel(), int(self.converged.sum())
         if total == 0:
             return "no samples, nothing to solve"
         worst = Status(int(self.status.max()))
-        line = (
-            f"{done} of {total} samples converged, {self.evals} evaluations, worst residual {self.residual.max():.1e}"
-        )
+        residual = (self.residual if done == total else self.residual[~self.converged]).max()
+        line = f"{done} of {total} samples converged, {self.evals} evaluations, worst residual {residual:.1e}"
         return line if worst is Status.CONVERGED else f"{line}. {worst.name}: {worst.advice}"
 
     __repr__ = __str__
@@ -165,7 +164,7 @@ def solve_from(
         may_drop, kept, step = drop_converged and not keep, [], 0
         while True:
             fz = evaluate(z)
-            last = evaluate.remaining < solver.cost
+            last = evaluate.remaining < solver.cost or not z.numel()
             batch.update(z, fz, last=last)
             if last or not batch.moving:
                 break

@@ -24,7 +24,7 @@ def row_norm(x: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
     if x.is_cuda and x.dtype == torch.float32:  # float64 needs no look at the numbers, which would wait for the device
         return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype)
     norm = torch.linalg.vector_norm(x, dim=1)
-    if x.shape[1] == 1 or x.device.type != "cpu" or not x.shape[0]:
+    if x.shape[1] <= 1 or x.device.type != "cpu" or not x.shape[0]:
         return norm
     small = _SMALL[x.dtype]
     least, most = [norm.item()] * 2 if x.shape[0] == 1 else (bound.item() for bound in norm.detach().aminmax())
@@ -111,7 +111,9 @@ class Stop:
         return self._norm(x)
 
     def _norm(self, x: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
-        return row_norm(x) if self.norm == "l2" else torch.linalg.vector_norm(x, math.inf, dim=1)
+        if self.norm == "l2" or not x.shape[1]:  # the largest of no numbers is an error
+            return row_norm(x)
+        return torch.linalg.vector_norm(x, math.inf, dim=1)
 
     @property
     def has_tolerance(self) -> bool:

@@ -65,12 +65,14 @@ def solved(f: Map, z0: State, method: ForwardSolve, *, solver: Solver, stop: Sto
         on_failure=method.on_failure if is_batched() else "ignore",  # outside vmap ``Method.run`` reports
         of=FORWARD,
         keep=method.keep,
+        keep_point=method.keep_point,
         linear_solver=solver,
         linear_stop=stop,
         linear_on_failure=method.on_failure,
     )
-    z, residual, status, steps, trace, *iterates = _Solved.apply(system, layout.pack(z0), *reads)  # pyright: ignore
-    state = layout.unpack(z)
+    z, residual, status, steps, trace, *kept = _Solved.apply(system, layout.pack(z0), *reads)  # pyright: ignore
+    state, states = layout.unpack(z), [layout.unpack(x) for x in kept]
+    point = states.pop() if method.keep_point else None
     return Solution(
         z=state,
         fz=state,
@@ -79,7 +81,8 @@ def solved(f: Map, z0: State, method: ForwardSolve, *, solver: Solver, stop: Sto
         steps=steps,
         evals=system.evals[0],
         residuals=tuple((Residuals(row),) for row in trace),
-        iterates=tuple(layout.unpack(x) for x in iterates),
+        iterates=tuple(states),
+        point=point,
     )
 
 
@@ -99,6 +102,7 @@ class System:
     linear_stop: Stop
     linear_on_failure: OnFailure
     keep: tuple[int, ...] = ()
+    keep_point: bool = False
     linear: bool = False
     """True if ``function`` is L; the start x0 is then the offset as well."""
     evals: list[int] = dataclasses.field(default_factory=list)
@@ -144,6 +148,7 @@ class System:
             on_failure=self.linear_on_failure,
             of=of,
             keep=(),
+            keep_point=False,
             linear=True,
             evals=[],
         )
@@ -159,15 +164,16 @@ class System:
 
 
 class _Solved(torch.autograd.Function):
-    """x* of a system, its residual, status, steps and trace, and the iterates that are kept."""
+    """x* of a system, its residual, status, steps and trace, and the states that are kept: iterates, then z*."""
 
     @staticmethod
     def forward(system: System, x0: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad(), without_forward_mode():
             found = system.solve(x0.detach(), [operand.detach() for operand in operands])
         x = found.z if system.linear else found.fz
+        kept = (*found.iterates, found.z) if system.keep_point else found.iterates
         # A tensor may not be two outputs of one Function.
-        return x.clone(), found.residual, found.status, found.steps, found.trace, *(i.clone() for i in found.iterates)
+        return x.clone(), found.residual, found.status, found.steps, found.trace, *(state.clone() for state in kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -182,7 +188,7 @@ class _Solved(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         system, (x, *operands) = ctx.system, ctx.saved_tensors
         u = _Solved.apply(system.adjoint(), cotangents[0], x, *operands)[0]  # pyright: ignore
-        chosen = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed and operands[i].is_floating_point()]
+        chosen = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed and _has_derivative(operands[i])]
         gradients: list[Tensor | None] = [None] * len(operands)
         if chosen:
             pull: Any = torch.func.vjp(_partly(system.function, x, operands, chosen), *[operands[i] for i in chosen])[1]
@@ -195,7 +201,7 @@ class _Solved(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         system, (x, *operands) = ctx.system, ctx.saved_tensors
         _, along_start, *along = tangents
-        chosen = [i for i, t in enumerate(along) if t is not None and operands[i].is_floating_point()]
+        chosen = [i for i, t in enumerate(along) if t is not None and _has_derivative(operands[i])]
         h = along_start if system.linear and along_start is not None else torch.zeros_like(x)
         if chosen:
             primals = tuple(operands[i] for i in chosen)
@@ -213,10 +219,10 @@ class _Solved(torch.autograd.Function):
         x0 = x0.expand(count, *x0.shape) if start is None else x0.movedim(start, 0)
         given = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(operands, dims, strict=True)]
         many = system.copies(count, tuple(None if dim is None else 0 for dim in dims))
-        x, residual, status, steps, trace, *iterates = _Solved.apply(many, x0.flatten(0, 1), *given)  # pyright: ignore
+        x, residual, status, steps, trace, *states = _Solved.apply(many, x0.flatten(0, 1), *given)  # pyright: ignore
         system.evals.append(many.evals[-1])
         first = [_apart(t, count, 0) for t in (x, residual, status, steps)]
-        kept = [_apart(t, count, 0) for t in iterates]
+        kept = [_apart(t, count, 0) for t in states]
         return (*first, _apart(trace, count, 1), *kept), (0, 0, 0, 0, 1, *[0] * len(kept))
 
 
@@ -224,6 +230,11 @@ def jvp(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[A
     """The derivative of f along ``tangents``, by two VJPs, since two forward modes do not nest."""
     value, pull = torch.func.vjp(f, *primals)[:2]
     return torch.func.vjp(pull, torch.zeros_like(value))[1](tangents)[0]
+
+
+def _has_derivative(operand: Tensor) -> bool:
+    """False for integers and flags; a complex operand of a real state has one, like any other."""
+    return operand.is_floating_point() or operand.is_complex()
 
 
 def _partly(f: Callable[..., Tensor], x: Tensor, operands: Sequence[Tensor], chosen: Sequence[int]) -> Any:

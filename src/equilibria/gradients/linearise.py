@@ -168,8 +168,8 @@ class _Replace(torch.autograd.Function):
     @untraced
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         point, orders, (g,) = ctx.point, ctx.orders, cotangents
-        if g is None:
-            return None, None, None, None
+        if g is None or not g.shape[1]:  # for a state without any number there is no system to solve
+            return g, None, None, None
         (z,) = ctx.saved_tensors  # after the return above: in a checkpoint this is what computes everything again
         batched = is_many(g)
         if batched and (torch.is_grad_enabled() or (orders is not None and is_forward_mode())):
@@ -263,7 +263,7 @@ def solve_linear(
     """
     size = row_norm(g)[:, None]
     sound = torch.isfinite(size)
-    scale = torch.where(sound & (size > 0), size, 1.0)
+    scale = torch.where(sound & (size > 0), size, 1.0).clamp(min=torch.finfo(g.dtype).tiny)  # 1/scale is finite
     start = [(g / scale).masked_fill_(~sound, 0.0)]  # which no frame holds during the solve
     solution = solve_rows(AffineMap(linear, g, 1 / scale), start, layout, solver, stop)
     u, fu = ((x * scale).masked_fill_(~sound, torch.nan) for x in (solution.z, solution.fz))

@@ -11,7 +11,7 @@ from equilibria.core.gradient import ForwardSolve, GradientRule, point_of, solve
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
-from equilibria.core.stop import Stop, is_heard
+from equilibria.core.stop import is_heard
 from equilibria.core.trees import map_pairs
 from equilibria.gradients.repeats import check_again
 from equilibria.solvers.picard import Picard
@@ -43,7 +43,8 @@ class Phantom(GradientRule):
         solution = solve_without_graph(f, z0, method)
         if not torch.is_grad_enabled():
             return dataclasses.replace(solution, z=solution.fz, point=point_of(solution, method))
-        budget = Stop(rtol=0, atol=0, max_evals=self.steps, best=False)
+        # The norm stays that of the solve, whose residuals are compared with these.
+        budget = dataclasses.replace(method.stop, rtol=0, atol=0, max_evals=self.steps, best=False)
         tracked = solve(f, solution.z, Picard(self.damping), budget, coupled=method.coupled)
         if is_heard(method.stop, method.on_failure):
             check_again(method, (tracked.trace[0].detach() - solution.residual).abs(), solution.z)

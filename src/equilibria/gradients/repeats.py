@@ -9,10 +9,11 @@ Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from equilibria.core.diagnosis import ADJOINT, FORWARD, Message, Solve
@@ -22,8 +23,9 @@ from equilibria.core.maps import Autocast, Linearised
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import OnFailure, Stop, relative, row_norm
+from equilibria.core.tracing import untraced
 from equilibria.core.trees import map_tensors, tensors_in, with_tensors
-from equilibria.torch_private import will_run
+from equilibria.torch_private import is_transformed, will_run
 
 
 def check_value(again: State, solution: Solution, method: ForwardSolve, layout: Layout) -> None:
@@ -91,6 +93,63 @@ def check_arrival(
         check(tuple(tensors_in(linearised.vjp(layout.unpack(solved.z)))))
 
 
+class Checkpoints:
+    """Compares the values of f that checkpoints compute in a backward pass with those of the forward pass."""
+
+    def __init__(self, stop: Stop, on_failure: OnFailure, *, coupled: bool = False) -> None:
+        self._stop, self._coupled, self._told = stop, coupled, False
+        self._on_failure: OnFailure = on_failure
+
+    def watched(self, f: Callable[[State], State]) -> Callable[[State], State]:
+        """f for one checkpoint; the first value that has changed is reported, and no other."""
+        if self._on_failure == "ignore" or is_transformed():
+            return f
+        sizes: list[Tensor] = []  # of the leaves in the forward pass
+
+        def look(leaves: Sequence[Tensor]) -> None:
+            now = [_sizes(leaf, coupled=self._coupled) for leaf in leaves]
+            if not sizes:
+                sizes.extend(now)
+            elif not self._told:
+                changed = [relative((x - y).abs(), y) for x, y in zip(now, sizes, strict=True)]
+                worst, eps = torch.stack(changed).amax(dim=0), rounding_unit(leaves)
+                differs = _check(worst, self._stop, self._on_failure, eps=eps, advice=_CHANGED, of=_RECOMPUTED)
+                self._told = not differs.is_cuda and bool(differs.any())  # a GPU is not waited for
+
+        def value(z: State) -> State:
+            fz = f(z)
+            return with_tensors(fz, _Seen.apply(look, *tensors_in(fz)))  # pyright: ignore
+
+        return value
+
+
+def _sizes(leaf: Tensor, *, coupled: bool) -> Float[Tensor, " B"]:
+    """The norm of each sample of a leaf."""
+    rows = leaf.detach()[None] if coupled else leaf.detach()
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return wide.abs() if wide.ndim == 1 else torch.linalg.vector_norm(wide, dim=tuple(range(1, wide.ndim)))
+
+
+class _Seen(torch.autograd.Function):
+    """Identity on the leaves of f(z), which shows them to ``look`` in every evaluation of a checkpoint."""
+
+    @staticmethod
+    def forward(ctx: Any, look: Callable[[Sequence[Tensor]], None], *leaves: Tensor) -> tuple[Tensor, ...]:
+        look(leaves)
+        ctx.save_for_backward(leaves[0].new_empty(0))  # a checkpoint repeats f up to the last tensor that was saved
+        ctx.set_materialize_grads(False)
+        return tuple(leaf.view_as(leaf) for leaf in leaves)
+
+    @staticmethod
+    @untraced
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *cotangents
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if tangent is None else tangent.view_as(tangent) for tangent in tangents[1:])
+
+
 def _change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: Layout) -> Float[Tensor, " B"]:
     """How much f(z), evaluated ``again``, differs from a solve of rows, in value or in residual, relative to ‖f(z)‖.
 
@@ -122,9 +181,10 @@ _COUPLED = (
 )
 _CHANGED = (
     "What f reads was changed between the two passes (an input or a weight in place, train() and eval(), a number in a "
-    "closure): with create_graph=True, change it after the backward pass."
+    "closure): with create_graph=True or checkpoint=True, change it after the backward pass."
 )
 _AGAIN = dataclasses.replace(ADJOINT, name="The backward pass with create_graph=True")
+_RECOMPUTED = dataclasses.replace(ADJOINT, name="The backward pass of a checkpoint")
 _RANDOM = "f does not give the same bits twice (dropout inside it?): draw what is random before the solve."
 
 
@@ -136,8 +196,8 @@ def _check(
     eps: float,
     advice: str,
     of: Solve,
-) -> None:
-    """Report an f whose value has changed.
+) -> Bool[Tensor, " B"]:
+    """Report an f whose value has changed, and return True for the samples in which it has.
 
     Args:
         change: the change of the value, relative to its norm; NaN for samples that are not finite anyway.
@@ -158,3 +218,4 @@ def _check(
         return Message(what, advice, kind=f"{of.name}, {advice}")
 
     tell(differs, message, on_failure)
+    return differs

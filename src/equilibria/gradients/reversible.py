@@ -114,6 +114,11 @@ class _Path:
     constants: tuple[Tensor, ...]
     """The tensors that f reads, as f knows them."""
 
+    @property
+    def depth(self) -> int:
+        """The number of steps to undo; 0 for an empty batch."""
+        return int(self.steps.max()) if self.steps.numel() else 0
+
 
 class _Undo(torch.autograd.Function):
     """Identity on z_N forward; backward walks the iteration from (y_N, z_N) to its start."""
@@ -145,7 +150,7 @@ def _walk_back(path: _Path, z: Tensor, z_bar: Tensor, constants: list[Tensor]) -
     """The reconstructed start, its gradient and the gradients of the constants, from the gradient of z_N."""
     beta, y = path.relaxation, path.y
     y_bar, sums, hidden = torch.zeros_like(z_bar), [torch.zeros_like(c) for c in constants], _Hidden()
-    for n in reversed(range(int(path.steps.max()))):
+    for n in reversed(range(path.depth)):
         # A sample that had stopped before step n keeps its values: its seed is zero and its state stays.
         live = path.steps > n
         f_y, at_y = _value_and_vjp(path, y, torch.where(live, beta * z_bar, 0.0), constants, sums, hidden)
@@ -160,10 +165,10 @@ def _walk_back(path: _Path, z: Tensor, z_bar: Tensor, constants: list[Tensor]) -
 
 def _check_arrival(miss: Tensor, z: Tensor, path: _Path) -> None:
     """Raise a RuntimeError if the reverse pass misses the start, since the gradient is then as inaccurate."""
-    lost = float(relative(row_norm(miss), row_norm(z)).nan_to_num(nan=math.inf).max())
-    if lost > ACCURACY:
+    lost = relative(row_norm(miss), row_norm(z)).nan_to_num(nan=math.inf)
+    if (lost > ACCURACY).any():
         raise RuntimeError(
-            f"ReversibleGradient undid {int(path.steps.max())} steps and missed the start by {lost:.0e} of the state "
+            f"ReversibleGradient undid {path.depth} steps and missed the start by {float(lost.max()):.0e} of the state "
             f"({ACCURACY:.0e} is allowed), so the gradient would be wrong: lower max_evals or the relaxation "
             f"{path.relaxation}, or use Implicit() or Unroll(checkpoint=True)."
         )

@@ -18,7 +18,7 @@ from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
 from equilibria.core.stop import is_heard
 from equilibria.core.trees import map_tensors, tensors_in
-from equilibria.gradients.repeats import rounding_unit
+from equilibria.gradients.repeats import Checkpoints, rounding_unit
 from equilibria.torch_private import is_batched, is_forward_mode, own_parametrizations
 
 
@@ -27,10 +27,11 @@ class Recomputed(Map):
     """f with checkpoints: it is evaluated again in the backward pass. Products with J are not checkpointed."""
 
     f: Map
+    checkpoints: Checkpoints
 
     def __call__(self, z: State) -> State:
         """f(z); only z is kept for the backward pass."""
-        return checkpoint(self._value, z, use_reentrant=False)
+        return checkpoint(self.checkpoints.watched(self._value), z, use_reentrant=False)
 
     def _value(self, z: State) -> State:
         with own_parametrizations():  # the second evaluation may run outside of ``cached()``
@@ -68,8 +69,10 @@ class Unroll(GradientRule):
             )
         if self.checkpoint and torch.is_grad_enabled():
             # When the backward pass begins, ``functional_call`` has put the module's own weights back.
-            f = Recomputed(f.bound())
+            f = Recomputed(f.bound(), Checkpoints(method.stop, method.on_failure, coupled=method.coupled))
         solution = solve(f, z0, method.solver, method.stop, coupled=method.coupled, keep=method.keep)
+        if not any(leaf.numel() for leaf in tensors_in(z0)):  # no step is taken, and z0 itself may have no graph
+            return dataclasses.replace(solution, z=solution.fz, history=None)
         derived = torch.is_grad_enabled() or is_forward_mode()
         if derived and is_heard(method.stop, method.on_failure):
             _check_steps(solution, method)

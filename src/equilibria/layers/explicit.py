@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from equilibria.checks import check_flag, check_whole
 from equilibria.core.state import State
 from equilibria.fixed_point import Method
-from equilibria.layers.cell import Cell, CellMap, Prepared, as_cell
+from equilibria.layers.cell import Buffers, Cell, CellMap, Prepared, as_cell
 from equilibria.layers.equilibrium import Layer, LayerOutput, check_no_method
 from equilibria.layers.sequence import SequenceCell, sequence_cell
 
@@ -191,7 +193,10 @@ def layers_used(depth: int | None, layers: int) -> int:
 def _applied(cell: Cell, z: State, prepared: Prepared, *, checkpoint: bool) -> State:
     if not checkpoint or not is_grad_enabled():
         return cell(z, prepared)
-    # When the backward pass begins, ``functional_call`` has put the cell's own weights back. f draws no
-    # random numbers, so no state of a generator has to be restored.
-    f = CellMap(cell, prepared).bound()
-    return recomputed(f, z, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+    # When the backward pass begins, ``functional_call`` has put the cell's own weights back.
+    f, buffers = CellMap(cell, prepared).bound(), Buffers.of(cell)
+    if buffers is None:
+        return recomputed(f, z, use_reentrant=False)  # pyright: ignore
+    # f may write into its buffers, as batch norm does: it is evaluated again with copies of those that it had.
+    evaluations = itertools.chain([f], itertools.repeat(dataclasses.replace(f, buffers=buffers)))
+    return recomputed(lambda z: next(evaluations)(z), z, use_reentrant=False)  # pyright: ignore

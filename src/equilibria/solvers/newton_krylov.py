@@ -69,7 +69,7 @@ def _gmres(f: Evaluator, at: Iterate, *, iterations: int, forcing: float, how: J
     hessenberg = torch.zeros(len(z), iterations + 1, iterations, dtype=small_dtype(z), device=z.device)
     y = size.new_zeros(len(size), 1)
     for k in range(iterations):
-        w = basis[k] - f.jvp(z, basis[k], how=how)
+        w = basis[k] - f.jvp(z, basis[k], fz=at.fz, how=how)
         w, column = orthogonalised(w, torch.stack(basis, dim=1))
         length = row_norm(w)
         # A sample whose inner solve is done adds zero columns and zero vectors, so its answer no longer changes.

@@ -213,6 +213,21 @@ class GradientSuite:
         assert solution.status[1] == Status.NONFINITE
         assert solution.z[[0, 2]].isfinite().all()
 
+    def test_keeps_the_settings_of_the_method(self) -> None:
+        """Coupled samples are one problem, with the gradient of a long unroll, and the iterates are kept."""
+        weight, x, f = tanh_map(gain=0.5)
+
+        def mixed(z: Tensor) -> Tensor:
+            return f(z + 0.1 * z.mean(dim=0))
+
+        method = dataclasses.replace(self.make(), coupled=True, keep=(1, 2), on_failure="ignore")
+        solution, settings = method.run(as_map(mixed), torch.zeros_like(x)), ("solver", "stop", "gradient", "coupled")
+        assert solution.status.shape == solution.residual.shape == (1,)
+        assert [state.shape for state in solution.iterates] == [x.shape, x.shape]
+        given = {name: getattr(method, name) for name in settings}
+        check = check_gradient(mixed, torch.zeros_like(x), [weight, x], **given, steps=150)
+        assert check.relative_error < min(self.accuracy, 1.0)
+
     def test_is_a_value(self) -> None:
         """It can be compared, copied and pickled."""
         rule = self.make().gradient
