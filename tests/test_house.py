@@ -38,6 +38,23 @@ def modules():
     return found
 
 
+LONGER = {
+    "cells/transformer/cell.py": "the cell and its configuration, which builds the cell",
+    "torch_private.py": "all private names of PyTorch are in one file",
+}
+"""The files of 300 lines or more, and why."""
+
+
+def test_files_and_functions_are_short():
+    for file in ROOT.rglob("*.py"):
+        name, text = file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
+        assert text.count("\n") < (400 if name in LONGER else 300), name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+                assert node.end_lineno - first.lineno + 1 <= 40, f"{name}: {node.name}"
+
+
 def imports(tree):
     """(module, name) of every import of the library, wherever it stands; name is None for a plain import."""
     for node in ast.walk(tree):

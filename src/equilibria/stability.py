@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from equilibria.checks import check_flag, check_whole
@@ -24,7 +24,7 @@ from equilibria.core.stop import Status, Stop, relative, row_norm
 from equilibria.core.tracing import untraced
 from equilibria.core.trees import map_pairs, map_tensors, tensors_in
 from equilibria.fixed_point import Method
-from equilibria.solvers.arnoldi import ritz_values, unit
+from equilibria.solvers.arnoldi import KRYLOV, largest_modulus, unit
 from equilibria.solvers.newton_krylov import NewtonKrylov
 from equilibria.solvers.picard import Picard
 
@@ -63,9 +63,9 @@ def jacobian_penalty(
         with kept():
             point = as_map(f).linearise(z, create_graph=True)
         total = torch.zeros(len(layout.pack(z)), dtype=layout.dtype, device=layout.device)
+        draw = draw or (lambda leaf: torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator))
         for _ in range(samples):
-            noise = map_tensors(draw or (lambda leaf: _normal(leaf, generator)), point.value)
-            product = layout.pack(point.vjp(noise))
+            product = layout.pack(point.vjp(map_tensors(draw, point.value)))
             if product.shape[1]:  # the mean of no numbers is NaN
                 total = total + product.square().mean(dim=1)
     return refused_if_lacking(_FUSED, total / samples)
@@ -77,10 +77,6 @@ _FUSED = (
     'torch.nn.attention.SDPBackend.MATH):`, or let f write its attention out (attn_implementation="eager" in '
     "transformers)."
 )
-
-
-def _normal(leaf: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator)
 
 
 @untraced
@@ -126,28 +122,9 @@ def spectral_radius(
         batch, width = len(layout.pack(z)), sum(layout.sizes)
         v = torch.randn(batch, width, dtype=layout.dtype, device=layout.device, generator=generator)
         size = min(KRYLOV, width, iterations)
-        if not size:
-            return v.new_zeros(batch)
         for _ in range(iterations - size):
             v = product(unit(v))
-        return _largest_modulus(*ritz_values(product, v, size=size)).to(layout.dtype)
-
-
-def _largest_modulus(values: Complex[Tensor, "B W"], residuals: Float[Tensor, "B W"]) -> Float[Tensor, " B"]:
-    """The largest modulus of a Ritz value, of those that are not spurious.
-
-    A Ritz value is off by about its residual; where J is not normal, one may lie outside the spectrum by that much. It
-    is spurious if a value with less than a tenth of its relative residual lies within that distance, or above it.
-    """
-    modulus = values.abs()
-    doubt = residuals / torch.where(modulus > 0, modulus, 1.0)
-    least = modulus * (1 - doubt)
-    belied = (modulus[:, None] >= least[:, :, None]) & (doubt[:, None] < 0.1 * doubt[:, :, None])
-    return torch.where(belied.any(dim=2), 0.0, modulus).amax(dim=1)
-
-
-KRYLOV = 20
-"""Number of VJPs whose results ``spectral_radius`` keeps."""
+        return largest_modulus(product, v, size=size).to(layout.dtype)
 
 
 @untraced

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from equilibria.core.graph import refused_if_untracked
+from equilibria.fixed_point import Method
 from equilibria.hf import cache as caches
 from equilibria.hf import remote
 from equilibria.hf.arguments import (
@@ -136,19 +137,15 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             check_no_gradient_of_a_cache()
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         x = self._vectors(input_ids, inputs_embeds)
         mask = key_padding_mask(attention_mask, position_ids, seen=caches.seen(past), new=x.shape[:2])
         if use_cache and past is None:
             past = DynamicCache(config=self.config)
         before, new = (None, None) if mask is None else (mask[:, : -x.shape[1]], mask[:, -x.shape[1] :])
         memory = caches.read(past, self._cell, like=x, mask=before)
-        layer: Any = self.model.layer
-        method = used_stop(
-            layer.method if self.training else layer.evaluation_method, rtol=rtol, atol=atol, max_evals=max_evals
-        )
-        out = layer(x, memory, method=method, key_padding_mask=new)
+        method = self._method(rtol=rtol, atol=atol, max_evals=max_evals)
+        out = self.model.layer(x, memory, method=method, key_padding_mask=new)
         if use_cache and past is not None:
             caches.write(past, self._cell, out, x=x)
         output = self.model.head.dropped(out.output)
@@ -161,18 +158,22 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             every = self._logits(output)
             loss = self._loss(every, out.output, output, targets, num_items_in_batch)
             logits = every[:, chosen]
-        solution = out.solution
         kept: dict[str, Any] = {CACHE: past if use_cache else None}
         result = EquilibriumOutput(
             loss=refused_if_untracked(loss),
             logits=refused_if_untracked(logits),
-            hidden_states=refused_if_untracked((x, out.output)) if output_hidden_states else None,
-            evals=solution.evals,
-            residual=solution.residual,
-            converged=solution.converged,
+            hidden_states=refused_if_untracked((x, out.output)) if hidden else None,
+            evals=out.solution.evals,
+            residual=out.solution.residual,
+            converged=out.solution.converged,
             **kept,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _method(self, *, rtol: float | None, atol: float | None, max_evals: int | None) -> Method:
+        layer: Any = self.model.layer
+        method = layer.method if self.training else layer.evaluation_method
+        return used_stop(method, rtol=rtol, atol=atol, max_evals=max_evals)
 
     def _vectors(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Float[Tensor, "B T D"]:
         if (input_ids is None) == (inputs_embeds is None):

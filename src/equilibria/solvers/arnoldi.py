@@ -14,6 +14,8 @@ from torch import Tensor
 from equilibria.core.stop import row_norm
 from equilibria.solvers.history import combine, inner, small_dtype
 
+KRYLOV = 20
+"""Dimensions of the Krylov space in which the spectral radius is looked for, and vectors that are stored for it."""
 INVARIANT = 100
 """A vector counts as a combination of the basis if at most so many eps of it are left."""
 
@@ -30,6 +32,24 @@ def unit(v: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
     """v with length 1, or 0 where it is 0."""
     size = row_norm(v)
     return v / torch.where(size > 0, size, 1.0)[:, None]
+
+
+def largest_modulus(
+    product: Callable[[Float[Tensor, "B N"]], Float[Tensor, "B N"]], v: Float[Tensor, "B N"], *, size: int
+) -> Float[Tensor, " B"]:
+    """The largest modulus of the ``ritz_values`` that are not spurious; 0 if there is none.
+
+    A Ritz value is off by about its residual; where A is not normal, one may lie outside the spectrum by that much. It
+    is spurious if a value with less than a tenth of its relative residual lies within that distance, or above it.
+    """
+    if not size:
+        return v.new_zeros(len(v))
+    values, residuals = ritz_values(product, v, size=size)
+    modulus = values.abs()
+    doubt = residuals / torch.where(modulus > 0, modulus, 1.0)
+    least = modulus * (1 - doubt)
+    belied = (modulus[:, None] >= least[:, :, None]) & (doubt[:, None] < 0.1 * doubt[:, :, None])
+    return torch.where(belied.any(dim=2), 0.0, modulus).amax(dim=1)
 
 
 def ritz_values(
