@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from equilibria import Anderson, Equilibrium, Implicit, Picard, Stack, Stop, Unroll, Unrolled
+from equilibria import Anderson, ConvergenceWarning, Equilibrium, Implicit, Picard, Stack, Stop, Unroll, Unrolled
 from equilibria.cells import ChainConfig, TransformerConfig
 from equilibria.layers import dropout
 from equilibria.stability import jacobian_penalty
@@ -115,6 +115,27 @@ def test_checkpoints_change_no_gradient(kind):
         found.append(torch.autograd.grad(z.square().sum(), list(network.parameters())))
         assert len(calls) == (2 if checkpoint else 1) * forward
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [Unrolled, lambda module, depth, **how: Stack([module] * depth, **how)])
+@pytest.mark.filterwarnings("error::equilibria.ConvergenceWarning")
+def test_checkpoints_notice_a_weight_that_has_changed(make):
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixed = nn.Linear(4, 4)
+
+        def forward(self, z, x):
+            return torch.tanh(self.mixed(z) + x)
+
+    module, x = Module(), torch.randn(3, 4)
+    network = make(module, 3, checkpoint=True)
+    network(x).output.sum().backward()  # without a change nothing is said
+    loss = network(x).output.sum()
+    module.mixed.weight.data.mul_(1.5)
+    with pytest.warns(ConvergenceWarning, match="What f reads was changed between the two passes") as heard:
+        loss.backward()
+    assert len(heard) == 1
 
 
 @pytest.mark.parametrize("kind", ["batch norm", "spectral norm", "dropout"])

@@ -124,3 +124,11 @@ def test_a_window_in_bfloat16_takes_less_memory_and_few_more_evaluations(solver)
     # Half of the 10 and 21 states that are kept, less one that is read at a time.
     assert (peaks[0] - peaks[1]) / (2 * 4096 * 4) >= {Anderson: 4, Broyden: 8.5}[type(solver)]
     assert evals[1] <= evals[0] + 3
+
+
+def test_a_small_state_takes_few_inner_iterations():
+    z0 = torch.zeros(3, 1, dtype=torch.float64)
+    many, one = (solve(torch.cos, z0, NewtonKrylov(inner=inner), Stop(rtol=1e-12, max_evals=40)) for inner in (50, 1))
+    assert many.converged.all()
+    assert many.evals == one.evals
+    assert torch.equal(many.z, one.z)

@@ -102,7 +102,7 @@ class Checkpoints:
 
     def watched(self, f: Callable[[State], State]) -> Callable[[State], State]:
         """f for one checkpoint; the first value that has changed is reported, and no other."""
-        if self._on_failure == "ignore" or is_transformed():
+        if self._on_failure == "ignore" or is_transformed() or torch.compiler.is_compiling():
             return f
         sizes: list[Tensor] = []  # of the leaves in the forward pass
 

@@ -154,7 +154,8 @@ class Equilibrium(Layer):
             options: options of the cell's ``prepare``.
 
         Raises:
-            ValueError: ``start`` has another shape than the state, or is not finite.
+            ValueError: ``start`` has another shape than f returns, or is not finite. Where the shape is an error within
+                a module, that error comes, with a note about the start.
             TypeError: the cell cannot tell its first iterate, and ``start`` is None; or ``method`` is no ``Method``.
         """
         check_gathered(self.cell)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import is_grad_enabled, nn
@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from equilibria.checks import check_flag, check_whole
 from equilibria.core.state import State
+from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
+from equilibria.gradients.repeats import Checkpoints
 from equilibria.layers.cell import Buffers, Cell, CellMap, Prepared, as_cell
 from equilibria.layers.equilibrium import Layer, LayerOutput, check_no_method
 from equilibria.layers.sequence import SequenceCell, sequence_cell
@@ -67,10 +69,10 @@ class Unrolled(Layer):
             TypeError: ``method`` is given.
         """
         check_no_method(self, method)
-        prepared = self.cell.prepare(*inputs, **options)
+        prepared, checkpoints = self.cell.prepare(*inputs, **options), _checkpoints(self.checkpoint)
         z, auxiliary = self.cell.begin(prepared, start), []
         for layer in range(1, layers_used(depth, self.depth) + 1):
-            z = _applied(self.cell, z, prepared, checkpoint=self.checkpoint)
+            z = _applied(self.cell, z, prepared, checkpoints)
             if self.training and self.auxiliary_every and layer % self.auxiliary_every == 0:
                 auxiliary.append(self.cell.output(z))
         return LayerOutput(
@@ -150,11 +152,11 @@ class Stack(Layer):
         """
         check_no_method(self, method)
         used = layers_used(self.depth if depth is None else depth, len(self.cells))
-        prepared = self._prepared(inputs, options, used)
+        prepared, checkpoints = self._prepared(inputs, options, used), _checkpoints(self.checkpoint)
         z, kept = self._cells[0].begin(prepared[0], start), []
         for cell, constants in zip(self._cells[:used], prepared, strict=True):
             kept.append(cell.remember(z, constants))
-            z = _applied(cell, z, constants, checkpoint=self.checkpoint)
+            z = _applied(cell, z, constants, checkpoints)
         return LayerOutput(
             output=self._cells[used - 1].output(z),
             z=z,
@@ -190,13 +192,19 @@ def layers_used(depth: int | None, layers: int) -> int:
     return depth
 
 
-def _applied(cell: Cell, z: State, prepared: Prepared, *, checkpoint: bool) -> State:
-    if not checkpoint or not is_grad_enabled():
+def _checkpoints(wanted: bool) -> Checkpoints | None:
+    """The checkpoints of one forward pass, which warn if a weight or an input has changed before the backward pass."""
+    return Checkpoints(Stop(rtol=0), "warn", coupled=True) if wanted and is_grad_enabled() else None
+
+
+def _applied(cell: Cell, z: State, prepared: Prepared, checkpoints: Checkpoints | None) -> State:
+    if checkpoints is None:
         return cell(z, prepared)
     # When the backward pass begins, ``functional_call`` has put the cell's own weights back.
     f, buffers = CellMap(cell, prepared).bound(), Buffers.of(cell)
-    if buffers is None:
-        return recomputed(f, z, use_reentrant=False)  # pyright: ignore
-    # f may write into its buffers, as batch norm does: it is evaluated again with copies of those that it had.
-    evaluations = itertools.chain([f], itertools.repeat(dataclasses.replace(f, buffers=buffers)))
-    return recomputed(lambda z: next(evaluations)(z), z, use_reentrant=False)  # pyright: ignore
+    evaluations: Iterator[CellMap] = itertools.repeat(f)
+    if buffers is not None:
+        # f may write into its buffers, as batch norm does: it is evaluated again with copies of those that it had.
+        evaluations = itertools.chain([f], itertools.repeat(dataclasses.replace(f, buffers=buffers)))
+    value = checkpoints.watched(lambda z: next(evaluations)(z))
+    return recomputed(value, z, use_reentrant=False)  # pyright: ignore

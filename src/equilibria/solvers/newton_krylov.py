@@ -26,14 +26,15 @@ class NewtonKrylov(Solver):
     """z ← z + d,  (I − J(z)) d = f(z) − z solved by GMRES to a relative accuracy η.
 
     D. A. Knoll and D. E. Keyes (J. Comput. Phys. 193, 2004); GMRES of Y. Saad and M. H. Schultz (1986). Products with J
-    come from ``Map.jvp`` and count as evaluations; every step is charged ``inner + 1`` of them, needed or not, so that
-    no sample's budget depends on its batch. Deviations: (1) each sample stops its own inner iteration; (2) Gram–Schmidt
-    is classical and done twice; (3) the small least-squares problem is solved again at every inner iteration instead of
-    by Givens rotations; (4) no restart and no line search.
+    come from ``Map.jvp`` and count as evaluations; every step is charged ``min(inner, N) + 1`` of them, needed or not,
+    so that no sample's budget depends on its batch. Deviations: (1) each sample stops its own inner iteration; (2)
+    Gram–Schmidt is classical and done twice; (3) the small least-squares problem is solved again at every inner
+    iteration instead of by Givens rotations; (4) no restart and no line search.
     """
 
     inner: int = 10
-    """Largest number of GMRES iterations per Newton step; inner + 1 states are stored."""
+    """Largest number of GMRES iterations per Newton step, at most N for a state of N numbers; one state more than these
+    is stored."""
     forcing: float = 0.1
     """η in (0, 1): relative accuracy of each linear solve."""
     jvp: JVP = "auto"
@@ -53,7 +54,7 @@ class NewtonKrylov(Solver):
 
     def step(self, f: Evaluator, at: Iterate, history: None) -> tuple[Tensor, None]:
         """z + d."""
-        iterations = min(self.inner, f.remaining - 1)
+        iterations = min(self.inner, at.z.shape[1], f.remaining - 1)  # N of them solve the system exactly
         before = f.evals
         d = _gmres(f, at, iterations=iterations, forcing=self.forcing, how=self.jvp)
         f.forfeit(iterations - (f.evals - before))
