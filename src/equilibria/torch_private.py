@@ -197,6 +197,14 @@ def product_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return torch.ops.mkldnn._linear_pointwise.default(_dense(x), _dense(weight), bias, "none", [], "")
 
 
+def softmax_backward(g: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of the scores from that of their softmax over the last axis, as autograd computes it.
+
+    If it goes: weights · (g − Σ g · weights).
+    """
+    return torch.ops.aten._softmax_backward_data.default(g, weights, -1, weights.dtype)
+
+
 def _dense(matrix: Tensor) -> Tensor:
     """The matrix in one piece of memory: a part of a wider one takes oneDNN ten times as long."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()

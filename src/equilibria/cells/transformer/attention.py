@@ -6,8 +6,10 @@ E = 3·D queries, keys and values.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from equilibria.cells.transformer.positions import Positions, Rotation
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
 from equilibria.layers.linear import Init, LinearWeights, NormedLinear, linear, weights_of
+from equilibria.torch_private import is_forward_mode, is_transformed, softmax_backward
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -200,7 +203,7 @@ class Attention(nn.Module):
         positions = Prepared(shared=shared.positions, rows=rows.positions)
         scores = self.positions(q.flatten(0, 1), k.flatten(0, 1), positions)
         drop = None if rows.drop is None else rows.drop.transpose(0, 1).flatten(0, 1)
-        attended = masked(torch.softmax(scores, dim=-1), drop)
+        attended = masked(softmax(scores), drop)
         heads = torch.bmm(attended, v.flatten(0, 1)).view(*q.shape[:3], -1)
         return heads.permute(1, 2, 0, 3)
 
@@ -228,3 +231,49 @@ class Attention(nn.Module):
         if not torch.is_grad_enabled():  # the same views, by fewer operators
             return parts.permute(2, 3, 0, 1, 4).unbind(0)
         return tuple(part.permute(2, 0, 1, 3) for part in parts.unbind(2))
+
+
+def softmax(scores: Float[Tensor, "*shape K"]) -> Float[Tensor, "*shape K"]:
+    """The weights of the keys, differentiable any number of times, backwards and forwards.
+
+    Where a weight is smaller than every normal number (1e-38 in float32), it is 0, and so is such a gradient, as far as
+    this thread computes them: products with denormal numbers take Intel's processors many times as long.
+    """
+    plain = is_forward_mode() or is_transformed() or torch.is_autocast_enabled("cpu") or type(scores) is not Tensor
+    if plain or scores.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore
+        return torch.softmax(scores, dim=-1)
+    if torch.is_grad_enabled():
+        return _Softmax.apply(scores)  # pyright: ignore[reportReturnType]
+    with _denormal_is_zero():
+        return torch.softmax(scores, dim=-1)
+
+
+class _Softmax(torch.autograd.Function):
+    """The softmax over the last axis."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        with _denormal_is_zero():
+            weights = torch.softmax(scores, dim=-1)
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (g,), (weights,) = grads, ctx.saved_tensors
+        with _denormal_is_zero():
+            return softmax_backward(g, weights)
+
+
+@contextlib.contextmanager
+def _denormal_is_zero() -> Iterator[None]:
+    """Within it, this thread replaces denormal numbers by 0."""
+    before = _LEAST * _ONE == 0  # Python's own numbers obey the setting of the thread
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+_LEAST, _ONE = math.ulp(0.0), 1.0
