@@ -229,6 +229,18 @@ def test_the_layer_of_transformer_xl():
     torch.testing.assert_close(cell(x, cell.prepare(x, None)), theirs(x, src_mask=future), rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("unhooked")
+def test_a_stack_refuses_memories_and_inputs_that_it_cannot_use():
+    stack, x = Stack([SMALL.build(), SMALL.build()]).eval(), torch.randn(B, T, SMALL.width)
+    memory = stack(x).memory
+    for wrong, found in ((memory[:1], "1 memories"), ((*memory, None), "3 memories"), (memory[0], "TransformerMemory")):
+        for use in (lambda m=wrong: stack(x, m), lambda m=wrong: stack.cache(B, memory=m)):
+            with pytest.raises(ValueError, match=f"the memory of a Stack of 2 layers is .*{found}"):
+                use()
+    with pytest.raises(TypeError, match="positional arguments"):
+        stack(x, memory, x)
+
+
 def test_masks_of_positions_and_of_channels():
     for variational, places in ((True, 1), (False, T)):
         cell = dataclasses.replace(SMALL, dropout=0.5, variational=variational).build().double().train()
