@@ -65,7 +65,7 @@ else:  # imported by pytest, which the suites need and the cell does not
     from equilibria.testing import CellSuite
 
     class TestSetCell(CellSuite):
-        """Eleven laws: pure, same bits twice, independent samples, every parameter with a gradient, …"""
+        """The laws of a cell: pure, same bits twice, independent samples, right gradients of every parameter, …"""
 
         def make(self):
             return SetCell(6).double()

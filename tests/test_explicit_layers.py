@@ -138,6 +138,34 @@ def test_checkpoints_notice_a_weight_that_has_changed(make):
     assert len(heard) == 1
 
 
+class Injected(nn.Module):
+    """tanh(½ W z + x), whose checkpoint does not store x."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, z, x):
+        return torch.tanh(0.5 * self.linear(z) + x)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.neg_, lambda x: x.copy_(x.flip(0)), torch.Tensor.normal_])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpoints_notice_an_input_of_the_same_size(dtype, change):
+    """In half precision the norm of a changed value is that of the first one, up to rounding."""
+    fixed = Stop(rtol=0, atol=0, max_evals=5, best=False)
+    networks = (
+        Unrolled(Injected(), 4, checkpoint=True),
+        Equilibrium(Injected(), Picard(), fixed, Unroll(checkpoint=True)),
+    )
+    for network in networks:
+        x = torch.randn(16, 32).to(dtype)
+        z = network.to(dtype)(x).z
+        change(x)
+        with pytest.warns(ConvergenceWarning, match="f was evaluated once more at the end, and its value has changed"):
+            z.sum().backward()
+
+
 @pytest.mark.parametrize("kind", ["batch norm", "spectral norm", "dropout"])
 @pytest.mark.parametrize("make", [Unrolled, lambda module, depth, **how: Stack([module] * depth, **how)])
 def test_checkpoints_restore_what_a_module_writes_and_draws(kind, make):
@@ -199,6 +227,18 @@ def test_the_layer_of_transformer_xl():
     x = inputs()
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     torch.testing.assert_close(cell(x, cell.prepare(x, None)), theirs(x, src_mask=future), rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("unhooked")
+def test_a_stack_refuses_memories_and_inputs_that_it_cannot_use():
+    stack, x = Stack([SMALL.build(), SMALL.build()]).eval(), torch.randn(B, T, SMALL.width)
+    memory = stack(x).memory
+    for wrong, found in ((memory[:1], "1 memories"), ((*memory, None), "3 memories"), (memory[0], "TransformerMemory")):
+        for use in (lambda m=wrong: stack(x, m), lambda m=wrong: stack.cache(B, memory=m)):
+            with pytest.raises(ValueError, match=f"the memory of a Stack of 2 layers is .*{found}"):
+                use()
+    with pytest.raises(TypeError, match="positional arguments"):
+        stack(x, memory, x)
 
 
 def test_masks_of_positions_and_of_channels():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,7 +36,7 @@ ARGUMENTS = {
 WRONG = {
     bool: ("no", None, 2),
     int: ("8", 1.5, float("nan"), True, [1]),
-    float: ("1e-3", float("nan"), float("inf"), True, [1.0], 1j),
+    float: ("1e-3", float("nan"), float("inf"), True, [1.0], 1j, Fraction(1, 3), 10**400),
     str: (3, b"cpu"),
 }
 """Values that are not of a type, None apart."""

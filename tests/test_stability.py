@@ -248,6 +248,18 @@ def test_arguments_are_checked():
         spectral_radius(torch.tanh, torch.zeros(1, 2), iterations=2)
 
 
+@pytest.mark.parametrize("products", [1, 5])
+def test_the_cost_of_the_error_estimate(products):
+    calls = []
+
+    def f(z):
+        calls.append(1)
+        return torch.tanh(z.roll(1, dims=1)) + 0.1
+
+    stability.error_estimate(f, torch.randn(2, 30), products=products)
+    assert len(calls) == 1 + products + 2
+
+
 def test_the_error_estimate_is_accurate_where_the_system_is_ill_conditioned():
     # A Jordan block: ‖(I − J)⁻¹‖ is about 1000, and GMRES to 1e-3 was wrong by 16 %.
     jacobian = torch.diag(torch.full((3,), 0.9)).double() + torch.diag(torch.ones(2), 1).double()

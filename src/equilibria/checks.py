@@ -101,10 +101,23 @@ def _is_a(value: Any, member: Any) -> bool:
         entries = entries[:1] * length if entries[1:] == (...,) else entries
         return length == len(entries) and all(map(_is_a, value, entries))
     if member is float:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        return _is_number(value, numbers.Real) and _is_finite(value)
     if member is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return _is_number(value, numbers.Integral)
     return isinstance(value, member)
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """True for a number that PyTorch computes with: no flag, and no fraction of whole numbers."""
+    fraction = isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
+    return isinstance(value, kind) and not isinstance(value, bool) and not fraction
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number above the largest float
+        return False
 
 
 _NAMES = {

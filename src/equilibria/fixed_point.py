@@ -141,7 +141,7 @@ def implicit(
     """A decorator for any procedure that finds z = f(z, *operands): its result gets the gradient of a fixed point.
 
     The procedure is called with the operands and without a graph. Its result z is the start of ``fixed_point``, which
-    evaluates f there once and returns f(z).
+    evaluates f there for its residual, once more with graph if a gradient is wanted, and returns f(z).
 
     Args:
         f: the map whose fixed point the procedure finds, a function of the state and the operands.

@@ -96,7 +96,7 @@ def spectral_radius(
     accurate one beside them belies. NaN where J is not finite. Costs one evaluation of f and ``iterations`` VJPs, and
     stores 20 vectors like z.
 
-    It is an estimate: too small by a few percent where more than 20 eigenvalues have nearly the largest modulus, too
+    It is an estimate: too small, by up to a tenth, where more than 20 eigenvalues have nearly the largest modulus, too
     large where J is far from normal, and about ⁿ√eps off for a defective eigenvalue of multiplicity n. More iterations
     help, except in the last case.
 
@@ -134,12 +134,12 @@ def error_estimate(
     """‖z − z*‖ / ‖z‖ to first order: (I − J)⁻¹ (f(z) − z), by GMRES, relative to z, for each sample.
 
     A residual says how far one step of f still moves z, not how far z is from z*: where the spectral radius is 0.999,
-    a residual of 1e-3 can hide an error of 50 %. Costs one evaluation of f and at most ``products`` products J·v.
+    a residual of 1e-3 can hide an error of 50 %. Costs one evaluation of f and at most ``products`` + 2 products J·v.
 
     Args:
         f: the map.
         z: the point, usually the result of a solve.
-        products: largest number of products J·v; if GMRES needs more, the estimate is off, mostly too small.
+        products: largest number of products J·v in GMRES; if it needs more, the estimate is off, mostly too small.
         coupled: f mixes the samples; the result is then one number for all of them.
 
     Returns:

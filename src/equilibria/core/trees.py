@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from equilibria.torch_private import tree_map
+from equilibria.torch_private import tree_leaves, tree_map
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], tree: Any, *, strict: bool = False) -> Any:
@@ -50,7 +50,11 @@ _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors of a tree, in order."""
     found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, tree)
+    for leaf in [tree] if isinstance(tree, Tensor) else tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found.extend(tensors_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)]))
     return found
 
 

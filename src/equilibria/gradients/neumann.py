@@ -24,7 +24,7 @@ class Neumann(GradientRule):
     k = 0 is the Jacobian-free gradient (S. Wu Fung et al., JFB, AAAI 2022), times λ; the error falls like ρ(B)^(k+1)
     and grows without bound where ρ(B) > 1. With λ < 1 it is the Neumann form of the phantom gradient (Z. Geng et al.,
     "On Training Implicit Models", NeurIPS 2021): at an exact fixed point that of ``Phantom(k + 1, λ)``, with the memory
-    of one evaluation. Each backward pass appends its solution to ``Solution.adjoint``.
+    of one evaluation. Each backward pass with k > 0 appends its solution to ``Solution.adjoint``.
     """
 
     terms: int

@@ -168,16 +168,25 @@ class Stack(Layer):
     def _prepared(self, inputs: Sequence[Any], options: dict[str, Any], used: int) -> list[Prepared]:
         if not self._remembers:
             return [cell.prepare(*inputs, **options) for cell in self._cells[:used]]
-        x, memory = (*inputs, None)[:2]
-        memories = (None,) * len(self.cells) if memory is None else memory
-        pairs = list(zip(self._cells, memories, strict=True))
-        return [cell.prepare(x, past, **options) for cell, past in pairs[:used]]
+        x, memory, *rest = inputs if len(inputs) > 1 else (*inputs, None)
+        pairs = zip(self._cells[:used], self._memories(memory), strict=False)
+        return [cell.prepare(x, past, *rest, **options) for cell, past in pairs]
+
+    def _memories(self, memory: Any) -> tuple[Any, ...]:
+        """One memory per layer; all None for None."""
+        layers = len(self.cells)
+        if memory is not None and (type(memory) not in (tuple, list) or len(memory) != layers):
+            found = f"{len(memory)} memories" if type(memory) in (tuple, list) else f"a {type(memory).__name__}"
+            raise ValueError(
+                f"the memory of a Stack of {layers} layers is {found}; give the memory that the stack returned, one "
+                "entry per layer, or None where the streams begin."
+            )
+        return (None,) * layers if memory is None else tuple(memory)
 
     def cache(self, batch: int, *, memory: tuple[Any, ...] | None = None, **choices: Any) -> tuple[Any, ...]:
         """A memory for generation, one entry per layer; see ``SequenceCell.cache``."""
-        memories = (None,) * len(self.cells) if memory is None else memory
         choices["warm"] = False
-        pairs = list(zip(self._cells, memories, strict=True))[: self.depth]
+        pairs = zip(self._cells[: self.depth], self._memories(memory), strict=False)
         caches = (sequence_cell(cell).cache(batch, memory=past, **choices) for cell, past in pairs)
         return (*caches, *(None,) * (len(self.cells) - self.depth))
 

@@ -36,6 +36,8 @@ class CellSuite:
     """False for a cell with fused kernels, which have no second derivative."""
     forward_mode: ClassVar[bool] = True
     """False for a cell whose operations have no forward-mode derivative."""
+    coupled_in_training: ClassVar[bool] = False
+    """True for a cell that mixes the samples in training, as batch norm does, and is solved with ``coupled=True``."""
 
     def make(self) -> Cell:
         """A cell in float64 whose random parameters are large enough for every path to show."""
@@ -48,9 +50,12 @@ class CellSuite:
     def _cell(self, *, training: bool = False, dtype: torch.dtype = torch.float64) -> Cell:
         return self.make().to(dtype).train(training)
 
+    def _arguments(self, cell: Cell, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of ``prepare``; those of a sequence cell include a past."""
+        return inputs
+
     def _prepared(self, cell: Cell, inputs: tuple[Any, ...]) -> Prepared:
-        """The prepared values of the cell; those of a sequence cell include a past."""
-        return cell.prepare(*inputs)
+        return cell.prepare(*self._arguments(cell, inputs))
 
     def _state(self, cell: Cell, prepared: Prepared) -> State:
         """A random state."""
@@ -66,15 +71,21 @@ class CellSuite:
         cell, prepared, z = self._point(training=True)
         before = torch.get_rng_state()
         first, second = cell(z, prepared), cell(map_tensors(torch.clone, z), prepared)
-        assert all(torch.equal(a, b) for a, b in zip(tensors_in(first), tensors_in(second), strict=True))
+        assert_same_bits(first, second)
         assert torch.equal(before, torch.get_rng_state())
 
     def test_f_does_not_change_its_argument(self) -> None:
-        """z has the same bits after the call."""
-        cell, prepared, z = self._point(training=True)
-        copies = map_tensors(torch.clone, z)
-        cell(z, prepared)
-        assert all(torch.equal(a, b) for a, b in zip(tensors_in(z), tensors_in(copies), strict=True))
+        """z has the same bits after the call, and after ``output``; so have the inputs after ``prepare``."""
+        for training in (True, False):
+            cell, inputs = self._cell(training=training), self.inputs(BATCH)
+            copies = map_tensors(torch.clone, inputs)
+            prepared = self._prepared(cell, inputs)
+            z = self._state(cell, prepared)
+            assert_same_bits(inputs, copies)
+            copies = map_tensors(torch.clone, z)
+            cell.output(cell(z, prepared))
+            cell.output(z)
+            assert_same_bits(z, copies)
 
     def test_keeps_structure_shape_and_dtype(self) -> None:
         """f of a state is a state of the same kind, finite, in every dtype."""
@@ -94,20 +105,36 @@ class CellSuite:
         cell, inputs = self._cell(), self.inputs(BATCH)
         before = torch.get_rng_state()
         first, second = (cell(self._start(cell, inputs), cell.prepare(*inputs)) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(tensors_in(first), tensors_in(second), strict=True))
+        assert_same_bits(first, second)
+        assert_same_bits(*(cell.output(map_tensors(torch.clone, first)) for _ in range(2)))
         assert torch.equal(before, torch.get_rng_state())
 
     def _start(self, cell: Cell, inputs: tuple[Any, ...]) -> State:
         return cell.begin(cell.prepare(*inputs), None)
 
     def test_samples_are_independent(self) -> None:
-        """A sample alone has the value that it has in a batch."""
+        """A sample alone has the value and the start that it has in a batch."""
         cell, inputs = self._cell(), self.inputs(3)
         index = torch.tensor([2])
-        prepared = cell.prepare(*inputs)
+        prepared, single = cell.prepare(*inputs), cell.prepare(*take_rows(inputs, index))
         z = self._state(cell, prepared)
-        alone = cell(take_rows(z, index), cell.prepare(*take_rows(inputs, index)))
-        assert_states_close(alone, take_rows(cell(z, prepared), index), tolerance=1e-13)
+        assert_states_close(cell(take_rows(z, index), single), take_rows(cell(z, prepared), index), tolerance=1e-13)
+        start = take_rows(cell.begin(prepared, None), index)
+        assert_states_close(cell.begin(single, None), start, tolerance=1e-13)
+
+    def test_samples_are_independent_in_training(self) -> None:
+        """f of a sample has no derivative by the states and the inputs of the others."""
+        if self.coupled_in_training:
+            pytest.skip("the cell mixes the samples in training")
+        cell, inputs = self._cell(training=True), self.inputs(3)
+        floating = requiring_gradient(inputs)
+        prepared = self._prepared(cell, inputs)
+        z = self._state(cell, prepared)
+        states = requiring_gradient(z)
+        total = torch.stack([(leaf[0] * torch.randn_like(leaf[0])).sum() for leaf in tensors_in(cell(z, prepared))])
+        wanted = [*states, *(leaf for leaf in floating if leaf.ndim and len(leaf) == 3)]
+        for found in torch.autograd.grad(total.sum(), wanted, materialize_grads=True, allow_unused=True):
+            assert not found[1:].any()
 
     def test_chosen_samples_have_the_values_that_they_have_in_the_batch(self) -> None:
         """The prepared values can be narrowed to samples, repeatedly, if the cell supports it."""
@@ -129,20 +156,46 @@ class CellSuite:
 
     def test_every_parameter_and_input_gets_a_gradient(self) -> None:
         """All gradients are finite and not zero, those of z included."""
-        cell = self._cell(training=True)
-        inputs = self.inputs(BATCH)
-        floating = [leaf for leaf in tensors_in(inputs) if leaf.is_floating_point()]
-        for leaf in floating:
-            leaf.requires_grad_()
+        cell, inputs = self._cell(training=True), self.inputs(BATCH)
+        floating = requiring_gradient(inputs)
         prepared = self._prepared(cell, inputs)
-        z = map_tensors(lambda leaf: leaf.detach().requires_grad_(), self._state(cell, prepared))
-        fz = tensors_in(cell(z, prepared))
-        torch.autograd.backward(fz, [torch.randn_like(leaf) for leaf in fz])
-        wanted = [*cell.named_parameters(), *((f"input {i}", t) for i, t in enumerate(floating))]
-        for name, tensor in [*wanted, *((f"state {i}", t) for i, t in enumerate(tensors_in(z)))]:
+        z = self._state(cell, prepared)
+        states, fz = requiring_gradient(z), cell(z, prepared)
+        leaves = tensors_in(fz)
+        torch.autograd.backward(leaves, [torch.randn_like(leaf) for leaf in leaves])
+        for name, tensor in named(cell, inputs=floating, states=states):
             assert tensor.grad is not None, name
             assert tensor.grad.isfinite().all(), name
             assert tensor.grad.abs().max() > 0, name
+        assert any(leaf.requires_grad for leaf in tensors_in(cell.output(fz))), "the output"
+
+    def test_gradients_are_the_derivatives(self) -> None:
+        """The gradients of all parameters, inputs and states agree with finite differences."""
+        cell, inputs = self._cell(training=True), self.inputs(BATCH)
+        floating, arguments = requiring_gradient(inputs), self._arguments(cell, inputs)
+        random = torch.get_rng_state()
+        z = self._state(cell, cell.prepare(*arguments))
+        states, h = requiring_gradient(z), 1e-6
+        weights = map_tensors(torch.randn_like, z)
+        buffers = [(buffer, buffer.clone()) for buffer in cell.buffers()]
+
+        def total() -> Tensor:
+            torch.set_rng_state(random)  # the same masks
+            for buffer, first in buffers:
+                buffer.detach().copy_(first)
+            return sum_of_products(cell(z, cell.prepare(*arguments)), weights)
+
+        tensors = named(cell, inputs=floating, states=states)
+        found = torch.autograd.grad(total(), [tensor for _, tensor in tensors], materialize_grads=True)
+        for (name, tensor), gradient in zip(tensors, found, strict=True):
+            v, values = torch.randn_like(tensor), []
+            with torch.no_grad():
+                for step in (h, -2 * h):
+                    tensor.add_(v, alpha=step)
+                    values.append(total())
+                tensor.add_(v, alpha=h)
+            expected = (values[0] - values[1]) / (2 * h)
+            assert_close((gradient * v).sum(), expected, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
     def test_forward_mode_is_the_derivative(self) -> None:
         """J·v agrees with finite differences."""
@@ -171,17 +224,32 @@ class CellSuite:
         """Copies give the same values, and no module keeps a tensor of a forward pass."""
         cell, inputs = self._cell(), self.inputs(BATCH)
         start = self._start(cell, inputs)
-        fz = cell(start, cell.prepare(*inputs))
+        prepared = cell.prepare(*inputs)
+        fz = cell(start, prepared)
+        cell.remember(fz, prepared)
         for other in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))):
             assert_states_close(other(start, other.prepare(*inputs)), fz, tolerance=0)
         for module in cell.modules():
-            assert not any(isinstance(value, Tensor) for value in vars(module).values())
+            own = {name: value for name, value in vars(module).items() if name not in _REGISTERED}
+            assert not tensors_in(own)
+
+    def test_changed_weights_count_at_once(self) -> None:
+        """A cell that has been used has the values of one that has not, after the same change of the parameters."""
+        cell, inputs = self._cell(), self.inputs(BATCH)
+        other, start = copy.deepcopy(cell), self._start(cell, inputs)
+        with torch.no_grad():
+            cell(start, cell.prepare(*inputs))
+            for one, two in zip(cell.parameters(), other.parameters(), strict=True):
+                change = 0.1 * torch.rand_like(one)
+                one.add_(change)
+                two.add_(change)
+            assert_states_close(cell(start, cell.prepare(*inputs)), other(start, other.prepare(*inputs)), tolerance=0)
 
     def test_undone_steps_give_the_gradient_of_the_unrolled_ones(self) -> None:
         """``ReversibleGradient`` sees every tensor that f reads."""
         cell, stop = self._cell(training=True), Stop(rtol=0, atol=0, max_evals=7, best=False)
         inputs, found = self.inputs(BATCH), []
-        floating = [leaf.requires_grad_() for leaf in tensors_in(inputs) if leaf.is_floating_point()]
+        floating = requiring_gradient(inputs)
         for rule in (Unroll(), ReversibleGradient()):
             torch.manual_seed(0)  # the same masks
             z = Equilibrium(cell)(*inputs, method=Method(Reversible(0.5), stop, rule)).z
@@ -190,6 +258,31 @@ class CellSuite:
             found.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
         for one, other in zip(*found, strict=True):
             assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+def requiring_gradient(tree: Any) -> list[Tensor]:
+    """The floating tensors of a tree, which require a gradient from now on."""
+    return [leaf.requires_grad_() for leaf in tensors_in(tree) if leaf.is_floating_point()]
+
+
+def named(cell: Cell, *, inputs: list[Tensor], states: list[Tensor]) -> list[tuple[str, Tensor]]:
+    """The parameters of the cell, the inputs and the leaves of the state, with their names."""
+    others = [(kind, tensors) for kind, tensors in (("input", inputs), ("state", states))]
+    return [*cell.named_parameters(), *((f"{kind} {i}", t) for kind, tensors in others for i, t in enumerate(tensors))]
+
+
+def sum_of_products(a: State, b: State) -> Tensor:
+    """The inner product of two states."""
+    pairs = zip(tensors_in(a), tensors_in(Layout.of(a).aligned(b)), strict=True)
+    return torch.stack([(one * other).sum() for one, other in pairs]).sum()
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    """Two trees have equal tensors."""
+    assert all(torch.equal(one, other) for one, other in zip(tensors_in(a), tensors_in(b), strict=True))
 
 
 def cast(inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:

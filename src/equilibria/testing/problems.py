@@ -1,6 +1,6 @@
 """Maps with known fixed points, for the conformance suites: easy, hard, expansive, and one whose state is a tree.
 
-Letters: B batch, N width.
+Letters: B batch, R chosen samples, N width.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from equilibria.core.maps import as_map
+from equilibria.core.maps import Map, as_map
 from equilibria.core.solve import solve
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop
@@ -203,6 +203,27 @@ def problems() -> dict[str, Problem]:
 
 NAMES = ("tanh, radius 0.6", "rotation, radius 0.7", "linear, radius 1.4", "three scales")
 """The keys of ``problems()``, for parametrised tests."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Divisible(Map):
+    """The map of a problem that can drop samples."""
+
+    problem: Problem
+    samples: tuple[int, ...]
+
+    @classmethod
+    def of(cls, problem: Problem) -> Divisible:
+        """The map of all samples, in float64."""
+        return cls(problem, tuple(range(problem.batch)))
+
+    def __call__(self, z: State) -> State:
+        """f of these samples."""
+        return self.problem.map(rows=list(self.samples))(z)
+
+    def rows(self, index: Int[Tensor, " R"]) -> Divisible:
+        """The map of these samples alone."""
+        return Divisible(self.problem, tuple(self.samples[place] for place in index.tolist()))
 
 
 def flat(z: State) -> Float[Tensor, "B N"]:

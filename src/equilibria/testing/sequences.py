@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from equilibria.core.stop import Stop
 from equilibria.core.trees import take_rows, tensors_in
 from equilibria.fixed_point import Method
-from equilibria.layers.cell import Prepared
+from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.equilibrium import Equilibrium
 from equilibria.layers.sequence import Memory, SequenceCell
 from equilibria.solvers.anderson import Anderson
@@ -53,23 +53,29 @@ class SequenceCellSuite(CellSuite):
             prepared = cell.prepare(x)
             return cell.remember(self._state(cell, prepared), prepared)
 
-    def _prepared(self, cell: Any, inputs: tuple[Any, ...]) -> Prepared:
+    def _arguments(self, cell: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         (x,) = inputs
-        return cell.prepare(x, self._past(cell, len(x), dtype=x.dtype))
+        return x, self._past(cell, len(x), dtype=x.dtype)
 
+    @pytest.mark.parametrize("training", [False, True])
     @pytest.mark.parametrize("remembering", [False, True])
-    def test_causal(self, remembering: bool) -> None:
+    def test_causal(self, remembering: bool, training: bool) -> None:
         """Later positions do not affect earlier ones."""
-        cell: Any = self._cell()
+        cell: Any = self._cell(training=training)
         (x,) = self.inputs(BATCH)
-        memory = self._past(cell) if remembering else None
+        memory, random = self._past(cell) if remembering else None, torch.get_rng_state()
         z = self._state(cell, cell.prepare(x, memory))
-        before = cell(z, cell.prepare(x, memory))
+
+        def f(z: Tensor, x: Tensor) -> Tensor:
+            torch.set_rng_state(random)  # the same masks
+            return cell(z, cell.prepare(x, memory))
+
+        before = f(z, x)
         for t in range(self.time):
             later_x, later_z = x.clone(), z.clone()
             later_x[:, t:] += 1
-            later_z[:, t:] -= torch.randn_like(later_z[:, t:])
-            after = cell(later_z, cell.prepare(later_x, memory))
+            later_z[:, t:] -= 1 + torch.rand(later_z[:, t:].shape, generator=torch.Generator().manual_seed(t)).to(z)
+            after = f(later_z, later_x)
             assert torch.equal(after[:, :t], before[:, :t])
             assert not torch.allclose(after[:, t], before[:, t])
 
@@ -82,6 +88,69 @@ class SequenceCellSuite(CellSuite):
         with torch.no_grad():
             prepared = cell.prepare(x, cell.cache(4, padding=torch.tensor([2, 0, 3, 1])))
             self._check_rows(cell, prepared, self._state(cell, prepared))
+
+    def test_streams_with_a_memory_are_independent(self) -> None:
+        """A stream has the f and the next memory that it has without the other streams and their memories."""
+        cell: Any = self._cell()
+        (x,) = self.inputs(3)
+        memory, index = self._past(cell, 3), torch.tensor([2])
+        prepared, single = cell.prepare(x, memory), cell.prepare(x[index], take_rows(memory, index))
+        z = self._state(cell, prepared)
+        assert_close(cell(z[index], single), cell(z, prepared)[index], rtol=0, atol=1e-13)
+        alone, together = cell.remember(z[index], single), cell.remember(z, prepared)
+        for a, b in zip(tensors_in(alone), tensors_in(take_rows(together, index)), strict=True):
+            assert_close(a, b, rtol=0, atol=1e-13)
+
+    def test_a_cache_with_padding_ignores_it(self) -> None:
+        """A stream has the f that it has without the positions before its text, also in the positions that follow."""
+        if not self.padded_cache:
+            pytest.skip("the cell has no cache of its own")
+        cell: Any = self._cell()
+        padding, (x,), (later,) = [2, 0, 3], self.inputs(3), self.inputs(3, 1)
+        with torch.no_grad():
+            prepared = cell.prepare(x, cell.cache(3, padding=torch.tensor(padding)))
+            padded = torch.arange(self.time) < torch.tensor(padding)[:, None]
+            z = self._state(cell, prepared).masked_fill(padded[..., None], 0)  # as every iterate is, from a start 0
+            together = cell(z, prepared)
+            prepared = cell.prepare(later, cell.remember(z, prepared))
+            next_z = self._state(cell, prepared)
+            following = cell(next_z, prepared)
+            for row, before in enumerate(padding):
+                one, text = slice(row, row + 1), slice(before, None)
+                single = cell.prepare(x[one, text], cell.cache(1))
+                assert_close(cell(z[one, text], single), together[one, text], rtol=0, atol=1e-12)
+                single = cell.prepare(later[one], cell.remember(z[one, text], single))
+                assert_close(cell(next_z[one], single), following[one], rtol=0, atol=1e-12)
+
+    def test_a_part_of_a_batch_draws_the_numbers_of_the_whole(self) -> None:
+        """In training, f of some rows with their ``BatchSlice`` equals those rows of f of the whole batch."""
+        cell: Any = self._cell(training=True)
+        (x,) = self.inputs(3)
+        memory, random = self._past(cell, 3), torch.get_rng_state()
+        prepared = cell.prepare(x, memory)
+        z = self._state(cell, prepared)
+        whole = cell(z, prepared)
+        for rows in (slice(0, 1), slice(1, 3)):
+            index = torch.arange(3)[rows]
+            torch.set_rng_state(random)
+            part = cell.prepare(x[rows], take_rows(memory, index), part=BatchSlice(rows.start, 3))
+            assert_close(cell(z[rows], part), whole[rows], rtol=0, atol=1e-12)
+
+    def test_padding_after_a_remembered_text_changes_nothing(self) -> None:
+        """A row whose text goes on from a memory and then ends has the f that it has alone."""
+        if not self.padding:
+            pytest.skip("the cell has no padding")
+        cell: Any = self._cell()
+        lengths, (x,), memory = (self.time, 2, 1), self.inputs(3), self._past(cell, 3)
+        mask = torch.arange(self.time) >= torch.tensor(lengths)[:, None]
+        prepared = cell.prepare(x, memory, key_padding_mask=mask)
+        z = self._state(cell, prepared).masked_fill(mask[..., None], 0)
+        together = cell(z, prepared)
+        assert not together[mask].any()
+        for row, n in enumerate(lengths):
+            one = slice(row, row + 1)
+            single = cell.prepare(x[one, :n], take_rows(memory, torch.tensor([row])))
+            assert_close(cell(z[one, :n], single), together[one, :n], rtol=0, atol=1e-13)
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_padding_changes_no_state_and_no_gradient(self, side: str) -> None:
@@ -145,17 +214,19 @@ class SequenceCellSuite(CellSuite):
         assert_close(found[0].z, found[1].z, rtol=1e-6, atol=1e-7)
 
     def test_segment_law_of_the_map(self) -> None:
-        """f of two segments at once equals f of the first, then f of the second with the memory of the first."""
+        """f of several segments at once equals f of each, with the memory of those before it."""
         if not (self.segment_law and self.segment_law_of_the_map):
             pytest.skip("the law holds for the equilibrium alone, or not at all")
         cell: Any = self._cell()
-        (x,) = self.inputs(BATCH, 2 * self.time)
-        half, prepared = self.time, cell.prepare(x)
-        z = self._state(cell, prepared)
-        joint, beginning = cell(z, prepared), cell.prepare(x[:, :half])
-        first = cell(z[:, :half], beginning)
-        second = cell(z[:, half:], cell.prepare(x[:, half:], cell.remember(z[:, :half], beginning)))
-        assert_close(torch.cat([first, second], dim=1), joint, rtol=0, atol=1e-12)
+        for lengths in ((self.time, self.time), (1, self.time - 1, 1)):
+            (x,) = self.inputs(BATCH, sum(lengths))
+            prepared, memory, pieces = cell.prepare(x), None, []
+            z = self._state(cell, prepared)
+            for piece_x, piece_z in zip(x.split(lengths, dim=1), z.split(lengths, dim=1), strict=True):
+                piece = cell.prepare(piece_x, memory)
+                pieces.append(cell(piece_z, piece))
+                memory = cell.remember(piece_z, piece)
+            assert_close(torch.cat(pieces, dim=1), cell(z, prepared), rtol=0, atol=1e-12)
 
     def test_segment_law_of_the_equilibrium(self) -> None:
         """Solving in pieces of 1, 2 and 1 positions, with memory or a cache, gives the equilibrium of the whole."""
