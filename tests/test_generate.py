@@ -94,6 +94,7 @@ class TestCandidates:
         assert top_k_top_p_mask(self.logits, top_p=0.6)[0].tolist() == [False, True, False, True]
         assert top_k_top_p_mask(self.logits, top_p=0.9)[0].tolist() == [True, True, False, True]
         assert top_k_top_p_mask(self.logits, top_p=1.0).all()
+        assert top_k_top_p_mask(3 * torch.randn(2, 200_000), top_p=1.0).all()  # whatever their rounded sum is
 
     def test_both(self):
         assert top_k_top_p_mask(self.logits, top_k=3, top_p=0.6).sum(1).tolist() == [2, 3]

@@ -146,7 +146,7 @@ def top_k_top_p_mask(
     kept = torch.ones_like(logits, dtype=torch.bool)
     if top_k is not None:
         kept[:, top_k:] = False
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # the rounded sum of all can pass 1 before its end
         probabilities = logits.gather(1, order).softmax(dim=1)
         before = probabilities.cumsum(dim=1) - probabilities
         kept[:, 1:] &= before[:, 1:] < top_p
