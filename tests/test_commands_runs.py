@@ -140,6 +140,22 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_weights(run
     assert all(bool((whole.model[name] == resumed.model[name]).all()) for name in whole.model)
 
 
+def test_a_run_that_was_to_replace_another_and_has_no_checkpoint_yet_is_not_resumed(run, capsys, monkeypatch):
+    """--resume would continue the old run, with its own settings."""
+
+    def interrupted(trainer, segment):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    words = ["train", "recipe.py:small", "--data", "text", "--seed", "7", "--out", "runs/small", "--overwrite"]
+    assert main(words) == 130
+    said = capsys.readouterr().err
+    assert "runs/small holds the old run, as it was" in said
+    assert "equilibria train" not in said
+    assert Run.open(run).experiment().training.seed != 7
+    assert Run(run).newest().step == 8
+
+
 def test_resume_refuses_other_settings_and_other_experiments(run, capsys):
     words = ["train", "recipe.py:small", "--out", "runs/small", "--resume"]
     assert "training.batches.batch_size = 2" in fails(capsys, *words, "--batch-size", "3", code=1)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from equilibria.__main__ import main
-from equilibria.commands.errors import LOST
+from equilibria.commands.errors import LOST, explain
 from equilibria.lm.runs import Run, checkpoint
-from equilibria.lm.runs.checkpoint import CheckpointError
+from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError
 from equilibria.lm.runs.folder import locked
 from equilibria.lm.training import Trainer
 from equilibria.lm.training.trainer import TrainingInterrupted
@@ -97,6 +97,25 @@ def test_a_run_that_left_goes_on_to_the_same_bits(tmp_path):
     again.fit()
     expected, _ = whole(tmp_path / "whole")
     assert same_bits(trained_weights(again), expected)
+
+
+def test_a_limit_of_the_system_is_the_same_sentence_for_every_file_of_a_checkpoint(tmp_path):
+    """torch.save has a RuntimeError of its own, which hides that of the system."""
+    resource = pytest.importorskip("resource")  # not on Windows
+
+    optimiser = {"random": torch.zeros(100_000)}
+    there = Checkpoint(step=1, model={"w": torch.zeros(2)}, memory={}, optimiser=optimiser, state={})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as found:
+            checkpoint.save(tmp_path, there)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    sentence, code = explain(found.value)
+    assert (found.value.errno, code) == (errno.EFBIG, 1)
+    assert "ulimit -f" in sentence
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

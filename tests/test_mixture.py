@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from equilibria.cells import TrellisConfig
-from equilibria.lm.model import Embedding, LanguageConfig, MixtureConfig, MixtureHead, SoftmaxHead
+from equilibria.layers.dropout import BatchSlice
+from equilibria.lm.model import (
+    Embedding,
+    Explicit,
+    ExtraLosses,
+    LanguageConfig,
+    MixtureConfig,
+    MixtureHead,
+    SoftmaxHead,
+)
 
 V, D, O, K, B, T = 23, 6, 4, 3, 2, 5
 
@@ -222,3 +231,27 @@ class TestConfig:
         with pytest.raises(dataclasses.FrozenInstanceError):
             MixtureConfig().experts = 2
         assert "experts=3, tied=True" in repr(built()[1])
+
+
+@pytest.mark.parametrize("auxiliary", [0, 1])
+def test_parts_of_a_batch_drop_what_the_whole_batch_drops(auxiliary):
+    """The latents' masks too, in the loss and in the auxiliary losses."""
+    torch.manual_seed(0)
+    mixture = MixtureConfig(experts=K, dropout=0.5)
+    explicit = Explicit(depth=2, auxiliary_every=auxiliary)
+    losses = ExtraLosses(auxiliary=float(auxiliary))
+    cell = TrellisConfig(width=D, hidden=2, outputs=O)
+    config = LanguageConfig(cell=cell, explicit=explicit, mixture=mixture, losses=losses, dropout=0.2, std=0.5)
+    model, ids = config.build(V).double(), torch.randint(V, (4, T))
+
+    def read(first, count, part):
+        torch.manual_seed(1)
+        mine = ids[first : first + count]
+        found = model(mine, mine, part=part)
+        return found.nll, found.extra
+
+    whole = read(0, 4, None)
+    parts = [read(first, 2, BatchSlice(first=first, total=4)) for first in (0, 2)]
+    torch.testing.assert_close(torch.cat([nll for nll, _ in parts]), whole[0])
+    if auxiliary:
+        torch.testing.assert_close(torch.stack([extra for _, extra in parts]).mean(), whole[1])

@@ -297,6 +297,8 @@ ABSURD = {
     "no dict": lambda folder, state: torch.save([1], folder / "optimiser.pt"),
     "no step": lambda folder, state: state.pop("step"),
     "a step in words": lambda folder, state: state.update(step="ten"),
+    "losses that are none": lambda folder, state: state.update(validated={"losses": 0, "divisions": 0}),
+    "divisions in words": lambda folder, state: state.update(validated={"losses": [], "divisions": "two"}),
     "memory of another kind": lambda folder, state: (folder / "memory.safetensors").write_text("{}"),
 }
 
@@ -312,6 +314,24 @@ def test_absurd_content_with_true_sums_is_a_sentence_and_the_one_before_is_used(
     assert found is not None
     assert found.step < 18
     assert folders[-1].name in caplog.text
+
+
+def test_a_checkpoint_without_its_seconds_and_its_best_goes_on(tmp_path):
+    whole(tmp_path / "run")
+    folder = checkpoint.all_in(tmp_path / "run" / "checkpoints")[-1]
+    rewritten(folder, lambda folder, state: (state.pop("seconds"), state.pop("best")))
+    assert Trainer(experiment(), Run.open(tmp_path / "run"), corpus()).resume() == 18
+
+
+@pytest.mark.parametrize("step", ["18", [], None])
+def test_a_line_of_the_log_without_a_number_of_its_step_is_named_and_stays(tmp_path, step):
+    whole(tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    run.append({"event": "step", "step": step})
+    before = run.metrics.read_bytes()
+    with pytest.raises(ValueError, match=r"has a line whose step is .*; remove that line"):
+        Trainer(experiment(), run, corpus()).resume()
+    assert run.metrics.read_bytes() == before
 
 
 def test_a_file_that_the_state_does_not_list_is_refused(tmp_path):

@@ -91,6 +91,7 @@ def _line(error: BaseException) -> str:
 _ADVICE = {
     errno.ENOSPC: "there is no space left on the disk; free some, then continue with --resume.",
     errno.EDQUOT: "the disk quota is used up; free some space, then continue with --resume.",
+    errno.EFBIG: "the file is larger than the disk or `ulimit -f` allows; raise that, then continue with --resume.",
     errno.EACCES: "permission denied; choose a folder that you may use.",
     errno.EPERM: "permission denied; choose a folder that you may use.",
     errno.EROFS: "the disk is read-only; choose another folder.",

@@ -49,7 +49,12 @@ class Asked:
 
 
 def interrupted(run: Run, recipe: Sequence[str], step: int) -> str:
-    """The message after a signal: the last step, and the command that continues the training."""
+    """The message after a signal: the last step, and the command that continues the training, if there is one."""
+    if run.replacing and run.folder != run.path:
+        return (
+            f"Stopped at step {step:,}, before the first checkpoint: {run.path} holds the old run, as it was, and "
+            "--resume would continue that one; give the same command again."
+        )
     again = ["equilibria", "train", *recipe, "--out", str(run.path), "--resume"]
     kept = checkpoint.all_in(run.checkpoints)
     place = f"from the checkpoint {kept[-1].name}" if kept else "from the beginning, for lack of a checkpoint"

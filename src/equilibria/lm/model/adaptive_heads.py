@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.linear import linear
 from equilibria.lm.model.clusters import AdaptiveEmbedding, Clusters
 from equilibria.lm.model.embedding import Dropped, Init, started, widened
@@ -53,7 +54,11 @@ class AdaptiveHead(Head[AdaptiveEmbedding], ABC):
         return torch.cat([words, *(slot + tail for slot, tail in zip(slots, tails, strict=True))], dim=-1)
 
     def nll(
-        self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: AdaptiveEmbedding
+        self,
+        h: Float[Tensor, "B T D"],
+        targets: Int[Tensor, "B T"],
+        embedding: AdaptiveEmbedding,
+        part: BatchSlice | None = None,
     ) -> Float[Tensor, "B T"]:
         """−log p(target) at each position, in nats; a tail is evaluated only where its cluster has the target."""
         states, words = h.flatten(0, 1), targets.flatten()

@@ -51,8 +51,17 @@ class Head(nn.Module, ABC, Generic[Table]):
         """Logits, or log-probabilities, of the next token; a tied head reads the tables of ``embedding``."""
 
     @abstractmethod
-    def nll(self, h: Float[Tensor, "B T O"], targets: Int[Tensor, "B T"], embedding: Table) -> Float[Tensor, "B T"]:
-        """−log p(target) at each position, in nats, in float32 or wider."""
+    def nll(
+        self,
+        h: Float[Tensor, "B T O"],
+        targets: Int[Tensor, "B T"],
+        embedding: Table,
+        part: BatchSlice | None = None,
+    ) -> Float[Tensor, "B T"]:
+        """−log p(target) at each position, in nats, in float32 or wider.
+
+        ``part`` is for heads that draw random numbers of their own, see ``BatchSlice``; it is given if there is one.
+        """
 
     def extra_repr(self) -> str:
         """Dropout rate and kind."""
@@ -123,7 +132,13 @@ class SoftmaxHead(TableHead):
         """W h + b."""
         return self._scores(h, embedding)
 
-    def nll(self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], embedding: Embedding) -> Float[Tensor, "B T"]:
+    def nll(
+        self,
+        h: Float[Tensor, "B T D"],
+        targets: Int[Tensor, "B T"],
+        embedding: Embedding,
+        part: BatchSlice | None = None,
+    ) -> Float[Tensor, "B T"]:
         """−log p(target) at each position, in nats, in float32 or wider."""
         positions = max(1, LOGITS // len(self.bias))
         pieces = zip(h.flatten(0, 1).split(positions), targets.flatten().split(positions), strict=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.checks import check_fields
-from equilibria.layers.dropout import check_rate
+from equilibria.layers.dropout import BatchSlice, check_rate
 from equilibria.lm.model.embedding import Dropped, Embedding, Init, dropped, widened
 from equilibria.lm.model.heads import TableHead
 
@@ -129,9 +129,15 @@ class MixtureHead(TableHead):
         each = widened(self._expert_logits(h, embedding)).log_softmax(dim=-1)
         return (self._log_priors(h)[..., None] + each).logsumexp(dim=-2)
 
-    def nll(self, h: Float[Tensor, "B T O"], targets: Int[Tensor, "B T"], embedding: Embedding) -> Float[Tensor, "B T"]:
+    def nll(
+        self,
+        h: Float[Tensor, "B T O"],
+        targets: Int[Tensor, "B T"],
+        embedding: Embedding,
+        part: BatchSlice | None = None,
+    ) -> Float[Tensor, "B T"]:
         """−log p(target) at each position, in nats; only the probabilities of the targets are mixed."""
-        logits = widened(self._expert_logits(h, embedding))
+        logits = widened(self._expert_logits(h, embedding, part))
         words = targets[..., None].expand(logits.shape[:-1])
         each = functional.cross_entropy(logits.flatten(0, -2), words.flatten(), reduction="none").view(words.shape)
         return -(self._log_priors(h) - each).logsumexp(dim=-1)
@@ -139,8 +145,10 @@ class MixtureHead(TableHead):
     def _log_priors(self, h: Tensor) -> Float[Tensor, "B T K"]:
         return widened(self.prior(h)).log_softmax(dim=-1)
 
-    def _expert_logits(self, h: Tensor, embedding: Embedding) -> Float[Tensor, "B T K V"]:
-        latents = dropped(self.latent(h), rate=self.latent_dropout, training=self.training)
+    def _expert_logits(
+        self, h: Tensor, embedding: Embedding, part: BatchSlice | None = None
+    ) -> Float[Tensor, "B T K V"]:
+        latents = dropped(self.latent(h), rate=self.latent_dropout, training=self.training, part=part)
         return self._scores(latents.tanh().unflatten(-1, (self.experts, -1)), embedding)
 
     def extra_repr(self) -> str:

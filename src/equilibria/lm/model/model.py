@@ -158,12 +158,12 @@ class LanguageModel(nn.Module, Generic[Table]):
         options |= {name: value for name, value in (("part", part), ("depth", depth)) if value is not None}
         layer = self.layer(self.embedding(tokens, part), memory, method=method, **options)
         output, wanted = layer.output[:, skip:], targets[:, skip:]
-        kept = self.head.dropped(output, part)
-        nll = self.head.nll(kept, wanted, self.embedding)
+        kept, drawn = self.head.dropped(output, part), {} if part is None else {"part": part}
+        nll = self.head.nll(kept, wanted, self.embedding, **drawn)
         extra = None
         if self.training:
             between = (self.head.dropped(between[:, skip:], part) for between in layer.auxiliary)
-            extra = self.losses.of(output, kept, (self.head.nll(h, wanted, self.embedding) for h in between))
+            extra = self.losses.of(output, kept, (self.head.nll(h, wanted, self.embedding, **drawn) for h in between))
         return LanguageOutput(nll=nll, memory=layer.memory, layer=layer, extra=extra)
 
     def logits(

@@ -105,7 +105,8 @@ def write_rest(unfinished: Path, memory: Mapping[str, Tensor], optimiser: Mappin
     from safetensors.torch import save_file
 
     save_file(_plain(memory), unfinished / _MEMORY)
-    torch.save(dict(optimiser), unfinished / _OPTIMISER)
+    with (unfinished / _OPTIMISER).open("wb") as file:  # for a path torch.save hides the system's error
+        torch.save(dict(optimiser), file)
 
 
 def load(folder: Path, *, verified: bool = False) -> Checkpoint:

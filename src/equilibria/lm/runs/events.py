@@ -50,8 +50,11 @@ def read(file: Path) -> list[Event]:
 
 
 def cut(file: Path, step: int) -> None:
-    """Rewrite ``file`` as it was when the checkpoint of ``step`` was written, so that the run can continue there."""
-    kept = (event for event in stream(file) if event.get("step", 0) <= step and event.get("event") not in ENDING)
+    """Rewrite ``file`` as it was when the checkpoint of ``step`` was written, so that the run can continue there.
+
+    Raises the errors of ``stream``, and a ValueError for a line whose step is no number; the file is then as it was.
+    """
+    kept = (event for event in stream(file) if _step_of(event, file) <= step and event.get("event") not in ENDING)
     beside = file.with_name(f".{file.name}.new")
     discard(beside)
     try:
@@ -62,6 +65,13 @@ def cut(file: Path, step: int) -> None:
         beside.replace(file)
     finally:
         discard(beside)
+
+
+def _step_of(event: Event, file: Path) -> int:
+    step = event.get("step", 0)
+    if not isinstance(step, int):
+        raise ValueError(f"{file} has a line whose step is {step!r:.40}, where a number should be; remove that line.")
+    return step
 
 
 def _event(line: bytes, where: str) -> Event:

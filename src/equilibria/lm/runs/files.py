@@ -98,11 +98,23 @@ def errors_of_the_disk(folder: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors reports it, torch.save does not
-        number = int(told.group(1)) if told else errno.ENOSPC if shutil.disk_usage(folder).free < 2**20 else None
+        number = _number_of(error)
+        if number is None and shutil.disk_usage(folder).free < 2**20:
+            number = errno.ENOSPC
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def _number_of(error: BaseException | None) -> int | None:
+    """The number of the system's error behind an error: safetensors writes it out, torch.save raises after it."""
+    while error is not None:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told.group(1)) if told else None
+        if number is not None:
+            return number
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def force(path: Path) -> None:

@@ -27,6 +27,15 @@ def check_state(state: Mapping[str, Any]) -> None:
         step, nll = best.get("step"), best.get("nats")
         if type(step) is not int or not 0 <= step <= state["step"] or not isinstance(nll, int | float | None):
             raise ValueError(f"best is {best!r:.80}")
+    validated = state.get("validated")
+    if validated is not None and not _are_validations(validated):
+        raise ValueError(f"validated is {validated!r:.80}")
+
+
+def _are_validations(value: Mapping[str, Any]) -> bool:
+    losses, divisions = value.get("losses"), value.get("divisions")
+    numbers = isinstance(losses, list) and all(type(loss) in (int, float) for loss in losses)
+    return numbers and type(divisions) is int and divisions >= 0
 
 
 def check_kind(value: Any, kind: type, what: str) -> Any:

@@ -110,7 +110,7 @@ class Trainer:
         step = -1 if found is None else found.step
         self.keeper.discard_after(step)
         self.keeper.cut_log(step)
-        self.log.resume(found.state["seconds"] if found is not None else 0.0)
+        self.log.resume(0.0 if found is None else found.state.get("seconds", 0.0))
         _log.info("%s continues after step %d.", self.run.path, self.steps_done)
         return self.steps_done
 

@@ -83,4 +83,4 @@ class Validations:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore the plain values from a checkpoint."""
-        self.best, self.effect = state["best"], Validated.stored(state.get("validated"))
+        self.best, self.effect = state.get("best"), Validated.stored(state.get("validated"))
