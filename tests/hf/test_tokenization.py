@@ -63,3 +63,8 @@ def test_missing_characters_are_named():
 def test_special_tokens_are_no_words():
     tokenizer = TOKENIZERS["word"]
     assert tokenizer.decode(tokenizer.encode("the cat"), skip_special_tokens=True) == "the cat"
+
+
+def test_a_word_that_is_called_like_the_edge_of_a_text_is_refused():
+    with pytest.raises(ValueError, match="stands for the edges of texts"):
+        tokenizer_of(Vocabulary.of_text(f"the {EDGE} cat\n", "word"))

@@ -52,6 +52,9 @@ def tokenizer_of(vocabulary: Vocabulary) -> EquilibriumTokenizer:
 
     It encodes a text as a prompt: the last line of words ends in ``<eos>`` only if it ends in a line feed. Padding goes
     to the left.
+
+    Raises:
+        ValueError: the vocabulary has a token that is called like the one for edges.
     """
     units = {"character": _characters, "word": _words, "bpe": _byte_pairs}
     tokenizer = units[vocabulary.unit](vocabulary)
@@ -86,6 +89,11 @@ def _byte_pairs(vocabulary: Vocabulary) -> Tokenizer:
 
 def _listed(vocabulary: Vocabulary) -> Any:
     places = {token: place for place, token in enumerate(vocabulary.tokens)}
+    if EDGE in places:
+        raise ValueError(
+            f"the vocabulary has the token {EDGE!r}, which stands for the edges of texts here; call it otherwise in the "
+            "text, and train again."
+        )
     # Without a token for unknown words the model reports them; it must not get the name of one.
     return models.WordLevel(places, **({} if vocabulary.unknown is None else {"unk_token": vocabulary.unknown}))
 
