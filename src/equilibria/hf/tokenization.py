@@ -91,8 +91,8 @@ def _listed(vocabulary: Vocabulary) -> Any:
     places = {token: place for place, token in enumerate(vocabulary.tokens)}
     if EDGE in places:
         raise ValueError(
-            f"the vocabulary has the token {EDGE!r}, which stands for the edges of texts here; call it otherwise in the "
-            "text, and train again."
+            f"the vocabulary has the token {EDGE!r}, which stands for the edges of texts here; call it otherwise in "
+            "the text, and train again."
         )
     # Without a token for unknown words the model reports them; it must not get the name of one.
     return models.WordLevel(places, **({} if vocabulary.unknown is None else {"unk_token": vocabulary.unknown}))
