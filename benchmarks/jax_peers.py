@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", help="trained runs beside the shipped `tiny`, with decay positions")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile for the cell")
+    parser.add_argument("--name", default="jax_peers", help="of the result, such as jax_peers_intel for that processor")
     given = parser.parse_args()
     if len(os.sched_getaffinity(0)) > 1:  # XLA would use the others
         raise SystemExit("this comparison is on one core: start it with taskset -c 1 python benchmarks/jax_peers.py")
@@ -281,7 +282,7 @@ def main() -> None:
             rows.append(compare(Problem.trained(run), "jaxopt", anderson, rtol=rtol, **choices))
         rows.append(compare(Problem.drawn(), "optimistix", Picard(), rtol=rtol, **choices))
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "jaxopt", "optimistix")}
-    publish("jax_peers", {"versions": versions, "rows": rows}, table(rows), page="evidence/measured")
+    publish(given.name, {"versions": versions, "rows": rows}, table(rows), page="evidence/measured")
 
 
 if __name__ == "__main__":
