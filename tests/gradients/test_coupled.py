@@ -165,7 +165,9 @@ def test_independent_samples_are_silent():
 
 
 @pytest.mark.parametrize(
-    "stop", [Stop(rtol=3e-2, norm="max"), Stop(rtol=3e-2, norm=lambda z: z.abs().sum(dim=1)), Stop(rtol=3e-2)], ids=str
+    "stop",
+    [Stop(rtol=3e-2, norm="max"), Stop(rtol=3e-2, norm=lambda z: z.abs().sum(dim=1)), Stop(rtol=3e-2)],
+    ids=["max", "function", "l2"],
 )
 def test_phantom_compares_residuals_in_the_norm_of_the_solve(stop):
     """It measured its first tracked step by the Euclidean norm, and took the difference of two norms for coupling."""
