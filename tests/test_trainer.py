@@ -69,6 +69,17 @@ def test_training_learns():
     assert of(events, "valid")[-1]["bits"] < 3
 
 
+def test_a_step_has_no_denormal_numbers():
+    value = experiment()
+    corpus = value.corpus.load()
+    trainer, seen = Trainer(value, None, corpus), []
+    trainer.model.layer.register_forward_hook(lambda *_: seen.append(bool(torch.full((1,), 1e-39) * 1.0 == 0)))
+    segment = next(iter(Segments(corpus.train, batch_size=value.training.batches.batch_size, length=20).one_epoch()))
+    trainer.step(segment)
+    assert seen == [torch.set_flush_denormal(False)]  # True where the processor can do it
+    assert torch.full((1,), 1e-39) * 1.0 != 0
+
+
 def test_the_log_says_what_happened_in_order():
     trainer, events = once()
     assert [event["event"] for event in events[:3]] == ["start", "baseline", "stage"]

@@ -22,6 +22,7 @@ from equilibria.commands.interrupt import Asked, interrupted
 from equilibria.commands.recipe import experiment_of
 from equilibria.commands.sample import write_sample
 from equilibria.commands.terminal import complain
+from equilibria.core.denormals import denormals_are_zero
 from equilibria.errors import UsageError
 from equilibria.lm.corpora import Corpus, TextFolder
 from equilibria.lm.device import choose_device
@@ -119,6 +120,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
     display = Display(console, experiment, unit=corpus.unit, quiet=quiet)
     path = ranks.of_first(path)  # the others may have seen it taken
     with contextlib.ExitStack() as stack:
+        stack.enter_context(denormals_are_zero())
         if ranks.first:
             stack.enter_context(locked(path))
             options = dataclasses.replace(options, **_restarted(options, path))

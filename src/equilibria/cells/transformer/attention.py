@@ -6,10 +6,8 @@ E = 3·D queries, keys and values.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch.nn import functional
 from equilibria.cells.transformer.cache import KeyValueCache
 from equilibria.cells.transformer.fused import Form, FusedTerm, attend, prepare_fused
 from equilibria.cells.transformer.positions import Positions, Rotation
+from equilibria.core.denormals import denormals_are_zero
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
 from equilibria.layers.linear import Init, LinearWeights, NormedLinear, linear, weights_of
@@ -244,7 +243,7 @@ def softmax(scores: Float[Tensor, "*shape K"]) -> Float[Tensor, "*shape K"]:
         return torch.softmax(scores, dim=-1)
     if torch.is_grad_enabled():
         return _Softmax.apply(scores)  # pyright: ignore[reportReturnType]
-    with _denormal_is_zero():
+    with denormals_are_zero():
         return torch.softmax(scores, dim=-1)
 
 
@@ -253,7 +252,7 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:
-        with _denormal_is_zero():
+        with denormals_are_zero():
             weights = torch.softmax(scores, dim=-1)
         ctx.save_for_backward(weights)
         return weights
@@ -261,19 +260,5 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (g,), (weights,) = grads, ctx.saved_tensors
-        with _denormal_is_zero():
+        with denormals_are_zero():
             return softmax_backward(g, weights)
-
-
-@contextlib.contextmanager
-def _denormal_is_zero() -> Iterator[None]:
-    """Within it, this thread replaces denormal numbers by 0."""
-    before = _LEAST * _ONE == 0  # Python's own numbers obey the setting of the thread
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-
-_LEAST, _ONE = math.ulp(0.0), 1.0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from equilibria.core.denormals import denormals_are_zero
 from equilibria.errors import EquilibriaError
 from equilibria.layers.sequence import Memory
 from equilibria.lm.corpora import Corpus, Language, Segment, Segments
@@ -155,6 +156,7 @@ class Trainer:
             self.log.write("memory", step=self.steps_done, rows=self.memory_comparison(settings.memory_depths))
         self.log.write("done", step=self.steps_done, seconds=self.log.seconds)
 
+    @denormals_are_zero()
     def step(self, segment: Segment) -> Step:
         """Update the weights on ``segment``, carrying the memory of the streams from step to step.
 
