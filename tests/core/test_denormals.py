@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from equilibria.core.denormals import denormals_are_zero
+from equilibria.torch_private import denormals_are_zero
 
 pytestmark = pytest.mark.skipif(
     not torch.set_flush_denormal(False), reason="this processor cannot replace denormal numbers"

@@ -22,7 +22,6 @@ from equilibria.commands.interrupt import Asked, interrupted
 from equilibria.commands.recipe import experiment_of
 from equilibria.commands.sample import write_sample
 from equilibria.commands.terminal import complain
-from equilibria.core.denormals import denormals_are_zero
 from equilibria.errors import UsageError
 from equilibria.lm.corpora import Corpus, TextFolder
 from equilibria.lm.device import choose_device
@@ -39,6 +38,7 @@ from equilibria.lm.runs.run import Run
 from equilibria.lm.runs.trained import with_data
 from equilibria.lm.training.tracker import require
 from equilibria.lm.training.trainer import Trainer, TrainingInterrupted
+from equilibria.torch_private import denormals_are_zero
 
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 """How often torchrun has started this process again."""

@@ -18,11 +18,10 @@ from torch.nn import functional
 from equilibria.cells.transformer.cache import KeyValueCache
 from equilibria.cells.transformer.fused import Form, FusedTerm, attend, prepare_fused
 from equilibria.cells.transformer.positions import Positions, Rotation
-from equilibria.core.denormals import denormals_are_zero
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
 from equilibria.layers.linear import Init, LinearWeights, NormedLinear, linear, weights_of
-from equilibria.torch_private import is_forward_mode, is_transformed, softmax_backward
+from equilibria.torch_private import denormals_are_zero, is_forward_mode, is_transformed, softmax_backward
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

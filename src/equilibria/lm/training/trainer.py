@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from equilibria.core.denormals import denormals_are_zero
 from equilibria.errors import EquilibriaError
 from equilibria.layers.sequence import Memory
 from equilibria.lm.corpora import Corpus, Language, Segment, Segments
@@ -30,6 +29,7 @@ from equilibria.lm.training.policy import ConvergencePolicy, NotFinite
 from equilibria.lm.training.snapshot import capture, restore
 from equilibria.lm.training.step import Accumulation, Step, set_learning_rate
 from equilibria.lm.training.validation import Validations
+from equilibria.torch_private import denormals_are_zero
 
 _log = logging.getLogger(__name__)
 
