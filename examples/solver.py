@@ -41,7 +41,7 @@ else:  # imported by pytest, which the suites need and the solver does not
     from equilibria.testing import SolverSuite
 
     class TestAitken(SolverSuite):
-        """The laws of a solver; one that converges only where plain iteration does says so."""
+        """The laws of a solver. ``needs_contraction``: this one converges only where plain iteration does."""
 
         needs_contraction = True
 

@@ -248,14 +248,19 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_before_a_backward_pass_that_evaluates_f_again_is_heard(change):
-    parts: Any = {
+def changeable() -> Any:
+    """What f reads in the tests of such changes."""
+    return {
         "w": (CONTRACTIVE * draw(4, 4)).requires_grad_(),
         "b": draw(4).requires_grad_(),
         "x": draw(3, 4),
         "k": 1.0,
     }
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_before_a_backward_pass_that_evaluates_f_again_is_heard(change):
+    parts = changeable()
 
     def f(z):
         return torch.tanh(z @ parts["w"] + parts["b"] + parts["k"] * parts["x"])
@@ -272,12 +277,7 @@ def test_a_change_before_a_backward_pass_that_evaluates_f_again_is_heard(change)
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_before_a_checkpoint_evaluates_f_again_is_heard(change, coupled, stop):
-    parts: Any = {
-        "w": (CONTRACTIVE * draw(4, 4)).requires_grad_(),
-        "b": draw(4).requires_grad_(),
-        "x": draw(3, 4),
-        "k": 1.0,
-    }
+    parts = changeable()
 
     def f(z):
         value = torch.tanh(z["a"] @ parts["w"] + parts["b"] + parts["k"] * parts["x"])

@@ -49,7 +49,7 @@ class Asked:
 
 
 def interrupted(run: Run, recipe: Sequence[str], step: int) -> str:
-    """The message after a signal: the last step, and the command that continues the training, if there is one."""
+    """The message after a signal. It names the last step, and how to continue the training."""
     if run.replacing and run.folder != run.path:
         return (
             f"Stopped at step {step:,}, before the first checkpoint: {run.path} holds the old run, as it was, and "

@@ -120,7 +120,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
     display = Display(console, experiment, unit=corpus.unit, quiet=quiet)
     path = ranks.of_first(path)  # the others may have seen it taken
     with contextlib.ExitStack() as stack:
-        stack.enter_context(denormals_are_zero())
+        stack.enter_context(denormals_are_zero())  # before PyTorch starts its threads, which take the setting over
         if ranks.first:
             stack.enter_context(locked(path))
             options = dataclasses.replace(options, **_restarted(options, path))

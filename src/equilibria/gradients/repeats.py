@@ -126,7 +126,7 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Summary:
-    """A few numbers of each sample of a leaf, which tell whether the leaf has changed."""
+    """The norm of each sample of a leaf and a few sums. If the leaf changes, one of these numbers does."""
 
     norm: Float[Tensor, " B"]
     sums: Float[Tensor, "B pieces"]
@@ -219,7 +219,7 @@ def _check(
     advice: str,
     of: Solve,
 ) -> Bool[Tensor, " B"]:
-    """Report an f whose value has changed, and return True for the samples in which it has.
+    """Report a change of f. The result is True for the samples whose value of f has changed.
 
     Args:
         change: the change of the value, relative to its norm; NaN for samples that are not finite anyway.

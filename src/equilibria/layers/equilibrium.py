@@ -156,11 +156,11 @@ class Equilibrium(Layer):
         Raises:
             ValueError: ``start`` has another shape than f returns, or is not finite. Where the shape is an error within
                 a module, that error comes, with a note about the start.
-            TypeError: the cell cannot tell its first iterate, and ``start`` is None; or ``method`` is no ``Method``.
+            TypeError: ``start`` is None and the cell has no first iterate of its own, or ``method`` is no ``Method``.
         """
         check_gathered(self.cell)
-        if not isinstance(method, Method | None):
-            raise TypeError(f"method is {method!r}; it must be a Method, for example Method(Anderson()).")
+        if method is not None:
+            check_kind("method", method, Method, "Method(Anderson())")
         prepared = self.cell.prepare(*inputs, **options)
         buffers = Buffers.of(self.cell)
         f = CellMap(self.cell, prepared, buffers)

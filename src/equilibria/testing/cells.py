@@ -264,7 +264,7 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 def requiring_gradient(tree: Any) -> list[Tensor]:
-    """The floating tensors of a tree, which require a gradient from now on."""
+    """Make the floating tensors of a tree require a gradient; returns these tensors."""
     return [leaf.requires_grad_() for leaf in tensors_in(tree) if leaf.is_floating_point()]
 
 

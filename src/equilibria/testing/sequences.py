@@ -137,7 +137,7 @@ class SequenceCellSuite(CellSuite):
             assert_close(cell(z[rows], part), whole[rows], rtol=0, atol=1e-12)
 
     def test_padding_after_a_remembered_text_changes_nothing(self) -> None:
-        """A row whose text goes on from a memory and then ends has the f that it has alone."""
+        """A row whose text continues a memory and then ends has the f that it has alone."""
         if not self.padding:
             pytest.skip("the cell has no padding")
         cell: Any = self._cell()

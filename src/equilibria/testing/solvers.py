@@ -151,7 +151,7 @@ class SolverSuite:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_samples_that_leave_the_batch_change_nothing(self, name: str) -> None:
-        """The other samples keep their own history, and have the results of a batch that no sample leaves."""
+        """If samples leave the batch, the others have the results that they have in a batch from which none leaves."""
         problem, stop = self._problem(name), Stop(rtol=1e-7, atol=0, max_evals=300)
         with torch.no_grad():
             every, some = (

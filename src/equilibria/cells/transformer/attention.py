@@ -237,13 +237,19 @@ def softmax(scores: Float[Tensor, "*shape K"]) -> Float[Tensor, "*shape K"]:
     Where a weight is smaller than every normal number (1e-38 in float32), it is 0, and so is such a gradient, as far as
     this thread computes them: products with denormal numbers take Intel's processors many times as long.
     """
-    plain = is_forward_mode() or is_transformed() or torch.is_autocast_enabled("cpu") or type(scores) is not Tensor
-    if plain or scores.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore
+    if not _may_flush(scores):
         return torch.softmax(scores, dim=-1)
     if torch.is_grad_enabled():
         return _Softmax.apply(scores)  # pyright: ignore[reportReturnType]
     with denormals_are_zero():
         return torch.softmax(scores, dim=-1)
+
+
+def _may_flush(scores: Tensor) -> bool:
+    """True for plain numbers of a CPU, unless only PyTorch's own operator can do what follows."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    plain = type(scores) is Tensor and scores.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return plain and not (recorded or is_forward_mode() or is_transformed())
 
 
 class _Softmax(torch.autograd.Function):

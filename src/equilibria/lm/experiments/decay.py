@@ -198,11 +198,11 @@ def learning_rate(
 
 
 def _check(decay: Decay, *, above: dict[str, float], least: dict[str, float] | None = None) -> None:
-    """Raise a ValueError for fields of the wrong type, not finite, not above ``above``, or below ``least``."""
+    """Raise a ValueError for fields of the wrong type, not above ``above``, or below ``least``."""
     check_fields(decay)
-    wrong = [(name, f"above {bound:g}") for name, bound in above.items() if not bound < getattr(decay, name) < math.inf]
+    wrong = [(name, f"above {bound:g}") for name, bound in above.items() if not getattr(decay, name) > bound]
     for name, bound in (least or {}).items():
-        if not bound <= getattr(decay, name) < math.inf:
+        if not getattr(decay, name) >= bound:
             wrong.append((name, f"at least {bound:g}"))
     for name, wanted in wrong:
         value, usual = getattr(decay, name), getattr(type(decay), name)

@@ -31,8 +31,7 @@ class Batches:
     def __post_init__(self) -> None:
         check_fields(self)
         finite(self)
-        check_at_least(self, batch_size=1, segment_length=1)
-        check_at_least(self, overlap=0)
+        check_at_least(self, batch_size=1, segment_length=1, overlap=0)
         if self.overlap >= self.segment_length:
             raise ValueError(too_long("overlap", self.overlap, self.segment_length, of="Batches"))
 
@@ -110,8 +109,7 @@ class Validation:
     def __post_init__(self) -> None:
         check_fields(self)
         finite(self)
-        check_at_least(self, valid_every=1, eval_batch_size=1, eval_segment_length=1, valid_segments=1)
-        check_at_least(self, eval_overlap=0)
+        check_at_least(self, valid_every=1, eval_batch_size=1, eval_segment_length=1, valid_segments=1, eval_overlap=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +139,7 @@ class Logging:
                 f"Logging(tracker={self.tracker!r}, tensorboard=True): there is one tracker at a time, and tensorboard "
                 "is the older name of tracker='tensorboard'; leave one of the two out."
             )
-        check_at_least(self, log_every=1)
-        check_at_least(self, spectral_radius=0)
+        check_at_least(self, log_every=1, spectral_radius=0)
         if any(depth < 0 for depth in self.memory_depths):
             raise ValueError(
                 f"Logging(memory_depths={self.memory_depths}): a depth counts layers and is at least 0; try (8, "
@@ -178,8 +175,7 @@ class Faults:
     def __post_init__(self) -> None:
         check_fields(self)
         finite(self)
-        check_at_least(self, checkpoint_every=1, keep=1)
-        check_at_least(self, rollbacks=0)
+        check_at_least(self, checkpoint_every=1, keep=1, rollbacks=0)
         if not 0 <= self.tolerated < 1:
             raise ValueError(f"Faults(tolerated={self.tolerated}): tolerated is a share in [0, 1); try 0.5.")
 

@@ -84,7 +84,7 @@ class CorpusSuite:
             assert torch.equal(again[:kept], ids[:kept])
 
     def test_a_run_knows_its_text_again(self) -> None:
-        """Vocabulary and checksums, as a run stores them, come back and belong to the corpus."""
+        """Vocabulary and checksums of the corpus are the same after a run has stored and read them."""
         corpus = self._corpus()
         kept = Language.from_json(json.loads(json.dumps(Language.of(corpus).to_json())))
         assert kept.vocabulary == corpus.vocabulary
