@@ -159,7 +159,7 @@ class Equilibrium(Layer):
             TypeError: ``start`` is None and the cell has no first iterate of its own, or ``method`` is no ``Method``.
         """
         check_gathered(self.cell)
-        if method is not None:
+        if not isinstance(method, Method | None):
             check_kind("method", method, Method, "Method(Anderson())")
         prepared = self.cell.prepare(*inputs, **options)
         buffers = Buffers.of(self.cell)
