@@ -12,7 +12,11 @@ from equilibria import Equilibrium, Unrolled, fixed_point
 from equilibria.cells import TransformerConfig, TrellisConfig
 from equilibria.lm.model import Explicit, LanguageConfig
 
-pytestmark = [pytest.mark.usefixtures("unhooked"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("unhooked"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.trace"),  # a FutureWarning from torch 2.14 on
+]
 
 CELLS = {
     "exact": TransformerConfig(width=8, heads=2, inner=12, memory=6),

@@ -12,14 +12,15 @@ from torch import nn
 @contextlib.contextmanager
 def in_mode(model: object, *, training: bool) -> Iterator[None]:
     """Within it, all submodules are in training or in evaluation mode; nothing happens if it is not a module."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    for module, _ in modes:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    switched = [module for module in modules if module.training != training]
+    for module in switched:
         module.training = training
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in switched:
+            module.training = not training
 
 
 @contextlib.contextmanager
