@@ -121,7 +121,7 @@ def _by_trace(solution: Solution, trace: Float[Tensor, " K"], stop: Stop, solve:
         if needed <= (WITHIN_ROUNDING if tiny else WITHIN) * spent:
             each = stop.max_evals / spent  # a step of some solvers costs several evaluations
             budget = solve.setting.format(f"max_evals={_rounded_up(AMPLE * needed * each)}")
-            return "still falling", f"At this rate {budget} is enough; so is an rtol above {2 * last:.0e}."
+            return "still falling", f"At this rate {budget} should be enough; so is an rtol above {2 * last:.0e}."
     if tiny:
         advice = f"This may be the rounding of f: give an rtol above {2 * last:.0e}, or compute in a wider dtype."
         return "near rounding", advice
