@@ -137,6 +137,11 @@ def test_a_validation_text_that_is_too_short_is_refused_before_the_training(plac
         (lambda: equilibria.load("runs/My-text").generate(["The "]), "The prompt is a list"),
         (lambda: equilibria.load("runs/My-text").generate("The ", 2.5), "length is a whole number"),
         (lambda: equilibria.load("runs/My-text").generate("The ", 2, top_k=2.5), "top_k is a whole number"),
+        (lambda: equilibria.load("runs/My-text").generate("The ", None), r"generate\(length=None\)"),
+        (lambda: equilibria.load("runs/My-text").generate("The ", 2, stop=5), "stop is a text"),
+        (lambda: equilibria.load("runs/My-text").pieces("The "), r"a list of texts; try \['The '\]"),
+        (lambda: equilibria.load("runs/My-text").evaluate(batch_size=True), "batch_size is a whole number"),
+        (lambda: equilibria.load("runs/My-text", segment=0), "segment=0"),
         (lambda: equilibria.load("My text.txt"), "My text.txt is a file, and a run is a folder"),
         (lambda: equilibria.load("runs/My-text", data="~nobody at all"), "does not exist"),
     ],
@@ -152,6 +157,9 @@ def test_what_python_cannot_mean_is_refused(place, unhooked, use, sentence):
         (["report"], "report needs RUN"),
         (["generate", "runs/My-text", "--prompt", "a", "--prompt", "b"], "give all prompts after one"),
         (["train", "tiny", "--memory-depths", "-1"], "a depth counts layers"),
+        (["generate", "runs/My-text", "--run", "x"], "There is no flag --run; `equilibria generate --help`"),
+        (["generate", "runs/My-text", "--prompt", "--length", "3"], "--prompt needs a text after it"),
+        (["generate", "runs/My-text", "--prompt", "-a"], "There is no flag -a"),
     ],
 )
 def test_what_a_command_cannot_mean_is_refused(place, capsys, words, sentence):

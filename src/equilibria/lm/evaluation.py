@@ -68,7 +68,8 @@ def evaluate(
     Raises:
         ValueError: an argument is out of its range, or the stream is too short for the batch.
     """
-    check_whole("evaluate", batch_size=batch_size, max_segments=max_segments)
+    check_whole("evaluate", batch_size=batch_size)
+    check_whole("evaluate", optional=True, max_segments=max_segments)
     if max_segments is not None and max_segments < 1:
         raise ValueError(f"evaluate(max_segments={max_segments}): at least 1 segment is scored; None scores them all.")
     if batch_size % ranks.size:
