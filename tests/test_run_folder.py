@@ -291,10 +291,16 @@ def rewritten(folder: Path, change) -> None:
     (folder / "state.json").write_text(json.dumps({"state": state, "sha256": checkpoint._digest(state)}))
 
 
+def cut(file: Path) -> None:
+    """Keeps the first 5,000 bytes, whose end PyTorch looks for before their beginning."""
+    file.write_bytes(file.read_bytes()[:5000])
+
+
 ABSURD = {
     "no safetensors": lambda folder, state: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
     "empty weights": lambda folder, state: (folder / "model.safetensors").write_bytes(b""),
     "no dict": lambda folder, state: torch.save([1], folder / "optimiser.pt"),
+    "an optimiser that was cut": lambda folder, state: cut(folder / "optimiser.pt"),
     "no step": lambda folder, state: state.pop("step"),
     "a step in words": lambda folder, state: state.update(step="ten"),
     "losses that are none": lambda folder, state: state.update(validated={"losses": 0, "divisions": 0}),
