@@ -174,10 +174,29 @@ def test_undecodable_text_is_located(tmp_path):
         text_folder(tmp_path)
 
 
-def test_a_text_with_nul_characters_is_refused(tmp_path):
-    (write(tmp_path) / "valid.txt").write_bytes("the cat\n".encode("utf-16-le"))
-    with pytest.raises(ValueError, match=r"valid\.txt: a NUL character at byte offset 1, line 1, .* iconv -f UTF-16LE"):
+@pytest.mark.parametrize(("order", "place"), [("LE", 1), ("BE", 0)])
+def test_a_text_with_nul_characters_is_refused(tmp_path, order, place):
+    (write(tmp_path) / "valid.txt").write_bytes("the cat\n".encode(f"utf-16-{order}"))
+    said = rf"valid\.txt: a NUL character at byte offset {place}, line 1, .* iconv -f UTF-16{order} "
+    with pytest.raises(ValueError, match=said):
         text_folder(tmp_path)
+
+
+@pytest.mark.parametrize("code", ["UTF-16", "UTF-32"])
+def test_a_text_of_a_wide_encoding_is_called_so(tmp_path, code):
+    (write(tmp_path) / "valid.txt").write_bytes("the cat\n".encode(code))
+    with pytest.raises(ValueError, match=rf"valid\.txt: not UTF-8: .* iconv -f {code} -t UTF-8\.$"):
+        text_folder(tmp_path)
+
+
+def test_a_text_that_was_cut_inside_a_character_says_where(tmp_path):
+    """As ``head -c`` cuts; to read it as LATIN1 would spoil every other such character."""
+    whole = "the cat\nthe cät".encode()
+    (write(tmp_path) / "valid.txt").write_bytes(whole[:-2])
+    with pytest.raises(ValueError, match=r"valid\.txt: not UTF-8: .* keep what stands before with head -c 13\.$"):
+        text_folder(tmp_path)
+    (tmp_path / "valid.txt").write_bytes(whole[:13])
+    text_folder(tmp_path, unit="character")
 
 
 def test_a_token_the_training_text_lacks_is_named_with_its_file(tmp_path):

@@ -380,6 +380,20 @@ def test_the_doctor_says_what_is_wrong(run, place, capsys):
         assert words in said
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"event": "step"}', '{"event": "step", "step": "a"}', '{"event": "start", "step": 0}', '{"event": 5, "step": 1}'],
+)
+def test_the_doctor_calls_a_log_bad_that_the_report_refuses(run, capsys, line):
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(f"{line}\n")
+    codes = [main([verb, "runs/small"]) for verb in ("report", "doctor")]
+    captured = capsys.readouterr()
+    assert codes in ([1, 1], [0, 0])
+    assert ("bad  log" in captured.out) == (codes == [1, 1]) == ("is no event that a training writes" in captured.err)
+    assert "Unexpected" not in captured.err
+
+
 # Signals
 
 

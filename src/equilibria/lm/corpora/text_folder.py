@@ -162,17 +162,20 @@ def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
             try:
                 line = data.decode("utf-8")
             except UnicodeDecodeError as error:
-                wide = offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-                code = "UTF-16" if wide else "LATIN1"
+                place, code = offset + error.start, _encoding(data) if offset == 0 else "LATIN1"
+                # Only the end of the file can be the middle of a character.
+                cut = error.reason == "unexpected end of data"
+                how = f"; if it was cut inside a character, keep what stands before with head -c {place}" if cut else ""
                 raise ValueError(
-                    f"not UTF-8: byte 0x{data[error.start]:02x} at byte offset {offset + error.start}, line {number}, "
-                    f"cannot be decoded; convert the file, for example with iconv -f {code} -t UTF-8."
+                    f"not UTF-8: byte 0x{data[error.start]:02x} at byte offset {place}, line {number}, cannot be "
+                    f"decoded; convert the file, for example with iconv -f {code} -t UTF-8{how}."
                 ) from None
-            if "\0" in line:  # UTF-16 of English is valid UTF-8 with one after each letter
+            if "\0" in line:  # UTF-16 of English is valid UTF-8 with one after, or before, each letter
+                place = offset + data.index(0)
                 raise ValueError(
-                    f"a NUL character at byte offset {offset + data.index(0)}, line {number}, which no text has: the "
-                    "file may be UTF-16, which iconv -f UTF-16LE -t UTF-8 converts, or binary; tr -d '\\000' removes "
-                    "the characters."
+                    f"a NUL character at byte offset {place}, line {number}, which no text has: the file may be "
+                    f"UTF-16, which iconv -f UTF-16{'LE' if place % 2 else 'BE'} -t UTF-8 converts, or binary; "
+                    "tr -d '\\000' removes the characters."
                 )
             if number == 1:
                 line = line.removeprefix("\ufeff")
@@ -182,6 +185,13 @@ def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
             yield line.lower() if lowercase else line
     if blank:
         raise ValueError(f"the file is empty ({offset} bytes, no word), and a split needs text; check the file.")
+
+
+def _encoding(start: bytes) -> str:
+    """The name, for iconv, of the encoding that a file which is not UTF-8 may have, by the mark at its beginning."""
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    return "UTF-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "LATIN1"
 
 
 @contextlib.contextmanager
