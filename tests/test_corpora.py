@@ -31,6 +31,7 @@ from equilibria.lm.corpora import (
     penn_treebank_characters,
     prefix_sums,
     python_docs,
+    text_file,
     text_folder,
     wikitext103,
     witten_bell,
@@ -187,6 +188,20 @@ def test_a_text_of_a_wide_encoding_is_called_so(tmp_path, code):
     (write(tmp_path) / "valid.txt").write_bytes("the cat\n".encode(code))
     with pytest.raises(ValueError, match=rf"valid\.txt: not UTF-8: .* iconv -f {code} -t UTF-8\.$"):
         text_folder(tmp_path)
+
+
+def test_a_path_may_be_a_text_and_a_flag_may_not(tmp_path, unhooked):
+    folder = write(tmp_path)
+    (folder / "one.txt").write_text("the cat\n" * 20)
+    assert text_folder(str(folder)).name == folder.name
+    assert text_file(str(folder / "one.txt")).name == "one.txt"
+    for read, path in ((text_folder, folder), (text_file, folder / "one.txt")):
+        with pytest.raises(ValueError, match="lowercase is True or False"):
+            read(path, lowercase="no")
+    with pytest.raises(FileNotFoundError, match=r"two\.txt does not exist; check the path"):
+        text_file(folder / "two.txt")
+    with pytest.raises(FileNotFoundError, match=r"is no file; .* read a folder with text_folder"):
+        text_file(folder)
 
 
 def test_a_text_that_was_cut_inside_a_character_says_where(tmp_path):
@@ -383,6 +398,17 @@ def test_witten_bell_follows_its_recursion(order):
 def test_witten_bell_does_not_overflow_with_large_vocabularies():
     ids = torch.arange(1000) * 1_000_000_007
     assert witten_bell(ids, ids, 5, 2_000_000_000_000) < 2  # every context is seen once
+
+
+@pytest.mark.parametrize("ids", [[0, 5, 1], [0, -1, 1]])
+def test_witten_bell_refuses_ids_that_its_vocabulary_does_not_have(ids, unhooked):
+    """Their n-grams would be counted as others."""
+    few, wrong = torch.tensor([0, 1, 1]), torch.tensor(ids)
+    for texts in ((few, wrong), (wrong, few)):
+        with pytest.raises(ValueError, match=r"vocabulary_size=3\): the ids reach from"):
+            witten_bell(*texts, 1, 3)
+    with pytest.raises(ValueError, match=r"witten_bell\(order=1.5\)"):
+        witten_bell(few, few, 1.5, 3)
 
 
 # Bits per character of orders 1 to 4, and what a later release of the same Python may change: the text is Python's own

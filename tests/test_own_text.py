@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import equilibria
 from equilibria.__main__ import main
@@ -12,6 +13,7 @@ from equilibria.commands.sample import prompt_of
 from equilibria.commands.train import _options
 from equilibria.errors import UsageError
 from equilibria.lm.corpora import Corpus, Stream, TextFolder, Vocabulary, text_file
+from equilibria.lm.evaluation import evaluate
 from equilibria.lm.report.comparison import differences, rows
 from equilibria.lm.report.record import read
 from small_run import fails
@@ -122,6 +124,22 @@ def test_a_validation_text_that_is_too_short_is_refused_before_the_training(plac
     said = fails(capsys, "train", "text", "--data", "short.txt", *QUICK, *QUIET, code=1)
     assert "The validation text has 4 tokens to predict" in said
     assert "try --training.eval-batch-size 4" in said
+
+
+def test_a_model_is_not_scored_on_what_it_cannot_read(place, unhooked):
+    run = equilibria.load("runs/My-text")
+    stream, size = run.stream("valid"), len(run.vocabulary)
+    cases = (
+        ({"warm": "no"}, "warm is True or False"),
+        ({"depth": 3}, "the layer of this model is an Equilibrium"),
+        ({"vocabulary": Vocabulary.of_text("ab", "character")}, f"the vocabulary has 2 tokens and the model {size}"),
+        ({"stream": "a text"}, "it must be a Stream, for example"),
+        ({"stream": Stream.of_text(torch.arange(size + 1))}, f"the id {size}, and the model knows 0 … {size - 1}"),
+        ({"stream": Stream.of_text(torch.arange(-1, 9))}, "the id -1, and the model knows"),
+    )
+    for options, sentence in cases:
+        with pytest.raises((ValueError, TypeError), match=sentence):
+            evaluate(run.model, **({"stream": stream, "segment_length": 8} | options))
 
 
 @pytest.mark.parametrize(
