@@ -453,6 +453,22 @@ def test_a_memory_is_set_in_every_block_of_a_chain():
     assert with_memory(chain, 7).model.cell == ChainConfig(cells=(dataclasses.replace(cell, memory=7),) * 2)
 
 
+def test_a_memory_beyond_the_biases_is_refused_only_where_they_are_missed(run, capsys):
+    """The cell of ``tiny`` sees 1,000 positions and has 1,024 biases, so it can remember as many as anyone likes."""
+    assert with_memory(experiment_of("tiny"), 5000, segment=65).model.cell.memory == 5000
+    stored = json.loads(Path("runs/small/experiment.json").read_text())
+    stored["model"]["cell"]["window"] = 9
+    Path("runs/small/experiment.json").write_text(json.dumps(stored))
+    assert (
+        score_of(capsys, "runs/small", "--memory-length", "500")[0]
+        == score_of(capsys, "runs/small", "--memory-length", "8")[0]
+    )
+    stored["model"]["cell"]["window"] = 0
+    Path("runs/small/experiment.json").write_text(json.dumps(stored))
+    sentence = fails(capsys, "evaluate", "runs/small", "--memory-length", "0", "--segment-length", "40")
+    assert "give segments of at most 32." in sentence
+
+
 @pytest.mark.parametrize("words", ["--explicit 3", "--untied --explicit=3", "--explicit 3 --recompute --layer-memory"])
 def test_an_explicit_twin_goes_all_the_way(place, capsys, monkeypatch, words):
     monkeypatch.setattr(figures, "FIGURES", FIGURES)

@@ -31,6 +31,7 @@ from equilibria.lm.corpora import (
     penn_treebank_characters,
     prefix_sums,
     python_docs,
+    text_file,
     text_folder,
     wikitext103,
     witten_bell,
@@ -174,10 +175,43 @@ def test_undecodable_text_is_located(tmp_path):
         text_folder(tmp_path)
 
 
-def test_a_text_with_nul_characters_is_refused(tmp_path):
-    (write(tmp_path) / "valid.txt").write_bytes("the cat\n".encode("utf-16-le"))
-    with pytest.raises(ValueError, match=r"valid\.txt: a NUL character at byte offset 1, line 1, .* iconv -f UTF-16LE"):
+@pytest.mark.parametrize(("order", "place"), [("LE", 1), ("BE", 0)])
+def test_a_text_with_nul_characters_is_refused(tmp_path, order, place):
+    (write(tmp_path) / "valid.txt").write_bytes("the cat\n".encode(f"utf-16-{order}"))
+    said = rf"valid\.txt: a NUL character at byte offset {place}, line 1, .* iconv -f UTF-16{order} "
+    with pytest.raises(ValueError, match=said):
         text_folder(tmp_path)
+
+
+@pytest.mark.parametrize("code", ["UTF-16", "UTF-32"])
+def test_a_text_of_a_wide_encoding_is_called_so(tmp_path, code):
+    (write(tmp_path) / "valid.txt").write_bytes("the cat\n".encode(code))
+    with pytest.raises(ValueError, match=rf"valid\.txt: not UTF-8: .* iconv -f {code} -t UTF-8\.$"):
+        text_folder(tmp_path)
+
+
+def test_a_path_may_be_a_text_and_a_flag_may_not(tmp_path, unhooked):
+    folder = write(tmp_path)
+    (folder / "one.txt").write_text("the cat\n" * 20)
+    assert text_folder(str(folder)).name == folder.name
+    assert text_file(str(folder / "one.txt")).name == "one.txt"
+    for read, path in ((text_folder, folder), (text_file, folder / "one.txt")):
+        with pytest.raises(ValueError, match="lowercase is True or False"):
+            read(path, lowercase="no")
+    with pytest.raises(FileNotFoundError, match=r"two\.txt does not exist; check the path"):
+        text_file(folder / "two.txt")
+    with pytest.raises(FileNotFoundError, match=r"is no file; .* read a folder with text_folder"):
+        text_file(folder)
+
+
+def test_a_text_that_was_cut_inside_a_character_says_where(tmp_path):
+    """As ``head -c`` cuts; to read it as LATIN1 would spoil every other such character."""
+    whole = "the cat\nthe cät".encode()
+    (write(tmp_path) / "valid.txt").write_bytes(whole[:-2])
+    with pytest.raises(ValueError, match=r"valid\.txt: not UTF-8: .* keep what stands before with head -c 13\.$"):
+        text_folder(tmp_path)
+    (tmp_path / "valid.txt").write_bytes(whole[:13])
+    text_folder(tmp_path, unit="character")
 
 
 def test_a_token_the_training_text_lacks_is_named_with_its_file(tmp_path):
@@ -364,6 +398,17 @@ def test_witten_bell_follows_its_recursion(order):
 def test_witten_bell_does_not_overflow_with_large_vocabularies():
     ids = torch.arange(1000) * 1_000_000_007
     assert witten_bell(ids, ids, 5, 2_000_000_000_000) < 2  # every context is seen once
+
+
+@pytest.mark.parametrize("ids", [[0, 5, 1], [0, -1, 1]])
+def test_witten_bell_refuses_ids_that_its_vocabulary_does_not_have(ids, unhooked):
+    """Their n-grams would be counted as others."""
+    few, wrong = torch.tensor([0, 1, 1]), torch.tensor(ids)
+    for texts in ((few, wrong), (wrong, few)):
+        with pytest.raises(ValueError, match=r"vocabulary_size=3\): the ids reach from"):
+            witten_bell(*texts, 1, 3)
+    with pytest.raises(ValueError, match=r"witten_bell\(order=1.5\)"):
+        witten_bell(few, few, 1.5, 3)
 
 
 # Bits per character of orders 1 to 4, and what a later release of the same Python may change: the text is Python's own

@@ -7,8 +7,10 @@ import torch
 
 from equilibria import Anderson, Implicit, Method, Stop
 from equilibria.cells import TransformerConfig
+from equilibria.lm.corpora import Language, Vocabulary
 from equilibria.lm.model import LanguageConfig, generate, stream
 from equilibria.lm.model.generate import top_k_top_p_mask
+from equilibria.lm.runs.continuation import continuation
 
 V, B = 13, 3
 
@@ -174,6 +176,34 @@ class TestModes:
 def test_refuses(choice, sentence):
     with pytest.raises(ValueError, match=sentence):
         generate(built(), prompt(), **({"length": 1} | choice))
+
+
+@pytest.mark.parametrize("wrong", [None, "1", 1.5, True], ids=repr)
+@pytest.mark.parametrize("name", ["length", "temperature", "top_k", "top_p", "seed", "stop", "segment"])
+def test_refuses_values_of_another_kind(unhooked, name, wrong):
+    """None stands for a default where there is one, and a temperature and a share may have a fraction."""
+    if wrong is None and name in ("top_k", "top_p", "stop", "segment"):
+        assert generate(built(), prompt(), length=1, **{name: wrong}).shape[1] == 1
+    elif wrong == 1.5 and name == "temperature":
+        assert generate(built(), prompt(), length=1, temperature=wrong).shape[1] == 1
+    else:
+        with pytest.raises(ValueError, match=rf"generate\({name}={wrong!r}\)"):
+            generate(built(), prompt(), **({"length": 1} | {name: wrong}))
+
+
+def test_a_stop_may_begin_with_the_letters_of_a_line_feed():
+    words = ["<eos>", r"\nabla", *(f"word{number}" for number in range(V - 2))]
+    vocabulary = Vocabulary.of_tokens(words, "word")
+    language = Language(name="formulas", unit="word", vocabulary=vocabulary, sums={})
+    model = built().eval()
+
+    def text(stop):
+        pieces = continuation(model, language, ["word1"], length=300, temperature=9.0, stop=stop)
+        return "".join(piece for (piece,) in pieces)
+
+    whole = text(None)
+    assert text(r"\nabla") == whole.partition(r" \nabla")[0] != whole
+    assert text(r"\n") == text("<eos>") == whole.partition("\n")[0] != whole
 
 
 def test_refuses_lists_of_numbers(unhooked):

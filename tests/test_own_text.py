@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import equilibria
 from equilibria.__main__ import main
@@ -12,6 +13,7 @@ from equilibria.commands.sample import prompt_of
 from equilibria.commands.train import _options
 from equilibria.errors import UsageError
 from equilibria.lm.corpora import Corpus, Stream, TextFolder, Vocabulary, text_file
+from equilibria.lm.evaluation import evaluate
 from equilibria.lm.report.comparison import differences, rows
 from equilibria.lm.report.record import read
 from small_run import fails
@@ -124,6 +126,22 @@ def test_a_validation_text_that_is_too_short_is_refused_before_the_training(plac
     assert "try --training.eval-batch-size 4" in said
 
 
+def test_a_model_is_not_scored_on_what_it_cannot_read(place, unhooked):
+    run = equilibria.load("runs/My-text")
+    stream, size = run.stream("valid"), len(run.vocabulary)
+    cases = (
+        ({"warm": "no"}, "warm is True or False"),
+        ({"depth": 3}, "the layer of this model is an Equilibrium"),
+        ({"vocabulary": Vocabulary.of_text("ab", "character")}, f"the vocabulary has 2 tokens and the model {size}"),
+        ({"stream": "a text"}, "it must be a Stream, for example"),
+        ({"stream": Stream.of_text(torch.arange(size + 1))}, f"the id {size}, and the model knows 0 … {size - 1}"),
+        ({"stream": Stream.of_text(torch.arange(-1, 9))}, "the id -1, and the model knows"),
+    )
+    for options, sentence in cases:
+        with pytest.raises((ValueError, TypeError), match=sentence):
+            evaluate(run.model, **({"stream": stream, "segment_length": 8} | options))
+
+
 @pytest.mark.parametrize(
     ("use", "sentence"),
     [
@@ -137,6 +155,11 @@ def test_a_validation_text_that_is_too_short_is_refused_before_the_training(plac
         (lambda: equilibria.load("runs/My-text").generate(["The "]), "The prompt is a list"),
         (lambda: equilibria.load("runs/My-text").generate("The ", 2.5), "length is a whole number"),
         (lambda: equilibria.load("runs/My-text").generate("The ", 2, top_k=2.5), "top_k is a whole number"),
+        (lambda: equilibria.load("runs/My-text").generate("The ", None), r"generate\(length=None\)"),
+        (lambda: equilibria.load("runs/My-text").generate("The ", 2, stop=5), "stop is a text"),
+        (lambda: equilibria.load("runs/My-text").pieces("The "), r"a list of texts; try \['The '\]"),
+        (lambda: equilibria.load("runs/My-text").evaluate(batch_size=True), "batch_size is a whole number"),
+        (lambda: equilibria.load("runs/My-text", segment=0), "segment=0"),
         (lambda: equilibria.load("My text.txt"), "My text.txt is a file, and a run is a folder"),
         (lambda: equilibria.load("runs/My-text", data="~nobody at all"), "does not exist"),
     ],
@@ -152,6 +175,9 @@ def test_what_python_cannot_mean_is_refused(place, unhooked, use, sentence):
         (["report"], "report needs RUN"),
         (["generate", "runs/My-text", "--prompt", "a", "--prompt", "b"], "give all prompts after one"),
         (["train", "tiny", "--memory-depths", "-1"], "a depth counts layers"),
+        (["generate", "runs/My-text", "--run", "x"], "There is no flag --run; `equilibria generate --help`"),
+        (["generate", "runs/My-text", "--prompt", "--length", "3"], "--prompt needs a text after it"),
+        (["generate", "runs/My-text", "--prompt", "-a"], "There is no flag -a"),
     ],
 )
 def test_what_a_command_cannot_mean_is_refused(place, capsys, words, sentence):

@@ -185,6 +185,17 @@ def test_shards_that_do_not_fill_their_tensor_are_refused(tmp_path):
     assert pieces_in(tmp_path)["weight"].whole().tolist() == [0, 0, 0, 1, 1]
 
 
+def test_shards_that_share_a_place_and_leave_another_one_are_refused(tmp_path):
+    """Together they have as many numbers as the tensor, and one of its places has none."""
+    for name, place in (("a", 0), ("b", 0), ("c", 2)):
+        info = json.dumps({"weight": {"saved_offsets": [place]}})
+        safetensors.torch.save_file(
+            {"weight": torch.ones(1)}, tmp_path / f"{name}.safetensors", {"DCP_SHARDING_INFO": info}
+        )
+    with pytest.raises(ValueError, match=r"the shards of weight do not fill a tensor of shape \[3\]"):
+        pieces_in(tmp_path)
+
+
 def free_port() -> str:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

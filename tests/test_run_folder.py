@@ -291,10 +291,16 @@ def rewritten(folder: Path, change) -> None:
     (folder / "state.json").write_text(json.dumps({"state": state, "sha256": checkpoint._digest(state)}))
 
 
+def cut(file: Path) -> None:
+    """Keeps the first 5,000 bytes, whose end PyTorch looks for before their beginning."""
+    file.write_bytes(file.read_bytes()[:5000])
+
+
 ABSURD = {
     "no safetensors": lambda folder, state: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
     "empty weights": lambda folder, state: (folder / "model.safetensors").write_bytes(b""),
     "no dict": lambda folder, state: torch.save([1], folder / "optimiser.pt"),
+    "an optimiser that was cut": lambda folder, state: cut(folder / "optimiser.pt"),
     "no step": lambda folder, state: state.pop("step"),
     "a step in words": lambda folder, state: state.update(step="ten"),
     "losses that are none": lambda folder, state: state.update(validated={"losses": 0, "divisions": 0}),
@@ -372,6 +378,20 @@ def test_the_doctor_says_what_is_wrong(run, place, capsys):
         "files that no training writes: notes.txt",
     ):
         assert words in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"event": "step"}', '{"event": "step", "step": "a"}', '{"event": "start", "step": 0}', '{"event": 5, "step": 1}'],
+)
+def test_the_doctor_calls_a_log_bad_that_the_report_refuses(run, capsys, line):
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(f"{line}\n")
+    codes = [main([verb, "runs/small"]) for verb in ("report", "doctor")]
+    captured = capsys.readouterr()
+    assert codes in ([1, 1], [0, 0])
+    assert ("bad  log" in captured.out) == (codes == [1, 1]) == ("is no event that a training writes" in captured.err)
+    assert "Unexpected" not in captured.err
 
 
 # Signals

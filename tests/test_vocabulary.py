@@ -119,3 +119,31 @@ def test_ids_outside_the_vocabulary_are_refused(ids):
 def test_json_that_is_no_vocabulary_is_refused(value):
     with pytest.raises(ValueError, match="fields are"):
         Vocabulary.from_json(value)
+
+
+def test_one_text_is_not_taken_for_lines_nor_nothing_for_a_text(unhooked):
+    """The characters of a text would be its lines, each with an end, and None an empty text."""
+    words = Vocabulary.of_text("a b\nc\n", "word")
+    with pytest.raises(TypeError, match="give one text to encode"):
+        words.encode_lines("a b")
+    with pytest.raises(TypeError, match="give one text to of_text"):
+        Vocabulary.of_lines("a b", "word")
+    for wrong in (None, b"a b", 3, ["a"]):
+        with pytest.raises(TypeError, match="only a text \\(str\\) is encoded"):
+            words.encode(wrong)
+
+
+def test_ids_and_tokens_of_another_kind_are_refused_in_a_sentence(unhooked):
+    words = Vocabulary.of_text("a b\nc\n", "word")
+    assert words.decode([1, 2]) == words.decode(torch.tensor([1, 2])) == "a b"
+    assert words.decode([]) == ""
+    for wrong in (torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]]), torch.tensor(1), torch.tensor([True])):
+        with pytest.raises(ValueError, match="must be whole numbers along one axis"):
+            words.decode(wrong)
+    with pytest.raises(ValueError, match="the token 1 is no text"):
+        Vocabulary.of_tokens([1, 2], "word")
+    for wrong in (None, [1]):
+        with pytest.raises(ValueError, match="the fields are none"):
+            Vocabulary.from_json(wrong)
+    with pytest.raises(ValueError, match="vocabulary_size is a whole number"):
+        Vocabulary.of_text("a b", "bpe", size="300")

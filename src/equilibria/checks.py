@@ -31,13 +31,27 @@ def check_at_least(settings: Any, **least: float) -> None:
             raise _refused(settings, name, f"at least {bound}")
 
 
-def check_whole(call: str, **values: Any) -> None:
-    """Raise a ValueError unless each of these arguments of ``call`` is None or a whole number."""
+def check_whole(call: str, *, optional: bool = False, **values: Any) -> None:
+    """Raise a ValueError unless each of these arguments of ``call`` is a whole number, or, if ``optional``, None."""
     for name, value in values.items():
-        try:
-            operator.index(0 if value is None else value)
-        except TypeError:
-            raise ValueError(f"{call}({name}={value!r}): {name} is a whole number, such as 8.") from None
+        if not (optional and value is None) and not _is_whole(value):
+            raise ValueError(f"{call}({name}={value!r}): {name} is a whole number, such as 8.")
+
+
+def _is_whole(value: Any) -> bool:
+    """True for a number that Python takes as an index, such as a tensor with one; a flag is not a number."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def check_number(call: str, *, optional: bool = False, **values: Any) -> None:
+    """Raise a ValueError unless each of these arguments of ``call`` is a real number, or, if ``optional``, None."""
+    for name, value in values.items():
+        if not (optional and value is None) and not _is_number(value, numbers.Real):
+            raise ValueError(f"{call}({name}={value!r}): {name} is a number, such as 0.8.")
 
 
 def check_flag(call: str, **values: Any) -> None:

@@ -106,7 +106,7 @@ def deq_transformer(
     softmax_state(state, width=width, embed=embed or width, bare=year == 2019, **softmax)
     state["inject_conv.weight"] = random(3 * width, width, 1, scale=2.0, generator=generator)
     state["inject_conv.bias"] = random(3 * width, generator=generator)
-    state["pos_emb.inv_freq"] = torch.rand(width // 2)
+    state["pos_emb.inv_freq"] = 10000 ** (-torch.arange(0, width, 2) / width)
     sizes = {"width": width, "heads": heads, "inner": inner, "normal": normal, "generator": generator}
     block_state(state, "func.dec_attn.", "func.pos_ff.", conv=True, conv_feed=year < 2021, **sizes)
     if year < 2021:  # the block is there three times, of which one copy has the weights of the beginning
@@ -123,7 +123,7 @@ def deq_lm(*, words, blocks=3, width=8, heads=2, inner=12, cutoffs=(), division=
     generator, state = torch.Generator().manual_seed(seed), collections.OrderedDict()
     softmax = {"words": words, "cutoffs": cutoffs, "division": division, "generator": generator}
     softmax_state(state, width=width, embed=width, bare=False, **softmax)
-    state["pos_emb.inv_freq"] = torch.rand(width // 2)
+    state["pos_emb.inv_freq"] = 10000 ** (-torch.arange(0, width, 2) / width)
     state["injection.weight"] = random(3 * width, width, scale=0.5, generator=generator)
     state["injection.bias"] = random(3 * width, generator=generator)
     sizes = {"width": width, "heads": heads, "inner": inner, "normal": True, "generator": generator}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import equilibria
 from equilibria.__main__ import main
 from equilibria.lm.convert import ConversionError, Numbering, convert, numbered, read
-from equilibria.lm.corpora import PennTreebank, TextFolder, WikiText2, WikiText103
+from equilibria.lm.corpora import Corpus, PennTreebank, Source, TextFolder, WikiText2, WikiText103
 from equilibria.lm.recipes import RECIPES
 from equilibria.lm.runs import Run
 from small_run import fails
@@ -100,6 +103,21 @@ def test_other_files_are_refused(place, capsys):
     assert "holds an optimiser's state, and a state dict" in fails(capsys, *words("optimizer.pth"), code=1)
     assert "names of no known format, such as weight, bias" in fails(capsys, *words(saved(model.state_dict())), code=1)
     assert "missing.pth is no file" in fails(capsys, *words("missing.pth"))
+    whole = Path(saved(deq_transformer(**SOFTMAX))).read_bytes()
+    (place / "script.pt").write_bytes(whole)
+    with zipfile.ZipFile("script.pt", "a") as archive:  # by this name PyTorch knows a TorchScript module
+        archive.writestr("weights/constants.pkl", b"")
+    assert "script.pt holds a TorchScript module, and loading it would run code" in fails(
+        capsys, *words("script.pt"), code=1
+    )
+    save_file(model.state_dict(), "model.safetensors")
+    assert "torch.save(safetensors.torch.load_file(…), …) makes one" in fails(
+        capsys, *words("model.safetensors"), code=1
+    )
+    (place / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    assert "cut.pth is not a file that torch.save has written, or was cut" in fails(capsys, *words("cut.pth"), code=1)
+    assert "around a state dict, which is its entry 'model'" in refused({"model": model.state_dict(), "epoch": 3})
+    assert "holds other values, and a state dict holds named tensors" in refused({0: torch.ones(2)})
     assert "needs a file" in fails(capsys, "convert", "--recipe", "recipe.py:v2")
     assert "needs --recipe" in fails(capsys, "convert", "weights.pth")
 
@@ -152,6 +170,103 @@ def test_tensors_that_nothing_reads_and_missing_ones_are_refused(place):
     state = deq_transformer(**SOFTMAX)
     state["func.dec_attn.o_net.bias"] = torch.ones(9)
     assert "gives layer.cell.attention.out.bias the shape (9,) and the model has (8,)" in refused(state)
+
+
+FILES = {
+    "transformer": (deq_transformer(**SOFTMAX), "wikitext103-v2"),
+    "one table": (deq_transformer(words=7, cutoffs=(2, 4), embed=4), "wikitext103-v2"),
+    "deq-lm": (deq_lm(**SOFTMAX, blocks=1), "wikitext103-unrolled"),
+    "deq-trellisnet": (deq_trellisnet(words=7, experts=2), "ptb-trellis"),
+    "trellisnet": (trellisnet(words=7), "ptb-trellis-deep"),
+}
+"""A state dict of each format, and its recipe."""
+DAMAGES = {
+    "missing": lambda t: None,
+    "flat": torch.Tensor.flatten,
+    "one number": lambda t: t.new_zeros(()),
+    "one more axis": lambda t: t[None],
+    "one row": lambda t: t[:1],
+    "one row less": lambda t: t[:-1],
+    "no rows": lambda t: t[:0],
+    "transposed": lambda t: t.transpose(0, -1).contiguous(),
+    "nan": lambda t: torch.full_like(t, torch.nan),
+    "overflow": lambda t: t.double() + 1e300,
+    "whole numbers": lambda t: t.long(),
+    "complex": lambda t: t.to(torch.complex64),
+    "sparse": torch.Tensor.to_sparse,
+    "meta": lambda t: t.to("meta"),
+    "other values": lambda t: t + 1,
+}
+"""What may have happened to a tensor of a file."""
+SHAPES = ("missing", "flat", "one number", "one more axis", "one row", "no rows", "other values")
+"""Those that each format has to notice by itself."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        *itertools.product(FILES, SHAPES),
+        *(("transformer", damage) for damage in DAMAGES if damage not in SHAPES),
+    ],
+)
+def test_a_file_with_one_damaged_tensor_is_refused_unless_nothing_changes(place, kind, damage):
+    """A tensor with other values of its kind is another model, and all else is refused, or makes no difference."""
+    state, name = FILES[kind]
+    value = experiment(name)
+    if kind == "one table":
+        adaptive = dataclasses.replace(value.model.adaptive, cutoffs=(2, 4))
+        value = dataclasses.replace(value, model=dataclasses.replace(value.model, adaptive=adaptive))
+    text = value.corpus.load()
+    value = dataclasses.replace(value, corpus=Held(text))
+    whole = convert(Path(saved(state)), value).weights
+    for tensor in state:
+        others = {other: kept for other, kept in state.items() if other != tensor}
+        changed = DAMAGES[damage](state[tensor])
+        file = Path(saved(others if changed is None else {**others, tensor: changed}))
+        found = None
+        with contextlib.suppress(ConversionError):
+            found = convert(file, value).weights
+        same = found is not None and all(torch.equal(found[part], whole[part]) for part in whole)
+        if damage == "other values":
+            assert not same or tensor.startswith(COPIES), tensor
+        elif damage != "transposed":
+            assert same or found is None, tensor
+
+
+COPIES = ("network.0.module.net.", "network.1.", "mixsoft.decoder.", "trellisnet.func_copy.", "trellisnet.deq")
+"""Beginnings of the names of tensors that another one repeats, or that are not trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Held(Source):
+    """A corpus that was read before."""
+
+    corpus: Corpus
+
+    def load(self):
+        return self.corpus
+
+
+def test_names_that_are_the_same_without_the_prefix_of_dataparallel_are_refused(place):
+    state = deq_transformer(**SOFTMAX)
+    assert convert(Path(saved({f"module.{name}": t for name, t in state.items()})), experiment()).weights
+    twice = {**state, "module.inject_conv.bias": state["inject_conv.bias"] + 1}
+    assert "holds both inject_conv.bias and module.inject_conv.bias" in refused(twice)
+
+
+def test_gains_of_columns_are_not_taken_for_gains_of_rows(place):
+    """In a square matrix they are as many."""
+    state = deq_transformer(**SOFTMAX)
+    state["func.dec_attn.r_net.weight_g"] = state["func.dec_attn.r_net.weight_g"].view(1, -1, 1)
+    assert "weight normalisation here has one gain per row" in refused(state)
+
+
+def test_other_frequencies_of_the_positions_are_refused(place):
+    state = deq_transformer(**SOFTMAX)
+    halved = {name: tensor.bfloat16() for name, tensor in state.items()}
+    assert convert(Path(saved(halved)), experiment()).weights
+    state["pos_emb.inv_freq"] = state["pos_emb.inv_freq"] * 2
+    assert "pos_emb.inv_freq is not what its code computes" in refused(state)
 
 
 def test_a_recipe_of_another_model_is_refused(place):

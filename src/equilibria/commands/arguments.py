@@ -60,6 +60,7 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
         SystemExit: the words contain --help, which has been printed.
     """
     known = flags(default) if default is not None else _plain_flags(kind)
+    known = {flag: value for flag, value in known.items() if flag not in _positional(kind)}
     words = [_full(word, known) for word in arguments]
     typed = {full.partition("=")[0]: word.partition("=")[0] for full, word in zip(words, arguments, strict=True)}
     errors = io.StringIO()
@@ -166,6 +167,13 @@ def _fields(value: Any) -> list[tuple[str, Any]]:
 
 def _plain_flags(kind: Any) -> dict[str, Any]:
     return {f"--{field.name.replace('_', '-')}": None for field in dataclasses.fields(kind)}
+
+
+def _positional(kind: Any) -> list[str]:
+    """The fields of a dataclass that are words of their own, such as RUN, as if they were flags."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    marked = (name for name, hint in hints.items() if tyro.conf.Positional in getattr(hint, "__metadata__", ()))
+    return [f"--{name.replace('_', '-')}" for name in marked]
 
 
 def _full(word: str, known: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -14,7 +15,9 @@ from rich.text import Text
 
 from equilibria.commands.arguments import Run as Folder
 from equilibria.commands.arguments import found, parse
+from equilibria.commands.errors import explain
 from equilibria.lm.corpora.vocabulary import noun
+from equilibria.lm.report.record import read
 from equilibria.lm.report.visible import visible
 from equilibria.lm.runs import checkpoint, events
 from equilibria.lm.runs.checkpoint import CheckpointError
@@ -74,7 +77,7 @@ def examined(run: Run) -> Iterator[Finding]:
         try:
             yield from look(run)
         except (OSError, ValueError, CheckpointError) as error:
-            yield Finding(part, " ".join(str(error).split()), "see above what it says; nothing was changed.")
+            yield Finding(part, explain(error)[0], "see above what it says; nothing was changed.")
 
 
 def _folder(run: Run) -> Iterator[Finding]:
@@ -113,6 +116,8 @@ def _log(run: Run) -> Iterator[Finding]:
         lines += 1
         if event.get("event") == "start":
             version = str(event.get("torch", ""))
+    if _is_described(run):
+        read(run.path)  # which refuses events that no training writes, as `report` and --resume do
     if _is_cut(run.metrics):
         advice = "nothing: --resume writes it again."
         yield Finding("log", f"{lines:,} lines, and one that was cut", advice, remark=True)
@@ -121,6 +126,13 @@ def _log(run: Run) -> Iterator[Finding]:
     if version and version != torch.__version__:
         said = f"trained with torch {version}, here are torch {torch.__version__}, Python {platform.python_version()}"
         yield Finding("versions", said, "the last bits may differ.", remark=True)
+
+
+def _is_described(run: Run) -> bool:
+    """True if experiment.json can be read; otherwise its own line says so."""
+    with contextlib.suppress(ValueError):
+        return bool(run.stored())
+    return False
 
 
 def _is_cut(file: Path) -> bool:

@@ -55,6 +55,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Options, arguments, verb="generate")
     if sum(word.partition("=")[0] == "--prompt" for word in arguments) > 1:  # the last one alone would count
         raise UsageError("--prompt is there twice; give all prompts after one: --prompt 'The ' 'Iterators are'.")
+    if options.prompt == ():  # as of a variable of the shell that is empty
+        raise UsageError("--prompt needs a text after it; leave it out for the prompt of the sample in the report.")
     if options.memory_length is not None and options.memory_length < 0:
         raise UsageError(
             f"--memory-length {options.memory_length}: it counts positions and is at least 0; leave it out "
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{options.run} was trained on a synthetic task, {loaded.language.name}, which has no text to continue; "
             f"try equilibria evaluate {options.run}."
         )
-    prompts = options.prompt or _usual_prompt(run)
+    prompts = _usual_prompt(run) if options.prompt is None else options.prompt
     options = dataclasses.replace(options, prompt=prompts)
     with failures_of(loaded) as failed:
         _show(prompts, _pieces(loaded, options))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equilibria.checks import check_whole
+from equilibria.checks import check_flag, check_kind, check_whole
 from equilibria.core.solve import Solution
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Cell
@@ -68,7 +68,10 @@ def evaluate(
     Raises:
         ValueError: an argument is out of its range, or the stream is too short for the batch.
     """
-    check_whole("evaluate", batch_size=batch_size, max_segments=max_segments)
+    check_whole("evaluate", batch_size=batch_size)
+    check_whole("evaluate", optional=True, max_segments=max_segments)
+    check_flag("evaluate", warm=warm)
+    _check_fit(model, stream, vocabulary, depth)
     if max_segments is not None and max_segments < 1:
         raise ValueError(f"evaluate(max_segments={max_segments}): at least 1 segment is scored; None scores them all.")
     if batch_size % ranks.size:
@@ -82,15 +85,14 @@ def evaluate(
         world_size=ranks.size,
         official=official,
     )
-    began, device = time.perf_counter(), device_of(model)
-    answers = stream.answers or stream.episode
-    totals, memory = _Totals(answers=answers, vocabulary=vocabulary), None
+    began, device, how = time.perf_counter(), device_of(model), {"method": method, "warm": warm, "depth": depth}
+    totals, memory = _Totals(answers=stream.answers or stream.episode, vocabulary=vocabulary), None
     with eval_mode(model):
         for segment in itertools.islice(segments.one_epoch(), max_segments):
             totals.count(segment)
             segment = to(segment, device)
-            past, options = None if segment.resets else memory, {"method": method, "warm": warm, "depth": depth}
-            output = model(segment.tokens, segment.targets, past, skip=segment.skip, **options)
+            past = None if segment.resets else memory
+            output = model(segment.tokens, segment.targets, past, skip=segment.skip, **how)
             memory = output.memory
             totals.add(model, segment, output)
     reshard(model)
@@ -106,6 +108,29 @@ def evaluate(
         official=official,
     )
     return totals.evaluation(setting, seconds=time.perf_counter() - began)
+
+
+def _check_fit(model: LanguageModel, stream: Stream, vocabulary: Vocabulary | None, depth: int | None) -> None:
+    """Raise an error if the model cannot read the stream, or has another vocabulary or no depth."""
+    check_kind("stream", stream, Stream, "Stream.of_text(vocabulary.encode(text))")
+    size = model.vocabulary_size
+    bounds = [int(bound) for ids in (stream.tokens, stream.targets) for bound in ids.aminmax()]
+    if min(bounds) < 0 or max(bounds) >= size:
+        wrong = min(bounds) if min(bounds) < 0 else max(bounds)
+        raise ValueError(
+            f"evaluate: the stream has the id {wrong}, and the model knows 0 … {size - 1}; encode the text with the "
+            "vocabulary that the model was trained with."
+        )
+    if vocabulary is not None and len(vocabulary) != size:
+        raise ValueError(
+            f"evaluate: the vocabulary has {len(vocabulary):,} tokens and the model {size:,}; give the one that the "
+            "model was trained with, or None to count no bytes."
+        )
+    if depth is not None and isinstance(model.layer, Equilibrium):
+        raise ValueError(
+            f"evaluate(depth={depth}): the layer of this model is an Equilibrium, which has no number of layers; leave "
+            "depth out, or limit the evaluations with method=….with_budget(…)."
+        )
 
 
 def _layer_setting(layer: nn.Module, method: Method | None, *, carried: bool) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -90,7 +92,8 @@ def convert(
             f"{experiment.name} has {experiment.model.kind}, and the published formats are of "
             "transformers and TrellisNets; choose the recipe of the file's model."
         )
-    model = kind.model(tensors, experiment.model)
+    with _naming(source):
+        model = kind.model(tensors, experiment.model)
     found = kind.weights(tensors, model)
     tensors.skip(kind.copies)
     if rest := tensors.rest():
@@ -138,7 +141,19 @@ def _check_shapes(found: dict[str, Tensor], experiment: Experiment, corpus: Corp
     for name in sorted(built.keys() | found.keys()):
         have, need = (tuple(part[name].shape) if name in part else None for part in (found, built))
         if have != need:
+            given = f"has no {name}" if have is None else f"gives {name} the shape {have}"
             raise ConversionError(
-                f"{source} gives {name} the shape {have or 'of nothing'} and the model has {need or 'no such tensor'}; "
+                f"{source} {given} and the model {'has no such tensor' if need is None else f'has {need}'}; "
                 "it was saved by a changed code, or its recipe is another one."
             )
+
+
+@contextlib.contextmanager
+def _naming(source: Path) -> Iterator[None]:
+    """Within it, a model that cannot have the sizes of the file is an error about the file."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except ValueError as error:
+        raise ConversionError(f"{source} has sizes that its model cannot have: {error}") from None

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from equilibria.cells.chain import ChainConfig
-from equilibria.lm.convert.deq_transformer import block, sizes
+from equilibria.lm.convert.deq_transformer import block, check_frequencies, sizes
 from equilibria.lm.convert.format import Format, Row, check_cell, filled, linear
 from equilibria.lm.convert.softmax import clustered, vocabulary_size, with_clusters
 from equilibria.lm.convert.tensors import ConversionError, Tensors
@@ -31,7 +31,7 @@ class DEQLanguageModel(Format):
     """Blocks with layer norms that have gains and biases, and with one more before the output of the attention."""
 
     name: ClassVar[str] = "TorchDEQ's deq-lm"
-    copies: ClassVar[tuple[str, ...]] = ("deq.", "pos_emb.")
+    copies: ClassVar[tuple[str, ...]] = ("deq.",)
 
     def matches(self, tensors: Tensors) -> bool:
         """True with a list of blocks below ``func.dec_attn``."""
@@ -59,6 +59,7 @@ class DEQLanguageModel(Format):
     def weights(self, tensors: Tensors, config: LanguageConfig) -> dict[str, Tensor]:
         """The blocks, the injection of the first, embedding and head."""
         assert isinstance(config.cell, ChainConfig)
+        check_frequencies(tensors, config.cell.width)
         found, change = {}, partial(_heads_last, heads=config.cell.cells[0].heads)
         for index in range(len(config.cell.cells)):
             under, names = f"layer.cell.blocks.{index}.", (f"func.dec_attn.{index}.", f"func.pos_ff.{index}.")
@@ -70,5 +71,14 @@ class DEQLanguageModel(Format):
 
 
 def _heads_last(rows: Tensor, *, heads: int) -> Tensor:
-    """Rows in the order [3, H, C]: theirs are [H, 3, C], the query, key and value of a head side by side."""
+    """Rows in the order [3, H, C]: theirs are [H, 3, C], the query, key and value of a head side by side.
+
+    Raises:
+        ConversionError: they cannot be divided so.
+    """
+    if rows.ndim == 0 or len(rows) % (3 * heads):
+        raise ConversionError(
+            f"A tensor of queries, keys and values, or of their injection, has the shape {tuple(rows.shape)}, and its "
+            f"rows are those of {heads} heads, three times; it was saved by a changed code."
+        )
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from equilibria.cells.transformer.cell import TransformerConfig
@@ -49,23 +50,28 @@ def sizes(tensors: Tensors, attention: str, feed_forward: str, *, injection: str
     Raises:
         ConversionError: the heads together have another width than the model.
     """
-    heads, width = tensors.look(f"{attention}r_w_bias").shape
-    model = tensors.look(injection).shape[1]
+    heads, width = tensors.look(f"{attention}r_w_bias", axes=(2,)).shape
+    model = tensors.look(injection, axes=(2, 3)).shape[1]
     if heads * width != model:
         raise ConversionError(
             f"{tensors.source} has {heads} heads of width {width} in a model of width {model}, and here the heads "
             "share the model's width."
         )
     normed = is_normed(tensors, f"{feed_forward}ff1_net.")
-    inner = len(tensors.look(f"{feed_forward}ff1_net.{'weight_v' if normed else 'weight'}"))
+    inner = len(tensors.look(f"{feed_forward}ff1_net.{'weight_v' if normed else 'weight'}", axes=(2, 3)))
     return {"width": model, "heads": heads, "inner": inner, "weight_norm": normed, "positions": "relative"}
+
+
+def check_frequencies(tensors: Tensors, width: int) -> None:
+    """Raise a ConversionError if the file has other frequencies of its sinusoids than 10000^(−2i/width)."""
+    tensors.check_computed("pos_emb.inv_freq", 10000 ** (-torch.arange(0, width, 2) / width))
 
 
 class DEQTransformer(Format):
     """One block, one injection, an adaptive or a plain softmax."""
 
     name: ClassVar[str] = "the DEQ-Transformer of locuslab/deq or of TorchDEQ's deq-seq"
-    copies: ClassVar[tuple[str, ...]] = ("func_copy.", "deq.", "deqback.", "pos_emb.")
+    copies: ClassVar[tuple[str, ...]] = ("func_copy.", "deq.", "deqback.")
 
     def matches(self, tensors: Tensors) -> bool:
         """True with one block below ``func.dec_attn``."""
@@ -85,6 +91,7 @@ class DEQTransformer(Format):
 
     def weights(self, tensors: Tensors, config: LanguageConfig) -> dict[str, Tensor]:
         """The block, its injection, embedding and head."""
+        check_frequencies(tensors, config.cell.width)
         found = block(tensors, "func.dec_attn.", "func.pos_ff.", under="layer.cell.", change=Tensor.clone)
         found |= linear(tensors, "inject_conv.", "layer.cell.inject")
         return found | clustered(tensors, config)

@@ -36,10 +36,10 @@ def both_times(kernel: Tensor) -> Tensor:
 
 def with_sizes(tensors: Tensors, config: LanguageConfig, *, channels: int, normed: bool) -> LanguageConfig:
     """``config`` with the widths of the file, and its mixture of softmaxes if it has one."""
-    width, experts = tensors.look("encoder.weight").shape[1], None
-    outputs = tensors.look("decoder.weight").shape[1]
+    width, experts = tensors.look("encoder.weight", axes=(2,)).shape[1], None
+    outputs = tensors.look("decoder.weight", axes=(2,)).shape[1]
     if "mixsoft.prior.weight" in tensors:
-        experts, outputs = tensors.look("mixsoft.prior.weight").shape
+        experts, outputs = tensors.look("mixsoft.prior.weight", axes=(2,)).shape
     known = {"width": width, "hidden": channels - outputs, "outputs": outputs, "weight_norm": normed}
     cell = dataclasses.replace(config.cell, carry_input=False, **known)
     mixture = None
@@ -59,9 +59,9 @@ def with_sizes(tensors: Tensors, config: LanguageConfig, *, channels: int, norme
                 "(SplitCrossEntropyLoss) with --criterion FILE; without it the model cannot be scored."
             )
         clusters = dataclasses.replace(clusters, width=None, division=1)
-        if len(tensors.look(TAILS[0])) != len(clusters.cutoffs):
+        if (slots := len(tensors.look(TAILS[0], axes=(2,)))) != len(clusters.cutoffs):
             raise ConversionError(
-                f"The split softmax has {len(tensors.look(TAILS[0]))} slots and the recipe {len(clusters.cutoffs)} "
+                f"The split softmax has {slots} slots and the recipe {len(clusters.cutoffs)} "
                 "cutoffs; give as many with --model.adaptive.cutoffs."
             )
     elif TAILS[0] in tensors:
@@ -100,14 +100,14 @@ class DEQTrellisNet(Format):
 
     def vocabulary_size(self, tensors: Tensors) -> int:
         """V."""
-        return len(tensors.look("encoder.weight"))
+        return len(tensors.look("encoder.weight", axes=(2,)))
 
     def model(self, tensors: Tensors, config: LanguageConfig) -> LanguageConfig:
         """Widths, weight norm and mixture."""
         check_cell(self, config, TrellisConfig, recipes="wikitext103-trellis or ptb-trellis")
         below = _below(tensors)
         normed = is_normed(tensors, f"{below}func.full_conv.")
-        channels = len(tensors.look(f"{below}func.full_conv.bias")) // 4
+        channels = len(tensors.look(f"{below}func.full_conv.bias", axes=(1,))) // 4
         return with_sizes(tensors, config, channels=channels, normed=normed)
 
     def weights(self, tensors: Tensors, config: LanguageConfig) -> dict[str, Tensor]:
@@ -116,7 +116,13 @@ class DEQTrellisNet(Format):
         tensors.skip(f"{below}{copy}" for copy in ("func_copy.", "deq.", "deqback."))
         found = linear(tensors, f"{below}func.full_conv.", "layer.cell.state", change=both_times)
         found |= linear(tensors, f"{below}inject_conv.", "layer.cell.input", change=both_times)
-        found["layer.cell.state.bias"] = found["layer.cell.state.bias"] + found.pop("layer.cell.input.bias")
+        state, given = found["layer.cell.state.bias"], found.pop("layer.cell.input.bias")
+        if state.shape != given.shape:  # a sum would fit one to the other
+            raise ConversionError(
+                f"{tensors.source} has biases of the shapes {tuple(state.shape)} and {tuple(given.shape)} for state "
+                "and input, and in its format they are the same; it was saved by a changed code."
+            )
+        found["layer.cell.state.bias"] = state + given
         return found | words(tensors, config)
 
 

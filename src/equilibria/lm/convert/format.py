@@ -98,10 +98,25 @@ def linear(
     direction = tensors.take(f"{theirs}{weight}{'_v' if normed else ''}{raw}")
     found = {f"{ours}.direction": change(direction.squeeze(2) if direction.shape[2:] == (1,) else direction)}
     if normed:
-        found[f"{ours}.gain"] = change(tensors.take(f"{theirs}{weight}_g").flatten())
+        found[f"{ours}.gain"] = change(_gain(tensors, f"{theirs}{weight}_g"))
     if bias:
         found[f"{ours}.bias"] = change(tensors.take(f"{theirs}bias"))
     return found
+
+
+def _gain(tensors: Tensors, name: str) -> Tensor:
+    """The gain of each row.
+
+    Raises:
+        ConversionError: it is not that of the rows, as after ``weight_norm(…, dim=1)``.
+    """
+    gain = tensors.take(name)
+    if gain.ndim == 0 or gain.numel() != len(gain):
+        raise ConversionError(
+            f"{tensors.source} gives {name} the shape {tuple(gain.shape)}, and weight normalisation here has one gain "
+            "per row of the weight; it was saved by a changed code."
+        )
+    return gain.flatten()
 
 
 def is_normed(tensors: Tensors, theirs: str, *, weight: str = "weight") -> bool:

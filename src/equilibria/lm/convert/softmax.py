@@ -22,7 +22,7 @@ SLOTS = "crit.cluster_weight"
 
 def vocabulary_size(tensors: Tensors) -> int:
     """V, the rows of all tables together."""
-    return sum(len(tensors.look(TABLE.format(index))) for index in range(tensors.count(TABLE)))
+    return sum(len(_table(tensors, index)) for index in range(tensors.count(TABLE)))
 
 
 def with_clusters(tensors: Tensors, config: LanguageConfig) -> LanguageConfig:
@@ -32,7 +32,7 @@ def with_clusters(tensors: Tensors, config: LanguageConfig) -> LanguageConfig:
         ConversionError: the cutoffs of ``config`` are not as many as the file's clusters, or it is untied.
     """
     tables, width = tensors.count(TABLE), config.cell.width
-    first = tensors.look(TABLE.format(0)).shape[1]
+    first = _table(tensors, 0).shape[1]
     if SLOTS not in tensors:
         if first != width:
             raise ConversionError(
@@ -48,7 +48,7 @@ def with_clusters(tensors: Tensors, config: LanguageConfig) -> LanguageConfig:
     clusters = dict.fromkeys(("width", "division", "cutoffs"))
     clusters["width"] = None if first == width else first
     if tables > 1:
-        sizes = [len(tensors.look(TABLE.format(index))) for index in range(tables)]
+        sizes = [len(_table(tensors, index)) for index in range(tables)]
         clusters["cutoffs"] = tuple(itertools.accumulate(sizes[:-1]))
         clusters["division"] = _division(tensors, tables, config.adaptive)
     else:
@@ -69,28 +69,35 @@ def clustered(tensors: Tensors, config: LanguageConfig) -> dict[str, Tensor]:
             tensors.check_same(WORDS.format(index, "weight"), TABLE.format(index))
         else:
             found["head.weight"] = tensors.take(WORDS.format(index, "weight"))
-    found["head.bias"] = torch.cat([tensors.take(WORDS.format(index, "bias")) for index in range(tables)])
+    found["head.bias"] = torch.cat([tensors.take(WORDS.format(index, "bias"), axes=(1,)) for index in range(tables)])
     if not adaptive:
         return found
-    found["head.slot_weight"] = tensors.take(SLOTS).flip(0)
-    found["head.slot_bias"] = tensors.take("crit.cluster_bias").flip(0)
-    return found | _projections(tensors)
+    found["head.slot_weight"] = tensors.take(SLOTS, axes=(2,)).flip(0)
+    found["head.slot_bias"] = tensors.take("crit.cluster_bias", axes=(1,)).flip(0)
+    return found | _projections(tensors, 1 + len(found["head.slot_bias"]))
 
 
-def _projections(tensors: Tensors) -> dict[str, Tensor]:
+def _table(tensors: Tensors, index: int) -> Tensor:
+    """The vectors of the words of a cluster, by rows."""
+    return tensors.look(TABLE.format(index), axes=(2,))
+
+
+def _projections(tensors: Tensors, clusters: int) -> dict[str, Tensor]:
     """P_i, and the head's own Q_0; the others are P_i again, or P_0 where there is one projection for all clusters."""
     inside = list(itertools.takewhile(lambda i: _projection(tensors, "word_emb.emb_projs", i), itertools.count()))
-    outside = list(itertools.takewhile(lambda i: _projection(tensors, "crit.out_projs", i), itertools.count()))
     if not inside:
         return {}
     found = {
         f"embedding.projections.{index}": tensors.take(_projection(tensors, "word_emb.emb_projs", index) or "")
         for index in inside
     }
-    for index in outside[1:]:
+    outside = [
+        _projection(tensors, "crit.out_projs", index) or f"crit.out_projs.{index}.weight" for index in range(clusters)
+    ]
+    for index, name in enumerate(outside[1:], 1):
         origin = _projection(tensors, "word_emb.emb_projs", min(index, inside[-1]))
-        tensors.check_same(_projection(tensors, "crit.out_projs", index) or "", origin or "")
-    found["head.projection"] = tensors.take(_projection(tensors, "crit.out_projs", 0) or "crit.out_projs.0.weight")
+        tensors.check_same(name, origin or "")
+    found["head.projection"] = tensors.take(outside[0])
     return found
 
 
@@ -102,7 +109,7 @@ def _projection(tensors: Tensors, below: str, index: int) -> str | None:
 
 def _division(tensors: Tensors, tables: int, stated: AdaptiveConfig | None) -> int:
     """The division that gives the widths of the tables, the stated one if it does."""
-    widths = [tensors.look(TABLE.format(index)).shape[1] for index in range(tables)]
+    widths = [_table(tensors, index).shape[1] for index in range(tables)]
     candidates = [*([] if stated is None else [stated.division]), *range(2, widths[0] + 1)]
     for division in candidates:
         if [widths[0] // division**index for index in range(tables)] == widths:
@@ -115,7 +122,7 @@ def _division(tensors: Tensors, tables: int, stated: AdaptiveConfig | None) -> i
 
 def _stated_cutoffs(tensors: Tensors, stated: AdaptiveConfig | None) -> tuple[int, ...]:
     """The cutoffs of the recipe: one table says nothing of them, but how many there are."""
-    clusters = len(tensors.look(SLOTS))
+    clusters = len(tensors.look(SLOTS, axes=(2,)))
     known = () if stated is None else stated.cutoffs
     if len(known) != clusters:
         raise ConversionError(

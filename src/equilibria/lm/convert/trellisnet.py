@@ -30,12 +30,12 @@ class TrellisNet(Format):
 
     def vocabulary_size(self, tensors: Tensors) -> int:
         """V."""
-        return len(tensors.look("encoder.weight"))
+        return len(tensors.look("encoder.weight", axes=(2,)))
 
     def model(self, tensors: Tensors, config: LanguageConfig) -> LanguageConfig:
         """Widths, weight norm and mixture; the number of layers is in no file."""
         check_cell(self, config, TrellisConfig, recipes="ptb-trellis-deep or wikitext103-trellis-deep", explicit=True)
-        channels = len(tensors.look(f"{BELOW}bias2")) // 4
+        channels = len(tensors.look(f"{BELOW}bias2", axes=(1,))) // 4
         normed = is_normed(tensors, BELOW, weight="weight2")
         sized = with_sizes(tensors, config, channels=channels, normed=normed)
         return dataclasses.replace(sized, cell=dataclasses.replace(sized.cell, recurrence="delayed"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+from equilibria.checks import check_whole
 from equilibria.lm.corpora.byte_symbols import BYTES
 
 LARGEST = 1 << 20
@@ -57,6 +58,7 @@ def tokenizer_of(text: str) -> Tokenizer:
 
 def check_size(size: int) -> None:
     """Raise a ValueError if a byte-pair vocabulary cannot have so many tokens."""
+    check_whole("byte-pair encoding", vocabulary_size=size)
     if not len(BYTES) <= size <= LARGEST:
         raise ValueError(
             f"vocabulary_size={size}: byte-pair encoding has a token for each of the {len(BYTES)} bytes, and at most "

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from equilibria.lm.corpora.byte_level import check_tokenizer, tokenizer_of, trained_tokenizer
 from equilibria.lm.corpora.byte_symbols import BYTES
-from equilibria.lm.corpora.vocabulary import Speller, Vocabulary, as_tensor, wrong_fields
+from equilibria.lm.corpora.vocabulary import Speller, Vocabulary, as_tensor, check_lines, wrong_fields
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -129,6 +129,7 @@ class BytePairVocabulary(Vocabulary):
             ValueError: a line has half a surrogate pair, which UTF-8 cannot represent.
             ModuleNotFoundError: ``tokenizers`` is not installed.
         """
+        check_lines("encode_lines", lines)
         ids, rest, number = array("i"), iter(lines), 1
         while batch := list(itertools.islice(rest, _BATCH)):
             for place, line in enumerate(batch):

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from equilibria.lm.corpora.vocabulary import UNKNOWN, Vocabulary, as_tensor, noun, wrong_fields
+from equilibria.lm.corpora.vocabulary import UNKNOWN, Vocabulary, as_tensor, check_lines, noun, wrong_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class ListedVocabulary(Vocabulary):
             raise ValueError(
                 "Vocabulary(tokens=()): a vocabulary has at least one token; give it the tokens of a text."
             )
+        if wrong := [token for token in self.tokens if not isinstance(token, str)]:
+            raise ValueError(f"Vocabulary: the token {wrong[0]!r} is no text (str); give tokens as they are spelt.")
         if len(self._ids) < len(self.tokens):
             token, count = Counter(self.tokens).most_common(1)[0]
             raise ValueError(
@@ -90,6 +92,7 @@ class ListedVocabulary(Vocabulary):
 
     def encode_lines(self, lines: Iterable[str], *, finish: bool = True) -> Int[Tensor, " L"]:
         """The ids of the lines of a text (int64)."""
+        check_lines("encode_lines", lines)
         ids, place = array("i"), self._known.__getitem__
         for number, line in enumerate(lines, 1):
             try:

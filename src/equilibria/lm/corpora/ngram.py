@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from equilibria.checks import check_whole
+
 
 def witten_bell(train_ids: Int[Tensor, " N"], valid_ids: Int[Tensor, " L"], order: int, vocabulary_size: int) -> float:
     """The mean loss in nats per token of an interpolated Witten–Bell model with contexts of ``order`` tokens.
@@ -28,8 +30,9 @@ def witten_bell(train_ids: Int[Tensor, " N"], valid_ids: Int[Tensor, " L"], orde
         vocabulary_size: V.
 
     Raises:
-        ValueError: a number is too small, or a text is too short.
+        ValueError: a number is too small, a text is too short, or an id is outside 0 … V − 1.
     """
+    check_whole("witten_bell", order=order, vocabulary_size=vocabulary_size)
     if order < 0 or vocabulary_size < 1:
         raise ValueError(
             f"witten_bell(order={order}, vocabulary_size={vocabulary_size}): the order is at least 0 and the "
@@ -39,6 +42,12 @@ def witten_bell(train_ids: Int[Tensor, " N"], valid_ids: Int[Tensor, " L"], orde
         raise ValueError(
             f"witten_bell: {len(train_ids)} training and {len(valid_ids)} validation tokens, and at least 1 and 2 are "
             "needed; give longer texts."
+        )
+    bounds = [int(bound) for ids in (train_ids, valid_ids) for bound in ids.aminmax()]
+    if min(bounds) < 0 or max(bounds) >= vocabulary_size:
+        raise ValueError(
+            f"witten_bell(vocabulary_size={vocabulary_size}): the ids reach from {min(bounds)} to {max(bounds)}, and "
+            f"are 0 … {vocabulary_size - 1}; give len(corpus.vocabulary)."
         )
     p = torch.full((len(valid_ids),), 1 / vocabulary_size, dtype=torch.float64, device=valid_ids.device)
     train_contexts, valid_contexts = torch.zeros_like(train_ids), torch.zeros_like(valid_ids)

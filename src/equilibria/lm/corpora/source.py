@@ -10,8 +10,9 @@ from typing import ClassVar
 from equilibria.lm.corpora.corpus import Corpus
 
 
-def expanded(path: Path) -> Path:
+def expanded(path: Path | str) -> Path:
     """The path with the home of a user for a leading "~"; as it is without such a user, as a file may be called so."""
+    path = Path(path)
     try:
         return path.expanduser()
     except RuntimeError:
@@ -47,7 +48,7 @@ class FolderSource(Source):
     def __post_init__(self) -> None:
         """Make the path absolute: a run may be continued from another working directory."""
         if self.root is not None:
-            object.__setattr__(self, "root", expanded(Path(self.root)).absolute())
+            object.__setattr__(self, "root", expanded(self.root).absolute())
 
     def folder(self) -> Path:
         """The folder; a ValueError if none was named."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from equilibria.checks import check_fields
+from equilibria.checks import check_fields, check_flag
 from equilibria.lm.corpora.byte_level import check_size
 from equilibria.lm.corpora.corpus import Corpus, Stream
 from equilibria.lm.corpora.source import FolderSource, expanded
@@ -20,7 +20,7 @@ FILE_NAMES = ("{split}.txt", "ptb.{split}.txt", "wiki.{split}.tokens")
 
 
 def text_folder(
-    root: Path, *, unit: TextUnit = "word", lowercase: bool = False, vocabulary_size: int = BPE_SIZE
+    root: Path | str, *, unit: TextUnit = "word", lowercase: bool = False, vocabulary_size: int = BPE_SIZE
 ) -> Corpus:
     """The corpus in the files ``train.txt``, ``valid.txt`` and ``test.txt`` (UTF-8) of a folder.
 
@@ -39,7 +39,9 @@ def text_folder(
         ValueError: a file is empty or not UTF-8, or has unknown words; names the file.
     """
     kind_of(unit)
-    train, valid, test = (_find(expanded(root), split) for split in ("train", "valid", "test"))
+    check_flag("text_folder", lowercase=lowercase)
+    root = expanded(root)
+    train, valid, test = (_find(root, split) for split in ("train", "valid", "test"))
     with _naming(train):
         vocabulary, ids = Vocabulary.of_lines(lines_of(train, lowercase=lowercase), unit, size=vocabulary_size)
         learnt = Stream.of_text(ids)
@@ -49,7 +51,7 @@ def text_folder(
             return Stream.of_text(vocabulary.encode_lines(lines_of(path, lowercase=lowercase)))
 
     return Corpus(
-        name=expanded(root).resolve().name,
+        name=root.resolve().name,
         train=learnt,
         valid=encoded(valid),
         test=encoded(test),
@@ -59,7 +61,7 @@ def text_folder(
 
 
 def text_file(
-    file: Path, *, unit: TextUnit = "character", lowercase: bool = False, vocabulary_size: int = BPE_SIZE
+    file: Path | str, *, unit: TextUnit = "character", lowercase: bool = False, vocabulary_size: int = BPE_SIZE
 ) -> Corpus:
     """The corpus in one text file (UTF-8): the first 90 % for training, then 5 % for validation and 5 % for the test.
 
@@ -73,9 +75,14 @@ def text_file(
         vocabulary_size: the number of byte-pair tokens to learn; other units have those of the text.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8, empty, or too short for three splits.
     """
-    kind = kind_of(unit)
+    kind, file = kind_of(unit), expanded(file)
+    check_flag("text_file", lowercase=lowercase)
+    if not file.is_file():
+        state = "is no file" if file.exists() else "does not exist"
+        raise FileNotFoundError(f"{file} {state}; check the path, or read a folder with text_folder.")
     with _naming(file):
         lines = lines_of(file, lowercase=lowercase)
         if kind.spells_everything:
@@ -162,17 +169,20 @@ def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
             try:
                 line = data.decode("utf-8")
             except UnicodeDecodeError as error:
-                wide = offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-                code = "UTF-16" if wide else "LATIN1"
+                place, code = offset + error.start, _encoding(data) if offset == 0 else "LATIN1"
+                # Only the end of the file can be the middle of a character.
+                cut = error.reason == "unexpected end of data"
+                how = f"; if it was cut inside a character, keep what stands before with head -c {place}" if cut else ""
                 raise ValueError(
-                    f"not UTF-8: byte 0x{data[error.start]:02x} at byte offset {offset + error.start}, line {number}, "
-                    f"cannot be decoded; convert the file, for example with iconv -f {code} -t UTF-8."
+                    f"not UTF-8: byte 0x{data[error.start]:02x} at byte offset {place}, line {number}, cannot be "
+                    f"decoded; convert the file, for example with iconv -f {code} -t UTF-8{how}."
                 ) from None
-            if "\0" in line:  # UTF-16 of English is valid UTF-8 with one after each letter
+            if "\0" in line:  # UTF-16 of English is valid UTF-8 with one after, or before, each letter
+                place = offset + data.index(0)
                 raise ValueError(
-                    f"a NUL character at byte offset {offset + data.index(0)}, line {number}, which no text has: the "
-                    "file may be UTF-16, which iconv -f UTF-16LE -t UTF-8 converts, or binary; tr -d '\\000' removes "
-                    "the characters."
+                    f"a NUL character at byte offset {place}, line {number}, which no text has: the file may be "
+                    f"UTF-16, which iconv -f UTF-16{'LE' if place % 2 else 'BE'} -t UTF-8 converts, or binary; "
+                    "tr -d '\\000' removes the characters."
                 )
             if number == 1:
                 line = line.removeprefix("\ufeff")
@@ -182,6 +192,13 @@ def lines_of(path: Path, *, lowercase: bool) -> Iterator[str]:
             yield line.lower() if lowercase else line
     if blank:
         raise ValueError(f"the file is empty ({offset} bytes, no word), and a split needs text; check the file.")
+
+
+def _encoding(start: bytes) -> str:
+    """The name, for iconv, of the encoding that a file which is not UTF-8 may have, by the mark at its beginning."""
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    return "UTF-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "LATIN1"
 
 
 @contextlib.contextmanager

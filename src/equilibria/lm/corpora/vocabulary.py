@@ -79,6 +79,7 @@ class Vocabulary(ABC):
             unit: the unit of a token.
             size: the number of byte-pair tokens to learn; other units have those that occur in the text.
         """
+        check_lines("Vocabulary.of_lines", lines)
         return kind_of(unit).learnt(lines, size=size)
 
     @staticmethod
@@ -97,7 +98,7 @@ class Vocabulary(ABC):
         Raises:
             ValueError: the dictionary has other fields.
         """
-        unit = value.get("unit")
+        unit = value.get("unit") if isinstance(value, Mapping) else None
         if not isinstance(unit, str):
             raise wrong_fields(value, "'tokens' (a list of strings)")
         return kind_of(unit).stored(value)
@@ -211,6 +212,12 @@ class Vocabulary(ABC):
 
     def _places(self, ids: Tensor) -> list[int]:
         """The ids as numbers; a ValueError if one is outside the vocabulary."""
+        ids = torch.as_tensor(ids)
+        if ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
+            raise ValueError(
+                f"Vocabulary.decode: the ids are {ids.dtype} of shape {list(ids.shape)}, and must be whole numbers "
+                "along one axis; try ids.flatten().long()."
+            )
         places = ids.tolist()
         if places and not (min(places) >= 0 and max(places) < len(self)):
             wrong = next(place for place in places if not 0 <= place < len(self))
@@ -242,8 +249,21 @@ def noun(unit: str) -> str:
 
 
 def lines_in(text: str) -> Iterable[str]:
-    """The lines of a text with their line feeds; no other character ends a line."""
+    """The lines of a text with their line feeds; no other character ends a line. A TypeError if it is no text."""
+    if not isinstance(text, str):
+        raise TypeError(
+            f"{text!r:.60} is a {type(text).__name__}, and only a text (str) is encoded; decode bytes first."
+        )
     return io.StringIO(text, newline="\n")
+
+
+def check_lines(call: str, lines: Iterable[str]) -> None:
+    """Raise a TypeError if the lines are one text, whose characters would be the lines."""
+    if isinstance(lines, str):
+        raise TypeError(
+            f"{call}({lines!r:.60}): lines are an iterable of texts, such as an open file; give one text to "
+            f"{'encode' if 'encode' in call else 'of_text'}."
+        )
 
 
 def as_tensor(ids: array[int]) -> Int[Tensor, " L"]:
@@ -253,7 +273,8 @@ def as_tensor(ids: array[int]) -> Int[Tensor, " L"]:
 
 def wrong_fields(value: Mapping[str, Any], wanted: str) -> ValueError:
     """The error for a stored vocabulary with other fields than it has to have."""
+    fields = ", ".join(sorted(map(str, value))) if isinstance(value, Mapping) else ""
     return ValueError(
-        f"Vocabulary.from_json: the fields are {', '.join(sorted(map(str, value))) or 'none'}, and must be 'unit' (a "
+        f"Vocabulary.from_json: the fields are {fields or 'none'}, and must be 'unit' (a "
         f"string) and {wanted}; pass what to_json returned."
     )

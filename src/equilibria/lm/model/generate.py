@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equilibria.checks import check_whole
+from equilibria.checks import check_number, check_whole
 from equilibria.layers.sequence import Memory
 from equilibria.lm.model.modes import eval_mode
 
@@ -112,7 +112,10 @@ def stream(
     The arguments are those of ``generate``. Without ``stop`` the iterator never ends. The weights must not change while
     it is used.
     """
-    check_whole("generate", top_k=top_k, seed=seed, stop=stop, segment=segment, memory_length=memory_length)
+    check_whole("generate", seed=seed)
+    check_whole("generate", optional=True, top_k=top_k, stop=stop, segment=segment, memory_length=memory_length)
+    check_number("generate", temperature=temperature)
+    check_number("generate", optional=True, top_p=top_p)
     _check_choices(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     _check_lengths(segment=segment, memory_length=memory_length)
     tokens, padding = _batch(prompt)

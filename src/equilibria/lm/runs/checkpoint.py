@@ -160,7 +160,9 @@ def _load(folder: Path, state: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(
             _ABSURD.format(folder, reading, "something other than tensors and plain values")
         ) from None
-    except (SafetensorError, *_RAISED) as error:
+    except (SafetensorError, OSError, *_RAISED) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # of the system, such as permission denied; of a file that was cut PyTorch raises one without name
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(_ABSURD.format(folder, reading, f"content of the wrong kind ({reason})")) from None
 

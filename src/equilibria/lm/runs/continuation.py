@@ -39,7 +39,7 @@ def continuation(
         top_k: choose among the k most probable tokens only.
         top_p: choose among the fewest most probable tokens whose probabilities add up to at least this.
         seed: the same seed gives the same text.
-        stop: a token that ends the text.
+        stop: a token that ends the text; a backslash and an n are a line feed.
         segment: tokens of the prompts per solve; None for all.
 
     Raises:
@@ -51,6 +51,8 @@ def continuation(
     check_whole("generate", length=length)
     if length < 1:
         raise ValueError(f"The length {length} is the number of tokens to generate and is at least 1; try 400.")
+    if isinstance(prompts, str):  # whose letters would be the prompts
+        raise TypeError(f"The prompts are the text {prompts!r:.60}, and are a list of texts; try [{prompts!r:.60}].")
     if not prompts:
         raise ValueError("There is no prompt, and the model needs something to continue; try 'The '.")
     end = None if stop is None else _token(vocabulary, stop)
@@ -119,9 +121,10 @@ def _encoded(vocabulary: Vocabulary, prompt: str) -> Int[Tensor, " T"]:
 
 
 def _token(vocabulary: Vocabulary, text: str) -> int:
-    """The id of the token ``text``."""
-    text = text.replace("\\n", "\n")
-    place = vocabulary.place_of(text)
+    """The id of the token ``text``, or of a line feed for a backslash and an n, as shells pass it on."""
+    if not isinstance(text, str):
+        raise TypeError(f"stop={text!r}: stop is a text, the token that ends the text; try '\\n'.")
+    place = vocabulary.place_of("\n" if text == "\\n" else text)
     if place is None:
         raise ValueError(
             f"stop={text!r} is not one of the {len(vocabulary):,} {noun(vocabulary.unit)}s that the model knows; give "

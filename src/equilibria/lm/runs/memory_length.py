@@ -18,8 +18,6 @@ def with_memory(experiment: Experiment, length: int, *, segment: int | None = No
     Raises:
         UsageError: the cell is of a kind whose memory has no length, or it has biases for fewer positions.
     """
-    if segment is not None and segment < 1:
-        raise UsageError(f"segment={segment}: a segment has at least one token; leave it out for that of the training.")
     model = experiment.model
     cell = model.cell if isinstance(model, LanguageConfig) else model
     cell = _remembering(cell, length, experiment.training.batches.segment_length if segment is None else segment)
@@ -35,9 +33,11 @@ def _remembering(cell: Any, length: int, segment: int) -> Any:
             "model."
         )
     longest = cell.longest - segment
-    if cell.positions == "decay" and min(length, cell.reach - 1) > longest:
+    # A cell with a bias for every position that it sees needs no more of them, however long its memory is.
+    if cell.positions == "decay" and cell.reach > cell.longest and min(length, cell.reach - 1) > longest:
+        advice = f"give at most {longest:,}" if longest >= 0 else f"give segments of at most {cell.longest:,}"
         raise UsageError(
             f"--memory-length {length}: this cell has position biases for {cell.longest:,} positions, for memory and "
-            f"a segment of {segment:,} together; give at most {max(0, longest):,}."
+            f"a segment of {segment:,} together; {advice}."
         )
     return dataclasses.replace(cell, memory=length)

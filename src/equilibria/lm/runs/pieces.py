@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from equilibria.lm.ranks import sharded_as
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader as _Reader  # takes a second to import
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ def pieces_in(place: Path) -> dict[str, Piece]:
     """The tensors in a folder of shards by name; reads only the headers of its files.
 
     Raises:
-        ValueError: the shards of a tensor do not cover it completely.
+        ValueError: the shards of a tensor do not cover it completely, each place once.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -68,10 +69,26 @@ def pieces_in(place: Path) -> dict[str, Piece]:
     pieces: dict[str, Piece] = {}
     for name, found in described.state_dict_metadata.items():
         if isinstance(found, TensorStorageMetadata):
-            if sum(chunk.sizes.numel() for chunk in found.chunks) != found.size.numel():
+            if sum(chunk.sizes.numel() for chunk in found.chunks) != found.size.numel() or _overlap(found.chunks):
                 raise ValueError(f"the shards of {name} do not fill a tensor of shape {list(found.size)}")
             pieces[name] = Piece(name, found.size, found.properties.dtype, reader)
     return pieces
+
+
+def _overlap(chunks: Sequence[ChunkStorageMetadata]) -> bool:
+    """True if two of the shards share a place, so that the last one read would decide."""
+    boxes = sorted(
+        [(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        for chunk in chunks
+        if chunk.sizes.numel()
+    )
+    for number, box in enumerate(boxes):
+        for other in boxes[number + 1 :]:
+            if box and other[0][0] >= box[0][1]:
+                break  # and so do all after it
+            if all(low < end and start < high for (low, high), (start, end) in zip(box, other, strict=True)):
+                return True
+    return False
 
 
 @contextlib.contextmanager

@@ -230,7 +230,9 @@ def load(
         UsageError: there is no run in the folder; names the runs nearby.
         CheckpointError: the run has no good checkpoint yet, or its weights do not fit its experiment.
     """
-    check_whole("load", memory_length=memory_length, segment=segment)
+    check_whole("load", optional=True, memory_length=memory_length, segment=segment)
+    if segment is not None and segment < 1:
+        raise UsageError(f"segment={segment}: a segment has at least one token; leave it out for that of the training.")
     path, data = require(Path(path)), None if data is None else Path(data)
     if data is not None and not expanded(data).exists():
         raise UsageError(f"--data {data}: {expanded(data).absolute()} does not exist; check the path.")
