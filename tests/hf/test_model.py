@@ -406,3 +406,46 @@ def test_offloaded_weights_are_refused(tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cpu").eval()
     with torch.no_grad():
         assert torch.equal(whole(TEXT).logits, small("transformer")(TEXT).logits)
+
+
+def test_a_changed_configuration_changes_the_solves(tmp_path):
+    model = copy.deepcopy(small("transformer"))
+    tight = small("transformer")(TEXT).evals
+    for stop in (Stop(rtol=1e-2), {"kind": "Stop", "rtol": 1e-2}):
+        model.config.eval_stop = stop
+        assert model(TEXT).evals < tight
+    model.config.eval_stop["rtol"] = 1e-3
+    between = model(TEXT).evals
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).eval()(TEXT).evals == between
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, eval_stop=Stop(rtol=1e-12)).eval()(TEXT).evals > between
+    model.config.eval_stop = None
+    assert model(TEXT).evals == tight
+
+
+@pytest.mark.parametrize("change", [{"edge_reads_as": 99}, {"edge_reads_as": None}, {"edge_token_id": 300}])
+def test_an_edge_outside_the_vocabulary_is_refused(change):
+    config = configuration("transformer")
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"EquilibriumConfig\\({next(iter(change))}="):
+        EquilibriumForCausalLM(config)
+
+
+@pytest.mark.parametrize("rows", [None, VOCABULARY + 4])
+def test_the_vectors_of_a_padded_text_are_those_that_the_model_reads(rows):
+    """The edge is read as another token by the embedding itself, before a resize gives it a row and after it."""
+    model = copy.deepcopy(small("transformer"))
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    text = torch.tensor([[VOCABULARY, VOCABULARY, 3, 4], [VOCABULARY, 5, 6, 7]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    for one in (model, copy.deepcopy(model)):
+        with torch.no_grad():
+            vectors = one.get_input_embeddings()(text)
+            found = one(inputs_embeds=vectors, attention_mask=mask).logits
+            assert torch.equal(found, one(text, attention_mask=mask).logits)
+    model.set_input_embeddings(copy.deepcopy(small("transformer").get_input_embeddings()))
+    assert torch.equal(
+        model.get_input_embeddings()(text), small("transformer").get_input_embeddings()(text % VOCABULARY)
+    )

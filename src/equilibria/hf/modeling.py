@@ -5,6 +5,7 @@ Letters: B batch, T time, S stored positions, D width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -34,7 +35,7 @@ from equilibria.hf.arguments import (
     used_stop,
 )
 from equilibria.hf.configuration import EquilibriumConfig
-from equilibria.hf.edges import lowest_at_edge, resized, with_edges_read
+from equilibria.hf.edges import EdgesRead, lowest_at_edge, resized
 from equilibria.hf.loss import IGNORED, check_labels_come_with_their_count, extra_loss, scored, targets_of
 from equilibria.layers.linear import fold
 from equilibria.lm.model.embedding import widened
@@ -81,6 +82,8 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if config.folded:
             fold(self.model)
+        self.model.embedding.register_forward_pre_hook(EdgesRead(config))
+        self._built = copy.deepcopy((config.method, config.eval_stop))
         self.post_init()
 
     def forward(
@@ -184,6 +187,13 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _method(self, *, rtol: float | None, atol: float | None, max_evals: int | None) -> Method:
         layer: Any = self.model.layer
+        if (
+            self.config.method,
+            self.config.eval_stop,
+        ) != self._built:  # the configuration was changed after the layer was built
+            method = self.config.decoded_method()
+            method = method if self.training else method.with_stop(self.config.decoded_eval_stop())
+            return used_stop(method, rtol=rtol, atol=atol, max_evals=max_evals)
         method = layer.method if self.training else layer.evaluation_method
         return used_stop(method, rtol=rtol, atol=atol, max_evals=max_evals)
 
@@ -193,7 +203,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             return checked_vectors(inputs_embeds, width=self.config.hidden_size, dtype=self.dtype)
         check_ids("input_ids", input_ids, self.config.vocab_size)
-        return self.model.embedding(with_edges_read(input_ids, self.config))
+        return self.model.embedding(input_ids)
 
     def _logits(self, output: Float[Tensor, "B T O"]) -> Float[Tensor, "B T V"]:
         return lowest_at_edge(self.model.head.logits(output, self.model.embedding), self.config)
@@ -240,6 +250,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
+        value.register_forward_pre_hook(EdgesRead(self.config))
         self.model.embedding = value
 
     def get_output_embeddings(self) -> None:
