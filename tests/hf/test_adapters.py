@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from equilibria.hf import EquilibriumForCausalLM
 from equilibria.layers.linear import fold
 
-from .models import CELLS, METHOD, small, tokens
+from .models import CELLS, METHOD, configuration, small, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 
@@ -149,3 +149,36 @@ def test_dynamic_quantisation(kind):
     error = (found - wanted)[..., :edge].norm() / wanted[..., :edge].norm()
     assert 0 < error < 0.02
     assert told.shape == (2, 15)
+
+
+ADAPTED_TABLES = {
+    "an adapter": {"target_modules": ["embedding"]},
+    "some rows": {"target_modules": ["inner"], "trainable_token_indices": {"embedding": [1, 2]}},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("what", ADAPTED_TABLES)
+def test_adapters_of_the_embedding_are_refused(what, tied):
+    """A tied head would not see the adapter, and merged it would be √D times as large."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = EquilibriumForCausalLM(configuration("transformer", tied=tied)).double()
+    fold(model.model)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, **ADAPTED_TABLES[what]))
+    with pytest.raises(ValueError, match=r"modules_to_save=\['embedding'\]"):
+        model(input_ids=tokens(2, 5))
+
+
+def test_the_whole_embedding_may_be_trained_beside_an_adapter(unhooked):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["inner"], modules_to_save=["embedding"])
+    model, text = peft.get_peft_model(folded("transformer"), config, autocast_adapter_dtype=False).eval(), tokens(2, 5)
+    model.double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    found = logits(model, text)
+    assert (found - logits(folded("transformer"), text)).abs().max() > 1e-3
+    assert torch.equal(logits(model.merge_and_unload(), text), found)

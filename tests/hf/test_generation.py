@@ -126,3 +126,12 @@ def test_the_edge_is_read_as_its_token_and_never_chosen():
     assert found.shape[-1] == VOCABULARY + 1
     assert (found[..., -1] == torch.finfo(torch.float64).min).all()
     assert (found.softmax(dim=-1)[..., -1] == 0).all()
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("mask", [[[1, 1, 1, 1], [1, 1, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]])
+def test_a_prompt_that_ends_in_padding_is_refused(mask, new):
+    """Its next token would be predicted from padding, where the state is 0."""
+    model, ids = small("transformer"), tokens(2, 4)
+    with pytest.raises(ValueError, match=r"padding at the end of 1 of 2 rows.*padding_side = 'left'"):
+        model.generate(ids, attention_mask=torch.tensor(mask), max_new_tokens=new)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from equilibria import Stop
@@ -215,6 +215,18 @@ REFUSED = {
     "packed texts": ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, ValueError, "give each text a row"),
     "an edge to predict": ({"labels": torch.tensor([[0, 1, 2, 3, 4, VOCABULARY]])}, ValueError, "never predicts"),
     "two inputs": ({"inputs_embeds": torch.zeros(1, 6, 16)}, ValueError, "either input_ids or inputs_embeds"),
+    "one axis of positions": ({"position_ids": TEXT[0]}, ValueError, r"position_ids is \(6,\)"),
+    "positions of fewer tokens": ({"position_ids": TEXT[:, 1:]}, ValueError, r"must be \[1, 6\]"),
+    "vectors in a list": ({"input_ids": None, "inputs_embeds": [[1.0]]}, ValueError, "inputs_embeds is list"),
+    "vectors of one text": ({"input_ids": None, "inputs_embeds": torch.zeros(6, 16)}, ValueError, "rows, tokens, 16"),
+    "vectors in float32": (
+        {"input_ids": None, "inputs_embeds": torch.zeros(1, 6, 16)},
+        ValueError,
+        "the weights of torch.float64",
+    ),
+    "a negative number of logits": ({"logits_to_keep": -2}, ValueError, "logits_to_keep=-2"),
+    "no number of logits": ({"logits_to_keep": None}, ValueError, "logits_to_keep=None"),
+    "a position outside": ({"logits_to_keep": torch.tensor([6])}, ValueError, "positions from -6 to 5"),
     "a tuple as cache": ({"past_key_values": ((1, 2),)}, TypeError, "must be a Cache"),
 }
 
@@ -322,3 +334,118 @@ def test_an_output_that_leaves_a_reentrant_checkpoint_refuses_to_lose_its_gradie
     logits = checkpoint(lambda x: model(inputs_embeds=x).logits, vectors, use_reentrant=True)
     logits.square().sum().backward()
     assert vectors.grad.abs().sum() > 0
+
+
+NOTHING_SCORED = {
+    "all labels −100": ({"labels": torch.full_like(TEXT, -100)}, "labels score no token"),
+    "one token": ({"input_ids": TEXT[:, :1], "labels": TEXT[:, :1]}, "labels score no token"),
+    "padding alone": ({"labels": TEXT, "attention_mask": torch.zeros_like(TEXT)}, "labels score no token"),
+    "a count of 0": ({"labels": TEXT, "num_items_in_batch": torch.tensor(0)}, "num_items_in_batch=0"),
+    "a negative count": ({"labels": TEXT, "num_items_in_batch": -3}, "num_items_in_batch=-3"),
+}
+
+
+@pytest.mark.parametrize("what", NOTHING_SCORED)
+def test_a_mean_over_no_token_is_refused(what, unhooked):
+    """NaN would reach the weights, and Trainer leaves it out of its log."""
+    arguments, said = NOTHING_SCORED[what]
+    with pytest.raises(ValueError, match=said):
+        small("transformer")(**{"input_ids": TEXT, **arguments})
+
+
+def test_a_part_of_a_batch_may_score_nothing():
+    model = trainable()
+    loss = model(TEXT, labels=torch.full_like(TEXT, -100), num_items_in_batch=5).loss
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_ids_and_labels_in_32_bits_are_the_same():
+    model = small("transformer")
+    with torch.no_grad():
+        assert torch.equal(model(TEXT.int(), labels=TEXT.int()).loss, model(TEXT, labels=TEXT).loss)
+
+
+def test_the_choices_of_the_configuration_are_those_of_the_call():
+    model = copy.deepcopy(small("transformer"))
+    model.config.return_dict = False
+    with torch.no_grad():
+        assert isinstance(model(TEXT), tuple)
+        assert model(TEXT, return_dict=True).logits.shape == (1, 6, VOCABULARY + 1)
+    model.config.output_attentions = True
+    with torch.no_grad(), pytest.raises(TypeError, match="no argument output_attentions"):
+        model(TEXT)
+
+
+def test_a_static_cache_without_room_is_refused_before_the_solve():
+    model = small("transformer")
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    with torch.no_grad():
+        model(TEXT, **{CACHE: cache})
+        with pytest.raises(ValueError, match="room for 8 positions, and 12 are needed"):
+            model(TEXT, **{CACHE: cache})
+        assert int(cache.get_seq_length()) == 6
+        assert_close(
+            model(TEXT[:, :2], **{CACHE: cache}).logits, model(torch.cat([TEXT, TEXT[:, :2]], 1)).logits[:, 6:]
+        )
+
+
+def test_offloaded_weights_are_refused(tmp_path):
+    """accelerate brings a weight when its own module is called; PyTorch multiplies by another one without an error."""
+    pytest.importorskip("accelerate")
+    small("transformer").save_pretrained(tmp_path / "model")
+    parts = ("model.embedding", "model.layer", "model.head")
+    for part in parts:
+        places = {name: "disk" if name == part else "cpu" for name in parts}
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=places, offload_folder=str(tmp_path / part)
+        )
+        with torch.no_grad(), pytest.raises(ValueError, match=rf"the weight {part}\S* is on the meta device"):
+            model(TEXT)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cpu").eval()
+    with torch.no_grad():
+        assert torch.equal(whole(TEXT).logits, small("transformer")(TEXT).logits)
+
+
+def test_a_changed_configuration_changes_the_solves(tmp_path):
+    model = copy.deepcopy(small("transformer"))
+    tight = small("transformer")(TEXT).evals
+    for stop in (Stop(rtol=1e-2), {"kind": "Stop", "rtol": 1e-2}):
+        model.config.eval_stop = stop
+        assert model(TEXT).evals < tight
+    model.config.eval_stop["rtol"] = 1e-3
+    between = model(TEXT).evals
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).eval()(TEXT).evals == between
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, eval_stop=Stop(rtol=1e-12)).eval()(TEXT).evals > between
+    model.config.eval_stop = None
+    assert model(TEXT).evals == tight
+
+
+@pytest.mark.parametrize("change", [{"edge_reads_as": 99}, {"edge_reads_as": None}, {"edge_token_id": 300}])
+def test_an_edge_outside_the_vocabulary_is_refused(change):
+    config = configuration("transformer")
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"EquilibriumConfig\\({next(iter(change))}="):
+        EquilibriumForCausalLM(config)
+
+
+@pytest.mark.parametrize("rows", [None, VOCABULARY + 4])
+def test_the_vectors_of_a_padded_text_are_those_that_the_model_reads(rows):
+    """The edge is read as another token by the embedding itself, before a resize gives it a row and after it."""
+    model = copy.deepcopy(small("transformer"))
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    text = torch.tensor([[VOCABULARY, VOCABULARY, 3, 4], [VOCABULARY, 5, 6, 7]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    for one in (model, copy.deepcopy(model)):
+        with torch.no_grad():
+            vectors = one.get_input_embeddings()(text)
+            found = one(inputs_embeds=vectors, attention_mask=mask).logits
+            assert torch.equal(found, one(text, attention_mask=mask).logits)
+    model.set_input_embeddings(copy.deepcopy(small("transformer").get_input_embeddings()))
+    assert torch.equal(
+        model.get_input_embeddings()(text), small("transformer").get_input_embeddings()(text % VOCABULARY)
+    )

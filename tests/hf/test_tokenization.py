@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,3 +69,17 @@ def test_special_tokens_are_no_words():
 def test_a_word_that_is_called_like_the_edge_of_a_text_is_refused():
     with pytest.raises(ValueError, match="stands for the edges of texts"):
         tokenizer_of(Vocabulary.of_text(f"the {EDGE} cat\n", "word"))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_what_has_no_text_or_no_ids_is_refused_as_by_the_vocabulary(unit):
+    tokenizer, size = TOKENIZERS[unit], len(UNITS[unit]) + 1
+    for text in ("a \ud800 b", ["a", "\udfff"]):
+        with pytest.raises(ValueError, match="half a surrogate pair"):
+            tokenizer(text)
+    for ids in ([0, size], [-100, 0], size):
+        with pytest.raises(ValueError, match=rf"outside 0 … {size - 1}"):
+            tokenizer.decode(ids)
+    with pytest.raises(ValueError, match=r"the id -100 is outside"):
+        tokenizer.batch_decode([[0, 1], [0, -100]])
+    assert tokenizer.decode(0) == UNITS[unit].decode(torch.tensor([0]))

@@ -1,6 +1,6 @@
 """The arguments of the model's ``forward``: what has an exact meaning here, and what is refused in a sentence.
 
-Letters: B batch, T time, S stored positions.
+Letters: B batch, T time, D width, S stored positions.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 from transformers import Cache
 
 from equilibria.core.stop import Stop
@@ -58,10 +58,47 @@ def key_padding_mask(
     """
     mask = None if attention_mask is None else _padding(attention_mask, new[0], seen + new[1])
     if position_ids is not None:
+        _check_places(position_ids, *new)
         _check_steps(position_ids, None if mask is None else mask[:, seen:])
         if seen:
             _check_first(position_ids[:, 0], mask, seen)
     return mask
+
+
+def checked_vectors(x: Any, *, width: int, dtype: torch.dtype) -> Float[Tensor, "B T D"]:
+    """``inputs_embeds``, which holds vectors of this width, at least one, and of this dtype unless autocast is on.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != width or not x.numel():
+        found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"inputs_embeds is {found}, and must be [rows, tokens, {width}], with at least one of each: the vectors of "
+            "model.get_input_embeddings()(input_ids)."
+        )
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"inputs_embeds is of {x.dtype}, and the weights of {dtype}; give inputs_embeds.to({dtype}).")
+    return x
+
+
+def kept_positions(logits_to_keep: Any, length: int) -> slice | Tensor:
+    """The positions that get logits, of ``length`` ones: the last few, or those that a tensor names.
+
+    Raises:
+        ValueError: it is neither a number from 0 on, nor a tensor of positions inside the text.
+    """
+    if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool) and logits_to_keep >= 0:
+        return slice(-logits_to_keep, None)
+    found: Any = logits_to_keep
+    if isinstance(found, Tensor) and found.ndim == 1 and found.dtype in (torch.int32, torch.int64):
+        if found.device.type != "cpu" or bool(((found >= -length) & (found < length)).all()):
+            return found
+        found = found.tolist()
+    raise ValueError(
+        f"logits_to_keep={found!r}: give the number of last positions that get logits, 0 for all, or a tensor of "
+        f"positions from {-length} to {length - 1}."
+    )
 
 
 def check_ids(
@@ -118,6 +155,15 @@ def _padding(attention_mask: Any, rows: int, length: int) -> Bool[Tensor, "B _"]
     return ~text
 
 
+def _check_places(position_ids: Any, rows: int, length: int) -> None:
+    if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in ((rows, length), (1, length)):
+        found = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
+        raise ValueError(
+            f"position_ids is {found}, and must be [{rows}, {length}], one number for each new token; it may be left "
+            "out, since the model counts positions itself."
+        )
+
+
 def _check_steps(position_ids: Tensor, mask: Bool[Tensor, "B T"] | None) -> None:
     steps = position_ids.diff(dim=-1) == 1
     if mask is not None:
@@ -149,6 +195,39 @@ def used_stop(method: Method, *, rtol: float | None, atol: float | None, max_eva
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     stop: Stop = dataclasses.replace(method.stop, **changes)
     return method.with_stop(stop)
+
+
+def check_text_at_the_end(attention_mask: Any) -> None:
+    """Raise a ValueError if a row of the prompts to continue ends in padding, from which nothing is predicted."""
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.numel():
+        blind = int((attention_mask[:, -1] == 0).sum())
+        if blind:
+            raise ValueError(
+                f"attention_mask has padding at the end of {blind} of {len(attention_mask)} rows, and what follows a "
+                "text cannot be predicted from padding; put padding before the text (tokenizer.padding_side = 'left')."
+            )
+
+
+def check_whole(model: nn.Module, embedding: nn.Module) -> None:
+    """Raise a ValueError if a weight is elsewhere, or an adapter replaces the embedding.
+
+    The solve and a tied head read weights directly, and not by the forward of the module that has them. So accelerate
+    does not bring an offloaded one, and PyTorch multiplies by uninitialised memory without an error; and peft adapts
+    the vectors of an embedding, but not the same table where a head reads it.
+    """
+    for name, parameter in model.named_parameters() if "_hf_hook" in vars(model) else ():  # accelerate's mark
+        if parameter.is_meta:
+            raise ValueError(
+                f"the weight {name} is on the meta device, as after an offload to disk or to another device, and a "
+                "solve reads all weights at each evaluation; load the whole model onto one device, device_map='cpu' or "
+                "'cuda:0'."
+            )
+    if any("base_layer" in name for name, _ in embedding.named_modules()):
+        raise ValueError(
+            "an adapter replaces the embedding: a head that reads the same table would not see it, and the vectors "
+            "would be others once it is merged; leave the embedding out of target_modules and trainable_token_indices, "
+            "or train all of it, modules_to_save=['embedding']."
+        )
 
 
 def check_no_gradient_of_a_cache() -> None:

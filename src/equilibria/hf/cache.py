@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 from transformers import Cache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from equilibria.cells import CellConfig
 from equilibria.cells.chain import ChainConfig
@@ -41,10 +42,14 @@ def read(
         cell: the configuration of the cell.
         like: the input, which gives batch, dtype and device.
         mask: True at padding in the cache; None if there is none.
+
+    Raises:
+        ValueError: the cache has no room for the positions of ``like``, or does not hold what a solve reads.
     """
     if cache is None:
         return None
     length = seen(cache)
+    _check_room(cache, length + like.shape[1])
     if isinstance(cell, TrellisConfig):
         return _state(cache, cell, length, like)
     pasts = []
@@ -65,6 +70,16 @@ def write(cache: Cache, cell: CellConfig, out: LayerOutput, *, x: Float[Tensor, 
     memories = out.memory if isinstance(out.memory, tuple) else (out.memory,)
     for index, memory in enumerate(memories):
         cache.update(memory.k[:, :, -time:], memory.v[:, :, -time:], index, place)
+
+
+def _check_room(cache: Any, needed: int) -> None:
+    for layer in cache.layers:
+        fixed = isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer)
+        if fixed and layer.max_cache_len < needed:
+            raise ValueError(
+                f"the StaticCache has room for {layer.max_cache_len} positions, and {needed} are needed; make it with "
+                f"max_cache_len={needed} or more, or take a DynamicCache."
+            )
 
 
 def _slots(cache: Any, index: int, length: int) -> tuple[Tensor, Tensor]:

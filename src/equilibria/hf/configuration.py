@@ -17,6 +17,8 @@ from equilibria.lm.experiments.serialise import part_from_json, part_to_json
 from equilibria.lm.model import LanguageConfig
 
 MODEL_TYPE = "equilibrium"
+_OBJECTS = ("language", "method", "eval_stop")
+"""The fields that hold objects of this library as dictionaries."""
 
 
 class EquilibriumConfig(PreTrainedConfig):
@@ -79,9 +81,9 @@ class EquilibriumConfig(PreTrainedConfig):
         edge = None if edge_reads_as is None else vocabulary_size
         fields: dict[str, Any] = {
             "vocab_size": vocabulary_size + (edge is not None),
-            "language": part_to_json(language),
-            "method": part_to_json(Method() if method is None else method),
-            "eval_stop": None if eval_stop is None else part_to_json(eval_stop),
+            "language": language,
+            "method": Method() if method is None else method,
+            "eval_stop": eval_stop,
             "folded": folded,
             "edge_token_id": edge,
             "edge_reads_as": edge_reads_as,
@@ -97,8 +99,14 @@ class EquilibriumConfig(PreTrainedConfig):
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Do nothing: transformers would copy the source of this module beside the weights."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; ``language``, ``method`` and ``eval_stop`` also take the object instead of its dictionary."""
+        as_object = name in _OBJECTS and dataclasses.is_dataclass(value) and not isinstance(value, type)
+        super().__setattr__(name, part_to_json(value) if as_object else value)
+
     def check(self) -> None:
         """Raise a ValueError unless the configuration is that of an equilibrium of a cell of this library."""
+        self._check_edge()
         language = self.decoded_language()
         if not language.solves:
             raise ValueError(
@@ -111,6 +119,19 @@ class EquilibriumConfig(PreTrainedConfig):
                 "of the past and inputs of blocks in the segment at hand, so the same text has other values with a "
                 "cache than without, and transformers takes them for equal; use `equilibria generate` and `evaluate`, "
                 "or export it as safetensors."
+            )
+
+    def _check_edge(self) -> None:
+        edge, read = self.edge_token_id, self.edge_reads_as
+        if edge is not None and not 0 <= edge < self.vocab_size:
+            raise ValueError(
+                f"EquilibriumConfig(edge_token_id={edge}): the ids of this model are 0 … {self.vocab_size - 1}; leave "
+                "the edge as the model was saved with it."
+            )
+        if edge is not None and (read is None or not 0 <= read < self.table_rows):
+            raise ValueError(
+                f"EquilibriumConfig(edge_reads_as={read}): the model reads the edge as one of the tokens 0 … "
+                f"{self.table_rows - 1}, such as the end of a line."
             )
 
     def decoded_language(self) -> LanguageConfig:

@@ -28,6 +28,21 @@ def with_edges_read(tokens: Int[Tensor, "B T"], config: EquilibriumConfig) -> In
     return tokens if edge is None or read is None else tokens.masked_fill(tokens == edge, read)
 
 
+class EdgesRead:
+    """A hook before the forward of an embedding, so that it gives edges the vectors that the model reads.
+
+    Args:
+        config: the configuration, which names the edge.
+    """
+
+    def __init__(self, config: EquilibriumConfig) -> None:
+        self.config = config
+
+    def __call__(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of the embedding, with the tokens that are read."""
+        return tuple(with_edges_read(tokens, self.config) for tokens in args[:1]) + args[1:]
+
+
 def lowest_at_edge(logits: Float[Tensor, "B T _"], config: EquilibriumConfig) -> Float[Tensor, "B T V"]:
     """The logits, with the least finite number for the edge: its probability is exactly 0."""
     edge, lowest = config.edge_token_id, torch.finfo(logits.dtype).min

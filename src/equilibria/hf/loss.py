@@ -20,7 +20,7 @@ IGNORED = -100
 def targets_of(
     labels: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None, config: EquilibriumConfig, *, counted: bool
 ) -> Int[Tensor, "B _"]:
-    """Labels 1, 2, …, each of which the position before it predicts; −100 where that is padding.
+    """Labels 1, 2, …, each of which the position before it predicts; −100 where that is padding; in torch.int64.
 
     Args:
         labels: the tokens themselves, and −100 where none is scored.
@@ -31,7 +31,7 @@ def targets_of(
     Raises:
         ValueError: the edge is to be predicted, or a token that was counted follows padding.
     """
-    targets = labels[:, 1:]
+    targets = labels[:, 1:].long()  # cross_entropy takes no torch.int32
     if mask is not None:  # nothing can be predicted from padding, not even the first token of a text
         blind = (targets != IGNORED) & mask[:, :-1]
         if counted and bool(blind.any()):
@@ -47,6 +47,22 @@ def targets_of(
             "−100 there, as DataCollatorForLanguageModeling does at padding."
         )
     return targets
+
+
+def scored(targets: Int[Tensor, "B _"], count: Tensor | int | None) -> Tensor | int:
+    """The number that the summed loss is divided by: ``count``, or else that of the scored targets.
+
+    Raises:
+        ValueError: it is not above 0, so that there is no mean.
+    """
+    number = (targets != IGNORED).sum() if count is None else count
+    if not bool(number > 0):
+        what = "labels score no token: all" if count is None else f"num_items_in_batch={int(number)}: all labels"
+        raise ValueError(
+            f"{what} are −100, follow padding, or belong to texts of one token, so the loss would be NaN and would "
+            "make the weights NaN; leave such texts out of the data."
+        )
+    return number
 
 
 def check_labels_come_with_their_count(labels: Tensor | None, count: Tensor | int | None) -> None:

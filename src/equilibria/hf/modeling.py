@@ -5,6 +5,7 @@ Letters: B batch, T time, S stored positions, D width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -24,14 +25,18 @@ from equilibria.hf import remote
 from equilibria.hf.arguments import (
     check_ids,
     check_no_gradient_of_a_cache,
+    check_text_at_the_end,
+    check_whole,
+    checked_vectors,
     given_cache,
+    kept_positions,
     key_padding_mask,
     refuse,
     used_stop,
 )
 from equilibria.hf.configuration import EquilibriumConfig
-from equilibria.hf.edges import lowest_at_edge, resized, with_edges_read
-from equilibria.hf.loss import IGNORED, check_labels_come_with_their_count, extra_loss, targets_of
+from equilibria.hf.edges import EdgesRead, lowest_at_edge, resized
+from equilibria.hf.loss import IGNORED, check_labels_come_with_their_count, extra_loss, scored, targets_of
 from equilibria.layers.linear import fold
 from equilibria.lm.model.embedding import widened
 from equilibria.lm.model.model import NO_LOSSES
@@ -77,6 +82,8 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if config.folded:
             fold(self.model)
+        self.model.embedding.register_forward_pre_hook(EdgesRead(config))
+        self._built = copy.deepcopy((config.method, config.eval_stop))
         self.post_init()
 
     def forward(
@@ -119,7 +126,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             max_evals: budget of this solve.
             output_attentions: must not be true: a solve has one attention per evaluation.
             output_hidden_states: also return the vectors of the embedding and the layer's output.
-            return_dict: False for a tuple.
+            return_dict: False for a tuple; None for the configuration's choice.
             cache_position: not used: the cache knows its length.
             num_items_in_batch: number that the summed loss is divided by; None for the number of scored positions.
             tokenizer: not used: ``generate(stop_strings=…)`` passes it on.
@@ -130,15 +137,13 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: an argument has no exact meaning here, such as a cache with gradients.
         """
         del tokenizer
-        refuse({**refused, "output_attentions": output_attentions or None})
+        self._check_call(refused, output_attentions)
         check_labels_come_with_their_count(labels, num_items_in_batch)
         past = given_cache(cache, past_key_values)
-        if use_cache or past is not None:
-            check_no_gradient_of_a_cache()
-        if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+        use_cache = self._uses_cache(use_cache, past)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         x = self._vectors(input_ids, inputs_embeds)
+        chosen = kept_positions(logits_to_keep, x.shape[1])
         mask = key_padding_mask(attention_mask, position_ids, seen=caches.seen(past), new=x.shape[:2])
         if use_cache and past is None:
             past = DynamicCache(config=self.config)
@@ -149,7 +154,6 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past is not None:
             caches.write(past, self._cell, out, x=x)
         output = self.model.head.dropped(out.output)
-        chosen = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is None:
             loss, logits = None, self._logits(output[:, chosen])
         else:  # the loss needs the logits of all positions
@@ -168,10 +172,28 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             converged=out.solution.converged,
             **kept,
         )
-        return result.to_tuple() if return_dict is False else result
+        as_tuple = (self.config.return_dict if return_dict is None else return_dict) is False
+        return result.to_tuple() if as_tuple else result
+
+    def _check_call(self, others: dict[str, Any], output_attentions: bool | None) -> None:
+        attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        refuse({**others, "output_attentions": attentions or None})
+        check_whole(self, self.model.embedding)
+
+    def _uses_cache(self, use_cache: bool | None, past: Cache | None) -> bool:
+        if use_cache or past is not None:
+            check_no_gradient_of_a_cache()
+        return self.config.use_cache and not torch.is_grad_enabled() if use_cache is None else use_cache
 
     def _method(self, *, rtol: float | None, atol: float | None, max_evals: int | None) -> Method:
         layer: Any = self.model.layer
+        if (
+            self.config.method,
+            self.config.eval_stop,
+        ) != self._built:  # the configuration was changed after the layer was built
+            method = self.config.decoded_method()
+            method = method if self.training else method.with_stop(self.config.decoded_eval_stop())
+            return used_stop(method, rtol=rtol, atol=atol, max_evals=max_evals)
         method = layer.method if self.training else layer.evaluation_method
         return used_stop(method, rtol=rtol, atol=atol, max_evals=max_evals)
 
@@ -179,10 +201,9 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both.")
         if input_ids is None:
-            assert inputs_embeds is not None
-            return inputs_embeds
+            return checked_vectors(inputs_embeds, width=self.config.hidden_size, dtype=self.dtype)
         check_ids("input_ids", input_ids, self.config.vocab_size)
-        return self.model.embedding(with_edges_read(input_ids, self.config))
+        return self.model.embedding(input_ids)
 
     def _logits(self, output: Float[Tensor, "B T O"]) -> Float[Tensor, "B T V"]:
         return lowest_at_edge(self.model.head.logits(output, self.model.embedding), self.config)
@@ -196,14 +217,22 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         count: Tensor | int | None,
     ) -> Float[Tensor, ""]:
         """The mean nll of the targets of all positions but the last, in float32 or wider, plus the extra losses."""
-        scored = widened(logits[:, :-1])
-        nll = functional.cross_entropy(scored.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        count = (targets != IGNORED).sum() if count is None else count
+        predicted = widened(logits[:, :-1])
+        nll = functional.cross_entropy(
+            predicted.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        count = scored(targets, count)
         loss, losses = nll / count, self.model.losses
         extra = None
         if self.training and losses != NO_LOSSES:
             extra = extra_loss(losses, output[:, :-1], kept[:, :-1], targets, count)
         return loss if extra is None else loss + extra
+
+    def generate(self, *args: Any, **choices: Any) -> Any:
+        """As in transformers; a prompt that ends in padding is an error."""
+        check_text_at_the_end(choices.get("attention_mask"))
+        parent: Any = super()
+        return parent.generate(*args, **choices)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **choices: Any) -> None:
         """As in transformers, with the file that finds the classes of a model that was exported."""
@@ -221,6 +250,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
+        value.register_forward_pre_hook(EdgesRead(self.config))
         self.model.embedding = value
 
     def get_output_embeddings(self) -> None:

@@ -28,13 +28,32 @@ class EquilibriumTokenizer(PreTrainedTokenizerFast):
         try:
             return super()._encode_plus(text, *args, **choices)
         except Exception as error:  # tokenizers raises plain Exception
+            self._refuse_halves(text)
             if "WordLevel" not in str(error):
                 raise
             raise ValueError(self._missing(text)) from None
 
+    def _decode(self, token_ids: Any, *args: Any, **choices: Any) -> str:
+        """As in transformers, whose tokenizers leave out an id that they do not know; here it is an error."""
+        for place in [token_ids] if isinstance(token_ids, int) else list(token_ids):
+            if not 0 <= place < len(self):
+                raise ValueError(
+                    f"decode: the id {place} is outside 0 … {len(self) - 1}; decode ids that this tokenizer made, and "
+                    f"labels without their −100, or with {self.pad_token_id} instead."
+                )
+        return super()._decode(token_ids, *args, **choices)
+
+    def _refuse_halves(self, text: Any) -> None:
+        half = next((c for part in _texts(text) for c in part if "\ud800" <= c <= "\udfff"), None)
+        if half is not None:
+            raise ValueError(
+                f"The character {half!r} is half a surrogate pair, which UTF-8 cannot represent; remove it, or decode "
+                "the text as what it is."
+            )
+
     def _missing(self, text: Any) -> str:
         backend, known = self.backend_tokenizer, self.get_vocab()
-        texts = [text] if isinstance(text, str) else [part for row in text for part in _parts(row)]
+        texts = _texts(text)
         found: dict[str, None] = {}
         for part in texts:
             plain = part if backend.normalizer is None else backend.normalizer.normalize_str(part)
@@ -96,6 +115,10 @@ def _listed(vocabulary: Vocabulary) -> Any:
         )
     # Without a token for unknown words the model reports them; it must not get the name of one.
     return models.WordLevel(places, **({} if vocabulary.unknown is None else {"unk_token": vocabulary.unknown}))
+
+
+def _texts(text: Any) -> list[str]:
+    return [text] if isinstance(text, str) else [part for row in text for part in _parts(row)]
 
 
 def _parts(row: Any) -> list[str]:
