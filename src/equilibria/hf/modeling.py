@@ -84,6 +84,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             fold(self.model)
         self.model.embedding.register_forward_pre_hook(EdgesRead(config))
         self._built = copy.deepcopy((config.method, config.eval_stop))
+        """The settings of the solves that the layer was built with."""
         self.post_init()
 
     def forward(
@@ -187,10 +188,8 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _method(self, *, rtol: float | None, atol: float | None, max_evals: int | None) -> Method:
         layer: Any = self.model.layer
-        if (
-            self.config.method,
-            self.config.eval_stop,
-        ) != self._built:  # the configuration was changed after the layer was built
+        configured = (self.config.method, self.config.eval_stop)
+        if configured != self._built:  # the configuration was changed after the layer was built
             method = self.config.decoded_method()
             method = method if self.training else method.with_stop(self.config.decoded_eval_stop())
             return used_stop(method, rtol=rtol, atol=atol, max_evals=max_evals)
