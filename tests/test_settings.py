@@ -149,7 +149,7 @@ def test_an_integer_tensor_is_no_setting():
         ),
         (lambda f, z: stability.spectral_radius(f, z, coupled="no"), "spectral_radius(coupled='no'): coupled is True"),
         (lambda f, z: stability.check_gradient(f, z, [1.0]), "at least one tensor, each with requires_grad=True"),
-        (lambda f, z: Unrolled(torch.nn.Identity(), None), "Unrolled(depth=None): a network has at least one layer"),
+        (lambda f, z: Unrolled(torch.nn.Identity(), None), "Unrolled(depth=None): depth is a whole number"),
         (lambda f, z: ChainConfig(cells=(1,)), "ChainConfig(cells=(1,)): these are a tuple of TransformerConfig"),
     ],
 )

@@ -208,7 +208,7 @@ def check_text_at_the_end(attention_mask: Any) -> None:
             )
 
 
-def check_whole(model: nn.Module, embedding: nn.Module) -> None:
+def check_weights(model: nn.Module, embedding: nn.Module) -> None:
     """Raise a ValueError if a weight is elsewhere, or an adapter replaces the embedding.
 
     The solve and a tied head read weights directly, and not by the forward of the module that has them. So accelerate

@@ -26,7 +26,7 @@ from equilibria.hf.arguments import (
     check_ids,
     check_no_gradient_of_a_cache,
     check_text_at_the_end,
-    check_whole,
+    check_weights,
     checked_vectors,
     given_cache,
     kept_positions,
@@ -179,7 +179,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
     def _check_call(self, others: dict[str, Any], output_attentions: bool | None) -> None:
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         refuse({**others, "output_attentions": attentions or None})
-        check_whole(self, self.model.embedding)
+        check_weights(self, self.model.embedding)
 
     def _uses_cache(self, use_cache: bool | None, past: Cache | None) -> bool:
         if use_cache or past is not None:
