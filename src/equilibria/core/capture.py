@@ -45,9 +45,9 @@ class Constants(TorchFunctionMode):
 class Unknown(TorchFunctionMode):
     """Records the tensors that f reads but was not given, if they require a gradient or belong to a transform.
 
-    A transform that f itself uses wraps tensors and unwraps results where no operation is seen: each tensor is looked at
-    as it is outside of such a transform, and results are told from tensors of a closure by a second evaluation, in
-    which they are new.
+    A transform that f itself uses wraps tensors and unwraps results where no operation is seen: each tensor is looked
+    at as it is outside of such a transform, and results are told from tensors of a closure by a second evaluation,
+    in which they are new.
 
     Args:
         given: the tree of tensors that f is given. Results of f's own operations count as given, too.

@@ -120,7 +120,8 @@ class System:
             found = solve_rows(FunctionMap(f), [x0], self.layout, self.solver, self.stop, keep=self.keep)
         self.evals.append(found.evals)
         if is_heard(self.stop, self.on_failure):
-            report(found, self.stop, self.on_failure, of=self.of)
+            state = dataclasses.replace(found, z=self.layout.unpack(found.z))  # in the dtypes of f
+            report(state, self.stop, self.on_failure, of=self.of)
         return found
 
     def adjoint(self) -> System:
