@@ -72,6 +72,24 @@ def is_of_transform(tensor: Tensor) -> bool:
     return _functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def transforms() -> int:
+    """The number of nested transforms of torch.func that are running.
+
+    If it goes: see ``outside``.
+    """
+    return len(_functorch.get_interpreter_stack() or [])
+
+
+def outside(tensor: Tensor, depth: int) -> Tensor:
+    """The tensor as it is outside of all but the first ``depth`` transforms: what they have wrapped, itself.
+
+    If it goes: return the tensor, and refuse an f that uses torch.func inside a transform.
+    """
+    while _functorch.maybe_get_level(tensor) > depth:
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def is_many(cotangent: Tensor) -> bool:
     """True if a backward pass runs for many cotangents at once, under either vmap.
 

@@ -24,13 +24,14 @@ from equilibria import (
 )
 from equilibria.core.diagnosis import FORWARD, diagnosis
 
+EPS = torch.finfo(torch.float32).eps
 X = torch.linspace(-2, 3, 128).view(2, 64)
 
 
 def said(f, stop):
     solution = solve(f, torch.zeros_like(X), Picard(), stop)
     assert not solution.converged.all()
-    return diagnosis(solution, stop, FORWARD)
+    return diagnosis(solution, stop, FORWARD, eps=EPS)
 
 
 @pytest.mark.parametrize("rate", [0.7, 0.9, 0.95])
@@ -74,8 +75,8 @@ def test_the_worst_sample_speaks():
     stop = Stop(max_evals=20)
     solution = solve(lambda z: rates * z + 1, torch.zeros(3, 1), Picard(), stop)
     assert solution.status.tolist() == [Status.CONVERGED, Status.BUDGET_SPENT, Status.BUDGET_SPENT]
-    assert diagnosis(solution, stop, FORWARD).what.startswith("The forward solve: 1 of 3 samples converged")
-    assert diagnosis(solution, stop, FORWARD).what.endswith("not falling")
+    assert diagnosis(solution, stop, FORWARD, eps=EPS).what.startswith("The forward solve: 1 of 3 samples converged")
+    assert diagnosis(solution, stop, FORWARD, eps=EPS).what.endswith("not falling")
 
 
 def test_the_worst_residual_is_that_of_a_sample_that_failed():
@@ -84,7 +85,7 @@ def test_the_worst_residual_is_that_of_a_sample_that_failed():
     solution = solve(lambda z: rates * z + x, torch.ones(2, 2), Picard(), stop)
     assert solution.status.tolist() == [Status.CONVERGED, Status.BUDGET_SPENT]
     assert solution.residual[0] > 1
-    for text in (diagnosis(solution, stop, FORWARD).what, str(solution)):
+    for text in (diagnosis(solution, stop, FORWARD, eps=EPS).what, str(solution)):
         assert f"worst residual {float(solution.residual[1]):.1e}" in text
 
 
@@ -98,7 +99,7 @@ def test_a_budget_that_is_named_is_enough(rate, solver, evals):
         stop = Stop(rtol=1e-4, max_evals=evals)
         solution = solve(f, torch.ones_like(X), solver, stop)
         if not solution.converged.all():
-            message = diagnosis(solution, stop, FORWARD)
+            message = diagnosis(solution, stop, FORWARD, eps=EPS)
             if message.what.endswith("still falling"):
                 budget = re.search(r"stop=Stop\(max_evals=(\d+)\)", message.advice)
                 assert budget
@@ -116,7 +117,7 @@ def test_a_budget_counts_evaluations_and_not_steps(rate, solver, evals):
     for f in (lambda z: spectrum * z + x, lambda z: rate * torch.sin(z) + x):
         solution = solve(f, torch.ones_like(x), solver, stop)
         if not solution.converged.all():
-            message = diagnosis(solution, stop, FORWARD)
+            message = diagnosis(solution, stop, FORWARD, eps=EPS)
             budget = re.search(r"stop=Stop\(max_evals=(\d+)\)", message.advice)
             if budget:
                 assert int(budget.group(1)) > evals
@@ -132,7 +133,7 @@ def test_coupling_is_the_last_resort():
 
     def advice(rates, stop=stop):
         solution = solve(lambda z: rates * z + 1, torch.zeros(len(rates), 1), Picard(), stop)
-        return diagnosis(solution, stop, FORWARD).advice
+        return diagnosis(solution, stop, FORWARD, eps=EPS).advice
 
     rates[7] = 1.5
     assert "coupled" not in advice(rates)  # 63 of 64 have converged
@@ -191,3 +192,53 @@ def test_the_advice_is_given_once_for_each_line_and_kind():
             lambda: fixed_point(lambda z: 0.9 * z + X, torch.zeros_like(X), solver=Picard(), stop=Stop(max_evals=2))
         )[0]
     )
+
+
+def both_ways(f, *, stop, backward, z0=X, transform=False):
+    """The warnings of a forward and a backward pass."""
+    how = {"solver": Picard(), "stop": stop, "gradient": Implicit(Picard(), backward)}
+    shift = torch.zeros_like(z0)
+
+    def loss(shift):
+        return fixed_point(lambda z, shift: f(z) + shift, torch.zeros_like(z0), shift, **how).z.float().pow(2).sum()
+
+    with warnings.catch_warnings(record=True, action="always", category=ConvergenceWarning) as caught:
+        torch.func.grad(loss)(shift) if transform else torch.autograd.grad(loss(shift.requires_grad_()), shift)
+    return [str(each.message) for each in caught if issubclass(each.category, ConvergenceWarning)]
+
+
+WEIGHT = 0.1 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.filterwarnings("ignore:Stop.rtol=1e-06. is below:RuntimeWarning")
+@pytest.mark.parametrize("transform", [False, True], ids=["autograd", "func"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["state", "autocast"])
+def test_the_rounding_of_a_half_precision_f_is_named_in_the_backward_solve_too(autocast, transform):
+    """It was said to fall, with a budget that was not enough, or to be random: the rows of the solve are in float32."""
+    x = X if autocast else X.bfloat16()
+    weight = WEIGHT.to(x.dtype)
+    stops = {"stop": Stop(rtol=5e-2, max_evals=40), "backward": Stop(rtol=1e-6, max_evals=40)}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (message,) = both_ways(lambda z: torch.tanh(z @ weight) + x, z0=x, transform=transform, **stops)
+    assert message.startswith("The adjoint solve")
+    assert "near rounding. This may be the rounding of f" in message
+
+
+def test_half_precision_does_not_hide_an_f_that_does_not_contract():
+    """A hundred rounding units of bfloat16 are 0.8: every failure was called rounding, and an rtol of 0.5 advised."""
+    x, weight = X.bfloat16(), (3 * WEIGHT).bfloat16()
+    stop = Stop(rtol=2e-2)
+    messages = both_ways(lambda z: torch.tanh(z @ weight + 0.1 * x), z0=x, stop=stop, backward=stop)
+    assert len(messages) == 2
+    for message in messages:
+        assert "near rounding" not in message
+        assert "an rtol above" not in message
+
+
+@pytest.mark.parametrize(("evals", "word"), [(40, "falling slowly"), (100, "still falling")])
+def test_no_tolerance_is_advised_that_accepts_what_is_no_solution(evals, word):
+    """The residuals are 0.45 and 0.14, and the advice was an rtol above 0.9 and 0.3."""
+    solution = solve(lambda z: 0 * z + X, torch.zeros_like(X), Picard(0.02), Stop(max_evals=evals))
+    message = diagnosis(solution, Stop(max_evals=evals), FORWARD, eps=EPS)
+    assert message.what.endswith(word)
+    assert "rtol" not in message.advice

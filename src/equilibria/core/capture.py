@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from equilibria.core.trees import map_tensors, tensors_in
-from equilibria.torch_private import is_of_transform
+from equilibria.torch_private import is_of_transform, outside, transforms
 
 
 class Constants(TorchFunctionMode):
@@ -45,23 +45,44 @@ class Constants(TorchFunctionMode):
 class Unknown(TorchFunctionMode):
     """Records the tensors that f reads but was not given, if they require a gradient or belong to a transform.
 
+    A transform that f itself uses wraps tensors and unwraps results where no operation is seen: each tensor is looked
+    at as it is outside of such a transform, and results are told from tensors of a closure by a second evaluation,
+    in which they are new.
+
     Args:
         given: the tree of tensors that f is given. Results of f's own operations count as given, too.
     """
 
     def __init__(self, *given: Any) -> None:
         super().__init__()
-        self.found: list[Tensor] = []
+        self.found: dict[int, Tensor] = {}
+        self._depth = transforms()
         self._known = {id(tensor): tensor for tensor in tensors_in(given)}
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tensors_in((args, kwargs or {})):
+        for tensor in self._outside((args, kwargs or {})):
             concerned = tensor.requires_grad or is_of_transform(tensor)
             if concerned and id(tensor) not in self._known:
-                self.found.append(tensor)
+                self.found[id(tensor)] = tensor
         value = func(*args, **(kwargs or {}))
-        self._known |= {id(tensor): tensor for tensor in tensors_in(value)}
+        self._known |= {id(tensor): tensor for tensor in self._outside(value)}
         return value
+
+    def _outside(self, tree: Any) -> list[Tensor]:
+        return [outside(tensor, self._depth) for tensor in tensors_in(tree)]
+
+    @classmethod
+    def read_by(cls, f: Callable[[Any], Any], z: Any, given: Any) -> Tensor | None:
+        """A tensor that f(z) reads and neither is given nor makes itself, or None."""
+        with cls(z, given) as first:
+            f(z)
+        if not first.found:
+            return None
+        with cls(
+            z, given
+        ) as second:  # the tensors of the first evaluation still exist, so that no new one has their id
+            f(z)
+        return next((tensor for i, tensor in first.found.items() if i in second.found), None)
 
 
 class Substitution(TorchFunctionMode):

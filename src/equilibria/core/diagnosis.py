@@ -14,7 +14,6 @@ from torch import Tensor
 
 from equilibria.core.solve import Solution
 from equilibria.core.stop import Status, Stop
-from equilibria.core.trees import tensors_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +52,14 @@ class Message:
         return f"{self.what}. {self.advice}"
 
 
-def diagnosis(solution: Solution, stop: Stop, solve: Solve) -> Message:
+def diagnosis(solution: Solution, stop: Stop, solve: Solve, *, eps: float) -> Message:
     """The likeliest cause of a failure, from the trace of the worst sample that did not converge.
 
     Args:
         solution: a solution of which at least one sample did not converge.
         stop: the stop of the solve.
         solve: which solve it was.
+        eps: the rounding unit of f.
     """
     failed = solution.status != Status.CONVERGED
     broken = solution.status == Status.NONFINITE
@@ -69,7 +69,7 @@ def diagnosis(solution: Solution, stop: Stop, solve: Solve) -> Message:
     if broken.any():
         said, advice = "NaN or infinite", _broken(int(solution.steps[worst]), solve)
     else:
-        said, advice = _by_trace(solution, solution.trace[:, worst].detach().double(), stop, solve)
+        said, advice = _by_trace(solution.trace[:, worst].detach().double(), stop, solve, eps)
     what = (
         f"{solve.name}: {done} of {total} samples converged, {solution.evals} evaluations, worst residual "
         f"{float(solution.residual[failed].max()):.1e}, {said}"
@@ -100,13 +100,13 @@ LARGE = 0.1
 SHORT = 10
 """A shorter trace shows no trend."""
 NEAR_ROUNDING = 100
-"""A residual of at most this many eps may be the rounding of f."""
+"""A residual of at most this many eps may be the rounding of f, unless it is ``LARGE``."""
 UNCOUPLED = ("NaN or infinite", "after a single evaluation", "after few steps", "near rounding")
 """The causes that say nothing about coupled samples."""
 _SMALLER = "smaller weights (weight norm, initialisation, learning rate, Jacobian penalty)"
 
 
-def _by_trace(solution: Solution, trace: Float[Tensor, " K"], stop: Stop, solve: Solve) -> tuple[str, str]:
+def _by_trace(trace: Float[Tensor, " K"], stop: Stop, solve: Solve, eps: float) -> tuple[str, str]:
     """The cause in a word and the advice, for a sample that is finite and has spent its budget."""
     spent, last, first, end = len(trace), float(trace.min()), float(trace[0]), float(trace[-1])
     if spent == 1:
@@ -114,14 +114,13 @@ def _by_trace(solution: Solution, trace: Float[Tensor, " K"], stop: Stop, solve:
     if spent < SHORT:
         budget = solve.setting.format(f"max_evals={max(30, _rounded_up(AMPLE * stop.max_evals))}")
         return "after few steps", f"They are too few to tell why: try {budget}, or a better start."
-    eps = max(torch.finfo(leaf.dtype).eps for leaf in tensors_in(solution.z))
-    slope, tiny = _slope(trace), last <= NEAR_ROUNDING * eps
+    slope, tiny = _slope(trace), last <= min(NEAR_ROUNDING * eps, LARGE)
     if 0 < stop.rtol < last and _is_geometric(trace):
         needed = spent + math.log(stop.rtol / last) / slope
         if needed <= (WITHIN_ROUNDING if tiny else WITHIN) * spent:
             each = stop.max_evals / spent  # a step of some solvers costs several evaluations
             budget = solve.setting.format(f"max_evals={_rounded_up(AMPLE * needed * each)}")
-            return "still falling", f"At this rate {budget} should be enough; so is an rtol above {2 * last:.0e}."
+            return "still falling", f"At this rate {budget} should be enough{_looser('; so is', last)}."
     if tiny:
         advice = f"This may be the rounding of f: give an rtol above {2 * last:.0e}, or compute in a wider dtype."
         return "near rounding", advice
@@ -130,8 +129,8 @@ def _by_trace(solution: Solution, trace: Float[Tensor, " K"], stop: Stop, solve:
         return "growing", advice
     if slope * spent < -math.log(2):
         return "falling slowly", (
-            f"The trace does not tell how many evaluations would be enough: give f {_SMALLER}, take Broyden(), or "
-            f"accept an rtol above {2 * last:.0e}; stability.spectral_radius measures f."
+            f"The trace does not tell how many evaluations would be enough: give f {_SMALLER} or take Broyden()"
+            f"{_looser(', or accept', last)}; stability.spectral_radius measures f."
         )
     if last > LARGE:
         return "not falling", (
@@ -142,6 +141,11 @@ def _by_trace(solution: Solution, trace: Float[Tensor, " K"], stop: Stop, solve:
         f"The residual stays at {last:.1e}. If f does not give the same bits twice (dropout inside it), draw its masks "
         f"before the solve; else give f {_SMALLER}, or an rtol above {2 * last:.0e}."
     )
+
+
+def _looser(words: str, last: float) -> str:
+    """The advice to loosen the tolerance to what was reached; nothing where that is no solution."""
+    return "" if last > LARGE else f"{words} an rtol above {2 * last:.0e}"
 
 
 def _slope(trace: Float[Tensor, " K"]) -> float:

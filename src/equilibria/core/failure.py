@@ -17,8 +17,10 @@ from torch import Tensor
 
 from equilibria.core.caller import caller
 from equilibria.core.diagnosis import FORWARD, Message, Solve, diagnosis
+from equilibria.core.maps import rounding_unit
 from equilibria.core.solve import Solution
 from equilibria.core.stop import OnFailure, Stop
+from equilibria.core.trees import tensors_in
 from equilibria.errors import EquilibriaError
 from equilibria.torch_private import is_batched
 
@@ -35,7 +37,9 @@ class ConvergenceError(EquilibriaError, RuntimeError):
     """The message of a ``ConvergenceWarning``, raised as an error because ``on_failure`` is "raise"."""
 
 
-def report(solution: Solution, stop: Stop, on_failure: OnFailure, *, of: Solve = FORWARD) -> None:
+def report(
+    solution: Solution, stop: Stop, on_failure: OnFailure, *, of: Solve = FORWARD, eps: float | None = None
+) -> None:
     """Report the samples of ``solution`` that did not converge; inside vmap, where no value can be read, do nothing.
 
     Call ``is_heard`` first.
@@ -45,9 +49,11 @@ def report(solution: Solution, stop: Stop, on_failure: OnFailure, *, of: Solve =
         stop: the stop of the solve.
         on_failure: warn, raise or ignore.
         of: which solve it was, for the message.
+        eps: the rounding unit of f; None for that of the solution and of autocast now.
     """
     if not is_batched():
-        tell(~solution.converged, lambda: diagnosis(solution, stop, of), on_failure)
+        unit = rounding_unit(tensors_in(solution.z)) if eps is None else eps
+        tell(~solution.converged, lambda: diagnosis(solution, stop, of, eps=unit), on_failure)
 
 
 def tell(flags: Bool[Tensor, " B"], message: Callable[[], Message], on_failure: OnFailure) -> None:

@@ -43,6 +43,15 @@ class Autocast:
         return torch.autocast(self._device, enabled=False) if self.enabled else contextlib.nullcontext()
 
 
+def rounding_unit(tensors: Sequence[Tensor], autocast: Autocast | None = None) -> float:
+    """The largest eps of the tensors' dtypes and, where f ran under autocast, of its dtype; None for that of now."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    autocast = Autocast(tensors[0].device.type) if autocast is None else autocast
+    if autocast.enabled:
+        dtypes.add(autocast.dtype)
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
 class Map(ABC):
     """f: State -> State. Only ``__call__`` must be written; the default of every other method suits any f."""
 

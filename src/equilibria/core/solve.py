@@ -156,7 +156,7 @@ def solve_from(
     layout = Layout.of(z0, coupled=coupled)
     check_finite(z0, coupled=coupled)
     evaluate = Evaluator(as_map(f), layout, stop.max_evals)
-    _warn_of_rounding(evaluate.computes_in, stop)
+    _warn_of_rounding(evaluate, stop)
     z = layout.pack(z0)
     del z0
     with evaluate.autocast.off():
@@ -198,15 +198,16 @@ def _check_not_exported() -> None:
         )
 
 
-def _warn_of_rounding(dtypes: tuple[torch.dtype, ...], stop: Stop) -> None:
+def _warn_of_rounding(evaluate: Evaluator, stop: Stop) -> None:
+    around = ", with torch.autocast(…, enabled=False) around the solve" if evaluate.autocast.enabled else ""
     for dtype in (torch.bfloat16, torch.float16):
         level = torch.finfo(dtype).eps / 2
         # Beside wider leaves a half-precision leaf may be small, so only a state of one dtype is warned about.
-        if set(dtypes) == {dtype} and 0 < stop.rtol < level:
+        if set(evaluate.computes_in) == {dtype} and 0 < stop.rtol < level:
             warnings.warn(
                 f"Stop(rtol={stop.rtol:g}) is below what {str(dtype)[6:]} resolves: residuals of an f that computes in "
                 f"it stay at {level / 4:.0e} to {level:.0e}, so solves may spend their budget; give "
-                f"rtol={4 * level:.0e}, or let f compute in float32.",
+                f"rtol={4 * level:.0e}, or let f compute in float32{around}.",
                 RuntimeWarning,
                 stacklevel=caller()[1],
             )

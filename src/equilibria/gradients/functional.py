@@ -120,7 +120,8 @@ class System:
             found = solve_rows(FunctionMap(f), [x0], self.layout, self.solver, self.stop, keep=self.keep)
         self.evals.append(found.evals)
         if is_heard(self.stop, self.on_failure):
-            report(found, self.stop, self.on_failure, of=self.of)
+            state = dataclasses.replace(found, z=self.layout.unpack(found.z))  # in the dtypes of f
+            report(state, self.stop, self.on_failure, of=self.of)
         return found
 
     def adjoint(self) -> System:
@@ -263,12 +264,10 @@ def _check_levels() -> None:
 
 def _check_given(f: Map, z0: State, reads: Sequence[Tensor]) -> None:
     """Raise a RuntimeError if f closes over a tensor that a transform tracks or that requires a gradient."""
-    unknown = Unknown(z0, reads)
-    with unknown:
-        f.given(reads)(z0)
-    if unknown.found:
+    unknown = Unknown.read_by(f.given(reads), z0, reads)
+    if unknown is not None:
         raise RuntimeError(
-            f"f closes over a tensor of shape {tuple(unknown.found[0].shape)}, and inside torch.func gradients and "
+            f"f closes over a tensor of shape {tuple(unknown.shape)}, and inside torch.func gradients and "
             "batches reach only the arguments of f: pass it as an operand, fixed_point(f, z0, x, weight) "
             "with f(z, x, weight), or use an Equilibrium with torch.func.functional_call."
         )

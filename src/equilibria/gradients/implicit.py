@@ -15,11 +15,12 @@ from equilibria.checks import check_kind
 from equilibria.core.diagnosis import ADJOINT, TANGENT
 from equilibria.core.failure import report
 from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
-from equilibria.core.maps import Map
+from equilibria.core.maps import Map, rounding_unit
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop, is_heard
+from equilibria.core.trees import tensors_in
 from equilibria.gradients.functional import solved
 from equilibria.gradients.higher import AdjointMap, RowsMethod, TangentMap, deliver, through
 from equilibria.gradients.linearise import (
@@ -126,7 +127,8 @@ class _Systems(Orders):
             with torch.no_grad():
                 found = solve_linear(system.linear, h, layout, rule.solver, rule.stop)
             if is_heard(rule.stop, self.method.on_failure):
-                report(found, rule.stop, self.method.on_failure, of=TANGENT)
+                eps = rounding_unit(tensors_in(there.value), point.linearised.autocast)
+                report(found, rule.stop, self.method.on_failure, of=TANGENT, eps=eps)
             return self._differentiable(system, found, layout)
 
     def _solve_adjoint(self, point: Point, g: Float[Tensor, "B N"]) -> Solution:
@@ -139,7 +141,7 @@ class _Systems(Orders):
 
     def _report(self, point: Point, g: Float[Tensor, "B N"], found: Solution) -> None:
         said = {"stop": self.rule.stop, "on_failure": self.method.on_failure, "of": ADJOINT}
-        report(found, **said)
+        report(found, **said, eps=rounding_unit(tensors_in(point.linearised.value), point.linearised.autocast))
         if point.copies is None:
             check_arrival(point.linearised, g, found, point.layout, **said)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from equilibria.core.diagnosis import ADJOINT, FORWARD, Message, Solve
 from equilibria.core.failure import tell
 from equilibria.core.gradient import ForwardSolve
-from equilibria.core.maps import Autocast, Linearised
+from equilibria.core.maps import Linearised, rounding_unit
 from equilibria.core.solve import Solution
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import OnFailure, Stop, relative, row_norm
@@ -181,15 +181,6 @@ def _change(again: Float[Tensor, "B N"], solved: Solution, stop: Stop, layout: L
     value = relative(row_norm(again - solved.fz), row_norm(solved.fz))
     residual = relative(stop.norms(again - solved.z, layout), stop.norms(again, layout))
     return torch.maximum(value, (residual - solved.residual).abs())
-
-
-def rounding_unit(tensors: Sequence[Tensor], autocast: Autocast | None = None) -> float:
-    """The largest eps of the tensors' dtypes and, where f ran under autocast, of its dtype; None for that of now."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    autocast = Autocast(tensors[0].device.type) if autocast is None else autocast
-    if autocast.enabled:
-        dtypes.add(autocast.dtype)
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _advice(*, coupled: bool) -> str:

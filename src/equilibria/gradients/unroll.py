@@ -12,13 +12,13 @@ from equilibria.checks import check_fields
 from equilibria.core.diagnosis import Message
 from equilibria.core.failure import tell
 from equilibria.core.gradient import ForwardSolve, GradientRule
-from equilibria.core.maps import Map
+from equilibria.core.maps import Map, rounding_unit
 from equilibria.core.rounding import FALLEN, LEVEL
 from equilibria.core.solve import Solution, solve
 from equilibria.core.state import State
 from equilibria.core.stop import is_heard
 from equilibria.core.trees import map_tensors, tensors_in
-from equilibria.gradients.repeats import Checkpoints, rounding_unit
+from equilibria.gradients.repeats import Checkpoints
 from equilibria.torch_private import is_batched, is_forward_mode, own_parametrizations
 
 
