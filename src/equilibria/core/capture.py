@@ -78,9 +78,7 @@ class Unknown(TorchFunctionMode):
             f(z)
         if not first.found:
             return None
-        with cls(
-            z, given
-        ) as second:  # the tensors of the first evaluation still exist, so that no new one has their id
+        with cls(z, given) as second:  # what the first one found still exists, so that no new tensor has its id
             f(z)
         return next((tensor for i, tensor in first.found.items() if i in second.found), None)
 

@@ -120,7 +120,7 @@ def _by_trace(trace: Float[Tensor, " K"], stop: Stop, solve: Solve, eps: float) 
         if needed <= (WITHIN_ROUNDING if tiny else WITHIN) * spent:
             each = stop.max_evals / spent  # a step of some solvers costs several evaluations
             budget = solve.setting.format(f"max_evals={_rounded_up(AMPLE * needed * each)}")
-            return "still falling", f"At this rate {budget} should be enough{_looser('; so is', last)}."
+            return "still falling", f"At this rate {budget} should be enough{_looser('; so should', last)}."
     if tiny:
         advice = f"This may be the rounding of f: give an rtol above {2 * last:.0e}, or compute in a wider dtype."
         return "near rounding", advice
