@@ -249,7 +249,8 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **choices: Any) -> Any:
         """As in transformers; a file with weights of another form, or of another model, is an error."""
-        model, told = super().from_pretrained(*args, output_loading_info=True, **choices)
+        found: Any = super().from_pretrained(*args, output_loading_info=True, **choices)
+        model, told = found
         check_form(told, folded=model.config.folded)
         return (model, told) if output_loading_info else model
 
