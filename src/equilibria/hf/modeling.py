@@ -236,7 +236,8 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers, with the cache by its older name, in which peft looks whether its prompt is there."""
-        found = super().prepare_inputs_for_generation(*args, **kwargs)  # "kwargs": transformers reads the name
+        parent: Any = super()
+        found = parent.prepare_inputs_for_generation(*args, **kwargs)  # "kwargs": transformers reads the name
         return {("past_key_values" if name == CACHE else name): value for name, value in found.items()}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **choices: Any) -> None:
