@@ -129,7 +129,9 @@ def test_weights_of_the_other_form_are_refused(folded, tmp_path):
 def test_weights_of_another_model_are_refused(tmp_path):
     small("decay").save_pretrained(tmp_path)
     configuration("transformer").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks model\.layer.* and has model\.layer\S*positions\.bias"):
+    with pytest.raises(
+        ValueError, match=r"of another model.*lacks model\.layer.* and has model\.layer\S*positions\.bias"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
 

@@ -28,7 +28,8 @@ def check_form(told: Mapping[str, Iterable[str]], *, folded: bool) -> None:
     if not missing or not others:
         return
     words = f"the file lacks {_few(missing)} and has {_few(others)}, and the model would have new weights there"
-    if any(name.endswith(".direction") for name in (others if folded else missing)):
+    mine, theirs = (".weight", ".direction") if folded else (".direction", ".weight")
+    if {name.removesuffix(mine) for name in missing} & {name.removesuffix(theirs) for name in others}:
         stored, state = ("normalised", "true") if folded else ("folded", "false")
         raise ValueError(
             f'config.json says "folded": {state}, and the weights are stored {stored}: {words}; write '
