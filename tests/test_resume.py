@@ -207,6 +207,14 @@ def test_what_has_no_influence_may_change_on_the_way(tmp_path, uninterrupted, ca
         )
 
 
+def test_a_stage_that_was_added_is_named_before_its_fields(tmp_path):
+    value = experiment()
+    run = Run.start(tmp_path / "run", value)
+    more = dataclasses.replace(value, stages=(*value.stages, dataclasses.replace(value.stages[1], name="third")))
+    with pytest.raises(ValueError, match=r"started with stages\.2\.kind = None and cannot be continued with 'Stage'"):
+        run.go_on(more)
+
+
 def test_another_device_is_named(tmp_path, caplog):
     killed(tmp_path / "run", 25)
     newest = Run(tmp_path / "run").newest()

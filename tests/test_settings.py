@@ -19,7 +19,7 @@ from equilibria.core.solver import Solver
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.lm import corpora
-from equilibria.lm.experiments import decay
+from equilibria.lm.experiments import Training, decay
 from equilibria.lm.experiments.serialise import kinds_in
 from equilibria.lm.recipes import RECIPES
 from equilibria.solvers import Anderson, NewtonKrylov, Picard
@@ -161,3 +161,11 @@ def test_arguments_of_another_type_are_refused(call, sentence):
 def test_a_list_of_steps_is_kept_as_a_tuple():
     assert Method(keep=[2, 5]) == Method(keep=(2, 5))
     assert len(fixed_point(torch.cos, torch.zeros(2, 3), keep=[2, 5]).iterates) == 2
+
+
+def test_a_number_above_zero_is_advised():
+    """Elsewhere a clip of 0 means no limit."""
+    with pytest.raises(ValueError, match=r"clip=0\): it must be a finite number above 0, or None; try 0\.25\."):
+        Training().changed(clip=0)
+    with pytest.raises(ValueError, match=r"learning_rate=0\): it must be a finite number above 0; try 0\.001\."):
+        Training().changed(learning_rate=0)

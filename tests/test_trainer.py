@@ -31,7 +31,18 @@ from equilibria.lm.training.measure import ngram_baseline
 from equilibria.lm.training.step import drawn_penalty
 from equilibria.solvers import Picard
 from equilibria.stability import jacobian_penalty
-from small_experiment import SOLVER, STOP, Killed, corpus, experiment, kill_at, same_bits, trained_weights, with_stage
+from small_experiment import (
+    SOLVER,
+    STOP,
+    Killed,
+    corpus,
+    experiment,
+    kill_at,
+    same_bits,
+    trained_weights,
+    with_stage,
+    without_times,
+)
 from small_run import fails, furnish
 
 # Small models with random weights are solved here, and whether their solves converge is not the subject.
@@ -445,6 +456,49 @@ def test_a_rollback_halves_the_learning_rate_and_a_resumed_run_remembers(tmp_pat
     assert rates == {step: rate * (0.5 if step >= 9 else 1) for step, rate in expected.items()}
 
 
+@pytest.mark.parametrize("line", ["rolled_back", "step"])
+def test_a_rollback_that_no_checkpoint_has_seen_yet_is_remembered(tmp_path, line):
+    """A fault that does not come twice, such as one of the machine: the log alone tells of it."""
+    value = experiment(rollbacks=2)
+    whole = Run.start(tmp_path / "whole", value)
+    uninterrupted = Trainer(value, whole, corpus())
+    poisoned(uninterrupted, 9, times=1)
+    uninterrupted.fit()
+    run, seen = Run.start(tmp_path / "run", value), []
+
+    def on_event(event):
+        seen.append(event["event"])
+        if "rolled_back" in seen and event["event"] == line:
+            raise Killed
+
+    trainer = Trainer(value, run, corpus(), on_event=on_event)
+    poisoned(trainer, 9, times=1)
+    with pytest.raises(Killed):
+        trainer.fit()
+    again = Trainer(value, run, corpus())
+    assert (again.resume(), again.policy.rollbacks) == (8, 1)
+    again.fit()
+    assert without_times(run.events()) == without_times(whole.events())
+    assert same_bits(trained_weights(again), trained_weights(uninterrupted))
+
+
+def test_a_resumed_run_has_spent_what_it_had_spent(tmp_path):
+    value = experiment(rollbacks=2)
+    run = Run.start(tmp_path / "run", value)
+    trainer = Trainer(value, run, corpus())
+    poisoned(trainer, 9, times=3)
+    with pytest.raises(TrainingStopped, match="Step 9"):
+        trainer.fit()
+    lines = without_times(run.events())
+    again = Trainer(value, run, corpus())
+    again.resume()
+    taken = poisoned(again, 9, times=1)
+    with pytest.raises(TrainingStopped, match="Step 9"):
+        again.fit()
+    assert taken == [9]
+    assert without_times(run.events()) == lines
+
+
 @pytest.mark.parametrize("policy", ["continue", "raise_budget", "skip_step", "stop"])
 def test_what_happens_when_solves_fail_is_a_choice(tmp_path, policy):
     value = with_stage(experiment(unconverged=policy, tolerated=0.2), 1, stop=Stop(rtol=1e-6, max_evals=3))
@@ -643,6 +697,39 @@ def test_the_yardstick_is_better_with_longer_contexts():
     rows = ngram_baseline(corpus())
     assert [row["label"] for row in rows] == [f"Witten–Bell order {order}" for order in (1, 2, 3, 4)]
     assert rows[0]["bits"] > rows[1]["bits"] > 0
+
+
+def test_a_run_that_has_begun_is_not_begun_again(tmp_path):
+    """Its log would tell of two trainings, and its newest checkpoint could be that of the first one."""
+    value, other = experiment(), experiment(learning_rate=0.1)
+    run = Run.start(tmp_path / "run", value)
+    with pytest.raises(Killed):
+        Trainer(value, run, corpus(), on_event=kill_at(9)).fit()
+    lines = run.events()
+    with pytest.raises(ValueError, match=r"has begun.*resume\(\) before fit\(\)"):
+        Trainer(value, Run.open(run.path), corpus()).fit()
+    for path in (run.path, Run.start(tmp_path / "unused", value).path):
+        with pytest.raises(ValueError, match=r"started with training\.optimisation\.learning_rate = 0\.01"):
+            Trainer(other, Run.open(path), corpus()).fit()
+    assert run.events() == lines
+    again = Trainer(value, Run.open(run.path), corpus())
+    assert again.resume() == 8
+    again.fit()
+    assert [event["event"] for event in run.events()].count("start") == 1
+
+
+def test_the_end_of_a_training_stands_in_its_log_once(tmp_path):
+    value = experiment(rollbacks=0)
+    run = Run.start(tmp_path / "run", value)
+    trainer = Trainer(value, run, corpus())
+    poisoned(trainer, 9, times=1)
+    with pytest.raises(TrainingStopped, match="Step 9"):
+        trainer.fit()
+    for _ in range(2):  # the fault does not come again, and then there is nothing left to train
+        trainer.fit()
+    found = [event["event"] for event in run.events()]
+    assert (found.count("stopped"), found.count("done"), found[-1]) == (0, 1, "done")
+    assert [event["step"] for event in of(run.events(), "step")] == list(range(1, 19))
 
 
 def test_a_run_is_not_overwritten(tmp_path):

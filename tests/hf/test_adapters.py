@@ -14,7 +14,7 @@ from torch.testing import assert_close
 pytest.importorskip("transformers")
 
 from equilibria.hf import EquilibriumForCausalLM
-from equilibria.layers.linear import fold
+from equilibria.layers.linear import fold, weights_of
 
 from .models import CELLS, METHOD, configuration, small, tokens
 
@@ -182,3 +182,73 @@ def test_the_whole_embedding_may_be_trained_beside_an_adapter(unhooked):
     found = logits(model, text)
     assert (found - logits(folded("transformer"), text)).abs().max() > 1e-3
     assert torch.equal(logits(model.merge_and_unload(), text), found)
+
+
+def prompted(model, kind="PromptTuningConfig"):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = model.config
+    sizes = {"token_dim": config.hidden_size, "num_attention_heads": config.num_attention_heads}
+    settings = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4, **sizes)
+    return peft.get_peft_model(model, settings, autocast_adapter_dtype=False).double()
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # peft leaves them out
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_learned_prompts_are_vectors_before_the_text(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, text = copy.deepcopy(small("transformer")), tokens(2, 7)
+    model = prompted(base, kind)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if name.startswith("prompt_encoder")
+    }
+    loss = model.train()(input_ids=text, labels=text, attention_mask=torch.ones_like(text)).loss
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.prompt_encoder.parameters())
+    with torch.no_grad():
+        vectors = torch.cat([model.eval().get_prompt(2), base.get_input_embeddings()(text)], dim=1)
+        wanted = base(inputs_embeds=vectors, labels=torch.cat([torch.full((2, 4), -100), text], dim=1))
+        found = model(input_ids=text, labels=text)
+    assert_close(found.logits, wanted.logits, rtol=0, atol=1e-12)
+    assert_close(loss.detach(), wanted.loss, rtol=0, atol=1e-9)
+    told = model.generate(input_ids=text, attention_mask=torch.ones_like(text), max_new_tokens=5, do_sample=False)
+    greedy = text
+    with torch.no_grad():
+        for _ in range(5):
+            greedy = torch.cat([greedy, model(input_ids=greedy).logits[:, -1:].argmax(dim=-1)], dim=1)
+    assert torch.equal(told, greedy)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(small("transformer")), tmp_path).double().eval()
+    assert_close(logits(again, text), found.logits, rtol=0, atol=1e-6)  # peft stores the prompt in float32
+
+
+def test_a_learned_prefix_of_the_cache_is_refused():
+    """It would be a cache with a gradient."""
+    text = tokens(2, 7)
+    with pytest.raises(ValueError, match="a cache has no gradient"):
+        prompted(copy.deepcopy(small("transformer")), "PrefixTuningConfig").train()(input_ids=text, labels=text)
+
+
+def test_the_embedding_is_found_by_the_name_that_peft_asks_for():
+    """Otherwise peft guesses: a parameter with as many rows as ids, and the edge has no row."""
+    model = small("transformer")
+    assert model.get_submodule("embeddings.word_embeddings") is model.get_input_embeddings()
+    assert model.get_submodule("model.embedding") is model.get_input_embeddings()
+    with pytest.raises(AttributeError):
+        model.get_submodule("embeddings")
+
+
+def test_the_dropout_of_an_adapter_drops_whole_inputs():
+    """One matrix per forward pass: the map has a fixed point, and the same inputs are dropped for all tokens."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=0.5, target_modules=["inner"])
+    model = moved(peft.get_peft_model(folded("transformer"), settings, autocast_adapter_dtype=False).double(), size=0.5)
+    (module,) = (m for name, m in model.named_modules() if name.endswith("cell.inner"))
+    plain = module.base_layer.weight
+    whole = weights_of(module.eval(), inputs=16, like=plain).weight - plain
+    dropped = weights_of(module.train(), inputs=16, like=plain).weight - plain
+    kept = dropped.abs().amax(dim=0) > 0
+    assert 0 < int(kept.sum()) < 16
+    assert_close(dropped[:, kept], 2 * whole[:, kept], rtol=0, atol=1e-12)
+    text = tokens(2, 7)
+    assert bool(model.train()(text).converged.all())

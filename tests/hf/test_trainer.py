@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -16,11 +18,16 @@ from torch.testing import assert_close
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from safetensors.torch import load_file
-from transformers import DataCollatorForLanguageModeling
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
 from equilibria.cells import TransformerConfig
 from equilibria.hf import EquilibriumConfig, EquilibriumForCausalLM
+from equilibria.lm.corpora import PythonDocs, Segments
+from equilibria.lm.experiments import Experiment, Stage, Training
+from equilibria.lm.experiments.decay import learning_rate
 from equilibria.lm.model import LanguageConfig
+from equilibria.lm.training import Trainer as OwnTrainer
+from small_experiment import corpus
 
 from .models import CELLS, METHOD, VOCABULARY, contractive
 from .training import EXTRA, ROWS, fresh, losses, tokenizer, trainer
@@ -50,6 +57,81 @@ def test_two_batches_of_two_are_one_of_four(kind, extra, tmp_path):
     assert losses(two) == pytest.approx(losses(one), rel=1e-6)  # Trainer sums them in float32
     start = fresh(kind, **changes).state_dict()
     assert any(not torch.allclose(start[name], value, atol=1e-4) for name, value in apart.state_dict().items())
+
+
+class InOrder(Trainer):
+    """Rows in their order, as the library reads a text."""
+
+    def _get_train_sampler(self, *args, **choices):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class Weights(TrainerCallback):
+    """The weights after each step."""
+
+    def __init__(self, model):
+        self.model, self.found = model, []
+
+    def on_step_end(self, *args, **choices):
+        self.found.append({name: value.clone() for name, value in self.model.state_dict().items()})
+
+
+STEPS, PEAK, WARMUP = 5, 0.01, 2
+
+
+def own_training(language, accumulate, *, on_event):
+    """The library's own trainer, whose segments are independent rows: the cell has no memory."""
+    settings = {"batch_size": 4, "segment_length": 8, "learning_rate": PEAK, "warmup": WARMUP, "optimiser": "adamw"}
+    settings |= {"clip": 0.25, "weight_decay": 0.1, "accumulate": accumulate, "log_every": 1, "valid_every": 5}
+    settings |= {"baseline": False, "spectral_radius": 0, "measure_memory": False, "device": "cpu", "threads": 1}
+    stage = Stage(name="only", steps=STEPS, method=METHOD)
+    experiment = Experiment("same", PythonDocs(), language, (stage,), Training().changed(**settings))
+    training = OwnTrainer(experiment, None, corpus(), on_event=on_event)
+    contractive(training.model)
+    return training
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_its_steps_are_those_of_the_library(accumulate, tmp_path, monkeypatch):
+    """Loss, extra losses, accumulation, clipping, AdamW with decay, and the rate, step by step."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        events, text = [], corpus()
+        language = LanguageConfig(TransformerConfig(width=16, heads=2, inner=32, memory=0), losses=EXTRA)
+        own = own_training(language, accumulate, on_event=events.append)
+        model = EquilibriumForCausalLM(EquilibriumConfig.of(language, len(text.vocabulary), method=METHOD)).double()
+        model.model.load_state_dict(own.model.state_dict())
+        segments = itertools.islice(Segments(text.train, batch_size=4, length=8), STEPS)
+        rows = [row for s in segments for row in torch.cat([s.tokens, s.targets[:, -1:]], dim=1).tolist()]
+        found = Weights(own.model)
+        after = own._after
+        monkeypatch.setattr(own, "_after", lambda step: (found.on_step_end(), after(step)))
+        own.fit()
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
+        rate = functools.partial(learning_rate, peak=PEAK, warmup=WARMUP, total=STEPS)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate(done + 1))
+        choices = {"per_device_train_batch_size": 4 // accumulate, "gradient_accumulation_steps": accumulate}
+        usual = {"max_steps": STEPS, "max_grad_norm": 0.25, "logging_steps": 1, "save_strategy": "no"}
+        quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
+        theirs = InOrder(
+            model,
+            TrainingArguments(str(tmp_path), **choices, **usual, **quiet),
+            train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+            optimizers=(optimiser, schedule),
+            callbacks=[wanted := Weights(model.model)],
+        )
+        theirs.train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ours = [event for event in events if event["event"] == "step"]
+    lines = [line for line in theirs.state.log_history if "loss" in line]
+    assert len(ours) == len(lines) == len(found.found) == len(wanted.found) == STEPS
+    for mine, line, a, b in zip(ours, lines, found.found, wanted.found, strict=True):
+        assert mine["loss"] + mine["extra"] == pytest.approx(line["loss"], rel=1e-6)  # Trainer sums in float32
+        assert mine["gradient_norm"] == pytest.approx(line["grad_norm"], rel=1e-6)
+        assert mine["learning_rate"] == line["learning_rate"]
+        for name, value in a.items():
+            assert_close(value, b[name], rtol=0, atol=SOLVED, msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -11,6 +13,7 @@ from equilibria.cells import CellConfig
 from equilibria.cells.chain import ChainConfig
 from equilibria.cells.transformer.cell import TransformerConfig
 from equilibria.cells.trellis.cell import TrellisConfig
+from equilibria.checks import check_flag, check_whole
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.lm.experiments.serialise import part_from_json, part_to_json
@@ -99,13 +102,29 @@ class EquilibriumConfig(PreTrainedConfig):
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Do nothing: transformers would copy the source of this module beside the weights."""
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **changes: Any) -> Any:
+        """As in transformers, which drops changes of fields that there are not; those that were meant are errors."""
+        _refuse_ignored(changes)
+        return super().from_dict(config_dict, **changes)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field; ``language``, ``method`` and ``eval_stop`` also take the object instead of its dictionary."""
+        """Set a field; ``language``, ``method`` and ``eval_stop`` also take the object instead of its dictionary.
+
+        Raises:
+            ValueError: the name is a misspelt field, belongs inside one, or follows from the cell. Any other name is
+                kept, as in transformers.
+        """
+        _refuse_ignored({name: value})
         as_object = name in _OBJECTS and dataclasses.is_dataclass(value) and not isinstance(value, type)
         super().__setattr__(name, part_to_json(value) if as_object else value)
 
     def check(self) -> None:
         """Raise a ValueError unless the configuration is that of an equilibrium of a cell of this library."""
+        name = type(self).__name__
+        check_whole(name, vocab_size=self.vocab_size)
+        check_whole(name, optional=True, edge_token_id=self.edge_token_id, edge_reads_as=self.edge_reads_as)
+        check_flag(name, folded=self.folded)
         self._check_edge()
         language = self.decoded_language()
         if not language.solves:
@@ -221,6 +240,36 @@ def seen_in_training(language: LanguageConfig, segment_length: int) -> LanguageC
 
 def _narrowed(cell: TransformerConfig, segment_length: int) -> TransformerConfig:
     return dataclasses.replace(cell, window=min(cell.reach, cell.memory + segment_length))
+
+
+def _refuse_ignored(given: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a name that transformers would keep or drop without effect."""
+    for name, value in given.items():
+        if (advice := _advice(name)) is not None:
+            raise ValueError(f"EquilibriumConfig({name}={value!r:.60}): {advice}")
+
+
+def _advice(name: str) -> str | None:
+    if name in _INSIDE:
+        kind, field = _INSIDE[name]
+        return f"{name} is a field of {kind}; give {field}={kind}({name}=…)."
+    known = getattr(EquilibriumConfig, name, None)
+    if isinstance(known, property) and known.fset is None:
+        return f"{name} follows from the cell; give language=LanguageConfig(…) with another cell, or leave it out."
+    if known is not None or name in _OWN or name.endswith("_token_id"):
+        return None
+    close = difflib.get_close_matches(name, _OWN, n=1, cutoff=0.8)
+    return f"there is no such field; did you mean {close[0]}?" if close else None
+
+
+_OWN = (*_OBJECTS, "vocab_size", "folded", "edge_token_id", "edge_reads_as")
+"""The fields that configurations of other models do not have."""
+_INSIDE = {
+    field.name: (kind.__name__, place)
+    for place, kind in (("language", LanguageConfig), ("method", Method), ("eval_stop", Stop))
+    for field in dataclasses.fields(kind)
+}
+"""The fields inside those that hold objects, by name: the kind of the object, and where it is."""
 
 
 AutoConfig.register(MODEL_TYPE, EquilibriumConfig)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from equilibria.checks import check_whole
 from equilibria.hf.configuration import EquilibriumConfig
 from equilibria.lm.model import Embedding
 from equilibria.lm.model.heads import TableHead
@@ -69,6 +70,11 @@ def resized(
         pad_to_multiple_of: raise the number of ids to a multiple of this.
         choices: the other arguments of ``resize``.
     """
+    check_whole("resize_token_embeddings", optional=True, new_num_tokens=rows, pad_to_multiple_of=pad_to_multiple_of)
+    if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+        raise ValueError(
+            f"resize_token_embeddings(pad_to_multiple_of={pad_to_multiple_of}): it is at least 1; try 8, or None."
+        )
     language, config = model.model, model.config
     head, known = language.head, config.vocab_size
     if not isinstance(language.embedding, Embedding) or not isinstance(head, TableHead):

@@ -37,6 +37,7 @@ from equilibria.hf.arguments import (
 from equilibria.hf.configuration import EquilibriumConfig
 from equilibria.hf.edges import EdgesRead, lowest_at_edge, resized
 from equilibria.hf.loss import IGNORED, check_labels_come_with_their_count, extra_loss, scored, targets_of
+from equilibria.hf.weights import are_folded, check_form, draw
 from equilibria.layers.linear import fold
 from equilibria.lm.model.embedding import widened
 from equilibria.lm.model.model import NO_LOSSES
@@ -233,11 +234,26 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         parent: Any = super()
         return parent.generate(*args, **choices)
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, with the cache by its older name, in which peft looks whether its prompt is there."""
+        parent: Any = super()
+        found = parent.prepare_inputs_for_generation(*args, **kwargs)  # "kwargs": transformers reads the name
+        return {("past_key_values" if name == CACHE else name): value for name, value in found.items()}
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **choices: Any) -> None:
         """As in transformers, with the file that finds the classes of a model that was exported."""
+        self.config.folded = self.config.folded or are_folded(self.model)
         super().save_pretrained(save_directory, *args, **choices)
         if getattr(self.config, "auto_map", None):
             remote.write(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **choices: Any) -> Any:
+        """As in transformers; a file with weights of another form, or of another model, is an error."""
+        found: Any = super().from_pretrained(*args, output_loading_info=True, **choices)
+        model, told = found
+        check_form(told, folded=model.config.folded)
+        return (model, told) if output_loading_info else model
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
@@ -251,6 +267,10 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the embedding."""
         value.register_forward_pre_hook(EdgesRead(self.config))
         self.model.embedding = value
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As in PyTorch; peft asks for BERT's name of the embedding, or else guesses one by its number of rows."""
+        return self.model.embedding if target == "embeddings.word_embeddings" else super().get_submodule(target)
 
     def get_output_embeddings(self) -> None:
         """None: a tied head reads the embedding, and another one is no ``nn.Linear``."""
@@ -272,16 +292,8 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         del ignored
         return attention_mask
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw the parameters that no checkpoint gave, as this library does."""
-        reset = getattr(module, "reset_parameters", None)
-        if reset is None:
-            return
-        loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
-        reset()
-        for parameter, value in loaded:
-            parameter.copy_(value)
+        draw(module)
 
 
 AutoModelForCausalLM.register(EquilibriumConfig, EquilibriumForCausalLM)

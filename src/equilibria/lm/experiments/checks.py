@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Iterator
 
 import torch
+
+from equilibria.checks import hints_of, members_of
 
 LARGEST = torch.finfo(torch.float32).max
 """Settings multiply float32 weights, and PyTorch raises an error for factors that do not fit into float32."""
@@ -52,4 +55,8 @@ def above_zero(value: object, *names: str) -> None:
     for name in names:
         number = getattr(value, name)
         if number is not None and not 0 < number < float("inf"):
-            raise ValueError(f"{type(value).__name__}({name}={number}): it must be a finite number above 0.")
+            kind, usual = type(value), getattr(type(value), name)
+            none = ", or None" if types.NoneType in members_of(hints_of(kind)[name]) else ""
+            raise ValueError(
+                f"{kind.__name__}({name}={number}): it must be a finite number above 0{none}; try {usual}."
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -135,16 +136,7 @@ _WIDER = {(int, float), (str, Path)}
 
 
 def _decode_dataclass(data: Mapping[str, JSON], hint: Any, kinds: Mapping[str, type], *, where: str) -> Any:
-    named = data.get("kind")
-    kind = kinds.get(named) if isinstance(named, str) else None
-    if kind is None:
-        raise ValueError(
-            f"{where} has the unknown kind {data.get('kind')!r}; {nearest_or_all(str(data.get('kind')), kinds)} "
-            "Name a dataclass of your own with --recipe FILE.py:FUNCTION, or in from_json(…, extra=[…])."
-        )
-    allowed = [member for member in members_of(hint) if isinstance(member, type)]
-    if not any(issubclass(kind, member) for member in allowed):
-        raise ValueError(f"{where} is a {kind.__name__}; it must be {' or '.join(_named(m) for m in allowed)}.")
+    kind = _kind_of(data, hint, kinds, where=where)
     hints = hints_of(kind)
     fields = {name: value for name, value in data.items() if name != "kind"}
     for name in fields:
@@ -154,6 +146,27 @@ def _decode_dataclass(data: Mapping[str, JSON], hint: Any, kinds: Mapping[str, t
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; a {kind.__name__} has the fields {', '.join(hints)}.")
     return kind(**{name: _decode(v, hints[name], kinds, where=f"{where}.{name}") for name, v in fields.items()})
+
+
+def _kind_of(data: Mapping[str, JSON], hint: Any, kinds: Mapping[str, type], *, where: str) -> type:
+    """The dataclass that the data name, which is one of those that ``hint`` allows."""
+    allowed = tuple(member for member in members_of(hint) if isinstance(member, type))
+    possible = sorted(name for name, kind in kinds.items() if issubclass(kind, allowed))
+    if "kind" not in data:
+        raise ValueError(
+            f'{where} has no "kind", which says what its fields belong to; give {{"kind": '
+            f"{' or '.join(map(json.dumps, possible))}, …}}."
+        )
+    named = data["kind"]
+    kind = kinds.get(named) if isinstance(named, str) else None
+    if kind is None:
+        raise ValueError(
+            f"{where} has the unknown kind {named!r}; {nearest_or_all(str(named), possible)} Name a dataclass of your "
+            "own with --recipe FILE.py:FUNCTION, or in from_json(…, extra=[…])."
+        )
+    if not issubclass(kind, allowed):
+        raise ValueError(f"{where} is a {kind.__name__}; it must be {' or '.join(map(_named, allowed))}.")
+    return kind
 
 
 def _decode_tuple(data: list[JSON], hint: Any, kinds: Mapping[str, type], *, where: str) -> tuple[Any, ...]:

@@ -256,7 +256,7 @@ class Run:
         before = to_json(self.experiment(extra=kinds_in(experiment)))
         stored, asked = dict(_leaves(before)), dict(_leaves(to_json(experiment)))
         changed = [name for name in sorted(stored.keys() | asked.keys()) if stored.get(name) != asked.get(name)]
-        for name in changed:
+        for name in sorted(changed, key=lambda name: (not name.endswith(".kind"), name)):  # a part before its fields
             if not f"{name}.".startswith(tuple(f"{free}." for free in WITHOUT_INFLUENCE)):
                 raise ValueError(
                     f"{self.path} was started with {name} = {stored.get(name)!r} and cannot be continued with "

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from equilibria.lm.corpora import Language
+from equilibria.lm.experiments import Experiment
 from equilibria.lm.ranks import Ranks
 from equilibria.lm.runs import checkpoint, events
 from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError
@@ -21,6 +25,28 @@ class Keeper:
 
     def __init__(self, run: Run | None, ranks: Ranks, *, keep: int) -> None:
         self._run, self._ranks, self._keep = run, ranks, keep
+
+    def begin(self, experiment: Experiment, language: Language) -> None:
+        """Note what the run is trained on.
+
+        Raises:
+            ValueError: the run has begun before, or is that of another experiment; on all ranks.
+        """
+        fault, run = None, self._run
+        if run is not None and self._ranks.first:
+            try:
+                run.go_on(experiment)
+                if run.events():
+                    raise ValueError(
+                        f"{run.path} has begun before, and would be trained from its beginning again in the same log; "
+                        "call resume() before fit(), or begin another run: Run.start(folder, experiment)."
+                    )
+                run.keep(language)
+            except ValueError as error:
+                fault = error
+        fault = self._ranks.of_first(fault)
+        if fault is not None:
+            raise fault
 
     def write(self, kept: Checkpoint, *, best: int | None) -> None:
         """Write a checkpoint and remove the oldest ones; ``best`` is the step of the best one, which stays."""
@@ -61,6 +87,12 @@ class Keeper:
         """Remove the lines of the log that are newer than the checkpoint of ``step``."""
         if self._run is not None and self._ranks.first:
             events.cut(self._run.metrics, step)
+
+    def rollbacks(self) -> int:
+        """How often the run has gone back to a checkpoint, by the factor of the learning rate in its log."""
+        lines = self._run.events() if self._run is not None and self._ranks.first else []
+        factors = [line["factor"] for line in lines if line["event"] == "rolled_back"]
+        return self._ranks.of_first(round(-math.log2(min(factors, default=1.0))))
 
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints after ``step``: they are damaged, and would count as newer than the next ones."""

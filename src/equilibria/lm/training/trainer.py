@@ -111,6 +111,7 @@ class Trainer:
         step = -1 if found is None else found.step
         self.keeper.discard_after(step)
         self.keeper.cut_log(step)
+        self.policy.rollbacks = max(self.policy.rollbacks, self.keeper.rollbacks())  # a checkpoint tells earlier ones
         self.log.resume(0.0 if found is None else found.state.get("seconds", 0.0))
         _log.info("%s continues after step %d.", self.run.path, self.steps_done)
         return self.steps_done
@@ -125,6 +126,7 @@ class Trainer:
             TrainingStopped: the loss or the gradient is not finite, or too many solves fail; names the step.
             TrainingInterrupted: ``leaving`` was set; a checkpoint of the last step has been written.
             TrackerError: the tracker could not begin; nothing was trained.
+            ValueError: the run has begun before and is not resumed, or is that of another experiment.
         """
         name = self.experiment.training.log.tracker_name
         self.log.open_tracker(name, to_json(self.experiment), step=self.steps_done)
@@ -137,6 +139,8 @@ class Trainer:
         settings = self.experiment.training.log
         if self.steps_done == 0:
             self._begin()
+        else:
+            self.keeper.cut_log(self.steps_done)  # an end that an earlier call has written is none
         batches = self._batches()
         while self.steps_done < self.experiment.total_steps:
             began = time.perf_counter()
@@ -197,8 +201,7 @@ class Trainer:
         return memory_comparison(self.model, segment, memory, depths, method=method, warm=self.stage.warm)
 
     def _begin(self) -> None:
-        if self.run is not None and self.ranks.first:
-            self.run.keep(self.language)
+        self.keeper.begin(self.experiment, self.language)
         self.log.start_of(self.model, self.corpus)
         if self.experiment.training.log.baseline and self.corpus.unit == "character" and self.ranks.first:
             self.log.write("baseline", step=0, rows=ngram_baseline(self.corpus))
