@@ -139,7 +139,8 @@ def _by_trace(trace: Float[Tensor, " K"], stop: Stop, solve: Solve, eps: float) 
         )
     return "stalled", (
         f"The residual stays at {last:.1e}. If f does not give the same bits twice (dropout inside it), draw its masks "
-        f"before the solve; else give f {_SMALLER}, or an rtol above {2 * last:.0e}."
+        f"before the solve; else give f {_SMALLER}, or an rtol above {2 * last:.0e}; stability.spectral_radius tells "
+        "whether f contracts."
     )
 
 
