@@ -482,13 +482,18 @@ def test_a_rollback_that_no_checkpoint_has_seen_yet_is_remembered(tmp_path, line
     assert same_bits(trained_weights(again), trained_weights(uninterrupted))
 
 
-def test_a_resumed_run_has_spent_what_it_had_spent(tmp_path):
-    value = experiment(rollbacks=2)
-    run = Run.start(tmp_path / "run", value)
-    trainer = Trainer(value, run, corpus())
-    poisoned(trainer, 9, times=3)
+def stopped_at_step_9(tmp_path, value, *, times):
+    """The trainer of a run whose faults at step 9 were more than its rollbacks."""
+    trainer = Trainer(value, Run.start(tmp_path / "run", value), corpus())
+    poisoned(trainer, 9, times=times)
     with pytest.raises(TrainingStopped, match="Step 9"):
         trainer.fit()
+    return trainer
+
+
+def test_a_resumed_run_has_spent_what_it_had_spent(tmp_path):
+    value = experiment(rollbacks=2)
+    run = stopped_at_step_9(tmp_path, value, times=3).run
     lines = without_times(run.events())
     again = Trainer(value, run, corpus())
     again.resume()
@@ -719,12 +724,8 @@ def test_a_run_that_has_begun_is_not_begun_again(tmp_path):
 
 
 def test_the_end_of_a_training_stands_in_its_log_once(tmp_path):
-    value = experiment(rollbacks=0)
-    run = Run.start(tmp_path / "run", value)
-    trainer = Trainer(value, run, corpus())
-    poisoned(trainer, 9, times=1)
-    with pytest.raises(TrainingStopped, match="Step 9"):
-        trainer.fit()
+    trainer = stopped_at_step_9(tmp_path, experiment(rollbacks=0), times=1)
+    run = trainer.run
     for _ in range(2):  # the fault does not come again, and then there is nothing left to train
         trainer.fit()
     found = [event["event"] for event in run.events()]

@@ -10,10 +10,11 @@ import numbers
 import operator
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:
@@ -33,9 +34,7 @@ def check_at_least(settings: Any, **least: float) -> None:
 
 def check_whole(call: str, *, optional: bool = False, **values: Any) -> None:
     """Raise a ValueError unless each of these arguments of ``call`` is a whole number, or, if ``optional``, None."""
-    for name, value in values.items():
-        if not (optional and value is None) and not _is_whole(value):
-            raise ValueError(f"{call}({name}={value!r}): {name} is a whole number, such as 8.")
+    _check_arguments(call, values, _is_whole, "a whole number, such as 8", optional=optional)
 
 
 def _is_whole(value: Any) -> bool:
@@ -49,16 +48,34 @@ def _is_whole(value: Any) -> bool:
 
 def check_number(call: str, *, optional: bool = False, **values: Any) -> None:
     """Raise a ValueError unless each of these arguments of ``call`` is a real number, or, if ``optional``, None."""
-    for name, value in values.items():
-        if not (optional and value is None) and not _is_number(value, numbers.Real):
-            raise ValueError(f"{call}({name}={value!r}): {name} is a number, such as 0.8.")
+    _check_arguments(call, values, _is_real, "a number, such as 0.8", optional=optional)
 
 
 def check_flag(call: str, **values: Any) -> None:
     """Raise a ValueError unless each of these arguments of ``call`` is True or False."""
+    _check_arguments(call, values, _is_flag, "True or False", optional=False)
+
+
+def _check_arguments(
+    call: str, values: Mapping[str, Any], fits: Callable[[Any], bool], kind: str, *, optional: bool
+) -> None:
     for name, value in values.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{call}({name}={value!r}): {name} is True or False.")
+        if not (fits(value) or (optional and value is None)):
+            raise ValueError(f"{call}({name}={value!r}): {name} is {kind}.")
+
+
+def _is_real(value: Any) -> bool:
+    return _is_number(value, numbers.Real)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def range_of(*ids: Tensor) -> tuple[int, int]:
+    """The smallest and the largest number in all of the tensors."""
+    bounds = [int(bound) for tensor in ids for bound in tensor.aminmax()]
+    return min(bounds), max(bounds)
 
 
 def check_fields(settings: Any) -> None:

@@ -60,7 +60,8 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
         SystemExit: the words contain --help, which has been printed.
     """
     known = flags(default) if default is not None else _plain_flags(kind)
-    known = {flag: value for flag, value in known.items() if flag not in _positional(kind)}
+    positional = _positional(kind)
+    known = {flag: value for flag, value in known.items() if flag not in positional}
     words = [_full(word, known) for word in arguments]
     typed = {full.partition("=")[0]: word.partition("=")[0] for full, word in zip(words, arguments, strict=True)}
     errors = io.StringIO()

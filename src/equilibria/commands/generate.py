@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Options, arguments, verb="generate")
     if sum(word.partition("=")[0] == "--prompt" for word in arguments) > 1:  # the last one alone would count
         raise UsageError("--prompt is there twice; give all prompts after one: --prompt 'The ' 'Iterators are'.")
-    if options.prompt == ():  # as of a variable of the shell that is empty
+    if options.prompt == ():  # such as --prompt $TEXT in a shell where TEXT is empty
         raise UsageError("--prompt needs a text after it; leave it out for the prompt of the sample in the report.")
     if options.memory_length is not None and options.memory_length < 0:
         raise UsageError(

@@ -45,9 +45,9 @@ class Constants(TorchFunctionMode):
 class Unknown(TorchFunctionMode):
     """Records the tensors that f reads but was not given, if they require a gradient or belong to a transform.
 
-    A transform that f itself uses wraps tensors and unwraps results where no operation is seen: each tensor is looked
-    at as it is outside of such a transform, and results are told from tensors of a closure by a second evaluation,
-    in which they are new.
+    A transform inside f wraps tensors and unwraps results by operations that this mode does not see. So each tensor is
+    recorded as it is outside of such transforms. If ``read_by`` finds one, it evaluates f again: a result of f is then
+    a new tensor, and a tensor that f closes over is the same one.
 
     Args:
         given: the tree of tensors that f is given. Results of f's own operations count as given, too.

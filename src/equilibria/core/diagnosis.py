@@ -145,7 +145,7 @@ def _by_trace(trace: Float[Tensor, " K"], stop: Stop, solve: Solve, eps: float) 
 
 
 def _looser(words: str, last: float) -> str:
-    """The advice to loosen the tolerance to what was reached; nothing where that is no solution."""
+    """The advice to loosen the tolerance to the residual that was reached; "" where that is too large."""
     return "" if last > LARGE else f"{words} an rtol above {2 * last:.0e}"
 
 

@@ -198,7 +198,7 @@ def used_stop(method: Method, *, rtol: float | None, atol: float | None, max_eva
 
 
 def check_text_at_the_end(attention_mask: Any) -> None:
-    """Raise a ValueError if a row of the prompts to continue ends in padding, from which nothing is predicted."""
+    """Raise a ValueError if a prompt ends in padding, because the model cannot predict the next token from padding."""
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.numel():
         blind = int((attention_mask[:, -1] == 0).sum())
         if blind:
@@ -209,11 +209,11 @@ def check_text_at_the_end(attention_mask: Any) -> None:
 
 
 def check_weights(model: nn.Module, embedding: nn.Module) -> None:
-    """Raise a ValueError if a weight is elsewhere, or an adapter replaces the embedding.
+    """Raise a ValueError if a weight is offloaded to the meta device, or if an adapter replaces the embedding.
 
-    The solve and a tied head read weights directly, and not by the forward of the module that has them. So accelerate
-    does not bring an offloaded one, and PyTorch multiplies by uninitialised memory without an error; and peft adapts
-    the vectors of an embedding, but not the same table where a head reads it.
+    The solve and a tied head read weights directly, without calling the module that holds them. So accelerate does not
+    load an offloaded weight, and PyTorch multiplies by uninitialised memory without an error. And peft adapts the
+    vectors that the embedding returns, but not the table that a tied head reads.
     """
     for name, parameter in model.named_parameters() if "_hf_hook" in vars(model) else ():  # accelerate's mark
         if parameter.is_meta:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.lm.experiments.serialise import part_from_json, part_to_json
 from equilibria.lm.model import LanguageConfig
+from equilibria.lm.suggestions import nearest
 
 MODEL_TYPE = "equilibrium"
 _OBJECTS = ("language", "method", "eval_stop")
@@ -104,7 +104,7 @@ class EquilibriumConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **changes: Any) -> Any:
-        """As in transformers, which drops changes of fields that there are not; those that were meant are errors."""
+        """As in transformers, which silently drops unknown fields; a misspelt or misplaced one is an error here."""
         _refuse_ignored(changes)
         return super().from_dict(config_dict, **changes)
 
@@ -258,8 +258,8 @@ def _advice(name: str) -> str | None:
         return f"{name} follows from the cell; give language=LanguageConfig(…) with another cell, or leave it out."
     if known is not None or name in _OWN or name.endswith("_token_id"):
         return None
-    close = difflib.get_close_matches(name, _OWN, n=1, cutoff=0.8)
-    return f"there is no such field; did you mean {close[0]}?" if close else None
+    question = nearest(name, _OWN, least=0.8)
+    return f"there is no such field; {question}" if question else None
 
 
 _OWN = (*_OBJECTS, "vocab_size", "folded", "edge_token_id", "edge_reads_as")

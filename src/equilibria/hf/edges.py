@@ -30,7 +30,7 @@ def with_edges_read(tokens: Int[Tensor, "B T"], config: EquilibriumConfig) -> In
 
 
 class EdgesRead:
-    """A hook before the forward of an embedding, so that it gives edges the vectors that the model reads.
+    """A hook that runs before an embedding and replaces each edge by the token that the model reads in its place.
 
     Args:
         config: the configuration, which names the edge.

@@ -85,7 +85,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             fold(self.model)
         self.model.embedding.register_forward_pre_hook(EdgesRead(config))
         self._built = copy.deepcopy((config.method, config.eval_stop))
-        """The settings of the solves that the layer was built with."""
+        """``config.method`` and ``config.eval_stop`` as they were when the layer was built."""
         self.post_init()
 
     def forward(
@@ -189,12 +189,11 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _method(self, *, rtol: float | None, atol: float | None, max_evals: int | None) -> Method:
         layer: Any = self.model.layer
-        configured = (self.config.method, self.config.eval_stop)
-        if configured != self._built:  # the configuration was changed after the layer was built
+        if (self.config.method, self.config.eval_stop) == self._built:
+            method = layer.method if self.training else layer.evaluation_method
+        else:  # the configuration was changed after the layer was built
             method = self.config.decoded_method()
             method = method if self.training else method.with_stop(self.config.decoded_eval_stop())
-            return used_stop(method, rtol=rtol, atol=atol, max_evals=max_evals)
-        method = layer.method if self.training else layer.evaluation_method
         return used_stop(method, rtol=rtol, atol=atol, max_evals=max_evals)
 
     def _vectors(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Float[Tensor, "B T D"]:
@@ -235,7 +234,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         return parent.generate(*args, **choices)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As in transformers, with the cache by its older name, in which peft looks whether its prompt is there."""
+        """As in transformers, but the cache has its older name, under which peft looks for its prompt."""
         parent: Any = super()
         found = parent.prepare_inputs_for_generation(*args, **kwargs)  # "kwargs": transformers reads the name
         return {("past_key_values" if name == CACHE else name): value for name, value in found.items()}

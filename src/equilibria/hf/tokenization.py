@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from equilibria.hf.configuration import EquilibriumConfig
 from equilibria.hf.edges import EDGE
 from equilibria.lm.corpora import Vocabulary
+from equilibria.lm.corpora.byte_pairs import check_utf8
+from equilibria.lm.corpora.vocabulary import lines_in
 
 _SPACES = "".join(re for re in map(chr, range(0x3001)) if re.isspace() and re != "\n")
 """The characters at which ``str.split`` separates words; the regular expressions of ``tokenizers`` know fewer."""
@@ -28,7 +30,9 @@ class EquilibriumTokenizer(PreTrainedTokenizerFast):
         try:
             return super()._encode_plus(text, *args, **choices)
         except Exception as error:  # tokenizers raises plain Exception
-            self._refuse_halves(text)
+            for part in _texts(text):
+                for number, line in enumerate(lines_in(part), 1):
+                    check_utf8(line, number)
             if "WordLevel" not in str(error):
                 raise
             raise ValueError(self._missing(text)) from None
@@ -42,14 +46,6 @@ class EquilibriumTokenizer(PreTrainedTokenizerFast):
                     f"labels without their −100, or with {self.pad_token_id} instead."
                 )
         return super()._decode(token_ids, *args, **choices)
-
-    def _refuse_halves(self, text: Any) -> None:
-        half = next((c for part in _texts(text) for c in part if "\ud800" <= c <= "\udfff"), None)
-        if half is not None:
-            raise ValueError(
-                f"The character {half!r} is half a surrogate pair, which UTF-8 cannot represent; remove it, or decode "
-                "the text as what it is."
-            )
 
     def _missing(self, text: Any) -> str:
         backend, known = self.backend_tokenizer, self.get_vocab()

@@ -1,4 +1,4 @@
-"""The weights of a saved model: in which form they are, which of them are missing, and what is drawn instead."""
+"""Checks the weights of a saved model against its configuration, and draws those that are missing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def are_folded(model: nn.Module) -> bool:
 
 
 def check_form(told: Mapping[str, Iterable[str]], *, folded: bool) -> None:
-    """Raise a ValueError if a file has other weights instead of those that the configuration describes.
+    """Raise a ValueError if a file holds other weights than the configuration describes.
 
-    transformers draws what is missing, leaves out the rest, and says so in its log alone.
+    transformers draws the missing weights, ignores the others, and says so only in its log.
 
     Args:
         told: what ``from_pretrained`` tells of its loading.
@@ -40,7 +40,7 @@ def check_form(told: Mapping[str, Iterable[str]], *, folded: bool) -> None:
 
 @torch.no_grad()
 def draw(module: nn.Module) -> None:
-    """Draw the parameters of a module that no checkpoint gave, as this library does."""
+    """Draw those parameters of a module that the checkpoint does not hold, as this library does."""
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
         return

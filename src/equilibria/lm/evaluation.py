@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equilibria.checks import check_flag, check_kind, check_whole
+from equilibria.checks import check_flag, check_kind, check_whole, range_of
 from equilibria.core.solve import Solution
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Cell
@@ -114,12 +114,11 @@ def _check_fit(model: LanguageModel, stream: Stream, vocabulary: Vocabulary | No
     """Raise an error if the model cannot read the stream, or has another vocabulary or no depth."""
     check_kind("stream", stream, Stream, "Stream.of_text(vocabulary.encode(text))")
     size = model.vocabulary_size
-    bounds = [int(bound) for ids in (stream.tokens, stream.targets) for bound in ids.aminmax()]
-    if min(bounds) < 0 or max(bounds) >= size:
-        wrong = min(bounds) if min(bounds) < 0 else max(bounds)
+    low, high = range_of(stream.tokens, stream.targets)
+    if low < 0 or high >= size:
         raise ValueError(
-            f"evaluate: the stream has the id {wrong}, and the model knows 0 … {size - 1}; encode the text with the "
-            "vocabulary that the model was trained with."
+            f"evaluate: the stream has the id {low if low < 0 else high}, and the model knows 0 … {size - 1}; encode "
+            "the text with the vocabulary that the model was trained with."
         )
     if vocabulary is not None and len(vocabulary) != size:
         raise ValueError(

@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The question "did you mean …?" with up to three similar names of ``known``; "" if none is similar."""
+def nearest(name: str, known: Iterable[str], *, least: float = 0.5) -> str:
+    """The question "did you mean …?" with up to three names of ``known`` at least so similar; "" if there is none."""
     likeness = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in known}
     best = max(likeness.values(), default=0.0)
-    close = [other for other in likeness if likeness[other] >= max(0.5, best - 0.05)]
+    close = [other for other in likeness if likeness[other] >= max(least, best - 0.05)]
     close = sorted(close, key=lambda other: -likeness[other])[:3]
     return f"did you mean {' or '.join(close)}?" if close else ""
 

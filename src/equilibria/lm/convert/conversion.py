@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -92,8 +90,7 @@ def convert(
             f"{experiment.name} has {experiment.model.kind}, and the published formats are of "
             "transformers and TrellisNets; choose the recipe of the file's model."
         )
-    with _naming(source):
-        model = kind.model(tensors, experiment.model)
+    model = _model(kind, tensors, experiment.model)
     found = kind.weights(tensors, model)
     tensors.skip(kind.copies)
     if rest := tensors.rest():
@@ -148,12 +145,15 @@ def _check_shapes(found: dict[str, Tensor], experiment: Experiment, corpus: Corp
             )
 
 
-@contextlib.contextmanager
-def _naming(source: Path) -> Iterator[None]:
-    """Within it, a model that cannot have the sizes of the file is an error about the file."""
+def _model(kind: Format, tensors: Tensors, model: LanguageConfig) -> LanguageConfig:
+    """The model with the sizes of the file.
+
+    Raises:
+        ConversionError: no model can have these sizes.
+    """
     try:
-        yield
+        return kind.model(tensors, model)
     except ConversionError:
         raise
     except ValueError as error:
-        raise ConversionError(f"{source} has sizes that its model cannot have: {error}") from None
+        raise ConversionError(f"{tensors.source} has sizes that its model cannot have: {error}") from None

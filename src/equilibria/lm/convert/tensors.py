@@ -159,7 +159,7 @@ def read(path: Path) -> Tensors:
     with path.open("rb") as file:
         start = file.read(9)
     if not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle of older versions
-        # A safetensors file begins with the length of its JSON.
+        # A safetensors file begins with a number of 8 bytes, the length of the JSON object that follows.
         how = "torch.save(safetensors.torch.load_file(…), …) makes one of safetensors" if start[8:] == b"{" else ""
         raise ConversionError(f"{path} is not a file that torch.save has written{how and f'; {how}'}.")
     try:

@@ -74,7 +74,7 @@ class BytePairVocabulary(Vocabulary):
         """
         lines = list(lines)
         for number, line in enumerate(lines, 1):
-            _check_line(line, number)
+            check_utf8(line, number)
         tokenizer, library = trained_tokenizer(lines, size=size)
         vocabulary = cls(tokenizer_json=tokenizer, library=library)
         return vocabulary, vocabulary.encode_lines(lines)
@@ -133,7 +133,7 @@ class BytePairVocabulary(Vocabulary):
         ids, rest, number = array("i"), iter(lines), 1
         while batch := list(itertools.islice(rest, _BATCH)):
             for place, line in enumerate(batch):
-                _check_line(line, number + place)
+                check_utf8(line, number + place)
             for encoding in self._encoder.encode_batch_fast(batch, add_special_tokens=False):
                 ids.extend(encoding.ids)
             number += len(batch)
@@ -197,7 +197,7 @@ class _ByteSpeller(Speller):
         return self._decoder.decode(b"", final=True)
 
 
-def _check_line(line: str, number: int) -> None:
+def check_utf8(line: str, number: int) -> None:
     """Raise a ValueError if UTF-8 cannot represent the line."""
     try:
         line.encode()

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from equilibria.checks import range_of
 from equilibria.lm.corpora.vocabulary import Vocabulary
 
 Unit = Literal["word", "character", "bpe", "symbol"]
@@ -100,7 +101,7 @@ class Corpus:
         for split in ("train", "valid", "test"):
             stream: Stream = getattr(self, split)
             for name, ids in (("tokens", stream.tokens), ("targets", stream.targets)):
-                low, high = (int(bound) for bound in ids.aminmax())
+                low, high = range_of(ids)
                 if low < 0 or high >= len(self.vocabulary):
                     raise ValueError(
                         f"Corpus {self.name!r}: the {name} of {split} hold the id {low if low < 0 else high}, and its "

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from equilibria.checks import check_whole
+from equilibria.checks import check_whole, range_of
 
 
 def witten_bell(train_ids: Int[Tensor, " N"], valid_ids: Int[Tensor, " L"], order: int, vocabulary_size: int) -> float:
@@ -43,10 +43,10 @@ def witten_bell(train_ids: Int[Tensor, " N"], valid_ids: Int[Tensor, " L"], orde
             f"witten_bell: {len(train_ids)} training and {len(valid_ids)} validation tokens, and at least 1 and 2 are "
             "needed; give longer texts."
         )
-    bounds = [int(bound) for ids in (train_ids, valid_ids) for bound in ids.aminmax()]
-    if min(bounds) < 0 or max(bounds) >= vocabulary_size:
+    low, high = range_of(train_ids, valid_ids)
+    if low < 0 or high >= vocabulary_size:
         raise ValueError(
-            f"witten_bell(vocabulary_size={vocabulary_size}): the ids reach from {min(bounds)} to {max(bounds)}, and "
+            f"witten_bell(vocabulary_size={vocabulary_size}): the ids reach from {low} to {high}, and "
             f"are 0 … {vocabulary_size - 1}; give len(corpus.vocabulary)."
         )
     p = torch.full((len(valid_ids),), 1 / vocabulary_size, dtype=torch.float64, device=valid_ids.device)

@@ -249,7 +249,11 @@ def noun(unit: str) -> str:
 
 
 def lines_in(text: str) -> Iterable[str]:
-    """The lines of a text with their line feeds; no other character ends a line. A TypeError if it is no text."""
+    """The lines of a text, each with its line feed; no other character ends a line.
+
+    Raises:
+        TypeError: ``text`` is not a str.
+    """
     if not isinstance(text, str):
         raise TypeError(
             f"{text!r:.60} is a {type(text).__name__}, and only a text (str) is encoded; decode bytes first."
@@ -258,7 +262,7 @@ def lines_in(text: str) -> Iterable[str]:
 
 
 def check_lines(call: str, lines: Iterable[str]) -> None:
-    """Raise a TypeError if the lines are one text, whose characters would be the lines."""
+    """Raise a TypeError if ``lines`` is one str: a loop over it gives characters and not lines."""
     if isinstance(lines, str):
         raise TypeError(
             f"{call}({lines!r:.60}): lines are an iterable of texts, such as an open file; give one text to "

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from equilibria.checks import check_number, check_whole
+from equilibria.checks import check_number, check_whole, range_of
 from equilibria.layers.sequence import Memory
 from equilibria.lm.model.modes import eval_mode
 
@@ -265,7 +265,7 @@ def _check_shape(tokens: Tensor, *, axes: int) -> None:
 
 
 def _check_tokens(model: CausalLM, tokens: Tensor, stop: int | None) -> None:
-    low, high = int(tokens.min()), int(tokens.max())
+    low, high = range_of(tokens)
     if low < 0 or high >= model.vocabulary_size:
         raise ValueError(
             f"the prompt has token {low if low < 0 else high}, but the model knows 0 … {model.vocabulary_size - 1}; "
