@@ -264,6 +264,14 @@ def storage_key(storage: UntypedStorage) -> int:
     return storage._cdata
 
 
+def is_recorded() -> bool:
+    """True while torch.compile, torch.export or torch.jit.trace records a program, for inputs of other sizes, too.
+
+    If it goes: ``torch.compiler.is_compiling()`` alone, and no sizes are decided on in what jit.trace may record.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def is_compiled(module: nn.Module) -> bool:
     """True if ``module.compile()`` was called, so that a call runs compiled code.
 

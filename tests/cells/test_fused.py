@@ -17,6 +17,7 @@ from equilibria.cells.transformer import fused, kernel
 from equilibria.cells.transformer.fused import prepare_fused
 from equilibria.cells.transformer.kernel import attention
 from equilibria.layers.cell import CellMap
+from equilibria.peak_memory import PeakMemory
 from equilibria.stability import jacobian_penalty
 
 B, T, M = 3, 9, 6
@@ -158,6 +159,42 @@ def test_equilibria_and_their_gradients(config):
         found.append([out.z, *torch.autograd.grad(loss, list(cell.parameters()))])
     for exact, fast in zip(*found, strict=True):
         assert_close(fast, exact, rtol=1e-8, atol=1e-9)
+
+
+@PAST
+@pytest.mark.parametrize("kind", ["relative", "relative, window", "relative, channels dropped"])
+def test_further_channels_exist_for_a_few_samples_at_a_time(kind, past, monkeypatch):
+    """The values of groups are those of one call bit for bit, and derivatives of first and second order are equal."""
+    cell = both(KINDS[kind])[1]
+    x, z, g = torch.randn(3, B, T, 12, dtype=torch.float64).unbind(0)
+    plain, sizes, found = fused.attention, [], []
+    monkeypatch.setattr(fused, "attention", lambda q, *others: sizes.append(len(q)) or plain(q, *others))
+    for numbers in (fused.NUMBERS, 1):
+        monkeypatch.setattr(fused, "NUMBERS", numbers)
+        leaves = leaves_of(cell, x, z)
+        f = cell(leaves[1], prepared(cell, leaves[0], past))
+        first = torch.autograd.grad(f, leaves, g, create_graph=True)
+        total = torch.stack([gradient.square().sum() for gradient in first]).sum()
+        second = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        found.append([f, *first, *second])
+    assert sizes == [B, *[1] * B]
+    assert torch.equal(found[0][0], found[1][0])
+    for one, groups in zip(*found, strict=True):
+        assert_close(groups, one, rtol=1e-12, atol=1e-12)
+
+
+def test_groups_of_samples_take_less_memory(monkeypatch):
+    """The peak of a VJP falls, since the gradients of the further channels exist for a few samples at a time."""
+    cell = TransformerConfig(width=64, heads=8, inner=64, memory=0, attention="fused").build()
+    z, peaks = torch.randn(16, 64, 64), []
+    values = cell.prepare(torch.randn_like(z))
+    for numbers in (1 << 30, 1):
+        monkeypatch.setattr(fused, "NUMBERS", numbers)
+        with PeakMemory(z.device) as measured:
+            state = z.clone().requires_grad_()
+            torch.autograd.grad(cell(state, values).sum(), state)
+        peaks.append(measured.peak)
+    assert peaks[1] < 0.75 * peaks[0]
 
 
 @pytest.mark.parametrize("positions", ["relative", "decay", "rotary"])

@@ -14,10 +14,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from equilibria.cells.transformer.kernel import attention
+from equilibria.cells.transformer.kernel import Bias, attention
 from equilibria.cells.transformer.positions import Positions, by_distance, hide_padding
 from equilibria.cells.transformer.separated import Channels
 from equilibria.layers.cell import Prepared
+from equilibria.torch_private import is_recorded
 
 WIDEST_ON_GPU = 256
 """The widest head that the fused kernels of a GPU compute."""
@@ -25,6 +26,9 @@ LEAST_SCORES = 100_000
 """Number of scores of a batch, for each channel of a head in the fused call, from which on "auto" is fused. With fewer
 of them the exact form is the quicker one on a CPU: its scores fit into the caches, or the fused call has too many
 further channels (benchmarks/attention.py; it was not measured on a GPU)."""
+NUMBERS = 1 << 18
+"""Numbers per thread in the keys of one fused call on a CPU, one sample at least. With further channels keys, queries,
+values and their gradients are several times as wide as a head; so wide they exist for a few samples at a time."""
 Form = Literal["exact", "fused", "auto"]
 """The values of ``TransformerConfig.attention``."""
 
@@ -89,12 +93,34 @@ def attend(
     """The values, weighted by the softmax of the scores; q already contains u and 1/√C."""
     term: FusedTerm = prepared.shared
     bias = term.bias if prepared.rows is None else prepared.rows
-    width, dtype = v.shape[3], q.dtype
-    if term.channels is not None:
-        q = torch.cat([q, *(half.to(dtype) for half in term.channels.of_queries(q))], dim=3)
-        further = term.channels.keys.to(dtype)
-        k = torch.cat([k, further.expand(*k.shape[:2], -1, -1)], dim=3)
-        v = functional.pad(v, (0, further.shape[1]))  # the kernel of a CPU is for values as wide as the keys
-    bias = None if bias is None else bias.to(dtype)
-    heads = attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), bias)
-    return heads[..., :width].transpose(1, 2)
+    bias = None if bias is None else bias.to(q.dtype)
+    if term.channels is None:
+        return _attended(q, k, v, bias)
+    channels = q.shape[3] + term.channels.keys.shape[1]
+    together = max(1, NUMBERS * torch.get_num_threads() // (len(q) * k.shape[2] * channels))
+    if q.device.type != "cpu" or is_recorded() or together >= q.shape[1]:
+        return _with_channels(q, k, v, bias, term.channels)
+    queries, keys, values = (x.split(together, dim=1) for x in (q, k, v))
+    biases = [bias] * len(queries) if bias is None or len(bias) == 1 else bias.split(together)
+    groups = zip(queries, keys, values, biases, strict=True)
+    return torch.cat([_with_channels(*group, term.channels) for group in groups])
+
+
+def _with_channels(
+    q: Float[Tensor, "H B T C"],
+    k: Float[Tensor, "H B K C"],
+    v: Float[Tensor, "H B K C"],
+    bias: Bias,
+    channels: Channels,
+) -> Float[Tensor, "B T H C"]:
+    further, width = channels.keys.to(q.dtype), v.shape[3]
+    q = torch.cat([q, *(half.to(q.dtype) for half in channels.of_queries(q))], dim=3)
+    k = torch.cat([k, further.expand(*k.shape[:2], -1, -1)], dim=3)
+    v = functional.pad(v, (0, further.shape[1]))  # the kernel of a CPU is for values as wide as the keys
+    return _attended(q, k, v, bias)[..., :width]
+
+
+def _attended(
+    q: Float[Tensor, "H B T C"], k: Float[Tensor, "H B K C"], v: Float[Tensor, "H B K C"], bias: Bias
+) -> Float[Tensor, "B T H C"]:
+    return attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), bias).transpose(1, 2)
