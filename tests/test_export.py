@@ -73,7 +73,7 @@ def test_an_equilibrium_unrolled_to_a_fixed_depth_is_exported():
 @pytest.mark.slow
 @pytest.mark.parametrize(("cell", "memory"), [("exact", "last"), ("fused", "layers"), ("trellis", "last")])
 def test_language_models_of_fixed_depth_are_exported(cell, memory, monkeypatch):
-    monkeypatch.setattr(fused, "NUMBERS", 1)  # a recorded program does not divide its batch, however large
+    monkeypatch.setattr(fused, "NUMBERS", 1)  # a traced program does not divide its batch, however large
     model = Logits(LanguageConfig(cell=CELLS[cell], explicit=Explicit(depth=3, memory=memory)).build(11)).eval()
     tokens = torch.randint(0, 11, (3, 7))
     exported = torch.export.export(model, (tokens,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()

@@ -264,10 +264,10 @@ def storage_key(storage: UntypedStorage) -> int:
     return storage._cdata
 
 
-def is_recorded() -> bool:
-    """True while torch.compile, torch.export or torch.jit.trace records a program, for inputs of other sizes, too.
+def is_traced() -> bool:
+    """True while torch.compile, torch.export or torch.jit.trace makes a program, which serves other sizes, too.
 
-    If it goes: ``torch.compiler.is_compiling()`` alone, and no sizes are decided on in what jit.trace may record.
+    If it goes: ``torch.compiler.is_compiling()`` alone, and sizes decide nothing in what jit.trace may see.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 

@@ -21,7 +21,7 @@ from equilibria.cells.transformer.positions import Positions, Rotation
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
 from equilibria.layers.linear import Init, LinearWeights, NormedLinear, linear, weights_of
-from equilibria.torch_private import denormals_are_zero, is_forward_mode, is_recorded, is_transformed, softmax_backward
+from equilibria.torch_private import denormals_are_zero, is_forward_mode, is_traced, is_transformed, softmax_backward
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -248,7 +248,7 @@ def softmax(scores: Float[Tensor, "*shape K"]) -> Float[Tensor, "*shape K"]:
 def _may_flush(scores: Tensor) -> bool:
     """True for plain numbers of a CPU, unless only PyTorch's own operator can do what follows."""
     plain = type(scores) is Tensor and scores.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return plain and not (is_recorded() or is_forward_mode() or is_transformed())
+    return plain and not (is_traced() or is_forward_mode() or is_transformed())
 
 
 class _Softmax(torch.autograd.Function):

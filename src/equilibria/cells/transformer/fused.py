@@ -18,7 +18,7 @@ from equilibria.cells.transformer.kernel import Bias, attention
 from equilibria.cells.transformer.positions import Positions, by_distance, hide_padding
 from equilibria.cells.transformer.separated import Channels
 from equilibria.layers.cell import Prepared
-from equilibria.torch_private import is_recorded
+from equilibria.torch_private import is_traced
 
 WIDEST_ON_GPU = 256
 """The widest head that the fused kernels of a GPU compute."""
@@ -98,7 +98,7 @@ def attend(
         return _attended(q, k, v, bias)
     channels = q.shape[3] + term.channels.keys.shape[1]
     together = max(1, NUMBERS * torch.get_num_threads() // (len(q) * k.shape[2] * channels))
-    if q.device.type != "cpu" or is_recorded() or together >= q.shape[1]:
+    if q.device.type != "cpu" or is_traced() or together >= q.shape[1]:
         return _with_channels(q, k, v, bias, term.channels)
     queries, keys, values = (x.split(together, dim=1) for x in (q, k, v))
     biases = [bias] * len(queries) if bias is None or len(bias) == 1 else bias.split(together)
