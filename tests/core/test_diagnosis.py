@@ -126,6 +126,19 @@ def test_a_budget_counts_evaluations_and_not_steps(rate, solver, evals):
                 assert enough or not message.what.endswith("still falling")
 
 
+def test_steps_that_are_charged_in_full_are_named_beside_the_evaluations():
+    """ "8 evaluations" of a budget of 30 looked as if the solve had given up early."""
+    stop = Stop(rtol=1e-8, max_evals=30)
+    solution = solve(lambda z: torch.cos(3 * z) + torch.roll(z, 1, 1), torch.zeros(2, 20), NewtonKrylov(), stop)
+    assert solution.evals < 20
+    said = diagnosis(solution, stop, FORWARD, eps=EPS).what
+    assert (
+        f"{solution.evals} evaluations (the budget of 30 is spent, since each step is charged in full), worst" in said
+    )
+    solution = solve(lambda z: 0.99 * z + X, torch.zeros_like(X), Picard(), stop)
+    assert "30 evaluations, worst" in diagnosis(solution, stop, FORWARD, eps=EPS).what
+
+
 def test_coupling_is_the_last_resort():
     """It is named where all samples have failed together, and nowhere else."""
     rates = torch.full((64, 1), 0.1)

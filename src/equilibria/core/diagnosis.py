@@ -71,7 +71,7 @@ def diagnosis(solution: Solution, stop: Stop, solve: Solve, *, eps: float) -> Me
     else:
         said, advice = _by_trace(solution.trace[:, worst].detach().double(), stop, solve, eps)
     what = (
-        f"{solve.name}: {done} of {total} samples converged, {solution.evals} evaluations, worst residual "
+        f"{solve.name}: {done} of {total} samples converged, {_evaluations(solution, stop)}, worst residual "
         f"{float(solution.residual[failed].max()):.1e}, {said}"
     )
     own = "" if solve.is_forward else f" {_OWN}"
@@ -79,6 +79,14 @@ def diagnosis(solution: Solution, stop: Stop, solve: Solve, *, eps: float) -> Me
     together = total > 1 and done == 0 and said not in UNCOUPLED
     coupled = f" If f mixes the {total} samples, pass coupled=True." if together else ""
     return Message(what, f"{advice}{own}{coupled}", kind=f"{solve.name}, {said}")
+
+
+def _evaluations(solution: Solution, stop: Stop) -> str:
+    """Their number; with the budget, where steps were charged more evaluations than they needed."""
+    said = f"{solution.evals} evaluations"
+    if stop.max_evals - solution.evals < 2 or not (solution.status == Status.BUDGET_SPENT).any():
+        return said
+    return f"{said} (the budget of {stop.max_evals} is spent, since each step is charged in full)"
 
 
 def _broken(steps: int, solve: Solve) -> str:
