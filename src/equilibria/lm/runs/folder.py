@@ -14,7 +14,7 @@ from equilibria.lm.runs.files import check_own
 
 FILES = ("experiment.json", "corpus.json", "metrics.jsonl", "model.safetensors")
 """The files of a run; a folder with the first one is a run."""
-FOLDERS = ("checkpoints", "report", "tensorboard", "texts")
+FOLDERS = ("checkpoints", "report", "tensorboard", "texts", "hf")
 """The folders of a run."""
 LOCK, NEW, OLD, GONE = ".lock", ".new", ".old", ".replaced"
 """The lock; a run that will replace this one; the replaced run while its files are moved, and until it is removed."""
@@ -25,6 +25,8 @@ _WRITTEN = re.compile(
     r"|checkpoints/(step-\d{8,}|\.unfinished-[\w.-]+)/(model\.safetensors|memory\.safetensors|optimiser\.pt|state\.json)"
     r"|checkpoints/(step-\d{8,}|\.unfinished-[\w.-]+)/shards/(\.metadata|[\w.-]+\.(safetensors|json|distcp))"
     rf"|report/\.?(index\.html|sample\.json|({'|'.join(FIGURES)})\.png)(\.new)?"
+    r"|hf/(README\.md|equilibrium\.py|(generation_|tokenizer_)?config\.json|tokenizer\.json)"
+    r"|hf/model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
     r"|texts/(valid|test)\.txt"
     r"|tensorboard/events\.out\.tfevents\.[\w.-]+"
 )
