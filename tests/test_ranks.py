@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -132,6 +133,41 @@ def test_one_process_with_a_flag_for_several_is_told_how_to_start_them(tmp_path)
     assert "torchrun --nproc-per-node 2" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("WORLD_SIZE", "two", "from 1 on"),
+        ("WORLD_SIZE", "", "from 1 on"),
+        ("WORLD_SIZE", "0", "from 1 on"),
+        ("WORLD_SIZE", "-2", "from 1 on"),
+        ("RANK", "2", "from 0 to 1"),
+        ("RANK", "x", "from 0 to 1"),
+        ("LOCAL_RANK", "1.0", "from 0 on"),
+        ("MASTER_PORT", "70000", "from 1 to 65535"),
+        ("MASTER_PORT", "http", "from 1 to 65535"),
+    ],
+)
+def test_a_variable_of_torchrun_that_is_no_number_is_named(monkeypatch, name, value, allowed):
+    """They were errors of int(), or waited for the other processes until the timeout."""
+    world = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, usual in (world | {name: value}).items():
+        monkeypatch.setenv(variable, usual)
+    said = f"The environment variable {name} is {value!r}, and it is a whole number {allowed}: let torchrun set it"
+    with pytest.raises(ValueError, match=re.escape(said)), Ranks.joined("ddp", "cpu", timeout=5):
+        pass
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_variable_of_torchrun_that_is_missing_asks_for_torchrun(monkeypatch, name):
+    world = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, usual in world.items():
+        monkeypatch.setenv(variable, usual)
+    monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match="start torchrun --nproc-per-node 2"), Ranks.joined("ddp", "cpu", timeout=5):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -269,10 +305,10 @@ def test_a_port_in_use_is_called_that(tmp_path):
 
 
 INSIDE = """
-import os, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from equilibria import Equilibrium, Stop
+from equilibria import Equilibrium, Stop, fixed_point
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 
@@ -280,18 +316,36 @@ rank = dist.get_rank()
 class Cell(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(8, 8)
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
 
     def forward(self, z, x):
-        return torch.tanh(self.linear(z) + x)
+        return torch.tanh(self.norm(self.linear(z)) + x)
+
+
+def around(z):
+    return cell(z, x)
+
+
+def closing(f):
+    return lambda z: f(z, x)
 
 
 torch.manual_seed(0)
-cell = Cell()
-fully_shard(cell.linear)
-layer = Equilibrium(cell, stop=Stop(rtol=1e-6 if rank else 1e-1, max_evals=50))
+cell, x, stop = Cell(), torch.randn(4, 8), Stop(rtol=1e-6 if rank else 1e-1, max_evals=50)
+if sys.argv[1] == "norm":
+    cell = nn.SyncBatchNorm.convert_sync_batchnorm(cell)
+else:
+    fully_shard(cell.linear)
+solves = {
+    "layer": lambda: Equilibrium(cell, stop=stop, coupled=True)(x),
+    "norm": lambda: Equilibrium(cell, stop=stop, coupled=True)(x),
+    "function": lambda: fixed_point(cell, torch.zeros(4, 8), x, stop=stop, coupled=True),
+    "closure": lambda: fixed_point(closing(cell), torch.zeros(4, 8), stop=stop, coupled=True),
+    "global": lambda: fixed_point(around, torch.zeros(4, 8), stop=stop, coupled=True),
+    "method": lambda: fixed_point(cell.forward, torch.zeros(4, 8), x, stop=stop, coupled=True),
+}
 try:
-    layer(torch.randn(4, 8))
+    solves[sys.argv[1]]()
 except ValueError as error:
     os.write(2, str(error).encode())
     raise SystemExit(7)
@@ -299,9 +353,12 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-def test_a_module_that_is_sharded_inside_f_is_refused_and_not_waited_for(tmp_path):
+@pytest.mark.parametrize("how", ["layer", "function", "closure", "global", "method", "norm"])
+def test_an_f_that_would_wait_for_others_is_refused_and_not_waited_for(tmp_path, how):
+    """fixed_point was not refused: a rank with fewer evaluations was waited for until the timeout."""
     program = tmp_path / "inside.py"
     program.write_text(INSIDE)
-    codes, sentences = side_by_side([[str(program)]] * 2, limit=60)
-    assert codes == [7, 7]
-    assert all("inside f is sharded over 2 processes" in sentence for sentence in sentences)
+    codes, sentences = side_by_side([[str(program), how]] * 2, limit=60)
+    assert codes == [7, 7], sentences
+    said = "norm inside f averages over 2" if how == "norm" else "inside f is sharded over 2"
+    assert all(f"{said} processes" in sentence for sentence in sentences), sentences

@@ -40,7 +40,7 @@ from equilibria.lm.training.tracker import require
 from equilibria.lm.training.trainer import Trainer, TrainingInterrupted
 from equilibria.torch_private import denormals_are_zero
 
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip() or 0)
 """How often torchrun has started this process again."""
 
 RUNS = Path("runs")
