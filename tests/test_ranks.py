@@ -1,5 +1,6 @@
 """Several processes train as one does: the same curve, whatever spreads the model, and nobody waits inside a solve."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,9 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from equilibria.commands.interrupt import interrupted
 from equilibria.layers.dropout import BatchSlice, batch_draw
 from equilibria.lm.experiments.decay import NonMonotone
 from equilibria.lm.ranks import Ranks
+from equilibria.lm.recipes import RECIPES
+from equilibria.lm.runs import Run
 from equilibria.lm.runs.checkpoint import verify
 from equilibria.lm.runs.pieces import pieces_in
 from equilibria.lm.training import Trainer
@@ -131,6 +135,9 @@ def test_one_process_with_a_flag_for_several_is_told_how_to_start_them(tmp_path)
     done = train(tmp_path / "run", "--training.parallel", "ddp", check=False)
     assert done.returncode == 1
     assert "torchrun --nproc-per-node 2" in done.stderr
+    assert (
+        "or give --training.parallel none to train with one process" in done.stderr
+    )  # a run that resumes has the flag
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -168,6 +175,17 @@ def test_a_variable_of_torchrun_that_is_missing_asks_for_torchrun(monkeypatch, n
     monkeypatch.delenv(name)
     with pytest.raises(ValueError, match="start torchrun --nproc-per-node 2"), Ranks.joined("ddp", "cpu", timeout=5):
         pass
+
+
+def test_a_training_of_many_is_continued_by_as_many(tmp_path, monkeypatch):
+    """The command that was printed after Ctrl-C was that of one process, which refuses such a run."""
+    run = Run.start(tmp_path / "run", experiment())
+    monkeypatch.setenv("COLUMNS", "200")
+    alone = f"equilibria train tiny --out {run.path} --resume"
+    assert interrupted(run, ["tiny"], 4).splitlines()[-1] == alone
+    for size in (1, 2):
+        said = interrupted(run, ["tiny"], 4, Ranks(size=size, parallel="ddp"))
+        assert said.splitlines()[-1] == f"torchrun --nproc-per-node {size} -m {alone}"
 
 
 @pytest.fixture(scope="module")
@@ -238,13 +256,16 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def side_by_side(commands, *, port=None, limit=120):
+def side_by_side(commands, *, port=None, limit=120, folders=None):
     """Processes that are the ranks of one training, started by hand; their exit codes and what they said."""
     world = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or free_port()}
     started = []
     for rank, command in enumerate(commands):
         own = {**os.environ, **world, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        started.append(subprocess.Popen([sys.executable, *command], env=own, stderr=subprocess.PIPE, text=True))
+        place = None if folders is None else folders[rank]
+        started.append(
+            subprocess.Popen([sys.executable, *command], env=own, stderr=subprocess.PIPE, text=True, cwd=place)
+        )
     ended = [process.communicate(timeout=limit)[1] for process in started]
     return [process.returncode for process in started], ended
 
@@ -291,6 +312,27 @@ def test_ranks_with_different_texts_say_so(tmp_path):
     codes, sentences = side_by_side([[*words, "--data", str(tmp_path / f"text{rank}")] for rank in range(2)])
     assert codes == [1, 1]
     assert all("Rank 1 has text of valid = " in sentence for sentence in sentences), sentences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["ddp"], ["ddp", "--resume"], ["fsdp", "--overwrite"]], ids="_".join)
+def test_ranks_on_different_disks_say_so(tmp_path, words):
+    """Checkpoints had the shards of one rank, and a training was continued from the weights of two runs."""
+    folders = [tmp_path / "node0", tmp_path / "node1"]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        if len(words) > 1:
+            value = RECIPES["tiny"]()
+            Run.start(folder / "run", dataclasses.replace(value, training=value.training.changed(seed=seed)))
+    command = ["-m", "equilibria", "train", "tiny", "--out", "run", "--seed", "0", "--training.parallel", *words]
+    before = [sorted(folder.rglob("*")) for folder in folders]
+    codes, sentences = side_by_side([command] * 2, folders=folders)
+    assert codes == [1, 1], sentences
+    for sentence in sentences:
+        assert "Rank 1 does not see the folder run that rank 0 writes: all processes of a training need one" in sentence
+        assert "Traceback" not in sentence
+    assert not list(tmp_path.rglob(".ranks-*"))
+    assert sorted(folders[1].rglob("*")) == before[1]
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ class Ranks:
         if any(name not in os.environ for name in VARIABLES):
             raise ValueError(
                 f"--training.parallel {parallel} needs processes to train with: start torchrun --nproc-per-node 2 -m "
-                "equilibria train …, or leave the option out to train with one process."
+                "equilibria train …, or give --training.parallel none to train with one process."
             )
         local, _, _ = number_in("LOCAL_RANK", 0), number_in("RANK", 0, size - 1), number_in("MASTER_PORT", 1, 2**16 - 1)
         import torch.distributed.nn  # before the group exists: its default arguments would keep the group alive
