@@ -143,7 +143,8 @@ def _by_trace(trace: Float[Tensor, " K"], stop: Stop, solve: Solve, eps: float) 
     if last > LARGE:
         return "not falling", (
             f"The residual began at {first:.1e} and came down to {last:.1e}: give f {_SMALLER}, or take another "
-            "solver, such as Broyden(); stability.spectral_radius tells whether f contracts."
+            "solver, such as Broyden(); stability.spectral_radius tells whether f contracts. If f does not give the "
+            "same bits twice (dropout inside it), draw its masks before the solve."
         )
     return "stalled", (
         f"The residual stays at {last:.1e}. If f does not give the same bits twice (dropout inside it), draw its masks "
