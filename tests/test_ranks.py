@@ -1,7 +1,9 @@
 """Several processes train as one does: the same curve, whatever spreads the model, and nobody waits inside a solve."""
 
+import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,9 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from equilibria.commands.interrupt import interrupted
 from equilibria.layers.dropout import BatchSlice, batch_draw
 from equilibria.lm.experiments.decay import NonMonotone
 from equilibria.lm.ranks import Ranks
+from equilibria.lm.recipes import RECIPES
+from equilibria.lm.runs import Run
 from equilibria.lm.runs.checkpoint import verify
 from equilibria.lm.runs.pieces import pieces_in
 from equilibria.lm.training import Trainer
@@ -130,8 +135,57 @@ def test_one_process_with_a_flag_for_several_is_told_how_to_start_them(tmp_path)
     done = train(tmp_path / "run", "--training.parallel", "ddp", check=False)
     assert done.returncode == 1
     assert "torchrun --nproc-per-node 2" in done.stderr
+    assert (
+        "or give --training.parallel none to train with one process" in done.stderr
+    )  # a run that resumes has the flag
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("WORLD_SIZE", "two", "from 1 on"),
+        ("WORLD_SIZE", "", "from 1 on"),
+        ("WORLD_SIZE", "0", "from 1 on"),
+        ("WORLD_SIZE", "-2", "from 1 on"),
+        ("RANK", "2", "from 0 to 1"),
+        ("RANK", "x", "from 0 to 1"),
+        ("LOCAL_RANK", "1.0", "from 0 on"),
+        ("MASTER_PORT", "70000", "from 1 to 65535"),
+        ("MASTER_PORT", "http", "from 1 to 65535"),
+    ],
+)
+def test_a_variable_of_torchrun_that_is_no_number_is_named(monkeypatch, name, value, allowed):
+    """They were errors of int(), or waited for the other processes until the timeout."""
+    world = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, usual in (world | {name: value}).items():
+        monkeypatch.setenv(variable, usual)
+    said = f"The environment variable {name} is {value!r}, and it is a whole number {allowed}: let torchrun set it"
+    with pytest.raises(ValueError, match=re.escape(said)), Ranks.joined("ddp", "cpu", timeout=5):
+        pass
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_variable_of_torchrun_that_is_missing_asks_for_torchrun(monkeypatch, name):
+    world = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, usual in world.items():
+        monkeypatch.setenv(variable, usual)
+    monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match="start torchrun --nproc-per-node 2"), Ranks.joined("ddp", "cpu", timeout=5):
+        pass
+
+
+def test_a_training_of_many_is_continued_by_as_many(tmp_path, monkeypatch):
+    """The command that was printed after Ctrl-C was that of one process, which refuses such a run."""
+    run = Run.start(tmp_path / "run", experiment())
+    monkeypatch.setenv("COLUMNS", "200")
+    alone = f"equilibria train tiny --out {run.path} --resume"
+    assert interrupted(run, ["tiny"], 4).splitlines()[-1] == alone
+    for size in (1, 2):
+        said = interrupted(run, ["tiny"], 4, Ranks(size=size, parallel="ddp"))
+        assert said.splitlines()[-1] == f"torchrun --nproc-per-node {size} -m {alone}"
 
 
 @pytest.fixture(scope="module")
@@ -202,13 +256,16 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def side_by_side(commands, *, port=None, limit=120):
+def side_by_side(commands, *, port=None, limit=120, folders=None):
     """Processes that are the ranks of one training, started by hand; their exit codes and what they said."""
     world = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or free_port()}
     started = []
     for rank, command in enumerate(commands):
         own = {**os.environ, **world, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        started.append(subprocess.Popen([sys.executable, *command], env=own, stderr=subprocess.PIPE, text=True))
+        place = None if folders is None else folders[rank]
+        started.append(
+            subprocess.Popen([sys.executable, *command], env=own, stderr=subprocess.PIPE, text=True, cwd=place)
+        )
     ended = [process.communicate(timeout=limit)[1] for process in started]
     return [process.returncode for process in started], ended
 
@@ -258,6 +315,27 @@ def test_ranks_with_different_texts_say_so(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", [["ddp"], ["ddp", "--resume"], ["fsdp", "--overwrite"]], ids="_".join)
+def test_ranks_on_different_disks_say_so(tmp_path, words):
+    """Checkpoints had the shards of one rank, and a training was continued from the weights of two runs."""
+    folders = [tmp_path / "node0", tmp_path / "node1"]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        if len(words) > 1:
+            value = RECIPES["tiny"]()
+            Run.start(folder / "run", dataclasses.replace(value, training=value.training.changed(seed=seed)))
+    command = ["-m", "equilibria", "train", "tiny", "--out", "run", "--seed", "0", "--training.parallel", *words]
+    before = [sorted(folder.rglob("*")) for folder in folders]
+    codes, sentences = side_by_side([command] * 2, folders=folders)
+    assert codes == [1, 1], sentences
+    for sentence in sentences:
+        assert "Rank 1 does not see the folder run that rank 0 writes: all processes of a training need one" in sentence
+        assert "Traceback" not in sentence
+    assert not list(tmp_path.rglob(".ranks-*"))
+    assert sorted(folders[1].rglob("*")) == before[1]
+
+
+@pytest.mark.slow
 def test_a_port_in_use_is_called_that(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -269,10 +347,10 @@ def test_a_port_in_use_is_called_that(tmp_path):
 
 
 INSIDE = """
-import os, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from equilibria import Equilibrium, Stop
+from equilibria import Equilibrium, Stop, fixed_point
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 
@@ -280,18 +358,36 @@ rank = dist.get_rank()
 class Cell(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(8, 8)
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
 
     def forward(self, z, x):
-        return torch.tanh(self.linear(z) + x)
+        return torch.tanh(self.norm(self.linear(z)) + x)
+
+
+def around(z):
+    return cell(z, x)
+
+
+def closing(f):
+    return lambda z: f(z, x)
 
 
 torch.manual_seed(0)
-cell = Cell()
-fully_shard(cell.linear)
-layer = Equilibrium(cell, stop=Stop(rtol=1e-6 if rank else 1e-1, max_evals=50))
+cell, x, stop = Cell(), torch.randn(4, 8), Stop(rtol=1e-6 if rank else 1e-1, max_evals=50)
+if sys.argv[1] == "norm":
+    cell = nn.SyncBatchNorm.convert_sync_batchnorm(cell)
+else:
+    fully_shard(cell.linear)
+solves = {
+    "layer": lambda: Equilibrium(cell, stop=stop, coupled=True)(x),
+    "norm": lambda: Equilibrium(cell, stop=stop, coupled=True)(x),
+    "function": lambda: fixed_point(cell, torch.zeros(4, 8), x, stop=stop, coupled=True),
+    "closure": lambda: fixed_point(closing(cell), torch.zeros(4, 8), stop=stop, coupled=True),
+    "global": lambda: fixed_point(around, torch.zeros(4, 8), stop=stop, coupled=True),
+    "method": lambda: fixed_point(cell.forward, torch.zeros(4, 8), x, stop=stop, coupled=True),
+}
 try:
-    layer(torch.randn(4, 8))
+    solves[sys.argv[1]]()
 except ValueError as error:
     os.write(2, str(error).encode())
     raise SystemExit(7)
@@ -299,9 +395,12 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-def test_a_module_that_is_sharded_inside_f_is_refused_and_not_waited_for(tmp_path):
+@pytest.mark.parametrize("how", ["layer", "function", "closure", "global", "method", "norm"])
+def test_an_f_that_would_wait_for_others_is_refused_and_not_waited_for(tmp_path, how):
+    """fixed_point was not refused: a rank with fewer evaluations was waited for until the timeout."""
     program = tmp_path / "inside.py"
     program.write_text(INSIDE)
-    codes, sentences = side_by_side([[str(program)]] * 2, limit=60)
-    assert codes == [7, 7]
-    assert all("inside f is sharded over 2 processes" in sentence for sentence in sentences)
+    codes, sentences = side_by_side([[str(program), how]] * 2, limit=60)
+    assert codes == [7, 7], sentences
+    said = "norm inside f averages over 2" if how == "norm" else "inside f is sharded over 2"
+    assert all(f"{said} processes" in sentence for sentence in sentences), sentences

@@ -147,9 +147,10 @@ def test_a_crash_while_one_run_replaces_another_leaves_one_of_them(tmp_path, mon
 
 def test_only_what_this_library_wrote_is_replaced(run, capsys):
     again = ["train", "recipe.py:small", "--data", "text", "--overwrite", "--quiet"]
-    for name in ("checkpoints/step-00000008/notes.txt", "checkpoints/mine.pt", "report/thesis.pdf", "tensorboard/x"):
+    others = ("report/thesis.pdf", "tensorboard/x", "hf/training_args.bin", "hf/checkpoint-5/config.json")
+    for name in ("checkpoints/step-00000008/notes.txt", "checkpoints/mine.pt", *others):
         mine = run / name
-        mine.parent.mkdir(exist_ok=True)
+        mine.parent.mkdir(exist_ok=True, parents=True)
         mine.write_text("mine")
         before = contents(run)
         assert f"holds {name} beside a run" in fails(capsys, *again, code=1)

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from equilibria.checks import check_fields, check_keep, check_kind
+from equilibria.checks import check_fields, check_gathered, check_keep, check_kind
 from equilibria.core.failure import report
 from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import refused_if_untracked, without_graph
@@ -116,7 +116,7 @@ def fixed_point(
 
     Raises:
         ValueError, TypeError: z0 has no batch axis, is empty or not finite; f changes structure, shape, dtype or
-            device.
+            device, or is of a module that is sharded over processes.
     """
     method = Method(
         solver=solver,
@@ -127,6 +127,7 @@ def fixed_point(
         keep=keep,
         keep_point=keep_point,
     )
+    check_gathered(f)
     return method.run(_with_operands(as_map(f), operands), z0)
 
 

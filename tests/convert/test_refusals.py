@@ -249,9 +249,38 @@ class Held(Source):
 
 def test_names_that_are_the_same_without_the_prefix_of_dataparallel_are_refused(place):
     state = deq_transformer(**SOFTMAX)
-    assert convert(Path(saved({f"module.{name}": t for name, t in state.items()})), experiment()).weights
     twice = {**state, "module.inject_conv.bias": state["inject_conv.bias"] + 1}
     assert "holds both inject_conv.bias and module.inject_conv.bias" in refused(twice)
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_orig_mod._orig_mod.", "module.module."],
+)
+def test_names_of_wrapped_models_are_read(place, before):
+    """DataParallel and DistributedDataParallel add one of them, torch.compile the other, around the whole model."""
+    state, wanted = deq_transformer(**SOFTMAX), convert(Path(saved(deq_transformer(**SOFTMAX))), experiment()).weights
+    found = convert(Path(saved({f"{before}{name}": t for name, t in state.items()})), experiment()).weights
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_checkpoint_wrapped_module."])
+def test_names_of_models_with_a_wrapped_part_are_read(place, wrapper):
+    """torch.compile and checkpoint_wrapper are often given a part, such as the block."""
+    state, wanted = deq_transformer(**SOFTMAX), convert(Path(saved(deq_transformer(**SOFTMAX))), experiment()).weights
+    parts = {
+        name.replace("func.", f"func.{wrapper}").replace("attn.", f"attn.{wrapper}"): t for name, t in state.items()
+    }
+    assert parts.keys() != state.keys()
+    found = convert(Path(saved(parts)), experiment()).weights
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_names_that_are_the_same_without_a_wrapper_are_refused(place):
+    state = deq_transformer(**SOFTMAX)
+    twice = {**state, "module._orig_mod.inject_conv.bias": state["inject_conv.bias"] + 1}
+    assert "holds both inject_conv.bias and module._orig_mod.inject_conv.bias" in refused(twice)
 
 
 def test_gains_of_columns_are_not_taken_for_gains_of_rows(place):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import warnings
 
 import pytest
 import torch
+from torch.nn.functional import dropout
 
 from equilibria import (
     Anderson,
@@ -124,6 +126,39 @@ def test_a_budget_counts_evaluations_and_not_steps(rate, solver, evals):
                 more = dataclasses.replace(stop, max_evals=int(budget.group(1)))
                 enough = solve(f, torch.ones_like(x), solver, more).converged.all()
                 assert enough or not message.what.endswith("still falling")
+
+
+def test_steps_that_are_charged_in_full_are_named_beside_the_evaluations():
+    """ "8 evaluations" of a budget of 30 looked as if the solve had given up early."""
+    stop = Stop(rtol=1e-8, max_evals=30)
+    solution = solve(lambda z: torch.cos(3 * z) + torch.roll(z, 1, 1), torch.zeros(2, 20), NewtonKrylov(), stop)
+    assert solution.evals < 20
+    said = diagnosis(solution, stop, FORWARD, eps=EPS).what
+    assert (
+        f"{solution.evals} evaluations (the budget of 30 is spent, since each step is charged in full), worst" in said
+    )
+    solution = solve(lambda z: 0.99 * z + X, torch.zeros_like(X), Picard(), stop)
+    assert "30 evaluations, worst" in diagnosis(solution, stop, FORWARD, eps=EPS).what
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_dropout_inside_f_is_named_wherever_its_solve_ends(width):
+    """Of the solves that stall, most have it; of those that never fall, few, and these were not told."""
+    causes, stop = set(), Stop(rtol=1e-4, max_evals=60)
+
+    def f(z, x, weight):
+        return torch.tanh(0.6 * dropout(z, 0.1) @ weight + x)
+
+    for seed in range(12):
+        torch.manual_seed(seed)
+        x, weight = torch.randn(1, width), torch.randn(width, width)
+        weight /= torch.linalg.eigvals(weight).abs().max()
+        solution = solve(functools.partial(f, x=x, weight=weight), torch.zeros(1, width), Picard(), stop)
+        found = diagnosis(solution, stop, FORWARD, eps=EPS)
+        cause = found.kind.rpartition(", ")[2]
+        causes.add(cause)
+        assert cause not in ("stalled", "not falling") or "dropout inside it" in found.advice
+    assert causes & {"stalled", "not falling"}
 
 
 def test_coupling_is_the_last_resort():

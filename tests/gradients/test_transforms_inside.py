@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
-from equilibria import Anderson, Implicit, Stop, fixed_point
+from equilibria import Anderson, Implicit, Stack, Stop, Unroll, Unrolled, fixed_point
 
 TASKS, WIDTH = 3, 2
 TIGHT = Stop(rtol=1e-13, max_evals=200)
@@ -119,3 +119,31 @@ def test_a_closure_is_refused_although_f_uses_transforms(closure):
     tracked = PENALTY.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="pass it as an operand"):
         grad(lambda x: fixed_point(closure(tracked), START, x, Y, **EXACT).z.sum())(X)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda module, x: fixed_point(module, torch.zeros_like(x), x, gradient=Unroll(checkpoint=True)).z,
+        lambda module, x: Unrolled(module, 3, checkpoint=True)(x).z,
+        lambda module, x: Stack([module, module], checkpoint=True)(x).z,
+    ],
+    ids=["Unroll", "Unrolled", "Stack"],
+)
+def test_a_checkpoint_around_it_is_refused_in_a_sentence(run):
+    """torch has none there, and said "Please open an issue with your use case"."""
+
+    class Descent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, z, x):
+            return 0.1 * grad(lambda y: self.linear(y).sin().sum())(z) + x
+
+    module, x = Descent(), torch.ones(2, 4)
+    with pytest.raises(RuntimeError, match=r"no checkpoints around these: leave checkpoint=True out, or use") as caught:
+        run(module, x)
+    assert "open an issue" not in str(caught.value)
+    fixed_point(module, torch.zeros_like(x), x, gradient=Unroll()).z.sum().backward()
+    assert module.linear.weight.grad.abs().sum() > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from equilibria.lm.corpora import TextFolder
 from equilibria.lm.experiments import explicit
 from equilibria.lm.model import LanguageConfig
 from equilibria.lm.recipes import RECIPES
+from equilibria.lm.runs.folder import foreign_files
+from equilibria.lm.runs.shipped import FOLDER
 
 
 def test_the_command_writes_a_folder_that_generates(tmp_path, capsys):
@@ -57,6 +60,22 @@ def test_the_command_writes_a_folder_that_generates(tmp_path, capsys):
     assert "for 2,000 steps on\n`python_docs`." in card  # the name of a text, as it is
     assert main(["export", "tiny", "--format", "hf", "--out", str(out)]) == 2
     assert "is not an empty folder; name a new one." in capsys.readouterr().err
+
+
+def test_an_export_in_its_usual_place_does_not_keep_the_run_from_being_replaced(tmp_path, capsys):
+    """`train --overwrite` took the folder, which `export` writes by default, for a stranger's."""
+    run, quick = tmp_path / "run", ["--steps", "2", "--quiet", "--training.baseline", "False"]
+    shutil.copytree(FOLDER / "tiny", run)
+    assert main(["export", str(run), "--format", "hf"]) == 0
+    assert foreign_files(run) == []
+    assert main(["train", "tiny", "--out", str(run), "--overwrite", *quick, "--training.measure-memory", "False"]) == 0
+    assert not (run / "hf").exists()
+    (run / "hf").mkdir()
+    (run / "hf" / "optimizer.pt").write_text("of a training that went on there")
+    assert foreign_files(run) == ["hf/optimizer.pt"]
+    capsys.readouterr()
+    assert main(["train", "tiny", "--out", str(run), "--overwrite", *quick]) == 1
+    assert "holds hf/optimizer.pt beside a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["--format", "hf"]], ids=["safetensors", "hf"])

@@ -23,8 +23,9 @@ import torch
 import tyro
 
 from equilibria.commands.terminal import complain
-from equilibria.errors import UsageError
+from equilibria.errors import EquilibriaError, UsageError
 from equilibria.lm.experiments.serialise import DTYPES
+from equilibria.lm.paths import expanded
 from equilibria.lm.runs.shipped import is_shipped, require
 from equilibria.lm.suggestions import nearest
 
@@ -79,6 +80,8 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
         if exit_.code in (0, None):
             raise
         raise UsageError(_as_typed(_sentence(errors.getvalue(), verb), typed)) from None
+    except _NoPathError as error:
+        raise UsageError(f"The command line has '' where a path is expected, and {error}") from None
     except ValueError as error:  # of the outermost dataclass; tyro catches those of the inner ones
         raise UsageError(str(error)) from None
     if rest:
@@ -134,6 +137,31 @@ def _read_dtype(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
         str_from_instance=lambda value: [str(value).removeprefix("torch.")],
         choices=tuple(DTYPES),
     )
+
+
+@_READERS.primitive_rule
+def _read_path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """A path. Shells leave the "~" of --out=~/runs as it is, and an empty variable gives the empty text."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: _path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _path(word: str) -> Path:
+    try:
+        return expanded(word)
+    except ValueError as error:
+        raise _NoPathError(str(error)) from None
+
+
+class _NoPathError(EquilibriaError):
+    """A path of the command line is none; tyro passes this on, while it draws a ValueError into its box."""
 
 
 def flags(value: Any, prefix: str = "") -> dict[str, Any]:

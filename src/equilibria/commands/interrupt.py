@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 
+from equilibria.lm.ranks import ALONE, Ranks
 from equilibria.lm.runs import checkpoint
 from equilibria.lm.runs.run import Run
 from equilibria.lm.training.trainer import Trainer
@@ -48,14 +49,15 @@ class Asked:
                 signal.signal(number, handler)
 
 
-def interrupted(run: Run, recipe: Sequence[str], step: int) -> str:
-    """The message after a signal. It names the last step, and how to continue the training."""
+def interrupted(run: Run, recipe: Sequence[str], step: int, ranks: Ranks = ALONE) -> str:
+    """The message after a signal. It names the last step, and how to continue the training with as many processes."""
     if run.replacing and run.folder != run.path:
         return (
             f"Stopped at step {step:,}, before the first checkpoint: {run.path} holds the old run, as it was, and "
             "--resume would continue that one; give the same command again."
         )
-    again = ["equilibria", "train", *recipe, "--out", str(run.path), "--resume"]
+    launcher = [] if ranks.parallel == "none" else ["torchrun", "--nproc-per-node", str(ranks.size), "-m"]
+    again = [*launcher, "equilibria", "train", *recipe, "--out", str(run.path), "--resume"]
     kept = checkpoint.all_in(run.checkpoints)
     place = f"from the checkpoint {kept[-1].name}" if kept else "from the beginning, for lack of a checkpoint"
     return f"Stopped at step {step:,}; this continues {place}:\n{command(again)}"

@@ -32,7 +32,6 @@ from equilibria.lm.corpora import (
     WikiText103,
 )
 from equilibria.lm.corpora.fetch import DATASET, WikiText, fetch_wikitext, is_vacant
-from equilibria.lm.corpora.source import expanded
 from equilibria.lm.corpora.vocabulary import BPE_SIZE, noun
 from equilibria.lm.report import formats
 from equilibria.lm.report.display import summary_table, waiting
@@ -130,7 +129,7 @@ def _folder(options: Options) -> Path:
 
 def _fetched(options: Options, name: WikiText) -> Path:
     """The folder of WikiText, with the files in it."""
-    root = expanded(options.data or Path("data", name.removesuffix("-v1")))
+    root = options.data or Path("data", name.removesuffix("-v1"))
     if is_vacant(root):
         complain(f"Fetching {name} of {DATASET} into {root}, which is absent or empty.")
         fetch_wikitext(name, root)

@@ -33,14 +33,14 @@ from equilibria.lm.recipes import RECIPES
 from equilibria.lm.report import summary
 from equilibria.lm.report.display import Display, literal, summary_table, waiting
 from equilibria.lm.report.record import read
-from equilibria.lm.runs.folder import NEW, locked
+from equilibria.lm.runs.folder import NEW, check_shared, locked
 from equilibria.lm.runs.run import Run
 from equilibria.lm.runs.trained import with_data
 from equilibria.lm.training.tracker import require
 from equilibria.lm.training.trainer import Trainer, TrainingInterrupted
 from equilibria.torch_private import denormals_are_zero
 
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip() or 0)
 """How often torchrun has started this process again."""
 
 RUNS = Path("runs")
@@ -127,6 +127,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
             run = Run.start(path, experiment, resume=options.resume, overwrite=options.overwrite)
             stack.callback(run.give_up)
         resume, overwrite = ranks.of_first((options.resume, options.overwrite))
+        check_shared(path, ranks)
         run = Run.open(path, replacing=overwrite)
         if resume and run.language is not None:
             corpus = run.language.adopted(corpus)
@@ -145,7 +146,8 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
                 trainer.fit()
         except (KeyboardInterrupt, TrainingInterrupted):
             if ranks.first:
-                complain(f"\n{interrupted(run, recipe, trainer.steps_done if trainer is not None else 0)}")
+                done = trainer.steps_done if trainer is not None else 0
+                complain(f"\n{interrupted(run, recipe, done, ranks)}")
             return 128 + asked.number
         if ranks.first:
             _finish(run, experiment, corpus, console, quiet=quiet)

@@ -71,7 +71,7 @@ def diagnosis(solution: Solution, stop: Stop, solve: Solve, *, eps: float) -> Me
     else:
         said, advice = _by_trace(solution.trace[:, worst].detach().double(), stop, solve, eps)
     what = (
-        f"{solve.name}: {done} of {total} samples converged, {solution.evals} evaluations, worst residual "
+        f"{solve.name}: {done} of {total} samples converged, {_evaluations(solution, stop)}, worst residual "
         f"{float(solution.residual[failed].max()):.1e}, {said}"
     )
     own = "" if solve.is_forward else f" {_OWN}"
@@ -79,6 +79,14 @@ def diagnosis(solution: Solution, stop: Stop, solve: Solve, *, eps: float) -> Me
     together = total > 1 and done == 0 and said not in UNCOUPLED
     coupled = f" If f mixes the {total} samples, pass coupled=True." if together else ""
     return Message(what, f"{advice}{own}{coupled}", kind=f"{solve.name}, {said}")
+
+
+def _evaluations(solution: Solution, stop: Stop) -> str:
+    """Their number; with the budget, where steps were charged more evaluations than they needed."""
+    said = f"{solution.evals} evaluations"
+    if stop.max_evals - solution.evals < 2 or not (solution.status == Status.BUDGET_SPENT).any():
+        return said
+    return f"{said} (the budget of {stop.max_evals} is spent, since each step is charged in full)"
 
 
 def _broken(steps: int, solve: Solve) -> str:
@@ -135,7 +143,8 @@ def _by_trace(trace: Float[Tensor, " K"], stop: Stop, solve: Solve, eps: float) 
     if last > LARGE:
         return "not falling", (
             f"The residual began at {first:.1e} and came down to {last:.1e}: give f {_SMALLER}, or take another "
-            "solver, such as Broyden(); stability.spectral_radius tells whether f contracts."
+            "solver, such as Broyden(); stability.spectral_radius tells whether f contracts. If f does not give the "
+            "same bits twice (dropout inside it), draw its masks before the solve."
         )
     return "stalled", (
         f"The residual stays at {last:.1e}. If f does not give the same bits twice (dropout inside it), draw its masks "

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from equilibria.core.diagnosis import ADJOINT, FORWARD, Message, Solve
 from equilibria.core.failure import tell
@@ -100,6 +101,22 @@ class Checkpoints:
     def __init__(self, stop: Stop, on_failure: OnFailure, *, coupled: bool = False) -> None:
         self._stop, self._coupled, self._told = stop, coupled, False
         self._on_failure: OnFailure = on_failure
+
+    def call(self, f: Callable[[State], State], z: State) -> State:
+        """f(z); only z is kept for the backward pass, which evaluates f again.
+
+        Raises:
+            RuntimeError: f uses torch.func itself, beside which torch has no checkpoints.
+        """
+        try:
+            return checkpoint(self.watched(f), z, use_reentrant=False)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            raise RuntimeError(
+                "f uses torch.func itself (grad, vjp, jacrev or hessian), and torch has no checkpoints around these: "
+                "leave checkpoint=True out, or use gradient=Implicit(), which keeps one evaluation of f."
+            ) from None
 
     def watched(self, f: Callable[[State], State]) -> Callable[[State], State]:
         """f for one checkpoint; the first value that has changed is reported, and no other."""

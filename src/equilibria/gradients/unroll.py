@@ -6,7 +6,6 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from equilibria.checks import check_fields
 from equilibria.core.diagnosis import Message
@@ -31,7 +30,7 @@ class Recomputed(Map):
 
     def __call__(self, z: State) -> State:
         """f(z); only z is kept for the backward pass."""
-        return checkpoint(self.checkpoints.watched(self._value), z, use_reentrant=False)
+        return self.checkpoints.call(self._value, z)
 
     def _value(self, z: State) -> State:
         with own_parametrizations():  # the second evaluation may run outside of ``cached()``

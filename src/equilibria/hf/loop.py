@@ -16,11 +16,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache
 
+from equilibria.checks import check_gathered
 from equilibria.core.maps import as_map
 from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.hf.view import check_cache, padding, view
-from equilibria.layers.equilibrium import LayerOutput, check_gathered
+from equilibria.layers.equilibrium import LayerOutput
 
 Hidden = Float[Tensor, "B T D"]
 _CALLS = "_equilibrium_calls"

@@ -14,6 +14,7 @@ from equilibria.hf.tokenization import EquilibriumTokenizer, tokenizer_of
 from equilibria.layers.linear import fold as fold_weights
 from equilibria.lm.corpora import Vocabulary
 from equilibria.lm.model import LanguageConfig
+from equilibria.lm.paths import path_of
 from equilibria.lm.runs.files import discard, errors_of_the_disk
 from equilibria.lm.runs.run import Run, Which
 from equilibria.lm.runs.shipped import require
@@ -46,7 +47,7 @@ def from_run(path: Path | str, *, checkpoint: Which = "best", fold: bool = False
     Raises:
         UsageError: there is no run, or its model is no equilibrium.
     """
-    trained = load(path, checkpoint=checkpoint)
+    trained = load(path_of("from_run", path=path), checkpoint=checkpoint)
     language, experiment = trained.experiment.model, trained.experiment
     if not isinstance(language, LanguageConfig) or not language.solves:
         kind = "an explicit network" if isinstance(language, LanguageConfig) else language.kind
@@ -86,8 +87,8 @@ def export(path: Path | str, out: Path | str, *, checkpoint: Which = "best", fol
     Raises:
         UsageError: there is no run, its model is no equilibrium, or ``out`` has content.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    path, out = path_of("export", path=path), path_of("export", out=out)
+    if (out.exists() or out.is_symlink()) and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out} exists and is not an empty folder; name a new one.")
     found = from_run(path, checkpoint=checkpoint, fold=fold)
     new = not out.exists()
@@ -97,7 +98,7 @@ def export(path: Path | str, out: Path | str, *, checkpoint: Which = "best", fol
             found.model.save_pretrained(out)
             if found.tokenizer is not None:
                 found.tokenizer.save_pretrained(out)
-            text = card.card(found.trained, Run.open(require(Path(path))).events())
+            text = card.card(found.trained, Run.open(require(path)).events())
             (out / "README.md").write_text(text, encoding="utf-8")
     except Exception:
         _empty(out, remove=new)  # a part of an export would stand in the way of the next one

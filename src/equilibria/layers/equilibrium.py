@@ -6,10 +6,9 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
-from equilibria.checks import check_kind
+from equilibria.checks import check_gathered, check_kind
 from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import refused_if_untracked
 from equilibria.core.maps import Map
@@ -82,19 +81,6 @@ def check_no_method(layer: nn.Module, method: Method | None) -> None:
     """Raise a TypeError if a method is given to a layer that solves nothing."""
     if method is not None:
         raise TypeError(f"{type(layer).__name__} solves nothing, so it has no use for method={method}; leave it out.")
-
-
-def check_gathered(cell: nn.Module) -> None:
-    """Raise a ValueError if parameters inside f are sharded: processes may need different numbers of evaluations."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    for name, parameter in cell.named_parameters():
-        if hasattr(parameter, "full_tensor"):  # a DTensor
-            raise ValueError(
-                f"The parameter {name} inside f is sharded over {dist.get_world_size()} processes: each evaluation of "
-                "f would gather it, and processes that need different numbers of evaluations would wait for each other "
-                "for ever. Shard the whole layer, fully_shard(layer, reshard_after_forward=False), not a module in it."
-            )
 
 
 class Equilibrium(Layer):

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import is_grad_enabled, nn
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from equilibria.checks import check_flag, check_whole
 from equilibria.core.state import State
@@ -215,5 +214,4 @@ def _applied(cell: Cell, z: State, prepared: Prepared, checkpoints: Checkpoints 
     if buffers is not None:
         # f may write into its buffers, as batch norm does: it is evaluated again with copies of those that it had.
         evaluations = itertools.chain([f], itertools.repeat(dataclasses.replace(f, buffers=buffers)))
-    value = checkpoints.watched(lambda z: next(evaluations)(z))
-    return recomputed(value, z, use_reentrant=False)  # pyright: ignore
+    return checkpoints.call(lambda z: next(evaluations)(z), z)

@@ -123,7 +123,7 @@ def _check_fit(model: LanguageModel, stream: Stream, vocabulary: Vocabulary | No
     if vocabulary is not None and len(vocabulary) != size:
         raise ValueError(
             f"evaluate: the vocabulary has {len(vocabulary):,} tokens and the model {size:,}; give the one that the "
-            "model was trained with, or None to count no bytes."
+            "model was trained with, or, if the model is padded to more tokens, vocabulary=None, which counts no bytes."
         )
     if depth is not None and isinstance(model.layer, Equilibrium):
         raise ValueError(

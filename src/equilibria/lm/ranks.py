@@ -21,12 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from equilibria.lm.environment import VARIABLES, number_in
 from equilibria.lm.sharding import without_maps
 from equilibria.torch_private import drop_process_groups
 
 Parallel = Literal["none", "ddp", "fsdp"]
-_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-"""The environment variables that torchrun sets for each process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +50,10 @@ class Ranks:
             timeout: seconds after which a rank stops waiting for a lost one.
 
         Raises:
-            ValueError: several processes would all train the same, there is no process group for ``parallel``, or the
-                port is in use.
+            ValueError: several processes would all train the same, there is no process group for ``parallel``, the
+                port is in use, or a variable of torchrun is no number.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size = number_in("WORLD_SIZE", 1) if "WORLD_SIZE" in os.environ else 1
         if parallel == "none" and size == 1:
             yield cls()
             return
@@ -63,16 +62,17 @@ class Ranks:
                 f"{size} processes were started, and each would train the same; add --training.parallel ddp (each has "
                 "a replica) or fsdp (each has a shard)."
             )
-        if any(name not in os.environ for name in _WORLD):
+        if any(name not in os.environ for name in VARIABLES):
             raise ValueError(
                 f"--training.parallel {parallel} needs processes to train with: start torchrun --nproc-per-node 2 -m "
-                "equilibria train …, or leave the option out to train with one process."
+                "equilibria train …, or give --training.parallel none to train with one process."
             )
+        local, _, _ = number_in("LOCAL_RANK", 0), number_in("RANK", 0, size - 1), number_in("MASTER_PORT", 1, 2**16 - 1)
         import torch.distributed.nn  # before the group exists: its default arguments would keep the group alive
 
         on_gpu = device != "cpu" and torch.cuda.is_available()
         if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(local)
         try:
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout))
         except dist.DistNetworkError as error:

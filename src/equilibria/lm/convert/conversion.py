@@ -21,6 +21,7 @@ from equilibria.lm.corpora.language import Language
 from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.model import LanguageConfig
+from equilibria.lm.paths import path_of
 from equilibria.lm.runs import checkpoint
 from equilibria.lm.runs.checkpoint import Checkpoint
 from equilibria.lm.runs.folder import locked
@@ -46,12 +47,13 @@ class Conversion:
     source: Path
     """The file."""
 
-    def write(self, path: Path) -> Run:
+    def write(self, path: Path | str) -> Run:
         """Write the run into a new folder: its weights are those of step 0, in the last stage, and it has no history.
 
         Raises:
             UsageError: the folder holds a run.
         """
+        path = path_of("write", path=path)
         if (path / "experiment.json").exists():
             raise UsageError(f"{path} already holds a run; choose another folder with --out.")
         last = self.experiment.stages[-1].name
@@ -66,7 +68,7 @@ class Conversion:
 
 
 def convert(
-    source: Path, experiment: Experiment, *, ids: Numbering | None = None, criterion: Path | None = None
+    source: Path | str, experiment: Experiment, *, ids: Numbering | None = None, criterion: Path | str | None = None
 ) -> Conversion:
     """The weights of a published file for the model of an experiment, whose corpus is read.
 
@@ -83,6 +85,8 @@ def convert(
         ConversionError: the file is of no known format, has broken ties or tensors that nothing reads, or does not
             belong to the experiment or to its text.
     """
+    source = path_of("convert", source=source)
+    criterion = None if criterion is None else path_of("convert", criterion=criterion)
     tensors = read(source) if criterion is None else read(source).joined(read(criterion))
     kind = format_of(tensors)
     if not isinstance(experiment.model, LanguageConfig):

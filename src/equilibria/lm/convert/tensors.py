@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from equilibria.errors import EquilibriaError
+from equilibria.lm.paths import path_of
 
 
 class ConversionError(EquilibriaError, ValueError):
@@ -23,21 +25,24 @@ class Tensors:
     """The named tensors of a file. ``take`` marks a tensor as used, so that ``rest`` are the unread ones.
 
     Args:
-        tensors: by name; a "module." in front of a name, from DataParallel, is removed.
+        tensors: by name; what DataParallel, DistributedDataParallel, torch.compile and checkpointing add is removed.
         source: the name of the file, for errors.
 
     Raises:
-        ConversionError: two names are the same without the "module.".
+        ConversionError: two names are the same without it.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, source: str) -> None:
-        self._tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-        if len(self._tensors) < len(tensors):
-            twice = next(name for name in tensors if f"module.{name}" in tensors)
-            raise ConversionError(
-                f"{source} holds both {twice} and module.{twice}, and only one of them can be the model's; keep the "
-                "names that belong together, and save those."
-            )
+        self._tensors: dict[str, Tensor] = {}
+        origin: dict[str, str] = {}
+        for name, tensor in tensors.items():
+            bare = _unwrapped(name)
+            if bare in origin:
+                raise ConversionError(
+                    f"{source} holds both {origin[bare]} and {name}, and only one of them can be the model's; keep the "
+                    "names that belong together, and save those."
+                )
+            self._tensors[bare], origin[bare] = tensor, name
         self.source = source
         self._used: set[str] = set()
 
@@ -148,7 +153,19 @@ class Tensors:
             )
 
 
-def read(path: Path) -> Tensors:
+_COMPILED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")
+"""An addition of torch.compile or checkpoint_wrapper to the names below a module, anywhere in the model."""
+
+
+def _unwrapped(name: str) -> str:
+    """The name in the plain model: wrappers of parts are removed anywhere, and those of the whole, in any nesting."""
+    name = _COMPILED.sub("", name)
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def read(path: Path | str) -> Tensors:
     """The tensors of a file that ``torch.save(model.state_dict(), path)`` has written, by any version of PyTorch.
 
     Nothing but tensors and plain values is unpickled, so no code of the file runs.
@@ -156,6 +173,7 @@ def read(path: Path) -> Tensors:
     Raises:
         ConversionError: the file holds something else, such as a whole pickled module.
     """
+    path = path_of("read", path=path)
     with path.open("rb") as file:
         start = file.read(9)
     if not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle of older versions

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from equilibria.lm.corpora.source import expanded
+from equilibria.lm.paths import path_of
 
 WikiText = Literal["wikitext-103-v1", "wikitext-2-v1"]
 """The names of the two data sets of words on the Hub."""
@@ -26,7 +26,7 @@ def is_vacant(root: Path) -> bool:
     return not root.exists() or all(path.name.endswith(_PARTIAL) for path in root.iterdir())
 
 
-def fetch_wikitext(name: WikiText, root: Path) -> None:
+def fetch_wikitext(name: WikiText, root: Path | str) -> None:
     """Download WikiText and write ``wiki.train.tokens``, ``wiki.valid.tokens`` and ``wiki.test.tokens`` to a folder.
 
     The files have temporary names until all three are complete, so a failed download leaves no incomplete file.
@@ -41,7 +41,7 @@ def fetch_wikitext(name: WikiText, root: Path) -> None:
         ConnectionError: the download failed.
         FileExistsError: the folder is not empty.
     """
-    root = expanded(root)
+    root = path_of("fetch_wikitext", root=root)
     if not is_vacant(root):
         raise FileExistsError(f"{root} is not empty, and WikiText is downloaded into an empty folder; name another.")
     rows = _download(name, root)

@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from equilibria.lm.corpora.corpus import Corpus
-
-
-def expanded(path: Path | str) -> Path:
-    """The path with the home of a user for a leading "~"; as it is without such a user, as a file may be called so."""
-    path = Path(path)
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
+from equilibria.lm.paths import path_of
 
 
 class Source(ABC):
@@ -48,7 +40,7 @@ class FolderSource(Source):
     def __post_init__(self) -> None:
         """Make the path absolute: a run may be continued from another working directory."""
         if self.root is not None:
-            object.__setattr__(self, "root", expanded(self.root).absolute())
+            object.__setattr__(self, "root", path_of(type(self).__name__, root=self.root).absolute())
 
     def folder(self) -> Path:
         """The folder; a ValueError if none was named."""

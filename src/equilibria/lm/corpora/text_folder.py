@@ -12,8 +12,9 @@ from typing import Any, Literal
 from equilibria.checks import check_fields, check_flag
 from equilibria.lm.corpora.byte_level import check_size
 from equilibria.lm.corpora.corpus import Corpus, Stream
-from equilibria.lm.corpora.source import FolderSource, expanded
+from equilibria.lm.corpora.source import FolderSource
 from equilibria.lm.corpora.vocabulary import BPE_SIZE, TextUnit, Vocabulary, kind_of, noun
+from equilibria.lm.paths import path_of
 
 FILE_NAMES = ("{split}.txt", "ptb.{split}.txt", "wiki.{split}.tokens")
 """Possible names of the file of a split; the first one that exists is read."""
@@ -40,7 +41,7 @@ def text_folder(
     """
     kind_of(unit)
     check_flag("text_folder", lowercase=lowercase)
-    root = expanded(root)
+    root = path_of("text_folder", root=root)
     train, valid, test = (_find(root, split) for split in ("train", "valid", "test"))
     with _naming(train):
         vocabulary, ids = Vocabulary.of_lines(lines_of(train, lowercase=lowercase), unit, size=vocabulary_size)
@@ -78,7 +79,7 @@ def text_file(
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8, empty, or too short for three splits.
     """
-    kind, file = kind_of(unit), expanded(file)
+    kind, file = kind_of(unit), path_of("text_file", file=file)
     check_flag("text_file", lowercase=lowercase)
     if not file.is_file():
         state = "is no file" if file.exists() else "does not exist"

@@ -16,6 +16,7 @@ import numpy as np
 
 from equilibria.lm.corpora import CATALOGUE
 from equilibria.lm.corpora.source import Source
+from equilibria.lm.paths import path_of
 from equilibria.lm.report import formats
 from equilibria.lm.report.curve import Curve
 from equilibria.lm.runs import events
@@ -221,7 +222,7 @@ def has_tolerance(experiment: dict[str, Any], stage: Any) -> bool:
     return not parts or any(stop.get("rtol", 1) > 0 or stop.get("atol", 1) > 0 for stop in stops)
 
 
-def read(path: Path) -> Record:
+def read(path: Path | str) -> Record:
     """The record of the run in folder ``path``.
 
     Raises:
@@ -229,6 +230,7 @@ def read(path: Path) -> Record:
         ForeignFileError: a file in it is a symbolic link, a pipe or a device.
         ValueError: a file in it is damaged; names the file and the line.
     """
+    path = path_of("read", path=path)
     run = Run(require(path))
     check_own(run.description)
     experiment = run.stored()

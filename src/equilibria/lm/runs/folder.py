@@ -6,15 +6,17 @@ import contextlib
 import os
 import re
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from equilibria.lm.ranks import Ranks
 from equilibria.lm.runs.files import check_own
 
 FILES = ("experiment.json", "corpus.json", "metrics.jsonl", "model.safetensors")
 """The files of a run; a folder with the first one is a run."""
-FOLDERS = ("checkpoints", "report", "tensorboard", "texts")
+FOLDERS = ("checkpoints", "report", "tensorboard", "texts", "hf")
 """The folders of a run."""
 LOCK, NEW, OLD, GONE = ".lock", ".new", ".old", ".replaced"
 """The lock; a run that will replace this one; the replaced run while its files are moved, and until it is removed."""
@@ -25,6 +27,8 @@ _WRITTEN = re.compile(
     r"|checkpoints/(step-\d{8,}|\.unfinished-[\w.-]+)/(model\.safetensors|memory\.safetensors|optimiser\.pt|state\.json)"
     r"|checkpoints/(step-\d{8,}|\.unfinished-[\w.-]+)/shards/(\.metadata|[\w.-]+\.(safetensors|json|distcp))"
     rf"|report/\.?(index\.html|sample\.json|({'|'.join(FIGURES)})\.png)(\.new)?"
+    r"|hf/(README\.md|equilibrium\.py|(generation_|tokenizer_)?config\.json|tokenizer\.json)"
+    r"|hf/model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
     r"|texts/(valid|test)\.txt"
     r"|tensorboard/events\.out\.tfevents\.[\w.-]+"
 )
@@ -41,6 +45,31 @@ def foreign_files(folder: Path) -> list[str]:
         elif not entry.name.startswith("."):
             names.append(entry.name if entry.is_file() and not entry.is_symlink() else f"{entry.name}/")
     return sorted(name for name in names if not _WRITTEN.fullmatch(name))
+
+
+def check_shared(folder: Path | None, ranks: Ranks) -> None:
+    """Raise a ValueError on all ranks unless all of them see the folder of the run; all of them call it together.
+
+    Each rank writes its own shards and reads checkpoints itself. On disks of their own, checkpoints would lack shards,
+    and a training would continue from different weights.
+    """
+    if ranks.alone:
+        return
+    name = ranks.of_first(f".ranks-{uuid.uuid4().hex}")  # new, so that no disk of a network has it in a cache
+    try:
+        if ranks.first and folder is not None:
+            (folder / name).touch()
+        ranks.wait()
+        seen = ranks.of_all(None if folder is None else (folder / name).is_file())
+    finally:
+        if ranks.first and folder is not None:
+            (folder / name).unlink(missing_ok=True)
+    lost = [str(rank) for rank, theirs in enumerate(seen) if theirs != seen[0]]
+    if lost:
+        raise ValueError(
+            f"Rank {', '.join(lost)} does not see the folder {folder} that rank 0 writes: all processes of a training "
+            "need one folder, on a disk that they share; name it by its whole path with --out."
+        )
 
 
 @contextlib.contextmanager

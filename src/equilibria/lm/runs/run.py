@@ -13,6 +13,7 @@ from equilibria.errors import UsageError
 from equilibria.lm.corpora.language import Language
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.serialise import from_json, kinds_in, to_json
+from equilibria.lm.paths import path_of
 from equilibria.lm.runs import checkpoint, events
 from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError
 from equilibria.lm.runs.events import Event
@@ -24,6 +25,7 @@ WITHOUT_INFLUENCE = ("corpus.root", "training.devices", "training.faults.keep", 
 """Settings, or groups of them, that may change when a run continues; those of the devices may change the last bits."""
 Which = Literal["best", "last"]
 """The checkpoint with the best validation (see ``Run.best``), or the newest one."""
+_NO_RUN = "{path} exists and is not a run; choose a new or empty folder with --out."
 FORMAT = 3
 """The version of the format of experiment.json, which is written there; equilibria 0.1 wrote no version."""
 
@@ -38,7 +40,7 @@ class Run:
     """True while the run is written beside an old one, which ``settle`` replaces."""
 
     @classmethod
-    def start(cls, path: Path, experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> Run:
+    def start(cls, path: Path | str, experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> Run:
         """A new run of ``experiment`` in the folder ``path``, or, with ``resume``, the existing one.
 
         With ``resume`` and no run in the folder, a new run starts, so that the same command can be repeated whenever it
@@ -51,7 +53,10 @@ class Run:
         """
         if resume and overwrite:
             raise ValueError("--resume continues a run and --overwrite replaces it; give one of the two.")
+        path = path_of("Run.start", path=path)
         check_writable(path, advice="train into another folder with --out.")
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
+            raise ValueError(_NO_RUN.format(path=path))
         run = cls(path)
         run.check_own()
         run._recover()
@@ -68,19 +73,20 @@ class Run:
             run._check_replaceable()
             run = cls(path, replacing=True)
             (path / NEW).mkdir()
-        elif path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
-            raise ValueError(f"{path} exists and is not a run; choose a new or empty folder with --out.")
+        elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+            raise ValueError(_NO_RUN.format(path=path))
         path.mkdir(parents=True, exist_ok=True)
         run._describe(experiment)
         return run
 
     @classmethod
-    def open(cls, path: Path, *, replacing: bool = False) -> Run:
+    def open(cls, path: Path | str, *, replacing: bool = False) -> Run:
         """The run in the folder ``path``, or the new run that is ``replacing`` it.
 
         Raises:
             FileNotFoundError: the folder contains no run.
         """
+        path = path_of("Run.open", path=path)
         run = cls(path, replacing)
         for name in (*FILES, *FOLDERS):
             check_readable(path / name)

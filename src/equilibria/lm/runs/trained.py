@@ -16,7 +16,6 @@ from equilibria.errors import UsageError
 from equilibria.fixed_point import Method
 from equilibria.lm.corpora import Corpus, Stream, TextFolder, Vocabulary
 from equilibria.lm.corpora.language import SPLITS, Language
-from equilibria.lm.corpora.source import expanded
 from equilibria.lm.corpora.text_folder import lines_of
 from equilibria.lm.corpora.vocabulary import noun
 from equilibria.lm.device import choose_device
@@ -24,6 +23,7 @@ from equilibria.lm.evaluation import evaluate
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.stage import Stage
 from equilibria.lm.model import LanguageConfig, LanguageModel
+from equilibria.lm.paths import expanded, path_of
 from equilibria.lm.runs.checkpoint import CheckpointError
 from equilibria.lm.runs.continuation import continuation
 from equilibria.lm.runs.memory_length import with_memory
@@ -233,9 +233,10 @@ def load(
     check_whole("load", optional=True, memory_length=memory_length, segment=segment)
     if segment is not None and segment < 1:
         raise UsageError(f"segment={segment}: a segment has at least one token; leave it out for that of the training.")
-    path, data = require(Path(path)), None if data is None else Path(data)
-    if data is not None and not expanded(data).exists():
-        raise UsageError(f"--data {data}: {expanded(data).absolute()} does not exist; check the path.")
+    path = require(path_of("load", path=path))
+    data = None if data is None else path_of("load", data=data)
+    if data is not None and not data.exists():
+        raise UsageError(f"--data {data}: {data.absolute()} does not exist; check the path.")
     run = Run.open(path)
     experiment = run.experiment(extra=extra)
     if data is not None and (not data.is_file() or _is_corpus(data, experiment, run.language)):

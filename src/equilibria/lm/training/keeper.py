@@ -10,6 +10,7 @@ from equilibria.lm.ranks import Ranks
 from equilibria.lm.runs import checkpoint, events
 from equilibria.lm.runs.checkpoint import Checkpoint, CheckpointError
 from equilibria.lm.runs.files import force
+from equilibria.lm.runs.folder import check_shared
 from equilibria.lm.runs.run import Run
 from equilibria.lm.training.snapshot import save_together
 
@@ -21,10 +22,14 @@ class Keeper:
         run: the run directory; None writes nothing.
         ranks: the processes; each has a keeper, and all of them call every method.
         keep: number of newest checkpoints to keep, besides the best one.
+
+    Raises:
+        ValueError: the ranks do not see one folder; on all ranks.
     """
 
     def __init__(self, run: Run | None, ranks: Ranks, *, keep: int) -> None:
         self._run, self._ranks, self._keep = run, ranks, keep
+        check_shared(None if run is None else run.path, ranks)
 
     def begin(self, experiment: Experiment, language: Language) -> None:
         """Note what the run is trained on.
