@@ -272,6 +272,14 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def as_written(module: nn.Module) -> Callable[..., Any]:
+    """A call of the module with all its hooks, which runs the code of ``forward`` also after ``module.compile()``.
+
+    If it goes: ``module.forward``, and refuse hooks of a compiled module.
+    """
+    return module._call_impl
+
+
 @contextlib.contextmanager
 def own_parametrizations() -> Iterator[None]:
     """A context with its own cache of ``torch.nn.utils.parametrize.cached()``, so that no weight enters or leaves it.
