@@ -115,7 +115,7 @@ def test_a_copy_of_a_cache_is_written_in_its_own_slots():
         prepared = cell.prepare(model.embedding(row[None, 4:5]), memory)
         cell(torch.ones_like(cell.start(prepared)), prepared)
         past = prepared.rows.attention.past
-        assert past._newest
+        assert past._claimed
         assert "_with_one" in vars(past)
         copies = [dataclasses.replace(memory, past=made(past)) for made in (copy.deepcopy, through_a_pickle)]
         first, memory = model.logits(row[None, 4:5], memory)

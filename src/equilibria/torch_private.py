@@ -280,12 +280,25 @@ def as_written(module: nn.Module) -> Callable[..., Any]:
     return module._call_impl
 
 
+def is_replica(module: nn.Module) -> bool:
+    """True for a copy that ``nn.DataParallel`` makes for one call: its weights are plain tensors and no parameters.
+
+    If it goes: True for a module without parameters.
+    """
+    return getattr(module, "_is_replica", False)
+
+
 @contextlib.contextmanager
 def own_parametrizations() -> Iterator[None]:
     """A context with its own cache of ``torch.nn.utils.parametrize.cached()``, so that no weight enters or leaves it.
 
-    If it goes: say in the documentation that a solve inside ``cached()`` loses gradients.
+    Where no cache is enabled, it changes nothing: the cache is one for all threads, and two of them that put back what
+    they found could leave the weights of one to the other. If it goes: say in the documentation that a solve inside
+    ``cached()`` loses gradients.
     """
+    if not parametrize._cache_enabled:
+        yield
+        return
     outer, parametrize._cache = parametrize._cache, {}
     try:
         yield
