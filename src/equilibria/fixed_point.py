@@ -10,7 +10,7 @@ from typing import Any
 from equilibria.checks import check_fields, check_keep, check_kind
 from equilibria.core.failure import report
 from equilibria.core.gradient import GradientRule
-from equilibria.core.graph import refused_if_untracked, without_graph
+from equilibria.core.graph import recordable, refused_if_untracked, without_graph
 from equilibria.core.maps import FunctionMap, Map, as_map
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
@@ -65,7 +65,7 @@ class Method:
         Raises:
             ConvergenceError: the same, if ``on_failure`` is "raise".
         """
-        solution = self.gradient.run(f, z0, self)
+        solution = self.gradient.run(f, recordable(z0), self)
         if is_heard(self.stop, self.on_failure):
             report(solution, self.stop, self.on_failure)
         given = solution.z, solution.iterates

@@ -44,6 +44,15 @@ def is_transformed() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def is_recorded() -> bool:
+    """True while ``make_fx``, and with it ``torch.func.linearize``, records the operations as a graph without values.
+
+    If it goes: return False; these then end in an error of PyTorch's own.
+    """
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # loading it takes long
+    return tracer is not None and tracer.get_proxy_mode() is not None
+
+
 def is_batched() -> bool:
     """True inside torch.func.vmap, where no decision can depend on a value.
 

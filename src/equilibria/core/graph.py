@@ -164,6 +164,13 @@ _UNTRACKED = (
 )
 
 
+def recordable(tree: Any) -> Any:
+    """The tree, outside of inference mode with copies of the tensors that were made in it: no graph can save those."""
+    if torch.is_inference_mode_enabled():
+        return tree
+    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, tree)
+
+
 def refused_if_lacking(sentence: str, value: Tensor) -> Tensor:
     """The value. Its backward pass raises if an operation in its graph has no derivative (a fused kernel, twice)."""
     lacking = any(node.name().endswith("NotImplemented") for node in nodes_below([value]))
