@@ -126,6 +126,24 @@ def test_a_copy_of_a_cache_is_written_in_its_own_slots():
             assert torch.equal(model.logits(row[None, 5:6], after)[0], second)
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_a_past_of_inference_mode_is_continued_outside_of_it(name):
+    """Under no_grad from a cache, and with gradients from a memory."""
+    model, (row,) = built(CELLS[name]), ragged((6,))
+    prompt, token = row[None, :5], row[None, 5:]
+    with torch.inference_mode():
+        made = [model.logits(prompt, past)[1] for past in (model.cache(1), None)]
+    with torch.no_grad():
+        same = [model.logits(prompt, past)[1] for past in (model.cache(1), None)]
+        assert torch.equal(model.logits(token, made[0])[0], model.logits(token, same[0])[0])
+    assert torch.equal(*(generate(model, token, length=3, memory=memory[1]) for memory in (made, same)))
+    first, second = (model(token, token, memory[1]).loss for memory in (made, same))
+    for mine, expected in zip(
+        *(torch.autograd.grad(x, list(model.parameters())) for x in (first, second)), strict=True
+    ):
+        assert torch.equal(mine, expected)
+
+
 def through_a_pickle(value):
     return pickle.loads(pickle.dumps(value))
 

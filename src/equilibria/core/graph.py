@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from equilibria.core.trees import map_tensors
+from equilibria.core.trees import map_tensors, tensors_in
 from equilibria.torch_private import at_the_end, hooks_on_saved_tensors, own_parametrizations, tracking_functions
 
 
@@ -166,7 +166,7 @@ _UNTRACKED = (
 
 def recordable(tree: Any) -> Any:
     """The tree, outside of inference mode with copies of the tensors that were made in it: no graph can save those."""
-    if torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled() or not any(tensor.is_inference() for tensor in tensors_in(tree)):
         return tree
     return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, tree)
 

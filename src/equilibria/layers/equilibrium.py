@@ -15,7 +15,7 @@ from equilibria.core.graph import refused_if_untracked
 from equilibria.core.maps import Map
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
-from equilibria.core.state import State
+from equilibria.core.state import State, is_distributed
 from equilibria.core.stop import OnFailure, Stop
 from equilibria.core.tracing import untraced
 from equilibria.fixed_point import Method
@@ -89,7 +89,7 @@ def check_gathered(cell: nn.Module) -> None:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     for name, parameter in cell.named_parameters():
-        if hasattr(parameter, "full_tensor"):  # a DTensor
+        if is_distributed(parameter):
             raise ValueError(
                 f"The parameter {name} inside f is sharded over {dist.get_world_size()} processes: each evaluation of "
                 "f would gather it, and processes that need different numbers of evaluations would wait for each other "

@@ -89,7 +89,9 @@ class KeyValueCache:
 
         Reallocates and drops unseen slots now and then; amortised O(1) per token.
         """
-        if self.end + time <= self.slots.shape[3]:
+        # Outside of inference mode nothing may be written into a tensor that was made in it.
+        writable = torch.is_inference_mode_enabled() or not self.slots.is_inference()
+        if writable and self.end + time <= self.slots.shape[3]:
             if self._claimed:
                 return self
             claim = next(_CLAIMS)
