@@ -16,7 +16,7 @@ from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import OnFailure, Stop, is_heard
-from equilibria.core.tracing import untraced
+from equilibria.core.tracing import check_not_symbolic, untraced
 from equilibria.gradients.implicit import Implicit
 from equilibria.gradients.neumann import Neumann
 from equilibria.gradients.phantom import Phantom
@@ -65,6 +65,7 @@ class Method:
         Raises:
             ConvergenceError: the same, if ``on_failure`` is "raise".
         """
+        check_not_symbolic([z0])
         solution = self.gradient.run(f, recordable(z0), self)
         if is_heard(self.stop, self.on_failure):
             report(solution, self.stop, self.on_failure)

@@ -61,6 +61,30 @@ def test_what_records_a_graph_without_values_is_refused_in_a_sentence(record):
         record(lambda x: fixed_point(lambda z, x: torch.tanh(z / 2 + x), torch.zeros_like(x), x).z, torch.randn(3, 4))
 
 
+class Read(nn.Module):
+    """Twice the state of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Equilibrium(Map())
+
+    def forward(self, x):
+        return 2 * self.layer(x).z
+
+
+class Leaves(torch.fx.Tracer):
+    def is_leaf_module(self, m, module_qualified_name):
+        return isinstance(m, Equilibrium) or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_a_symbolic_trace_keeps_a_layer_whole_or_is_refused_in_a_sentence():
+    model, x = Read(), torch.randn(3, 4).double()
+    with pytest.raises(RuntimeError, match=r"torch\.fx traces without numbers.*is_leaf_module.*Unrolled"):
+        torch.fx.symbolic_trace(model)
+    traced = torch.fx.GraphModule(model, Leaves().trace(model))
+    assert torch.equal(traced(x), model(x))
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_a_weight_frozen_or_unfrozen_between_two_passes_is_named_in_the_second_derivative(before):
     cell, x = Map(), torch.randn(3, 4).double().requires_grad_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from equilibria.core.trees import map_tensors, tensors_in
 from equilibria.torch_private import at_the_end, hooks_on_saved_tensors, own_parametrizations, tracking_functions
+
+_T = TypeVar("_T")
 
 
 def leaves_below(values: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -164,7 +166,7 @@ _UNTRACKED = (
 )
 
 
-def recordable(tree: Any) -> Any:
+def recordable(tree: _T) -> _T:
     """The tree, outside of inference mode with copies of the tensors that were made in it: no graph can save those."""
     if torch.is_inference_mode_enabled() or not any(tensor.is_inference() for tensor in tensors_in(tree)):
         return tree

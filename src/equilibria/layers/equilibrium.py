@@ -17,7 +17,7 @@ from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State, is_distributed
 from equilibria.core.stop import OnFailure, Stop
-from equilibria.core.tracing import untraced
+from equilibria.core.tracing import check_not_symbolic, untraced
 from equilibria.fixed_point import Method
 from equilibria.layers.cell import Buffers, CellMap, as_cell, check_rows
 from equilibria.layers.sequence import sequence_cell
@@ -30,7 +30,8 @@ class LayerOutput:
     output: Any
     """The part of z that later layers read; it carries the gradient."""
     z: State
-    """The state, which carries the gradient."""
+    """The state, which carries the gradient. It and ``output`` may share numbers with the solution and the memory, so
+    change a clone of them: after a layer take ``nn.ReLU()`` and not ``nn.ReLU(inplace=True)``."""
     f: Map
     """The map whose fixed point was sought (Stack: the last layer's), for stability measures. It reads the weights that
     the module has when it is called: after ``torch.func.functional_call`` its own ones again."""
@@ -159,6 +160,7 @@ class Equilibrium(Layer):
             TypeError: ``start`` is None and the cell has no first iterate of its own, or ``method`` is no ``Method``.
         """
         check_gathered(self.cell)
+        check_not_symbolic(inputs)
         if not isinstance(method, Method | None):
             check_kind("method", method, Method, "Method(Anderson())")
         prepared = self.cell.prepare(*inputs, **options)
