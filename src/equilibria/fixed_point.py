@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from equilibria.checks import check_fields, check_keep, check_kind
@@ -16,7 +17,7 @@ from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import OnFailure, Stop, is_heard
-from equilibria.core.tracing import check_not_symbolic, untraced
+from equilibria.core.tracing import INSTEAD, untraced
 from equilibria.gradients.implicit import Implicit
 from equilibria.gradients.neumann import Neumann
 from equilibria.gradients.phantom import Phantom
@@ -184,3 +185,13 @@ def _with_operands(f: Map, operands: tuple[Any, ...]) -> Map:
     if not isinstance(f, FunctionMap):
         raise TypeError(f"a {type(f).__name__} is a map of the state alone and takes no operands; give a function.")
     return FunctionMap(f.function, operands)
+
+
+def check_not_symbolic(values: Iterable[Any]) -> None:
+    """Raise a RuntimeError if one of the values is a symbol of ``torch.fx``, which holds no numbers."""
+    fx = sys.modules.get("torch.fx")
+    if fx is not None and any(isinstance(value, fx.Proxy) for value in values):
+        raise RuntimeError(
+            "torch.fx traces without numbers, and a solve decides by numbers: keep the layer whole in the graph, by a "
+            f"Tracer whose is_leaf_module returns True for an Equilibrium, or {INSTEAD}, with its start."
+        )

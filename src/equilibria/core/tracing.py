@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 from equilibria.torch_private import outside_of_graphs
 
@@ -13,16 +12,6 @@ _T = TypeVar("_T")
 
 INSTEAD = "unroll the equilibrium to a fixed depth, Unrolled(layer.cell, depth=30), which has the same parameters"
 """The advice to those who need one graph."""
-
-
-def check_not_symbolic(values: Iterable[Any]) -> None:
-    """Raise a RuntimeError if one of the values is a symbol of ``torch.fx``, which holds no numbers."""
-    fx = sys.modules.get("torch.fx")
-    if fx is not None and any(isinstance(value, fx.Proxy) for value in values):
-        raise RuntimeError(
-            "torch.fx traces without numbers, and a solve decides by numbers: keep the layer whole in the graph, by a "
-            f"Tracer whose is_leaf_module returns True for an Equilibrium, or {INSTEAD}, with its start."
-        )
 
 
 def untraced(function: Callable[_P, _T]) -> Callable[_P, _T]:

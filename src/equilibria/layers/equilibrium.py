@@ -17,8 +17,8 @@ from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
 from equilibria.core.state import State, is_distributed
 from equilibria.core.stop import OnFailure, Stop
-from equilibria.core.tracing import check_not_symbolic, untraced
-from equilibria.fixed_point import Method
+from equilibria.core.tracing import untraced
+from equilibria.fixed_point import Method, check_not_symbolic
 from equilibria.layers.cell import Buffers, CellMap, as_cell, check_rows
 from equilibria.layers.sequence import sequence_cell
 
