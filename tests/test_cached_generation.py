@@ -115,7 +115,7 @@ def test_a_copy_of_a_cache_is_written_in_its_own_slots():
         prepared = cell.prepare(model.embedding(row[None, 4:5]), memory)
         cell(torch.ones_like(cell.start(prepared)), prepared)
         past = prepared.rows.attention.past
-        assert past._newest
+        assert past._claimed
         assert "_with_one" in vars(past)
         copies = [dataclasses.replace(memory, past=made(past)) for made in (copy.deepcopy, through_a_pickle)]
         first, memory = model.logits(row[None, 4:5], memory)
@@ -124,6 +124,24 @@ def test_a_copy_of_a_cache_is_written_in_its_own_slots():
             again, after = model.logits(row[None, 4:5], copied)
             assert torch.equal(again, first)
             assert torch.equal(model.logits(row[None, 5:6], after)[0], second)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_past_of_inference_mode_is_continued_outside_of_it(name):
+    """Under no_grad from a cache, and with gradients from a memory."""
+    model, (row,) = built(CELLS[name]), ragged((6,))
+    prompt, token = row[None, :5], row[None, 5:]
+    with torch.inference_mode():
+        made = [model.logits(prompt, past)[1] for past in (model.cache(1), None)]
+    with torch.no_grad():
+        same = [model.logits(prompt, past)[1] for past in (model.cache(1), None)]
+        assert torch.equal(model.logits(token, made[0])[0], model.logits(token, same[0])[0])
+    assert torch.equal(*(generate(model, token, length=3, memory=memory[1]) for memory in (made, same)))
+    first, second = (model(token, token, memory[1]).loss for memory in (made, same))
+    for mine, expected in zip(
+        *(torch.autograd.grad(x, list(model.parameters())) for x in (first, second)), strict=True
+    ):
+        assert torch.equal(mine, expected)
 
 
 def through_a_pickle(value):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import dis
 import functools
 import itertools
 import math
@@ -12,12 +10,11 @@ import numbers
 import operator
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:
@@ -189,54 +186,3 @@ def check_keep(keep: Any) -> None:
     whole = isinstance(keep, Sequence) and all(isinstance(step, numbers.Integral) for step in keep)
     if not whole or any(a >= b for a, b in itertools.pairwise((0, *keep))):
         raise ValueError(f"keep={keep!r}: these must be increasing numbers of steps from 1 on; try keep=(5, 10).")
-
-
-_FOR_EVER = "processes that need different numbers of evaluations would wait for each other for ever"
-
-
-def check_gathered(f: Any) -> None:
-    """Raise a ValueError if f communicates: its parameters are sharded, or its batch norm is one over processes.
-
-    Args:
-        f: a module, or a function whose modules are found where it is a method, a closure or a partial function.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    for module in _modules_of(f):
-        for name, parameter in module.named_parameters():
-            if hasattr(parameter, "full_tensor"):  # a DTensor
-                raise ValueError(
-                    f"The parameter {name} inside f is sharded over {dist.get_world_size()} processes: each evaluation "
-                    f"of f would gather it, and {_FOR_EVER}. Shard the whole layer, fully_shard(layer, "
-                    "reshard_after_forward=False), or the module that calls fixed_point, not a module inside f."
-                )
-        for name, part in module.named_modules():
-            if isinstance(part, nn.SyncBatchNorm) and part.training and dist.get_world_size(part.process_group) > 1:
-                raise ValueError(
-                    f"The SyncBatchNorm {name} inside f averages over {dist.get_world_size()} processes in each "
-                    f"evaluation of f, and {_FOR_EVER}. Use layer or group norm in f, or move the batch norm."
-                )
-
-
-def _modules_of(f: Any) -> Iterator[nn.Module]:
-    """The modules that f is, or that it calls as far as can be seen without calling it."""
-    if isinstance(f, nn.Module):
-        yield f
-    elif isinstance(f, functools.partial):
-        for part in (f.func, *f.args, *f.keywords.values()):
-            yield from _modules_of(part)
-    elif isinstance(owner := getattr(f, "__self__", None), nn.Module):
-        yield owner
-    else:
-        yield from (value for value in _read_by(f) if isinstance(value, nn.Module))
-
-
-def _read_by(f: Any) -> Iterator[Any]:
-    """The variables around a function of Python that it reads."""
-    if not isinstance(f, types.FunctionType):
-        return
-    for cell in f.__closure__ or ():
-        with contextlib.suppress(ValueError):  # a name that is not bound yet
-            yield cell.cell_contents
-    names = {step.argval for step in dis.get_instructions(f) if step.opname == "LOAD_GLOBAL"}
-    yield from (f.__globals__[name] for name in names & f.__globals__.keys())

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import dis
 import functools
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from equilibria.checks import check_fields, check_gathered, check_keep, check_kind
+import torch.distributed as dist
+from torch import nn
+
+from equilibria.checks import check_fields, check_keep, check_kind
 from equilibria.core.failure import report
 from equilibria.core.gradient import GradientRule
-from equilibria.core.graph import refused_if_untracked, without_graph
+from equilibria.core.graph import recordable, refused_if_untracked, without_graph
 from equilibria.core.maps import FunctionMap, Map, as_map
 from equilibria.core.solve import Solution
 from equilibria.core.solver import Solver
-from equilibria.core.state import State
+from equilibria.core.state import State, is_distributed
 from equilibria.core.stop import OnFailure, Stop, is_heard
-from equilibria.core.tracing import untraced
+from equilibria.core.tracing import INSTEAD, untraced
 from equilibria.gradients.implicit import Implicit
 from equilibria.gradients.neumann import Neumann
 from equilibria.gradients.phantom import Phantom
@@ -65,7 +72,8 @@ class Method:
         Raises:
             ConvergenceError: the same, if ``on_failure`` is "raise".
         """
-        solution = self.gradient.run(f, z0, self)
+        check_not_symbolic([z0])
+        solution = self.gradient.run(f, recordable(z0), self)
         if is_heard(self.stop, self.on_failure):
             report(solution, self.stop, self.on_failure)
         given = solution.z, solution.iterates
@@ -184,3 +192,64 @@ def _with_operands(f: Map, operands: tuple[Any, ...]) -> Map:
     if not isinstance(f, FunctionMap):
         raise TypeError(f"a {type(f).__name__} is a map of the state alone and takes no operands; give a function.")
     return FunctionMap(f.function, operands)
+
+
+def check_not_symbolic(values: Iterable[Any]) -> None:
+    """Raise a RuntimeError if one of the values is a symbol of ``torch.fx``, which holds no numbers."""
+    fx = sys.modules.get("torch.fx")
+    if fx is not None and any(isinstance(value, fx.Proxy) for value in values):
+        raise RuntimeError(
+            "torch.fx traces without numbers, and a solve decides by numbers: keep the layer whole in the graph, by a "
+            f"Tracer whose is_leaf_module returns True for an Equilibrium, or {INSTEAD}, with its start."
+        )
+
+
+_FOR_EVER = "processes that need different numbers of evaluations would wait for each other for ever"
+
+
+def check_gathered(f: Any) -> None:
+    """Raise a ValueError if f communicates: its parameters are sharded, or its batch norm is one over processes.
+
+    Args:
+        f: a module, or a function whose modules are found where it is a method, a closure or a partial function.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for module in _modules_of(f):
+        for name, parameter in module.named_parameters():
+            if is_distributed(parameter):
+                raise ValueError(
+                    f"The parameter {name} inside f is sharded over {dist.get_world_size()} processes: each evaluation "
+                    f"of f would gather it, and {_FOR_EVER}. Shard the whole layer, fully_shard(layer, "
+                    "reshard_after_forward=False), or the module that calls fixed_point, not a module inside f."
+                )
+        for name, part in module.named_modules():
+            if isinstance(part, nn.SyncBatchNorm) and part.training and dist.get_world_size(part.process_group) > 1:
+                raise ValueError(
+                    f"The SyncBatchNorm {name} inside f averages over {dist.get_world_size()} processes in each "
+                    f"evaluation of f, and {_FOR_EVER}. Use layer or group norm in f, or move the batch norm."
+                )
+
+
+def _modules_of(f: Any) -> Iterator[nn.Module]:
+    """The modules that f is, or that it calls as far as can be seen without calling it."""
+    if isinstance(f, nn.Module):
+        yield f
+    elif isinstance(f, functools.partial):
+        for part in (f.func, *f.args, *f.keywords.values()):
+            yield from _modules_of(part)
+    elif isinstance(owner := getattr(f, "__self__", None), nn.Module):
+        yield owner
+    else:
+        yield from (value for value in _read_by(f) if isinstance(value, nn.Module))
+
+
+def _read_by(f: Any) -> Iterator[Any]:
+    """The variables around a function of Python that it reads."""
+    if not isinstance(f, types.FunctionType):
+        return
+    for cell in f.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a name that is not bound yet
+            yield cell.cell_contents
+    names = {step.argval for step in dis.get_instructions(f) if step.opname == "LOAD_GLOBAL"}
+    yield from (f.__globals__[name] for name in names & f.__globals__.keys())

@@ -44,6 +44,15 @@ def is_transformed() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def is_in_make_fx() -> bool:
+    """True while ``make_fx``, and with it ``torch.func.linearize``, records the operations as a graph without values.
+
+    If it goes: return False; these then end in an error of PyTorch's own.
+    """
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # loading it takes long
+    return tracer is not None and tracer.get_proxy_mode() is not None
+
+
 def is_batched() -> bool:
     """True inside torch.func.vmap, where no decision can depend on a value.
 
@@ -280,12 +289,33 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def as_written(module: nn.Module) -> Callable[..., Any]:
+    """A call of the module with all its hooks, which runs the code of ``forward`` also after ``module.compile()``.
+
+    If it goes: ``module.forward``, and refuse hooks of a compiled module.
+    """
+    return module._call_impl
+
+
+def is_replica(module: nn.Module) -> bool:
+    """True for a copy that ``nn.DataParallel`` makes for one call: its weights are plain tensors and no parameters.
+
+    If it goes: True for a module without parameters.
+    """
+    return getattr(module, "_is_replica", False)
+
+
 @contextlib.contextmanager
 def own_parametrizations() -> Iterator[None]:
     """A context with its own cache of ``torch.nn.utils.parametrize.cached()``, so that no weight enters or leaves it.
 
-    If it goes: say in the documentation that a solve inside ``cached()`` loses gradients.
+    Where no cache is enabled, it changes nothing: the cache is one for all threads, and two of them that put back what
+    they found could leave the weights of one to the other. If it goes: say in the documentation that a solve inside
+    ``cached()`` loses gradients.
     """
+    if not parametrize._cache_enabled:
+        yield
+        return
     outer, parametrize._cache = parametrize._cache, {}
     try:
         yield

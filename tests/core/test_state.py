@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from equilibria import Layout, Picard, Stop, solve, take_rows
 from equilibria.core.trees import map_tensors, tensors_in
@@ -136,6 +139,17 @@ def test_what_is_no_state_gets_one_sentence(case):
     with pytest.raises(error, match=words) as raised:
         solve(lambda z: z, z0, Picard(), Stop())
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.usefixtures("unhooked")
+def test_a_state_on_several_processes_gets_one_sentence():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        z0 = distribute_tensor(torch.zeros(2, 3), init_device_mesh("cpu", (1,)))
+        with pytest.raises(TypeError, match=r"z0 is a DTensor.* give z0\.full_tensor\(\), or .*z0\.to_local\(\)"):
+            solve(lambda z: z, z0, Picard(), Stop())
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("unhooked")

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn.parallel import scatter_gather
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -421,6 +422,23 @@ def test_a_changed_configuration_changes_the_solves(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path, eval_stop=Stop(rtol=1e-12)).eval()(TEXT).evals > between
     model.config.eval_stop = None
     assert model(TEXT).evals == tight
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_outputs_of_replicas_can_be_joined(training, monkeypatch):
+    """As ``nn.DataParallel`` of a Trainer does it on two GPUs; on a CPU PyTorch joins no tensors itself."""
+    model, ids = small("transformer"), tokens(2, 6)
+    joined = {"apply": lambda device, dim, *parts: torch.stack(parts) if parts[0].ndim == 0 else torch.cat(parts, dim)}
+    monkeypatch.setattr(scatter_gather, "Gather", type("Gather", (), joined))
+    count = torch.tensor([[7.0]]) if training else None
+    with torch.set_grad_enabled(training):
+        outputs = [model._replicate_for_data_parallel()(ids, labels=ids, num_items_in_batch=count) for _ in range(2)]
+        expected = model(ids, labels=ids, num_items_in_batch=None if count is None else count.squeeze())
+        found = scatter_gather.gather(outputs, "cpu")
+    assert torch.equal(found.loss, expected.loss.expand(2))
+    assert torch.equal(found.logits, expected.logits.repeat(2, 1, 1))
+    assert found.evals is None
+    assert expected.evals > 1
 
 
 @pytest.mark.parametrize("change", [{"edge_reads_as": 99}, {"edge_reads_as": None}, {"edge_token_id": 300}])

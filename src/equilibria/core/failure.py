@@ -7,6 +7,7 @@ for the device. Only ``on_failure="raise"`` waits.
 from __future__ import annotations
 
 import atexit
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -73,13 +74,21 @@ def tell(flags: Bool[Tensor, " B"], message: Callable[[], Message], on_failure: 
 
 def settle(*, wait: bool = False) -> None:
     """Issue the warnings of earlier solves on a GPU whose flags have arrived; with ``wait``, of all earlier solves."""
-    while _pending and (wait or _pending[0][1].query()):
-        flag, event, message = _pending.popleft()
+    while (arrived := _arrived(wait=wait)) is not None:
+        flag, event, message = arrived
         event.synchronize()
         if flag:
             _speak(message(), "warn")
 
 
+def _arrived(*, wait: bool) -> tuple[Tensor, torch.cuda.Event, Callable[[], Message]] | None:
+    if not _pending:
+        return None
+    with _lock:  # another thread may take the same one
+        return _pending.popleft() if _pending and (wait or _pending[0][1].query()) else None
+
+
+_lock = threading.Lock()
 _pending: deque[tuple[Tensor, torch.cuda.Event, Callable[[], Message]]] = deque(maxlen=64)
 atexit.register(settle, wait=True)
 

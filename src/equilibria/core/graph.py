@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from equilibria.core.trees import map_tensors
+from equilibria.core.trees import map_tensors, tensors_in
 from equilibria.torch_private import at_the_end, hooks_on_saved_tensors, own_parametrizations, tracking_functions
+
+_T = TypeVar("_T")
 
 
 def leaves_below(values: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -162,6 +164,13 @@ _UNTRACKED = (
     "an object or a container, and such functions track tensors and tuples of tensors alone. Pass use_reentrant=False, "
     "or checkpoint a function that returns the tensor, such as lambda x: layer(x).z."
 )
+
+
+def recordable(tree: _T) -> _T:
+    """The tree, outside of inference mode with copies of the tensors that were made in it: no graph can save those."""
+    if torch.is_inference_mode_enabled() or not any(tensor.is_inference() for tensor in tensors_in(tree)):
+        return tree
+    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, tree)
 
 
 def refused_if_lacking(sentence: str, value: Tensor) -> Tensor:

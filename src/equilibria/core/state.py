@@ -257,6 +257,11 @@ def _check_batch(tensors: Sequence[Tensor]) -> None:
         )
 
 
+def is_distributed(tensor: Tensor) -> bool:
+    """True for a DTensor, whose parts lie on several processes."""
+    return hasattr(tensor, "full_tensor")
+
+
 def _check_leaf(name: str, leaf: Any, *, coupled: bool) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(
@@ -266,6 +271,11 @@ def _check_leaf(name: str, leaf: Any, *, coupled: bool) -> None:
     if leaf.is_nested or leaf.layout is not torch.strided:
         kind = "a nested tensor: pad its samples to one shape" if leaf.is_nested else f"{leaf.layout}: give .to_dense()"
         raise TypeError(f"{name} is {kind}; a state is dense.")
+    if is_distributed(leaf):
+        raise TypeError(
+            f"{name} is a DTensor, and a solve decides by numbers of its own process: give z0.full_tensor(), or the "
+            "samples of this process alone, z0.to_local(), and inputs of the same kind."
+        )
     if leaf.ndim < 1 and not coupled:
         raise ValueError(
             f"{name} is a single number; a state has a batch axis first: try z0.reshape(1, 1), or coupled=True."

@@ -9,6 +9,7 @@ Letters: B batch, N flattened state. Cotangent ``g``, adjoint solution ``u``; ta
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -127,7 +128,8 @@ def deliver(there: Linearised, layout: Layout, u: Float[Tensor, "B N"], below: E
     if changed or not (wanted == crossed if alike else wanted <= crossed):
         raise RuntimeError(
             "f was evaluated again for a derivative of higher order and read other tensors than before, so that its "
-            "gradient cannot be differentiated; f must compute the same each time that it is called."
+            "gradient cannot be differentiated; f must compute the same each time that it is called, and between the "
+            "two passes no weight may be frozen, unfrozen or replaced."
         )
     direct = gradients.pop(tuple(below), None)
     _Delivery(gradients, crossings)
@@ -165,6 +167,8 @@ class _Crossed(ABC):
     """
 
     _active: ClassVar[list[weakref.ref[_Crossed]]] = []
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    """Held while ``_active`` is read or changed: backward passes of several threads share it."""
 
     def __init__(self, crossings: Sequence[_Crossing]) -> None:
         self._edges = _by_node(crossings)
@@ -178,18 +182,20 @@ class _Crossed(ABC):
 
     def begin(self) -> None:
         """Register with all nodes."""
+        with self._lock:
+            active = [outer() for outer in reversed(self._active)]
+            self._active.append(weakref.ref(self))
         for node in self._edges:
             self._register(node)
-            for outer in reversed(self._active):
-                crossed = outer()
+            for crossed in active:
                 if crossed is not None and node in crossed._handles:
                     crossed._handles.pop(node).remove()
                     crossed._register(node)
-        self._active.append(weakref.ref(self))
 
     def end(self) -> None:
         """Remove all hooks."""
-        _Crossed._active[:] = [other for other in self._active if other() not in (self, None)]
+        with self._lock:
+            self._active[:] = [other for other in self._active if other() not in (self, None)]
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}

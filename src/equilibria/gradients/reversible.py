@@ -219,8 +219,8 @@ class _Hidden:
             if self._before is not None and name in self._before:
                 raise RuntimeError(
                     f"ReversibleGradient cannot see a tensor of shape {tuple(leaf.shape)} that f uses (a compiled "
-                    "function or a custom autograd.Function hides it); call f uncompiled, or use "
-                    "Unroll(checkpoint=True)."
+                    "function, a custom autograd.Function or a full backward hook hides it, or it was unfrozen after "
+                    "the forward pass); call f without these, or use Unroll(checkpoint=True)."
                 )
         self._before = leaves
         return bool(leaves)

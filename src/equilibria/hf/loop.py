@@ -16,10 +16,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache
 
-from equilibria.checks import check_gathered
 from equilibria.core.maps import as_map
 from equilibria.core.stop import Stop
-from equilibria.fixed_point import Method
+from equilibria.fixed_point import Method, check_gathered
 from equilibria.hf.view import check_cache, padding, view
 from equilibria.layers.equilibrium import LayerOutput
 

@@ -56,6 +56,8 @@ def scored(targets: Int[Tensor, "B _"], count: Tensor | int | None) -> Tensor | 
         ValueError: it is not above 0, so that there is no mean.
     """
     number = (targets != IGNORED).sum() if count is None else count
+    if isinstance(number, Tensor):
+        number = number.reshape(())  # for DataParallel it has the shape [1, 1]
     if not bool(number > 0):
         what = "labels score no token: all" if count is None else f"num_items_in_batch={int(number)}: all labels"
         raise ValueError(

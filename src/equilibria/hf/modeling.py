@@ -41,6 +41,7 @@ from equilibria.hf.weights import are_folded, check_form, draw
 from equilibria.layers.linear import fold
 from equilibria.lm.model.embedding import widened
 from equilibria.lm.model.model import NO_LOSSES
+from equilibria.torch_private import is_replica
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """The name of the cache in outputs: "cache" since transformers 5.24."""
@@ -51,7 +52,7 @@ class EquilibriumOutput(CausalLMOutputWithPast):
     """The output of a causal language model, and how its solve ended."""
 
     evals: int | None = None
-    """Number of evaluations of f in this forward pass."""
+    """Number of evaluations of f in this forward pass; None from ``nn.DataParallel``, which joins tensors alone."""
     residual: Float[Tensor, " B"] | None = None
     """The relative residual of each row."""
     converged: Bool[Tensor, " B"] | None = None
@@ -169,7 +170,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             loss=refused_if_untracked(loss),
             logits=refused_if_untracked(logits),
             hidden_states=refused_if_untracked((x, out.output)) if hidden else None,
-            evals=out.solution.evals,
+            evals=None if is_replica(self) else out.solution.evals,
             residual=out.solution.residual,
             converged=out.solution.converged,
             **kept,

@@ -19,7 +19,8 @@ from torch.nn.parameter import is_lazy
 from equilibria.core.maps import Linearised, Map, linearised, linearised_for_products
 from equilibria.core.state import State
 from equilibria.core.trees import map_tensors, take_rows, tensors_in, with_tensors
-from equilibria.torch_private import is_compiled
+from equilibria.layers.exchange import exchanging, own_buffers
+from equilibria.torch_private import as_written, is_compiled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,7 +145,7 @@ class Buffers:
     """
 
     def __init__(self, cell: Cell) -> None:
-        self._own = dict(cell.named_buffers())
+        self._own = own_buffers(cell)
         for name, buffer in self._own.items():
             if is_lazy(buffer):
                 raise ValueError(
@@ -187,9 +188,15 @@ class CellMap(Map):
 
     def __call__(self, z: State) -> State:
         """f(z), compiled if the cell is."""
-        held = (self.weights or {}) | (self.buffers.copies() if self.buffers is not None else {})
+        if self.buffers is None:
+            return self._with(z, self.weights or {})
+        with exchanging(self.cell):
+            return self._with(z, (self.weights or {}) | self.buffers.copies())
+
+    def _with(self, z: State, held: dict[str, Tensor]) -> State:
+        """f(z) of the cell with these parameters and buffers in place of its own."""
         if not held:
-            return (self.cell.forward if self.past_compilation else self.cell)(z, self.prepared)
+            return (as_written(self.cell) if self.past_compilation else self.cell)(z, self.prepared)
         if not self.past_compilation:
             return torch.func.functional_call(self.cell, held, (z, self.prepared))
         within = {f"cell.{name}": tensor for name, tensor in held.items()}
@@ -261,11 +268,11 @@ class CellMap(Map):
 
 
 class _Forward(nn.Module):
-    """A cell whose ``forward`` is called directly, without compiled code."""
+    """A cell that is called without compiled code."""
 
     def __init__(self, cell: Cell) -> None:
         super().__init__()
         self.cell = cell
 
     def forward(self, z: State, prepared: Prepared) -> State:
-        return self.cell.forward(z, prepared)
+        return as_written(self.cell)(z, prepared)

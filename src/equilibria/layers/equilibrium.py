@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from equilibria.checks import check_gathered, check_kind
+from equilibria.checks import check_kind
 from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import refused_if_untracked
 from equilibria.core.maps import Map
@@ -17,7 +17,7 @@ from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import OnFailure, Stop
 from equilibria.core.tracing import untraced
-from equilibria.fixed_point import Method
+from equilibria.fixed_point import Method, check_gathered, check_not_symbolic
 from equilibria.layers.cell import Buffers, CellMap, as_cell, check_rows
 from equilibria.layers.sequence import sequence_cell
 
@@ -29,7 +29,8 @@ class LayerOutput:
     output: Any
     """The part of z that later layers read; it carries the gradient."""
     z: State
-    """The state, which carries the gradient."""
+    """The state, which carries the gradient. It and ``output`` may share numbers with the solution and the memory, so
+    change a clone of them: after a layer take ``nn.ReLU()`` and not ``nn.ReLU(inplace=True)``."""
     f: Map
     """The map whose fixed point was sought (Stack: the last layer's), for stability measures. It reads the weights that
     the module has when it is called: after ``torch.func.functional_call`` its own ones again."""
@@ -145,6 +146,7 @@ class Equilibrium(Layer):
             TypeError: ``start`` is None and the cell has no first iterate of its own, or ``method`` is no ``Method``.
         """
         check_gathered(self.cell)
+        check_not_symbolic(inputs)
         if not isinstance(method, Method | None):
             check_kind("method", method, Method, "Method(Anderson())")
         prepared = self.cell.prepare(*inputs, **options)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from equilibria.torch_private import version
+from equilibria.torch_private import is_replica, version
+
+
+class _Kept(NamedTuple):
+    """A value, and what it was computed from."""
+
+    key: Any
+    value: Any
+    parameters: list[nn.Parameter]
+    """They stay alive, so that no other tensor can have the id of one of them."""
 
 
 class Held:
@@ -16,7 +25,8 @@ class Held:
 
     It is recomputed when a parameter was changed in place by an optimiser or ``load_state_dict``, replaced, cast or
     moved. Two changes that PyTorch does not count go unnoticed until ``renew``: writing through ``parameter.data``, and
-    the step of an optimiser with ``fused=True``. Copies and pickles of the module start with an empty cache.
+    the step of an optimiser with ``fused=True``. Copies and pickles of the module start with an empty cache. Several
+    threads may use one: each gets the value for its own ``choices``.
     """
 
     def __init__(self) -> None:
@@ -25,22 +35,21 @@ class Held:
     def of(self, module: nn.Module, compute: Callable[[], Any], *choices: Any) -> Any:
         """``compute()``, or its last value if parameters, autocast and ``choices`` are the same."""
         parameters = list(module.parameters())
-        if any(p.is_inference() for p in parameters):  # tensors of inference mode do not count changes
+        # Tensors of inference mode do not count changes, and a replica shares this object, but has no parameters.
+        if is_replica(module) or any(p.is_inference() for p in parameters):
             return compute()
         versions = [(id(p), version(p), p.dtype, p.device) for p in parameters]
         devices = {p.device.type for p in parameters}
         autocast = [(torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in devices]
         key = (choices, versions, autocast)
-        if key != self._key:
-            self._key, self._value = key, compute()
-            self._parameters = parameters  # kept alive, so that no other tensor can have the id of one of them
-        return self._value
+        kept = self._kept  # read once, since another thread may replace it
+        if kept is None or kept.key != key:
+            self._kept = kept = _Kept(key, compute(), parameters)
+        return kept.value
 
     def renew(self) -> None:
         """Forget the value."""
-        self._key: Any = None
-        self._value: Any = None
-        self._parameters: list[nn.Parameter] = []
+        self._kept: _Kept | None = None
 
     def __deepcopy__(self, memo: Any) -> Held:
         return Held()

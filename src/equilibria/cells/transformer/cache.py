@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import threading
 from typing import Any
 
 import torch
@@ -21,16 +23,17 @@ from equilibria.torch_private import is_forward_mode
 class KeyValueCache:
     """A tree of batch-first tensors: slots, filled from the left; those before ``end`` hold the past.
 
-    The slots are written in place and shared by successive versions of the cache. A version that has a successor
-    already, or is used with gradients, is copied first: every version keeps its content, and only the newest one is
-    fast.
+    The slots are written in place and shared by successive versions of the cache. ``with_room`` claims those after the
+    newest version for one solve. A version that has a successor already, or whose next slots another solve has claimed,
+    perhaps in another thread, or that is used with gradients, is copied first: every version keeps its content, and
+    only the newest one is fast.
     """
 
     slots: Float[Tensor, "B 2 H S C"]
     """Keys and values, the keys turned by their positions in the text; in memory the heads stand before the batch, as
     attention reads them."""
     written: list[int]
-    """One-element list shared by all versions of the cache: the number of slots written."""
+    """Shared by all versions of the cache: the number of slots written, and the claim on those that follow, or 0."""
     length: int
     """Largest number of past positions that a new position sees."""
     end: int
@@ -41,6 +44,8 @@ class KeyValueCache:
     """Number of positions before the text of each stream begins, which no query sees; None if all are 0."""
     padded: int
     """The largest of them."""
+    claim: int = 0
+    """The claim of this version on the slots after its past; 0 for none."""
 
     @classmethod
     def empty(
@@ -51,7 +56,7 @@ class KeyValueCache:
         padded = 0 if padding is None else int(padding.max())
         return cls(
             slots=slots,
-            written=[0],
+            written=[0, 0],
             length=length,
             end=0,
             moved=0,
@@ -66,7 +71,8 @@ class KeyValueCache:
         slots = _batch_first(k.new_empty(2, heads, batch, length + room, width))
         slots[:, 0, :, :length], slots[:, 1, :, :length] = k, v
         slots[:, :, :, length:] = 0
-        return cls(slots=slots, written=[length], length=length, end=length, moved=0, padding=None, padded=0)
+        cache = cls(slots=slots, written=[length, 0], length=length, end=length, moved=0, padding=None, padded=0)
+        return cache.with_room(room)
 
     @property
     def next(self) -> int:
@@ -79,22 +85,34 @@ class KeyValueCache:
         return min(self.end, self.length)
 
     def with_room(self, time: int) -> KeyValueCache:
-        """The same past with room for ``time`` new positions.
+        """The same past with room for ``time`` new positions, in slots that no other version writes.
 
         Reallocates and drops unseen slots now and then; amortised O(1) per token.
         """
-        if self._newest and self.end + time <= self.slots.shape[3]:
-            return self
+        # Outside of inference mode nothing may be written into a tensor that was made in it.
+        writable = torch.is_inference_mode_enabled() or not self.slots.is_inference()
+        if writable and self.end + time <= self.slots.shape[3]:
+            if self._claimed:
+                return self
+            claim = next(_CLAIMS)
+            with _LOCK:
+                free = self.written == [self.end, 0]
+                if free:
+                    self.written[1] = claim
+            if free:
+                return dataclasses.replace(self, claim=claim)
         past = self.past
         # Room in proportion to the slots that are copied spreads the cost of the copy over as many tokens.
         room = max(time, min(self.length, max(64, 2 * self.seen)))
         slots = _batch_first(torch.cat([past, past.new_zeros(*past.shape[:3], room, past.shape[4])], dim=3))
-        moved = self.moved + self.end - self.seen
-        return dataclasses.replace(self, slots=slots, written=[self.seen], end=self.seen, moved=moved)
+        moved, claim = self.moved + self.end - self.seen, next(_CLAIMS)
+        written = [self.seen, claim]
+        return dataclasses.replace(self, slots=slots, written=written, end=self.seen, moved=moved, claim=claim)
 
     @property
-    def _newest(self) -> bool:
-        return self.written == [self.end]
+    def _claimed(self) -> bool:
+        """True if the slots after the past are this version's to write."""
+        return self.claim > 0 and self.written == [self.end, self.claim]
 
     @property
     def past(self) -> Float[Tensor, "2 H B M C"]:
@@ -110,7 +128,7 @@ class KeyValueCache:
     ) -> tuple[Float[Tensor, "H B K C"], Float[Tensor, "H B K C"]]:
         """The stored keys and values followed by the new ones k and v; where possible these are views of the slots."""
         derived = is_forward_mode() and forward_ad.unpack_dual(k).tangent is not None  # a Jacobian–vector product
-        if derived or torch.is_grad_enabled() or not self._newest:
+        if derived or torch.is_grad_enabled() or not self._claimed:
             keys, values = self.past.unbind(0)
             return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
         (new_keys, new_values), joined = self._with_one if k.shape[2] == 1 else self._with_new(k.shape[2])
@@ -139,8 +157,8 @@ class KeyValueCache:
         time = new.shape[3]
         cache = self.with_room(time)
         cache._heads_first[:, :, :, cache.end : cache.end + time].copy_(new)
-        cache.written[0] = cache.end + time
-        return dataclasses.replace(cache, end=cache.end + time)
+        cache.written[:] = cache.end + time, 0
+        return dataclasses.replace(cache, end=cache.end + time, claim=0)
 
     def key_padding_mask(self, time: int) -> Bool[Tensor, "B K"] | None:
         """True for visible keys before the text of their stream, ``time`` new ones included; None if there are none."""
@@ -149,6 +167,10 @@ class KeyValueCache:
             return None
         positions = torch.arange(first, first + self.seen + time, device=self.padding.device)
         return positions < self.padding[:, None]
+
+
+_CLAIMS = itertools.count(1)
+_LOCK = threading.Lock()
 
 
 def _batch_first(slots: Float[Tensor, "2 H B S C"]) -> Float[Tensor, "B 2 H S C"]:

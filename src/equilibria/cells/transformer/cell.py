@@ -39,6 +39,7 @@ from equilibria.cells.transformer.prepared import (
 from equilibria.cells.transformer.relative import RelativePositions
 from equilibria.cells.transformer.rotary import RotaryPositions
 from equilibria.checks import check_at_least, check_fields
+from equilibria.core.graph import recordable
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, add_masked, check_rate, dropout_mask, masked
 from equilibria.layers.held import Held
@@ -199,7 +200,7 @@ class TransformerCell(SequenceCell):
         Several cells may share an ``injection``; without one, the cell computes its own.
         """
         injection = self.injected(x) if injection is None else injection
-        time = x.shape[1]
+        memory, time = recordable(memory) if isinstance(memory, TransformerMemory) else memory, x.shape[1]
         read = self._read(x, memory, key_padding_mask)
         weights, mask = read.weights, read.key_padding_mask
         attention = self.attention.prepare(

@@ -27,6 +27,7 @@ from equilibria.cells.trellis.prepared import (
 )
 from equilibria.cells.trellis.scan import scan
 from equilibria.checks import check_at_least, check_fields
+from equilibria.core.graph import recordable
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, check_rate, dropout_mask, masked
 from equilibria.layers.held import Held
@@ -133,6 +134,7 @@ class TrellisCell(SequenceCell):
             cache, memory = memory, memory.memory
             _check_one_padding(key_padding_mask, cache.padding)
             valid = valid_of(cache.padding, x) if valid is None else valid
+        memory = recordable(memory)
         self._check(x, memory, cache)
         begun = None if memory is None or key_padding_mask is None else memory.z.flatten(1).bool().any(dim=1)
         check_key_padding_mask(key_padding_mask, x, begun)
