@@ -84,6 +84,10 @@ class Cell(nn.Module, ABC):
         """The memory for the next segment of the same streams; by default None, see ``SequenceCell``."""
         return None
 
+    def remembered(self, z: State, prepared: Prepared) -> Any:
+        """``remember`` for a layer, which hands z out to its caller."""
+        return self.remember(z, prepared)
+
 
 def check_rows(prepared: Prepared, z0: State) -> None:
     """Raise a ValueError unless every tensor of ``prepared.rows`` has one entry per sample of ``z0``."""

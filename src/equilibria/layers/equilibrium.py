@@ -29,8 +29,8 @@ class LayerOutput:
     output: Any
     """The part of z that later layers read; it carries the gradient."""
     z: State
-    """The state, which carries the gradient. It and ``output`` may share numbers with the solution and the memory, so
-    change a clone of them: after a layer take ``nn.ReLU()`` and not ``nn.ReLU(inplace=True)``."""
+    """The state, which carries the gradient. It and ``output`` may share numbers with the solution, so change a clone:
+    after a layer take ``nn.ReLU()`` and not ``nn.ReLU(inplace=True)``."""
     f: Map
     """The map whose fixed point was sought (Stack: the last layer's), for stability measures. It reads the weights that
     the module has when it is called: after ``torch.func.functional_call`` its own ones again."""
@@ -164,7 +164,7 @@ class Equilibrium(Layer):
             z=solution.z,
             f=f,
             solution=solution,
-            memory=self.cell.remember(solution.z, prepared),
+            memory=self.cell.remembered(solution.z, prepared),
         )
 
     @property

@@ -79,7 +79,7 @@ class Unrolled(Layer):
             z=z,
             f=CellMap(self.cell, prepared),
             solution=None,
-            memory=self.cell.remember(z, prepared),
+            memory=self.cell.remembered(z, prepared),
             auxiliary=tuple(auxiliary),
         )
 
@@ -154,7 +154,8 @@ class Stack(Layer):
         prepared, checkpoints = self._prepared(inputs, options, used), _checkpoints(self.checkpoint)
         z, kept = self._cells[0].begin(prepared[0], start), []
         for cell, constants in zip(self._cells[:used], prepared, strict=True):
-            kept.append(cell.remember(z, constants))
+            # The first z may be the input itself, which belongs to the caller.
+            kept.append(cell.remember(z, constants) if kept else cell.remembered(z, constants))
             z = _applied(cell, z, constants, checkpoints)
         return LayerOutput(
             output=self._cells[used - 1].output(z),

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from equilibria.core.state import State
-from equilibria.core.trees import tensors_in
+from equilibria.core.trees import map_tensors, tensors_in
 from equilibria.layers.cell import Cell, Prepared
 from equilibria.layers.dropout import BatchSlice
 
@@ -67,6 +67,10 @@ class SequenceCell(Cell, ABC):
     @abstractmethod
     def remember(self, z: State, prepared: Prepared) -> Memory:
         """The memory for the next segment of the same streams, detached."""
+
+    def remembered(self, z: State, prepared: Prepared) -> Memory:
+        """``remember`` of a copy: a caller who changes z in place, as in ``out.z += x``, does not change the memory."""
+        return self.remember(map_tensors(lambda leaf: leaf.detach().clone(), z), prepared)
 
     def cache(
         self,

@@ -17,6 +17,7 @@ from equilibria.core.trees import take_rows, tensors_in
 from equilibria.fixed_point import Method
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.equilibrium import Equilibrium
+from equilibria.layers.explicit import Stack, Unrolled
 from equilibria.layers.sequence import Memory, SequenceCell
 from equilibria.solvers.anderson import Anderson
 from equilibria.testing.cells import BATCH, CellSuite, cast
@@ -195,6 +196,18 @@ class SequenceCellSuite(CellSuite):
         some = cell.remember(z[index], cell.prepare(x[index]))
         for a, b in zip(tensors_in(take_rows(memory, index)), tensors_in(some), strict=True):
             assert_close(a, b.detach(), rtol=0, atol=1e-13)
+
+    def test_the_memory_of_a_layer_is_its_own(self) -> None:
+        """It stays the same when a caller changes input and output in place."""
+        cell: Any = self._cell()
+        for layer in (Equilibrium(cell, stop=Stop(rtol=0, max_evals=2)), Unrolled(cell, 2), Stack([cell, cell])):
+            (x,) = self.inputs(BATCH)
+            with torch.no_grad():
+                out = layer(x)
+            known = [leaf.clone() for leaf in tensors_in(out.memory)]
+            for leaf in (x, *tensors_in(out.z), *tensors_in(out.output)):
+                leaf.add_(1)
+            assert all(map(torch.equal, tensors_in(out.memory), known))
 
     def test_warm_starts_are_states_and_change_nothing_but_the_cost(self) -> None:
         """Both starts lead to the same equilibrium."""
