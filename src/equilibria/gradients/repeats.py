@@ -207,8 +207,8 @@ def _advice(*, coupled: bool) -> str:
 _COUPLED = (
     "Either f mixes the samples of the batch (attention over the batch, batch norm in training, a graph whose nodes "
     "are the batch axis): pass coupled=True. Or f does not give the same bits twice (dropout inside it): draw "
-    "its masks before the solve. Or f is another one without gradients, as the fast path of nn.TransformerEncoder is "
-    "at padding: torch.backends.mha.set_fastpath_enabled(False) turns it off."
+    "its masks before the solve. Or f differs without gradients (nn.TransformerEncoder at padding): call "
+    "torch.backends.mha.set_fastpath_enabled(False)."
 )
 _CHANGED = (
     "What f reads was changed between the two passes (an input or a weight in place, train() and eval(), a number in a "
