@@ -84,6 +84,27 @@ def test_the_home_is_meant_by_a_tilde(elsewhere):
     assert os.listdir() == []
 
 
+class Named:
+    """A path of another library, as ``os.DirEntry`` and pytest's ``tmpdir`` are."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __fspath__(self):
+        return self.name
+
+
+def test_a_path_of_another_library_is_read_as_its_text(elsewhere):
+    run = Run.start(Named("~/run"), RECIPES["tiny"]())
+    with os.scandir(elsewhere / "home") as entries:
+        (entry,) = entries
+        assert Run.open(entry).path == run.path
+    with pytest.raises(TypeError, match=r"a path is a text or a pathlib\.Path, such as"):
+        Run.open(Named(b"run"))
+    with pytest.raises(ValueError, match="the empty text is no path"):
+        Run.open(Named(""))
+
+
 def test_a_file_and_a_broken_link_are_no_folders_of_runs(elsewhere):
     (elsewhere / "here" / "file").write_text("mine")
     (elsewhere / "here" / "link").symlink_to("nowhere")

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
+from equilibria import fixed_point
 from equilibria.commands.interrupt import interrupted
 from equilibria.layers.dropout import BatchSlice, batch_draw
 from equilibria.lm.experiments.decay import NonMonotone
@@ -186,6 +188,40 @@ def test_a_training_of_many_is_continued_by_as_many(tmp_path, monkeypatch):
     for size in (1, 2):
         said = interrupted(run, ["tiny"], 4, Ranks(size=size, parallel="ddp"))
         assert said.splitlines()[-1] == f"torchrun --nproc-per-node {size} -m {alone}"
+
+
+class Around(nn.Module):
+    """A module that calls fixed_point, with a batch norm over ranks before the solve, and another one for f."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.cell, self.norm = nn.SyncBatchNorm(4), nn.Linear(4, 4), nn.SyncBatchNorm(4)
+
+    def helper(self, z):
+        return self.norm(z)
+
+
+@pytest.mark.parametrize(
+    ("f", "refused"),
+    [
+        (lambda self: lambda z: self.cell(z) / 3, False),
+        (lambda self: lambda z: self.norm(self.cell(z)) / 3, True),
+        (lambda self: lambda z: self.helper(self.cell(z)) / 3, True),
+        (lambda self: lambda z: torch.cat([self.norm(part) for part in [z]]), True),
+        (lambda self: lambda z: (lambda: self.norm(z))(), True),
+    ],
+    ids=["cell", "norm", "helper", "comprehension", "inner function"],
+)
+def test_only_those_parts_of_a_module_that_f_reads_are_refused(monkeypatch, f, refused):
+    """A batch norm in front of the solve was refused as one inside f."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    module = Around()
+    if not refused:
+        assert fixed_point(f(module), torch.zeros(3, 4)).converged.all()
+    else:
+        with pytest.raises(ValueError, match=r"The SyncBatchNorm( \w+)? inside f averages over 2 processes"):
+            fixed_point(f(module), torch.zeros(3, 4))
 
 
 @pytest.fixture(scope="module")

@@ -90,9 +90,9 @@ def test_threads_that_write_the_buffers_of_one_layer_are_refused_and_no_buffer_i
         errors.append("refused")
 
     def meet():
-        thread = threading.Thread(target=other)
+        thread = threading.Thread(target=other, daemon=True)
         thread.start()
-        thread.join()
+        thread.join(60)
 
     cell.then = meet
     z = layer(x).z
@@ -136,6 +136,31 @@ def test_modes_may_be_nested():
             assert model.training
         assert not model.training
     assert model.training
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_own_mode_of_a_model_is_restored_after_two_threads_with_different_modes(own, first):
+    """In whatever order they end; the model stayed in the mode that the first one had asked for."""
+    model = nn.Dropout().train(own)
+    one, other = in_mode(model, training=first), in_mode(model, training=not first)
+    one.__enter__()
+    other.__enter__()
+    assert model.training is not first
+    one.__exit__(None, None, None)
+    assert model.training is not first
+    other.__exit__(None, None, None)
+    assert model.training is own
+
+
+def test_the_mode_of_a_model_is_restored_after_an_error():
+    model = nn.Dropout()
+    with pytest.raises(ValueError, match="inside"), in_mode(model, training=False), in_mode(model, training=True):
+        raise ValueError("inside")
+    assert model.training
+    with in_mode(model.eval(), training=True):
+        assert model.training
+    assert not model.training
 
 
 class Interrupted:

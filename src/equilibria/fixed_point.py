@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import dis
 import functools
+import itertools
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -226,8 +227,8 @@ def check_gathered(f: Any) -> None:
         for name, part in module.named_modules():
             if isinstance(part, nn.SyncBatchNorm) and part.training and dist.get_world_size(part.process_group) > 1:
                 raise ValueError(
-                    f"The SyncBatchNorm {name} inside f averages over {dist.get_world_size()} processes in each "
-                    f"evaluation of f, and {_FOR_EVER}. Use layer or group norm in f, or move the batch norm."
+                    f"The SyncBatchNorm{name and f' {name}'} inside f averages over {dist.get_world_size()} processes "
+                    f"in each evaluation of f, and {_FOR_EVER}. Use layer or group norm in f, or move the batch norm."
                 )
 
 
@@ -241,15 +242,26 @@ def _modules_of(f: Any) -> Iterator[nn.Module]:
     elif isinstance(owner := getattr(f, "__self__", None), nn.Module):
         yield owner
     else:
-        yield from (value for value in _read_by(f) if isinstance(value, nn.Module))
+        yield from _read_by(f)
 
 
-def _read_by(f: Any) -> Iterator[Any]:
-    """The variables around a function of Python that it reads."""
+def _read_by(f: Any) -> Iterator[nn.Module]:
+    """The modules around a function of Python that it reads; where it reads self.cell, the cell and not all of self."""
     if not isinstance(f, types.FunctionType):
         return
-    for cell in f.__closure__ or ():
+    around = {**f.__globals__, **_closed_over(f)}
+    steps, unseen = list(dis.get_instructions(f)), set(f.__code__.co_freevars)  # those of functions inside f are unseen
+    for step, then in itertools.pairwise(steps):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_DEREF") and isinstance(value := around.get(step.argval), nn.Module):
+            unseen.discard(step.argval)
+            parts = dict(value.named_children()) if then.opname in ("LOAD_ATTR", "LOAD_METHOD") else {}
+            yield parts.get(then.argval, value)
+    yield from (around[name] for name in unseen if isinstance(around.get(name), nn.Module))
+
+
+def _closed_over(f: types.FunctionType) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # a name that is not bound yet
-            yield cell.cell_contents
-    names = {step.argval for step in dis.get_instructions(f) if step.opname == "LOAD_GLOBAL"}
-    yield from (f.__globals__[name] for name in names & f.__globals__.keys())
+            found[name] = cell.cell_contents
+    return found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
-def path_of(call: str, **given: Path | str) -> Path:
+def path_of(call: str, **given: os.PathLike[str] | str) -> Path:
     """The one path in ``given``, with the home of a user for a leading "~".
 
     Without such a user it stays as it is, as a file may be called so. The empty text would be the current folder, and
@@ -20,10 +21,11 @@ def path_of(call: str, **given: Path | str) -> Path:
         ValueError: it is the empty text, or holds a zero byte, which no path does.
     """
     ((name, value),) = given.items()
-    if not isinstance(value, str | Path):
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value  # also an os.DirEntry
+    if not isinstance(text, str):
         raise TypeError(f"{call}({name}={value!r}): a path is a text or a pathlib.Path, such as 'runs/tiny'.")
     try:
-        return expanded(value)
+        return expanded(text)
     except ValueError as error:
         raise ValueError(f"{call}({name}={value!r}): {error}") from None
 

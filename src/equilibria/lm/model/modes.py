@@ -16,53 +16,49 @@ from torch import nn
 def in_mode(model: object, *, training: bool) -> Iterator[None]:
     """Within it, all submodules are in training or in evaluation mode; nothing happens if it is not a module.
 
-    A mode belongs to a module and not to a thread. So if several threads switch a module to the same mode, the first
-    one does it, and the last one restores its own mode.
+    A mode belongs to a module and not to a thread. So a module is in the mode that the newest context wants, in
+    whatever order the contexts of several threads end, and the last one restores its own mode.
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    context = object()
     with _LOCK:
-        switched = [(module, _switch(module, training=training)) for module in modules]
+        switched = [module for module in modules if _switch(module, context, training=training)]
     try:
         yield
     finally:
         with _LOCK:
-            for module, switch in switched:
-                if switch is not None:
-                    _leave(module, switch, training=not training)
+            for module in switched:
+                _leave(module, context)
 
 
 @dataclasses.dataclass(eq=False)
-class _Switch:
-    """A module is in another mode than its own for so many contexts."""
+class _Switched:
+    """The own mode of a module that is in another one."""
 
-    contexts: int = 0
+    own: bool
+    wanted: dict[object, bool]
+    """The mode that each context wants, the newest one last."""
 
 
 _LOCK = threading.Lock()
-_SWITCHES: weakref.WeakKeyDictionary[nn.Module, list[_Switch]] = weakref.WeakKeyDictionary()
-"""The modules that are not in their own mode; one switch may follow another."""
+_SWITCHED: weakref.WeakKeyDictionary[nn.Module, _Switched] = weakref.WeakKeyDictionary()
 
 
-def _switch(module: nn.Module, *, training: bool) -> _Switch | None:
-    """Switch the module, or join the switch that another context has made; None if its own mode is the wanted one."""
-    if module.training != training:
-        module.training = training
-        _SWITCHES.setdefault(module, []).append(_Switch())
-    elif not _SWITCHES or module not in _SWITCHES:
-        return None
-    switch = _SWITCHES[module][-1]
-    switch.contexts += 1
-    return switch
-
-
-def _leave(module: nn.Module, switch: _Switch, *, training: bool) -> None:
-    switch.contexts -= 1
-    if switch.contexts:
-        return
+def _switch(module: nn.Module, context: object, *, training: bool) -> bool:
+    """Switch the module, and return True; False if its own mode is the wanted one, and no other context wants one."""
+    if module.training == training and (not _SWITCHED or module not in _SWITCHED):
+        return False
+    _SWITCHED.setdefault(module, _Switched(module.training, {})).wanted[context] = training
     module.training = training
-    _SWITCHES[module].remove(switch)
-    if not _SWITCHES[module]:
-        del _SWITCHES[module]
+    return True
+
+
+def _leave(module: nn.Module, context: object) -> None:
+    switched = _SWITCHED[module]
+    del switched.wanted[context]
+    module.training = next(reversed(switched.wanted.values()), switched.own)
+    if not switched.wanted:
+        del _SWITCHED[module]
 
 
 @contextlib.contextmanager
