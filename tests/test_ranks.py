@@ -200,6 +200,13 @@ class Around(nn.Module):
     def helper(self, z):
         return self.norm(z)
 
+    def without(self, z):
+        return self.cell(z) / 3
+
+    def within(self, z):
+        parts = [z]
+        return torch.cat([self.norm(part) for part in parts]) / 3
+
 
 @pytest.mark.parametrize(
     ("f", "refused"),
@@ -209,8 +216,11 @@ class Around(nn.Module):
         (lambda self: lambda z: self.helper(self.cell(z)) / 3, True),
         (lambda self: lambda z: torch.cat([self.norm(part) for part in [z]]), True),
         (lambda self: lambda z: (lambda: self.norm(z))(), True),
+        (lambda self: self.without, False),
+        (lambda self: self.helper, True),
+        (lambda self: self.within, True),
     ],
-    ids=["cell", "norm", "helper", "comprehension", "inner function"],
+    ids=["cell", "norm", "helper", "comprehension", "inner function", "method without", "method", "method within"],
 )
 def test_only_those_parts_of_a_module_that_f_reads_are_refused(monkeypatch, f, refused):
     """A batch norm in front of the solve was refused as one inside f."""

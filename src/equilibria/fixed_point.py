@@ -239,23 +239,32 @@ def _modules_of(f: Any) -> Iterator[nn.Module]:
     elif isinstance(f, functools.partial):
         for part in (f.func, *f.args, *f.keywords.values()):
             yield from _modules_of(part)
-    elif isinstance(owner := getattr(f, "__self__", None), nn.Module):
-        yield owner
-    else:
-        yield from _read_by(f)
+    elif isinstance(f, types.MethodType) and isinstance(f.__func__, types.FunctionType):
+        yield from _read_by(f.__func__, dict(zip(f.__func__.__code__.co_varnames[:1], [f.__self__], strict=False)))
+    elif isinstance(f, types.FunctionType):
+        yield from _read_by(f, {})
 
 
-def _read_by(f: Any) -> Iterator[nn.Module]:
-    """The modules around a function of Python that it reads; where it reads self.cell, the cell and not all of self."""
-    if not isinstance(f, types.FunctionType):
-        return
-    around = {**f.__globals__, **_closed_over(f)}
-    steps, unseen = list(dis.get_instructions(f)), set(f.__code__.co_freevars)  # those of functions inside f are unseen
-    for step, then in itertools.pairwise(steps):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_DEREF") and isinstance(value := around.get(step.argval), nn.Module):
-            unseen.discard(step.argval)
-            parts = dict(value.named_children()) if then.opname in ("LOAD_ATTR", "LOAD_METHOD") else {}
-            yield parts.get(then.argval, value)
+def _read_by(f: types.FunctionType, own: dict[str, Any]) -> Iterator[nn.Module]:
+    """The modules around a function that it reads; where it reads self.cell, the cell and not all of self.
+
+    Args:
+        f: the function.
+        own: its first argument by name, if it is a method.
+    """
+    around = {**_closed_over(f), **own}
+    places = {"LOAD_GLOBAL": f.__globals__, "LOAD_DEREF": around, "LOAD_FAST": own, "STORE_FAST_LOAD_FAST": own}
+    unseen = {*f.__code__.co_freevars, *f.__code__.co_cellvars}  # what functions inside f read
+    for step, then in itertools.pairwise(dis.get_instructions(f)):
+        place = next((place for opname, place in places.items() if step.opname.startswith(opname)), None)
+        if place is None:
+            continue
+        # Python 3.13 has LOAD_FAST_LOAD_FAST for two variables; other endings are LOAD_FAST_CHECK and LOAD_FAST_BORROW.
+        for name in step.argval if isinstance(step.argval, tuple) else (step.argval,):
+            if isinstance(value := place.get(name), nn.Module):
+                unseen.discard(name)
+                parts = dict(value.named_children()) if then.opname in ("LOAD_ATTR", "LOAD_METHOD") else {}
+                yield parts.get(then.argval, value)
     yield from (around[name] for name in unseen if isinstance(around.get(name), nn.Module))
 
 
