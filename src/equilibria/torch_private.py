@@ -298,7 +298,7 @@ def as_written(module: nn.Module) -> Callable[..., Any]:
 
 
 def is_replica(module: nn.Module) -> bool:
-    """True for a copy that ``nn.DataParallel`` makes for one call: its weights are plain tensors and no parameters.
+    """True if ``nn.DataParallel`` made the module for one call; its weights are then plain tensors, not parameters.
 
     If it goes: True for a module without parameters.
     """

@@ -167,7 +167,7 @@ _UNTRACKED = (
 
 
 def recordable(tree: _T) -> _T:
-    """The tree, outside of inference mode with copies of the tensors that were made in it: no graph can save those."""
+    """The tree; outside of inference mode, copies replace the tensors made in it, because a graph cannot save those."""
     if torch.is_inference_mode_enabled() or not any(tensor.is_inference() for tensor in tensors_in(tree)):
         return tree
     return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, tree)

@@ -40,7 +40,7 @@ def check_form(told: Mapping[str, Iterable[str]], *, folded: bool) -> None:
 
 @torch.no_grad()
 def draw(module: nn.Module) -> None:
-    """Draw those parameters of a module that the checkpoint does not hold, as this library does."""
+    """Initialise the parameters of a module that the checkpoint lacks, by the library's own rule for that module."""
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
         return

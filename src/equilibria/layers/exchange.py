@@ -1,4 +1,4 @@
-"""One thread at a time evaluates a cell with other buffers than its own, since they are put into the module itself."""
+"""Lets only one thread at a time replace the buffers of a cell, because all threads share the module that has them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class _Kept(NamedTuple):
     key: Any
     value: Any
     parameters: list[nn.Parameter]
-    """They stay alive, so that no other tensor can have the id of one of them."""
+    """Kept alive here, because Python could give the id of a deleted parameter to another tensor."""
 
 
 class Held:

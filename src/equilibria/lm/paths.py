@@ -9,8 +9,8 @@ from pathlib import Path
 def path_of(call: str, **given: os.PathLike[str] | str) -> Path:
     """The one path in ``given``, with the home of a user for a leading "~".
 
-    Without such a user it stays as it is, as a file may be called so. The empty text would be the current folder, and
-    it usually comes from a variable that was not set.
+    A "~" that names no user stays in the path, because a file may have such a name. The empty text is refused: it would
+    mean the current folder, and it usually comes from a variable that was not set.
 
     Args:
         call: what the argument is given to, for errors.

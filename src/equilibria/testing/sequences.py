@@ -198,7 +198,7 @@ class SequenceCellSuite(CellSuite):
             assert_close(a, b.detach(), rtol=0, atol=1e-13)
 
     def test_the_memory_of_a_layer_is_its_own(self) -> None:
-        """It stays the same when a caller changes input and output in place."""
+        """The memory does not change when a caller changes the input or the output in place."""
         cell: Any = self._cell()
         for layer in (Equilibrium(cell, stop=Stop(rtol=0, max_evals=2)), Unrolled(cell, 2), Stack([cell, cell])):
             (x,) = self.inputs(BATCH)

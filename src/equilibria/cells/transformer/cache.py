@@ -91,10 +91,11 @@ class KeyValueCache:
         """
         # Outside of inference mode nothing may be written into a tensor that was made in it.
         writable = torch.is_inference_mode_enabled() or not self.slots.is_inference()
-        if writable and self.end + time <= self.slots.shape[3]:
-            if self._claimed:
-                return self
-            claim = next(_CLAIMS)
+        fits = writable and self.end + time <= self.slots.shape[3]
+        if fits and self._claimed:
+            return self
+        claim = next(_CLAIMS)
+        if fits:
             with _LOCK:
                 free = self.written == [self.end, 0]
                 if free:
@@ -105,8 +106,7 @@ class KeyValueCache:
         # Room in proportion to the slots that are copied spreads the cost of the copy over as many tokens.
         room = max(time, min(self.length, max(64, 2 * self.seen)))
         slots = _batch_first(torch.cat([past, past.new_zeros(*past.shape[:3], room, past.shape[4])], dim=3))
-        moved, claim = self.moved + self.end - self.seen, next(_CLAIMS)
-        written = [self.seen, claim]
+        moved, written = self.moved + self.end - self.seen, [self.seen, claim]
         return dataclasses.replace(self, slots=slots, written=written, end=self.seen, moved=moved, claim=claim)
 
     @property

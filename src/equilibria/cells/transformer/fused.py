@@ -27,8 +27,9 @@ LEAST_SCORES = 100_000
 of them the exact form is the quicker one on a CPU: its scores fit into the caches, or the fused call has too many
 further channels (benchmarks/attention.py; it was not measured on a GPU)."""
 NUMBERS = 1 << 18
-"""Numbers per thread in the keys of one fused call on a CPU, one sample at least. With further channels keys, queries,
-values and their gradients are several times as wide as a head; so wide they exist for a few samples at a time."""
+"""Largest size of the keys of one fused call on a CPU, in numbers per thread; one sample may exceed it. The further
+channels make queries, keys, values and their gradients several times as wide as a head. So a large batch is divided,
+and they are in memory for a few samples at a time."""
 Form = Literal["exact", "fused", "auto"]
 """The values of ``TransformerConfig.attention``."""
 

@@ -48,10 +48,10 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def check_shared(folder: Path | None, ranks: Ranks) -> None:
-    """Raise a ValueError on all ranks unless all of them see the folder of the run; all of them call it together.
+    """Raise a ValueError on every rank if a rank does not see the folder of the run. Every rank must call it.
 
-    Each rank writes its own shards and reads checkpoints itself. On disks of their own, checkpoints would lack shards,
-    and a training would continue from different weights.
+    Every rank writes its shards into this folder and reads the checkpoints in it. If the ranks had separate disks, a
+    checkpoint would lack shards, and the ranks would continue from different weights.
     """
     if ranks.alone:
         return
