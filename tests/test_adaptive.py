@@ -17,7 +17,7 @@ from equilibria.lm.model import (
     TiedAdaptiveHead,
     UntiedAdaptiveHead,
 )
-from equilibria.lm.model.embedding import dropped
+from equilibria.lm.model.tables import dropped
 
 V, D, B, T = 23, 12, 3, 7
 CONFIGS = {

@@ -21,7 +21,7 @@ from equilibria.lm.model import (
     MixtureConfig,
     SoftmaxHead,
 )
-from equilibria.lm.model.heads import Head
+from equilibria.lm.model.tables import Head
 
 # Small models with random weights are solved here, and whether their solves converge is not the subject.
 pytestmark = pytest.mark.filterwarnings("ignore::equilibria.ConvergenceWarning")

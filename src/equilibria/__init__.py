@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from equilibria import cells, stability
 from equilibria.core.evaluator import Evaluator
 from equilibria.core.failure import ConvergenceError, ConvergenceWarning
-from equilibria.core.gradient import ForwardSolve, GradientRule
+from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import AffineMap, Linearised, Map
 from equilibria.core.solve import Solution, solve
-from equilibria.core.solver import Iterate, Solver
+from equilibria.core.solver import ForwardSolve, Iterate, Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Status, Stop
 from equilibria.core.trees import take_rows

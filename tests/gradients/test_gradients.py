@@ -24,8 +24,8 @@ from equilibria import (
     fixed_point,
     solve,
 )
-from equilibria.core.gradient import solve_without_graph
 from equilibria.core.maps import as_map
+from equilibria.core.solve import solve_without_graph
 from equilibria.stability import spectral_radius
 from equilibria.testing.problems import tanh_map
 

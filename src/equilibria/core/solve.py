@@ -15,19 +15,22 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from equilibria.checks import check_flag, check_keep, check_kind
 from equilibria.core.batch import batch_of
 from equilibria.core.caller import caller
 from equilibria.core.evaluator import Evaluator
+from equilibria.core.graph import kept, without_graph
 from equilibria.core.heap import keep_freed_memory
 from equilibria.core.maps import Map, as_map
 from equilibria.core.outcome import Residuals
-from equilibria.core.solver import History, Solver
+from equilibria.core.solver import ForwardSolve, History, Solver
 from equilibria.core.state import Layout, State, check_finite
 from equilibria.core.stop import Status, Stop
 from equilibria.core.tracing import INSTEAD, untraced
-from equilibria.torch_private import is_in_make_fx
+from equilibria.core.trees import map_tensors, tensors_in
+from equilibria.torch_private import is_forward_mode, is_in_make_fx, is_transformed, without_forward_mode
 
 keep_freed_memory()
 
@@ -217,3 +220,67 @@ def _warn_of_rounding(evaluate: Evaluator, stop: Stop) -> None:
                 RuntimeWarning,
                 stacklevel=caller()[1],
             )
+
+
+def solve_without_graph(
+    f: Map,
+    z0: State,
+    method: ForwardSolve,
+    *,
+    solver: Solver | None = None,
+    stop: Stop | None = None,
+    keep_history: bool = False,
+    forward_mode: bool = False,
+) -> Solution:
+    """``solve`` with gradients off: the first half of every rule that does not unroll.
+
+    Args:
+        f: the map.
+        z0: the start.
+        method: settings of the solve.
+        solver: replaces the method's solver.
+        stop: replaces the method's stop.
+        keep_history: keep all samples in the batch to the end, and return the solver's history of them.
+        forward_mode: True if the rule handles tangents that f reads; otherwise they raise a RuntimeError.
+    """
+    if solver is not None:
+        check_kind("solver", solver, Solver, "Anderson()")
+    if stop is not None:
+        check_kind("stop", stop, Stop, "Stop(rtol=1e-3)")
+    _check_no_transform()
+    if not forward_mode:
+        _check_no_tangent(f, z0)
+    with without_graph(), without_forward_mode(), kept():
+        solution = solve_from(
+            [map_tensors(torch.Tensor.detach, z0)],
+            f,
+            method.solver if solver is None else solver,
+            method.stop if stop is None else stop,
+            coupled=method.coupled,
+            keep=method.keep,
+            drop_converged=not keep_history,
+        )
+    history = solution.history if keep_history else None  # many states, and the backward pass needs the memory
+    return dataclasses.replace(solution, history=history, point=solution.z if method.keep_point else None)
+
+
+_UNSUPPORTED = (
+    "This gradient rule cannot be differentiated in forward mode or transformed by torch.func: the result would be "
+    "wrong. Use gradient=Implicit(), or autograd (loss.backward(), torch.autograd.grad)."
+)
+
+
+def _check_no_transform() -> None:
+    """Raise a RuntimeError inside torch.func.grad, vjp, jvp, vmap and their compositions."""
+    if is_transformed():
+        raise RuntimeError(_UNSUPPORTED)
+
+
+def _check_no_tangent(f: Map, z0: State) -> None:
+    """Raise a RuntimeError if f reads a dual tensor; inside a ``dual_level`` the check costs one evaluation of f."""
+    if not is_forward_mode():
+        return
+    with without_graph():
+        values = tensors_in(f(map_tensors(lambda leaf: forward_ad.unpack_dual(leaf).primal, z0)))
+    if any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in values):
+        raise RuntimeError(_UNSUPPORTED)

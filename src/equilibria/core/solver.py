@@ -1,4 +1,4 @@
-"""Solver: proposes the next iterate of a solve, given an ``Iterate``.
+"""Solver: proposes the next iterate of a solve, given an ``Iterate``; and the settings of a solve.
 
 Letters: B batch, N flattened state. State ``z``, map ``f``, residual ``r``.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from equilibria.core.evaluator import Evaluator
+from equilibria.core.stop import OnFailure, Stop
 from equilibria.core.trees import take_rows
 
 History = Any
@@ -57,3 +58,38 @@ class Solver(ABC):
     def select(self, history: History, rows: Int[Tensor, " R"]) -> History:
         """The history of these samples alone, in ascending order. The default suits any tree of batch-first tensors."""
         return take_rows(history, rows)
+
+
+@runtime_checkable
+class ForwardSolve(Protocol):
+    """The fields of a ``Method`` that a rule reads: settings of the forward solve, and the reaction to a failure."""
+
+    @property
+    def solver(self) -> Solver:
+        """Proposes the iterates."""
+        ...
+
+    @property
+    def stop(self) -> Stop:
+        """Tolerances and budget."""
+        ...
+
+    @property
+    def coupled(self) -> bool:
+        """True if f mixes the samples, so that the whole state is one problem."""
+        ...
+
+    @property
+    def on_failure(self) -> OnFailure:
+        """The reaction to a forward or backward solve that does not converge."""
+        ...
+
+    @property
+    def keep(self) -> tuple[int, ...]:
+        """Numbers of steps after which the solve stores its state in ``Solution.iterates``."""
+        ...
+
+    @property
+    def keep_point(self) -> bool:
+        """True if ``Solution.point`` is kept."""
+        ...

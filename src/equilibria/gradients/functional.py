@@ -20,12 +20,11 @@ from torch import Tensor
 from equilibria.core.capture import Unknown
 from equilibria.core.diagnosis import ADJOINT, FORWARD, TANGENT, Solve
 from equilibria.core.failure import report
-from equilibria.core.gradient import ForwardSolve
 from equilibria.core.graph import without_graph
 from equilibria.core.maps import FunctionMap, Map
 from equilibria.core.outcome import Residuals
 from equilibria.core.solve import Solution
-from equilibria.core.solver import Solver
+from equilibria.core.solver import ForwardSolve, Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import OnFailure, Stop, is_heard
 from equilibria.core.tracing import untraced

@@ -14,10 +14,10 @@ from torch import Tensor
 from equilibria.checks import check_kind
 from equilibria.core.diagnosis import ADJOINT, TANGENT
 from equilibria.core.failure import report
-from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
+from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import Map, rounding_unit
-from equilibria.core.solve import Solution
-from equilibria.core.solver import Solver
+from equilibria.core.solve import Solution, solve_without_graph
+from equilibria.core.solver import ForwardSolve, Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop, is_heard
 from equilibria.core.trees import tensors_in

@@ -15,11 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from equilibria.core.gradient import ForwardSolve, point_of
 from equilibria.core.graph import refused
 from equilibria.core.maps import AffineMap, Linearised, Map
 from equilibria.core.solve import Solution, solve_from
-from equilibria.core.solver import Solver
+from equilibria.core.solver import ForwardSolve, Solver
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Stop, is_heard, row_norm
 from equilibria.core.tracing import untraced
@@ -103,7 +102,7 @@ def attached(
     """
     dual = orders is not None and is_forward_mode()
     if not torch.is_grad_enabled() and not dual:
-        return dataclasses.replace(solution, z=solution.fz, point=point_of(solution, method))
+        return dataclasses.replace(solution, z=solution.fz)
     layout = Layout.of(solution.z, coupled=method.coupled)
     f = f.eager() if dual else f
     pinned = f if orders is None else f.eager().pinned()
@@ -113,7 +112,7 @@ def attached(
     if checked and is_heard(method.stop, method.on_failure):
         check_value(known, solution, method, layout)
     # The same bits as the f(z*) of the solve, whose memory is released.
-    out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1, point=point_of(solution, method))
+    out = dataclasses.replace(solution, z=known, fz=known, evals=solution.evals + 1)
     primal, h = split_dual(fz, layout) if dual else (fz, None)
     if constant or not torch.is_grad_enabled():  # no graph is kept, no adjoint solved
         z = layout.pack(known) if h is not None else None

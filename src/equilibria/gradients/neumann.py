@@ -8,9 +8,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from equilibria.checks import check_fields
-from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
+from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import Map
-from equilibria.core.solve import Solution
+from equilibria.core.solve import Solution, solve_without_graph
+from equilibria.core.solver import ForwardSolve
 from equilibria.core.state import State
 from equilibria.core.stop import Stop
 from equilibria.gradients.linearise import Point, as_state, attached, solve_linear

@@ -7,9 +7,10 @@ import dataclasses
 import torch
 
 from equilibria.checks import check_fields
-from equilibria.core.gradient import ForwardSolve, GradientRule, point_of, solve_without_graph
+from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import Map
-from equilibria.core.solve import Solution, solve
+from equilibria.core.solve import Solution, solve, solve_without_graph
+from equilibria.core.solver import ForwardSolve
 from equilibria.core.state import State
 from equilibria.core.stop import is_heard
 from equilibria.core.trees import map_pairs
@@ -42,13 +43,11 @@ class Phantom(GradientRule):
         """The solution, with the last tracked iterate as its differentiable z."""
         solution = solve_without_graph(f, z0, method)
         if not torch.is_grad_enabled():
-            return dataclasses.replace(solution, z=solution.fz, point=point_of(solution, method))
+            return dataclasses.replace(solution, z=solution.fz)
         # The norm stays that of the solve, whose residuals are compared with these.
         budget = dataclasses.replace(method.stop, rtol=0, atol=0, max_evals=self.steps, best=False)
         tracked = solve(f, solution.z, Picard(self.damping), budget, coupled=method.coupled)
         if is_heard(method.stop, method.on_failure):
             check_again(method, (tracked.trace[0].detach() - solution.residual).abs(), solution.z)
         z = map_pairs(lambda x, fx: x.lerp(fx, self.damping), tracked.z, tracked.fz)
-        return dataclasses.replace(
-            solution, z=z, evals=solution.evals + tracked.evals, point=point_of(solution, method)
-        )
+        return dataclasses.replace(solution, z=z, evals=solution.evals + tracked.evals)

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from equilibria.core.diagnosis import ADJOINT, FORWARD, Message, Solve
 from equilibria.core.failure import tell
-from equilibria.core.gradient import ForwardSolve
 from equilibria.core.maps import Linearised, rounding_unit
 from equilibria.core.solve import Solution
+from equilibria.core.solver import ForwardSolve
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import OnFailure, Stop, relative, row_norm
 from equilibria.core.tracing import untraced

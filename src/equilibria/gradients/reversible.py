@@ -15,10 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from equilibria.core.capture import Constants, Substitution
-from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
+from equilibria.core.gradient import GradientRule
 from equilibria.core.graph import leaves_below
 from equilibria.core.maps import Autocast, FunctionMap, Map
-from equilibria.core.solve import Solution
+from equilibria.core.solve import Solution, solve_without_graph
+from equilibria.core.solver import ForwardSolve
 from equilibria.core.state import Layout, State
 from equilibria.core.stop import Status, Stop, relative, row_norm
 from equilibria.core.tracing import untraced
@@ -74,7 +75,7 @@ class ReversibleGradient(GradientRule):
         # A view is seen by the function modes around this solve, such as that of another reversible solve.
         read = [c.view_as(c) if c.layout is torch.strided else c for c in constants.found.values()]
         z = _Undo.apply(path, layout.pack(solution.z), layout.pack(z0), *read)
-        return dataclasses.replace(solution, z=layout.unpack(z), history=None)  # pyright: ignore
+        return dataclasses.replace(solution, z=layout.unpack(z), history=None, point=None)  # pyright: ignore
 
 
 def _check_budget(solver: Reversible, stop: Stop, dtype: torch.dtype) -> None:

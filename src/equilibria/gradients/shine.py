@@ -7,9 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from equilibria.core.gradient import ForwardSolve, GradientRule, solve_without_graph
+from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import Map
-from equilibria.core.solve import Solution
+from equilibria.core.solve import Solution, solve_without_graph
+from equilibria.core.solver import ForwardSolve
 from equilibria.core.state import State
 from equilibria.gradients.linearise import Point, attached
 from equilibria.solvers.broyden import Broyden, BroydenHistory

@@ -10,10 +10,11 @@ from torch import Tensor
 from equilibria.checks import check_fields
 from equilibria.core.diagnosis import Message
 from equilibria.core.failure import tell
-from equilibria.core.gradient import ForwardSolve, GradientRule
+from equilibria.core.gradient import GradientRule
 from equilibria.core.maps import Map, rounding_unit
 from equilibria.core.rounding import FALLEN, LEVEL
 from equilibria.core.solve import Solution, solve
+from equilibria.core.solver import ForwardSolve
 from equilibria.core.state import State
 from equilibria.core.stop import is_heard
 from equilibria.core.trees import map_tensors, tensors_in

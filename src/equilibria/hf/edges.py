@@ -17,7 +17,7 @@ from torch.nn import functional
 from equilibria.checks import check_whole
 from equilibria.hf.configuration import EquilibriumConfig
 from equilibria.lm.model import Embedding
-from equilibria.lm.model.heads import TableHead
+from equilibria.lm.model.tables import TableHead
 
 EDGE = "<|edge|>"
 """The token that stands for beginning, end and padding."""

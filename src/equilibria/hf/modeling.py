@@ -39,8 +39,8 @@ from equilibria.hf.edges import EdgesRead, lowest_at_edge, resized
 from equilibria.hf.loss import IGNORED, check_labels_come_with_their_count, extra_loss, scored, targets_of
 from equilibria.hf.weights import are_folded, check_form, draw
 from equilibria.layers.linear import fold
-from equilibria.lm.model.embedding import widened
 from equilibria.lm.model.model import NO_LOSSES
+from equilibria.lm.model.tables import widened
 from equilibria.torch_private import is_replica
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

@@ -12,7 +12,6 @@ import datetime
 import functools
 import gc
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from equilibria.lm.environment import VARIABLES, number_in
-from equilibria.lm.sharding import without_maps
+from equilibria.lm.sharding import without_false_alarm, without_maps
 from equilibria.torch_private import drop_process_groups
 
 Parallel = Literal["none", "ddp", "fsdp"]
@@ -119,7 +118,7 @@ class Ranks:
         return mine
 
     def spread(self, model: nn.Module, *, bfloat16: bool) -> Callable[..., Any]:
-        """The model that training calls: wrapped for "ddp"; sharded in place for "fsdp"; otherwise ``model`` itself.
+        """The callable for training: the model wrapped for "ddp", sharded in place for "fsdp", else ``model`` itself.
 
         With "fsdp" the layer is one unit: it is gathered once at the beginning of a forward pass, which includes the
         solve, and sharded again at the end of the backward pass.
@@ -141,15 +140,8 @@ class Ranks:
             assert isinstance(model.layer, nn.Module)
             for module in (model.layer, model):
                 without_maps(module, functools.partial(fully_shard, reshard_after_forward=False, mp_policy=policy))
+            return without_false_alarm(model)
         return model
-
-    @contextlib.contextmanager
-    def called(self) -> Iterator[None]:
-        """A context for each call of the model that ``spread`` returned; it silences a false alarm of FSDP."""
-        with warnings.catch_warnings():
-            # The output of a layer is a view, but no code changes it in place.
-            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-            yield
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the ranks."""
@@ -250,15 +242,16 @@ class _Fsdp(Protocol):
 
 
 @contextlib.contextmanager
-def gradients_kept(model: nn.Module, replica: Any, *, last: bool) -> Iterator[None]:
-    """Within it, a backward pass sums the gradients over the ranks only if it is the ``last`` of the batch."""
-    if isinstance(replica, DistributedDataParallel) and not last:
-        with replica.no_sync():
+def gradients_kept(model: nn.Module, replica: Any) -> Iterator[None]:
+    """Within it, a backward pass leaves the gradients of this rank unsummed: for all parts of a batch but the last."""
+    with replica.no_sync() if isinstance(replica, DistributedDataParallel) else contextlib.nullcontext():
+        if isinstance(model, _Fsdp):
+            model.set_requires_gradient_sync(False)
+        try:
             yield
-        return
-    if isinstance(model, _Fsdp):
-        model.set_requires_gradient_sync(last)
-    yield
+        finally:
+            if isinstance(model, _Fsdp):
+                model.set_requires_gradient_sync(True)
 
 
 def _drop_references_to_group() -> None:

@@ -1,4 +1,4 @@
-"""Sharded modules whose results hide their maps from FSDP.
+"""Sharded modules: their results hide their maps from FSDP, and its false alarm is silenced.
 
 FSDP looks through dataclasses for tensors with a graph, and registers a hook on each at every forward pass. The map in
 a ``LayerOutput`` holds parameters: their hooks would become more with every step, and keep the model alive.
@@ -7,6 +7,7 @@ a ``LayerOutput`` holds parameters: their hooks would become more with every ste
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,17 @@ def without_maps(module: nn.Module, shard: Callable[[nn.Module], Any]) -> None:
     module.register_forward_hook(lambda _, given, output: _changed(output, Map, _Hidden))
     shard(module)
     module.register_forward_hook(lambda _, given, output: _changed(output, _Hidden, lambda hidden: hidden.content))
+
+
+def without_false_alarm(model: nn.Module) -> Callable[..., Any]:
+    """The sharded model as a function that silences FSDP's warning of views: no code changes the outputs in place."""
+
+    def called(*args: Any, **options: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+            return model(*args, **options)
+
+    return called
 
 
 def _changed(tree: Any, kind: type, change: Callable[[Any], Any]) -> Any:

@@ -5,12 +5,11 @@ from equilibria.lm.model.adaptive_heads import AdaptiveHead, TiedAdaptiveHead, U
 from equilibria.lm.model.clusters import AdaptiveEmbedding
 from equilibria.lm.model.config import Explicit, LanguageConfig
 from equilibria.lm.model.convolutional import ConvolutionalConfig
-from equilibria.lm.model.embedding import Embedding
 from equilibria.lm.model.generate import generate, stream
-from equilibria.lm.model.heads import SoftmaxHead
 from equilibria.lm.model.mixture import MixtureConfig, MixtureHead
 from equilibria.lm.model.model import ExtraLosses, LanguageModel, LanguageOutput
 from equilibria.lm.model.recurrent import RecurrentConfig
+from equilibria.lm.model.tables import Embedding, SoftmaxHead
 
 __all__ = [
     "AdaptiveConfig",

@@ -10,7 +10,7 @@ import dataclasses
 from equilibria.checks import check_at_least, check_fields
 from equilibria.lm.model.adaptive_heads import AdaptiveHead, TiedAdaptiveHead, UntiedAdaptiveHead
 from equilibria.lm.model.clusters import AdaptiveEmbedding, Clusters
-from equilibria.lm.model.embedding import Dropped, Init
+from equilibria.lm.model.tables import Dropped, Init
 
 
 @dataclasses.dataclass(frozen=True)

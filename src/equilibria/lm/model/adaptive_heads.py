@@ -20,8 +20,7 @@ from torch.nn import functional
 from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.linear import linear
 from equilibria.lm.model.clusters import AdaptiveEmbedding, Clusters
-from equilibria.lm.model.embedding import Dropped, Init, started, widened
-from equilibria.lm.model.heads import Head
+from equilibria.lm.model.tables import Dropped, Head, Init, started, widened
 
 Readers = list[Callable[[Tensor], Tensor]]
 """One function per cluster, from states [N D] to the logits [N C] of its words; cluster 0 has in addition one slot for

@@ -16,9 +16,8 @@ from equilibria.fixed_point import Method
 from equilibria.layers.dropout import check_rate
 from equilibria.layers.equilibrium import Layer
 from equilibria.layers.sequence import check_streams
-from equilibria.lm.model.embedding import Embedding
-from equilibria.lm.model.heads import SoftmaxHead
 from equilibria.lm.model.model import LanguageModel
+from equilibria.lm.model.tables import Embedding, SoftmaxHead
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from equilibria.layers.dropout import BatchSlice, check_rate
 from equilibria.layers.linear import linear
-from equilibria.lm.model.embedding import Init, dropped, started, words_dropped
+from equilibria.lm.model.tables import Init, dropped, started, words_dropped
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

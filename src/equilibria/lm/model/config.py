@@ -16,10 +16,9 @@ from equilibria.layers.dropout import check_rate
 from equilibria.layers.equilibrium import Equilibrium, Layer
 from equilibria.layers.explicit import Stack, Unrolled
 from equilibria.lm.model.adaptive import AdaptiveConfig
-from equilibria.lm.model.embedding import Dropped, Embedding, Init
-from equilibria.lm.model.heads import SoftmaxHead
 from equilibria.lm.model.mixture import MixtureConfig
 from equilibria.lm.model.model import ExtraLosses, LanguageModel
+from equilibria.lm.model.tables import Dropped, Embedding, Init, SoftmaxHead
 
 
 @dataclasses.dataclass(frozen=True)

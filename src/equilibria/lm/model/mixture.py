@@ -13,8 +13,7 @@ from torch.nn import functional
 
 from equilibria.checks import check_fields
 from equilibria.layers.dropout import BatchSlice, check_rate
-from equilibria.lm.model.embedding import Dropped, Embedding, Init, dropped, widened
-from equilibria.lm.model.heads import TableHead
+from equilibria.lm.model.tables import Dropped, Embedding, Init, TableHead, dropped, widened
 
 
 @dataclasses.dataclass(frozen=True)

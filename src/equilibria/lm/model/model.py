@@ -21,9 +21,8 @@ from equilibria.layers.dropout import BatchSlice
 from equilibria.layers.equilibrium import Layer, LayerOutput
 from equilibria.layers.sequence import Memory
 from equilibria.lm.model.clusters import AdaptiveEmbedding
-from equilibria.lm.model.embedding import Embedding, widened
 from equilibria.lm.model.generate import generate
-from equilibria.lm.model.heads import Head
+from equilibria.lm.model.tables import Embedding, Head, widened
 
 Table = TypeVar("Table", bound=Embedding | AdaptiveEmbedding)
 """The kind of embedding; the head takes the same kind."""

@@ -101,7 +101,8 @@ class Accumulation:
         for index in range(parts):
             if index > 0 and beginning is not None:
                 set_random_state(beginning, self.device)  # every part draws for the whole batch
-            with gradients_kept(self.model, self.replica, last=index == parts - 1):
+            last = index == parts - 1
+            with contextlib.nullcontext() if last else gradients_kept(self.model, self.replica):
                 past = None if segment.resets or memory is None else _rows_of(memory, index * rows, rows)
                 part, piece = self._part(index, rows), _rows(segment, index * rows, rows)
                 found.append(self._pass(piece, past, stage, method=drawn, part=part))
@@ -126,7 +127,7 @@ class Accumulation:
         self, segment: Segment, past: Memory, stage: Stage, *, method: Method | None, part: BatchSlice | None
     ) -> tuple[LanguageOutput, Tensor | None]:
         options = {"skip": segment.skip, "method": method, "warm": stage.warm, "depth": stage.depth, "part": part}
-        with self.arithmetic(), self.ranks.called():
+        with self.arithmetic():
             output = self.replica(segment.tokens, segment.targets, past, **options)
             penalty = drawn_penalty(stage, output, part)
             loss = output.loss if penalty is None else output.loss + stage.penalty * penalty
@@ -137,11 +138,11 @@ class Accumulation:
         """Clip the gradient; returns its norm before clipping."""
         limit = self.training.optimisation.clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
-        return full_tensor(norm).detach()
+        return (full_tensor(norm) if self.ranks.parallel == "fsdp" else norm).detach()
 
     def _part(self, index: int, rows: int) -> BatchSlice | None:
         parts = self.training.devices.accumulate
-        if self.ranks.alone and parts == 1:
+        if self.ranks.size * parts == 1:
             return None
         return BatchSlice(first=(self.ranks.rank * parts + index) * rows, total=self.ranks.size * parts * rows)
 

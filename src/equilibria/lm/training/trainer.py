@@ -177,15 +177,17 @@ class Trainer:
         rate = set_learning_rate(self.optimiser, training, number, effect, total=total, factor=factor)
         method = self.policy.method(stage)
         step = self.accumulation.step(segment, self.memory, stage, method=method, learning_rate=rate)
-        loss, asked = self.ranks.mean(torch.stack([step.loss, step.loss.new_tensor(float(self.leaving))]))
-        step = dataclasses.replace(step, loss=loss)
+        leaving = self.leaving
+        if self.ranks.size > 1:  # they log one loss, and leave after the same step
+            loss, share = self.ranks.mean(torch.stack([step.loss, step.loss.new_tensor(float(leaving))]))
+            step, leaving = dataclasses.replace(step, loss=loss), bool(share > 0)
         try:
             self.policy.check_finite(step, number=number, stage=stage, last=self.keeper.last)
             if self.policy.accepts(step, number=number, stage=stage, last=self.keeper.last):
                 self.optimiser.step()
         finally:
             self.optimiser.zero_grad()
-        self._asked_to_leave, self.memory = bool(asked > 0), step.memory
+        self._asked_to_leave, self.memory = leaving, step.memory
         self.steps_done = number
         return step
 

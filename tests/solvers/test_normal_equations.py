@@ -13,9 +13,8 @@ from equilibria.core.solve import solve
 from equilibria.core.solver import Iterate
 from equilibria.core.state import Layout
 from equilibria.core.stop import Stop
-from equilibria.solvers.anderson import Anderson
+from equilibria.solvers.anderson import FEW, Anderson, NormalOfBatch, NormalOfOne, empty_normal
 from equilibria.solvers.history import ridge_solve
-from equilibria.solvers.normal import FEW, NormalOfBatch, NormalOfOne, empty_normal
 
 
 def both(size, width=12, *, dtype=torch.float64):
