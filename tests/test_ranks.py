@@ -17,6 +17,7 @@ from torch import nn
 from equilibria import fixed_point
 from equilibria.commands.interrupt import interrupted
 from equilibria.layers.dropout import BatchSlice, batch_draw
+from equilibria.lm.environment import restarts
 from equilibria.lm.experiments.decay import NonMonotone
 from equilibria.lm.ranks import Ranks
 from equilibria.lm.recipes import RECIPES
@@ -167,6 +168,14 @@ def test_a_variable_of_torchrun_that_is_no_number_is_named(monkeypatch, name, va
     with pytest.raises(ValueError, match=re.escape(said)), Ranks.joined("ddp", "cpu", timeout=5):
         pass
     assert not torch.distributed.is_initialized()
+
+
+def test_a_count_of_restarts_that_is_no_number_is_named(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "twice")
+    with pytest.raises(ValueError, match="TORCHELASTIC_RESTART_COUNT is 'twice', and it is a whole number from 0 on"):
+        restarts()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "")
+    assert restarts() == 0
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 import re
 import textwrap
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from equilibria.commands.terminal import complain
 from equilibria.errors import UsageError
 from equilibria.lm.corpora import Corpus, TextFolder
 from equilibria.lm.device import choose_device
+from equilibria.lm.environment import restarts
 from equilibria.lm.experiments.experiment import Experiment
 from equilibria.lm.experiments.explicit import explicit
 from equilibria.lm.experiments.serialise import kinds_in
@@ -39,9 +39,6 @@ from equilibria.lm.runs.trained import with_data
 from equilibria.lm.training.tracker import require
 from equilibria.lm.training.trainer import Trainer, TrainingInterrupted
 from equilibria.torch_private import denormals_are_zero
-
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip() or 0)
-"""How often torchrun has started this process again."""
 
 RUNS = Path("runs")
 """Where runs go unless --out says otherwise."""
@@ -156,7 +153,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
 
 def _restarted(options: Options, path: Path) -> dict[str, bool]:
     """How a process continues that torchrun has started again, whatever it was told at first."""
-    if not RESTARTS:
+    if not restarts():
         return {}
     again = options.overwrite and (path / NEW).is_dir()  # the old run is still there, and the new one had not begun
     return {"overwrite": again, "resume": not again}
@@ -195,7 +192,7 @@ def _options(recipe: str, words: Sequence[str]) -> tuple[Options, Path]:
         raise UsageError("--resume continues a run and --overwrite replaces it; give one of the two.")
     options = _named(_completed(options), default.experiment.name, recipe)
     path = options.out or folder(options.experiment.name, taken=options.resume or options.overwrite)
-    goes_on = options.resume or (RESTARTS > 0 and not (path / NEW).is_dir())
+    goes_on = options.resume or (restarts() > 0 and not (path / NEW).is_dir())
     if goes_on and (path / "experiment.json").is_file():
         stored = Run.open(path).experiment(extra=kinds_in(default.experiment))
         name, kind = options.experiment.name, default.experiment.name.removeprefix(recipe)

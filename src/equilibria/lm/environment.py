@@ -23,3 +23,9 @@ def number_in(name: str, least: int, most: int | None = None) -> int:
             "unset it to train with one process."
         )
     return value
+
+
+def restarts() -> int:
+    """How often torchrun has started this process again; 0 without torchrun."""
+    name = "TORCHELASTIC_RESTART_COUNT"
+    return number_in(name, 0) if os.environ.get(name, "").strip() else 0
