@@ -20,9 +20,8 @@ import safetensors
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import equilibria.core.gradient
+import equilibria.core.solve
 import equilibria.gradients.linearise
-import equilibria.gradients.unroll
 from equilibria.lm.corpora import Corpus
 from equilibria.lm.experiments import Experiment
 from equilibria.lm.ranks import Ranks
@@ -119,9 +118,8 @@ def main(folder: Path, parallel: Any, leave_after: int, recipe: str | None = Non
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     safetensors.safe_open = Counted
-    for module in (equilibria.core.gradient, equilibria.gradients.linearise):
+    for module in (equilibria.core.solve, equilibria.gradients.linearise):  # where it is called
         module.solve_from = watched(module.solve_from)
-    equilibria.gradients.unroll.solve = watched(equilibria.gradients.unroll.solve)
     with Ranks.joined(parallel, "cpu", timeout=60) as ranks:
         every = ranks.of_all(train(folder, parallel, leave_after, recipe, ranks))
         if ranks.first:
