@@ -1,8 +1,8 @@
-"""Every test runs with shapes and types checked."""
+"""Every test runs with shapes and types checked, of the first calls of each function and of some of the others."""
 
 from jaxtyping import install_import_hook
 
-import strict  # noqa: F401 (its decorator takes the place of jaxtyping's)
+import strict  # its decorator takes the place of jaxtyping's
 
 install_import_hook("equilibria", "strict.jaxtyped")
 
@@ -16,7 +16,8 @@ import torch  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    """The same random numbers and one thread, whatever ran before."""
+    """The same random numbers and one thread, whatever ran before, and shapes that are checked from the first call."""
+    strict.TESTS[0] += 1
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

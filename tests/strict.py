@@ -2,7 +2,8 @@
 
 ``jaxtyping.jaxtyped`` checks the same and takes twice the time of the tests: it checks parameters before and after each
 call, binds them by ``inspect``, and compiles the checks of an inner function again at every call of the outer one.
-Here they are checked once, and a ``def`` has its checks compiled once, at its first call.
+Here they are checked once, and a ``def`` has its checks compiled once, at its first call. Of the calls of a function
+within one test the first ``FIRST`` are checked, and then one in ``EVERY``: the steps of a solve have the same shapes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from jaxtyping import _array_types, _storage
 compiled = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError))
 context = jaxtyping.jaxtyped("context")
 """One call, in which a letter for an axis has one value."""
+FIRST, EVERY = 8, 16
+TESTS = [0]
+"""Number of tests that have begun."""
 CHECKS = {}
 """For each ``def`` with its annotations, the checks of its parameters and of its result."""
 
@@ -38,13 +42,15 @@ def jaxtyped(thing=None, *, typechecker=None):
         return thing
     assert isinstance(thing, types.FunctionType), thing
     parameters = result = None
+    calls = test = 0
 
     @functools.wraps(thing)
     def function(*args, **kwargs):
         __tracebackhide__ = True
-        if jaxtyping.config.jaxtyping_disable:
+        nonlocal parameters, result, calls, test
+        calls, test = calls + 1 if test == TESTS[0] else 1, TESTS[0]
+        if (calls > FIRST and calls % EVERY) or jaxtyping.config.jaxtyping_disable:
             return thing(*args, **kwargs)
-        nonlocal parameters, result
         if parameters is None:  # the first call: most processes call a part of the functions
             parameters, result = checks_once(thing)
         with context:

@@ -77,6 +77,7 @@ def test_the_symbols_of_bytes_are_those_of_the_library():
         assert BYTES[symbol] == byte
 
 
+@pytest.mark.slow
 def test_the_same_text_gives_the_same_merges_in_every_process():
     program = (
         "import sys; sys.path[:0] = sys.argv[1:]; from test_bpe import TEXT; "

@@ -16,6 +16,7 @@ from equilibria.core.trees import tensors_in
 from equilibria.layers.cell import CellMap, Prepared
 from equilibria.lm.model import Explicit, LanguageConfig, generate, stream
 from equilibria.stability import spectral_radius
+from slow_cases import all_but, some_slow
 
 V = 13
 TIGHT = Stop(rtol=1e-13, atol=1e-13, max_evals=100)
@@ -32,6 +33,8 @@ CELLS = {
     "trellis, scan": TrellisConfig(width=10, hidden=8, outputs=10, recurrence="scan"),
     "trellis, input not carried": TrellisConfig(width=10, hidden=8, outputs=10, carry_input=False),
 }
+MOST = all_but(("relative", "decay", "chain", "trellis"), CELLS)
+FEW = all_but(("relative", "trellis"), CELLS)
 RAGGED = (1, 7, 3, 12, 5, 12, 2, 9)
 
 
@@ -97,7 +100,7 @@ def solved_once(model, row, tokens):
     return logits[0, len(row) - 1 : -1].argmax(-1), logits[0, len(row) - 1 : -1]
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", MOST)
 def test_logits_are_those_of_the_whole_text(name):
     model, rows = built(CELLS[name]), ragged((5,))
     (tokens,), (logits,) = cached(model, rows, 8)
@@ -126,7 +129,7 @@ def test_a_copy_of_a_cache_is_written_in_its_own_slots():
             assert torch.equal(model.logits(row[None, 5:6], after)[0], second)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", FEW)
 def test_a_past_of_inference_mode_is_continued_outside_of_it(name):
     """Under no_grad from a cache, and with gradients from a memory."""
     model, (row,) = built(CELLS[name]), ragged((6,))
@@ -148,7 +151,7 @@ def through_a_pickle(value):
     return pickle.loads(pickle.dumps(value))
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", MOST)
 def test_logits_of_eight_texts_are_those_of_each(name):
     model, rows = built(CELLS[name]), ragged()
     tokens, logits = cached(model, rows, 12)
@@ -198,7 +201,7 @@ def test_256_tokens_in_float32_of_a_ragged_batch():
         assert torch.equal(mine, logits[0, len(row) - 1 : -1].argmax(-1))
 
 
-@pytest.mark.parametrize("memory", [0, 1, 5])
+@pytest.mark.parametrize("memory", [5, *some_slow(0, 1)])
 def test_a_memory_that_slides(memory):
     """The cache forgets at the same place as the memory of training, and its slots are used again."""
     model = built(dataclasses.replace(SMALL, memory=memory))
@@ -508,7 +511,7 @@ class TestBeams:
             found, _ = model.logits(token, take_rows(read(model, rows), index))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
-    @pytest.mark.parametrize("name", CELLS)
+    @pytest.mark.parametrize("name", FEW)
     def test_before_the_text_of_every_row_has_begun(self, name):
         """In the middle of the padding of the short rows."""
         model, rows = built(CELLS[name]), ragged()

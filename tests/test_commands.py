@@ -68,10 +68,15 @@ print(f"code {code}, torch {loaded}, {callable(equilibria.fixed_point)}, {equili
     [
         ("", "code 0, torch False"),
         ("--help", "code 0, torch False"),
-        ("--version", "code 0, torch False"),
+        *(
+            pytest.param(words, f"code {code}, torch {loaded}", marks=pytest.mark.slow)
+            for words, code, loaded in (
+                ("--version", 0, False),
+                ("trian tiny --debug", 2, False),
+                ("doctor --help", 0, True),
+            )
+        ),
         ("trian", "code 2, torch False"),
-        ("trian tiny --debug", "code 2, torch False"),
-        ("doctor --help", "code 0, torch True"),
         ("--debug report nowhere", "code 2, torch True"),
     ],
 )
@@ -260,6 +265,7 @@ for module in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named(place):
     modules = ["tyro", "rich", "safetensors", "matplotlib"]
     command = [sys.executable, "-c", MISSING, *modules]

@@ -11,6 +11,7 @@ from equilibria.lm.corpora import WikiText103
 from equilibria.lm.experiments import Cosine, from_json, to_json
 from equilibria.lm.recipes import RECIPES
 from equilibria.lm.training import Trainer
+from slow_cases import one_in
 from small_experiment import corpus, trained_weights
 
 WIKITEXT = [name for name in RECIPES if name.startswith("wikitext103") and "trellis" not in name]
@@ -259,7 +260,7 @@ def shrunk(name):
     )
 
 
-@pytest.mark.parametrize("name", WIKITEXT)
+@pytest.mark.parametrize("name", one_in(3, WIKITEXT))
 def test_the_recipes_train(name):
     value, events = shrunk(name), []
     trainer = Trainer(value, None, corpus(), on_event=events.append)

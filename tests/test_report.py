@@ -27,6 +27,7 @@ from equilibria.lm.report.comparison import differences
 from equilibria.lm.report.record import read
 from equilibria.lm.runs import events as log
 from equilibria.lm.runs.files import ForeignFileError
+from slow_cases import some_slow
 
 NAMES = ["loss", "evaluations", "residual", "converged", "spectral_radius", "memory"]
 
@@ -697,7 +698,7 @@ def test_a_name_is_drawn_as_it_is(tmp_path):
     assert not text.get_parse_math()
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", *some_slow("nonsense")])
 def test_a_backend_that_is_not_there_is_not_asked_for(tmp_path, backend):
     """Jupyter sets MPLBACKEND for what is started in it."""
     run = write(tmp_path / "run", events()[:3])

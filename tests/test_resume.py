@@ -22,12 +22,8 @@ from equilibria.lm.experiments import NonMonotone, Plateau
 from equilibria.lm.runs import CheckpointError, Run, checkpoint
 from equilibria.lm.runs.weights import weights
 from equilibria.lm.training import Trainer
+from slow_cases import some_slow
 from small_experiment import Killed, corpus, experiment, finished, kill_at, killed, same_bits, whole, without_times
-
-
-def some_slow(*values):
-    """Cases that only ``make check`` runs."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture(scope="module")

@@ -186,7 +186,7 @@ def test_what_is_not_finite_is_null():
         pytest.param("--help >&-", 0, "", marks=pytest.mark.slow),
         ("--help >&- 2>&- <&-", 0, ""),
         ("prepare pbt 2>&-", 2, ""),
-        ("generate '[red]run' --prompt ab --length 3 >&-", 0, "note: "),
+        pytest.param("generate '[red]run' --prompt ab --length 3 >&-", 0, "note: ", marks=pytest.mark.slow),
         pytest.param("evaluate '[red]run' >&-", 0, "", marks=pytest.mark.slow),
         ("--help >/dev/full", 1, "There is no space left on the disk"),
     ],

@@ -190,6 +190,7 @@ def test_the_reversible_gradient_reaches_a_tensor_that_f_returns(f):
     assert_equal(torch.autograd.grad(last(run(REVERSIBLE, lambda z: f(z, c), start).z), c), expected)
 
 
+@pytest.mark.slow
 def test_a_reversible_solve_inside_a_reversible_solve():
     w, v = ((CONTRACTIVE * draw(4, size)[:, :4]).requires_grad_() for size in (4, 5))
     x = draw(3, 4).requires_grad_()
