@@ -163,3 +163,18 @@ def test_the_page_of_recipes_has_every_recipe():
 
     named = set(re.findall(r"`([a-z][a-z0-9-]+)`", text_of("docs/reference/recipes.md")))
     assert sorted(set(RECIPES) - named) == []
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "report", "export", "convert", "prepare"])
+def test_the_reference_has_every_flag_of_a_command(command):
+    import typing
+
+    import tyro
+
+    options = importlib.import_module(f"equilibria.commands.{command}").Options
+    hints = typing.get_type_hints(options, include_extras=True)
+    positional = {name for name, hint in hints.items() if tyro.conf.Positional in getattr(hint, "__metadata__", ())}
+    flags = {f"--{name.replace('_', '-')}" for name in hints if name not in positional | {"experiment"}}
+    named = set(re.findall(r"--[a-z-]+", text_of("docs/reference/command_line.md")))
+    assert len(flags) >= 2
+    assert sorted(flags - named) == []
