@@ -2,12 +2,13 @@
 
 python benchmarks/first_order.py OLD        a commit beside the working tree
     --rounds N                              steps that are timed (60)
+    --name NAME                             of the result (first_order), to keep one that the documentation cites
 
 Each tree trains the equilibrium of `tiny` and of `tiny-trellis` by one thread in a process of its own. The processes
 take turns step by step, so that other work on the machine slows both alike; the time is the processor's, and the
 median of the ratios of two neighbouring steps counts. Memory is the largest peak of the tensors that a step makes,
 measured in further steps. Both trees compute the same bits, or the evaluations in the table differ. Prints the table
-and writes results/first_order.json.
+and writes results/NAME.json.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("old", nargs="?")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--name", default="first_order")
     parser.add_argument("--worker")
     options = parser.parse_args()
     if options.worker:
@@ -111,7 +113,7 @@ def main() -> None:
     for row in rows:
         line = f"{row['recipe']:<13} time {row['time_ratio']:.3f}  memory {row['memory_ratio']:.3f}"
         print(line, *(f" {which}: {row[which]}" for which in ("old", "new")), sep="\n", flush=True)
-    print(keep("first_order", {"old": old, "recipes": rows}))
+    print(keep(options.name, {"old": old, "recipes": rows}))
 
 
 if __name__ == "__main__":

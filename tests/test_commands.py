@@ -19,6 +19,7 @@ from equilibria.__main__ import main
 from equilibria.commands import arguments, errors, prepare, train
 from equilibria.commands.main import help_text
 from equilibria.commands.recipe import experiment_of
+from equilibria.errors import UsageError
 from equilibria.lm.corpora import CATALOGUE, PENN_TREEBANK_CHARACTER_COUNTS, WikiText2, WikiText103
 from equilibria.lm.recipes import RECIPES
 from equilibria.lm.runs import checkpoint
@@ -318,3 +319,14 @@ def test_flags_are_those_of_the_tree_of_dataclasses(place):
     assert known["--training.log.memory-depths"] == (2, 4)
     assert "--out" in known
     assert not any(flag.startswith("--experiment") for flag in known)
+
+
+@pytest.mark.parametrize("part", ["", "gradient."])
+def test_the_norm_of_a_stop_is_a_flag(part, capsys):
+    default, flag = train.Options(experiment_of("tiny")), f"--stages.1.method.{part}stop.norm"
+    (_, stage) = arguments.parse(train.Options, [flag, "max"], verb="train tiny", default=default).experiment.stages
+    method = default.experiment.stages[1].method
+    changed = stage.method.gradient.stop if part else stage.method.stop
+    assert changed == dataclasses.replace(method.gradient.stop if part else method.stop, norm="max")
+    with pytest.raises(UsageError, match="is one of l2, max, and not 'l1'; did you mean l2"):
+        arguments.parse(train.Options, [flag, "l1"], verb="train tiny", default=default)

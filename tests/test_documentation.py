@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import itertools
+import json
 import math
 import re
 import runpy
@@ -163,3 +164,35 @@ def test_the_page_of_recipes_has_every_recipe():
 
     named = set(re.findall(r"`([a-z][a-z0-9-]+)`", text_of("docs/reference/recipes.md")))
     assert sorted(set(RECIPES) - named) == []
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "report", "export", "convert", "prepare"])
+def test_the_reference_has_every_flag_of_a_command(command):
+    import typing
+
+    import tyro
+
+    options = importlib.import_module(f"equilibria.commands.{command}").Options
+    hints = typing.get_type_hints(options, include_extras=True)
+    positional = {name for name, hint in hints.items() if tyro.conf.Positional in getattr(hint, "__metadata__", ())}
+    flags = {f"--{name.replace('_', '-')}" for name in hints if name not in positional | {"experiment"}}
+    named = set(re.findall(r"--[a-z-]+", text_of("docs/reference/command_line.md")))
+    assert len(flags) >= 2
+    assert sorted(flags - named) == []
+
+
+TABLES = {
+    **dict.fromkeys(("attention", "copying", "faults", "kepler", "mixed", "precision", "product"), "table"),
+    **dict.fromkeys(("solver_memory", "tuning"), "table"),
+    **dict.fromkeys(("compile", "compiled_cell"), "text"),
+}
+"""Scripts of benchmarks/ that need no other library, and their function that makes a table of the committed rows."""
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_that_of_the_committed_result(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    rows = json.loads(text_of(f"benchmarks/results/{name}.json"))["rows"]
+    table = getattr(importlib.import_module(name), TABLES[name])(rows)
+    pages = [page for page in PAGES if f"<!-- {name} -->\n" in text_of(page)]
+    assert [f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in text_of(page) for page in pages] == [True]

@@ -248,3 +248,13 @@ def test_a_long_command_is_broken_before_its_flags():
     lines = command(words, width=50).split(" \\\n")
     assert all(len(line) < 50 for line in lines)
     assert " ".join(line.strip() for line in lines) == command(words, width=200)
+
+
+def test_the_advice_about_a_short_text_can_be_followed_in_the_same_folder(tmp_path, monkeypatch, capsys, one_figure):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("The fixed point of a map is where the map")
+    words = ["train", "text", "--data", "short.txt", "--out", "short", *QUICK, *QUIET]
+    assert "try --training.eval-batch-size 1, or a longer text" in fails(capsys, *words, code=1)
+    assert not (tmp_path / "short").exists()
+    assert main([*words, "--training.eval-batch-size", "1"]) == 0
+    assert "already holds a run" in fails(capsys, *words, code=1)

@@ -169,3 +169,11 @@ def test_a_number_above_zero_is_advised():
         Training().changed(clip=0)
     with pytest.raises(ValueError, match=r"learning_rate=0\): it must be a finite number above 0; try 0\.001\."):
         Training().changed(learning_rate=0)
+
+
+def test_the_advice_about_momentum_can_be_followed():
+    with pytest.raises(ValueError, match=r"only 'sgd' has momentum; give optimiser='sgd', or momentum=0\."):
+        Training().changed(momentum=0.9)
+    assert Training().changed(momentum=0.9, optimiser="sgd").optimisation.momentum == 0.9
+    with pytest.raises(ValueError, match=r"momentum is in \[0, 1\); try 0\.9"):
+        Training().changed(momentum=1.0, optimiser="sgd")

@@ -178,3 +178,19 @@ def test_a_leaf_that_f_changes_in_place_is_noticed():
     z0 = {"a": torch.ones(2, 3), "b": torch.ones(2, 2)}
     with torch.no_grad(), pytest.raises(ValueError, match="changed its argument z in place"):
         solve(f, z0, Picard(), Stop())
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    ("f", "advice"),
+    [
+        (lambda z: z.double(), r"make z0 torch\.float64, or end f with \.to\(z\.dtype\)"),
+        (lambda z: (z > 0).long(), r"let f compute with floating numbers, or end it with \.to\(z\.dtype\)"),
+        (lambda z: z > 0, r"let f compute with floating numbers, or end it with \.to\(z\.dtype\)"),
+        (lambda z: z * 1j, r"end f with torch\.view_as_real, and begin it with torch\.view_as_complex"),
+    ],
+    ids=["wider", "whole", "bool", "complex"],
+)
+def test_the_advice_about_a_changed_dtype_is_one_that_a_state_may_have(f, advice):
+    with pytest.raises(TypeError, match=advice):
+        solve(f, torch.zeros(2, 3), Picard(), Stop())

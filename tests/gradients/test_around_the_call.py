@@ -102,6 +102,27 @@ def test_a_solve_without_graph_leaves_nothing_in_the_cache_of_parametrizations(r
     assert_equal(found or gradients(z, tensors), expected)
 
 
+def test_a_cached_parametrization_is_computed_twice_in_a_solve():
+    """Once without and once with a graph, as docs/howto/converge.md says; without the cache in each evaluation."""
+
+    class Counted(Halved):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return super().forward(weight)
+
+    module, x, counted = Tanh(), draw(3, 4), Counted()
+    parametrize.register_parametrization(module.linear, "weight", counted)
+    layer, calls = Equilibrium(module), []
+    for context in (contextlib.nullcontext, parametrize.cached):
+        counted.calls = 0
+        with context():
+            evals = layer(x).solution.evals
+        calls.append(counted.calls)
+    assert calls == [evals, 2]
+
+
 @pytest.mark.parametrize("way", ["decorator", "estimate", "transform"])
 def test_other_evaluations_leave_nothing_in_that_cache_either(way):
     module, x = Tanh(), draw(3, 4)

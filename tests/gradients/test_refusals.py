@@ -153,3 +153,36 @@ def test_unrolling_from_the_solution_is_warned_of_in_forward_mode():
         dual = forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.warns(ConvergenceWarning, match="met the tolerance near their start"):
             method.run(as_map(lambda z: 0.5 * z + 0.5 * dual), x + 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "relaxation", "has", "lacks"),
+    [
+        (torch.float32, 0.8, "Use a float64 state (f may compute in torch.float32), max_evals=11 at most", "1e+0"),
+        (
+            torch.float64,
+            0.8,
+            "Use max_evals=37 at most and less where J is large, or a smaller relaxation",
+            "float64 s",
+        ),
+        (
+            torch.bfloat16,
+            0.8,
+            "Use a float64 state (f may compute in torch.bfloat16), or another rule, such as Implicit().",
+            "max_evals=",
+        ),
+        (torch.float64, 1 - 1e-13, "is allowed). Use a smaller relaxation.", "float64 s"),
+    ],
+    ids=["float32", "float64", "bfloat16", "hardly invertible"],
+)
+def test_the_advice_about_steps_that_cannot_be_undone_helps(dtype, relaxation, has, lacks):
+    def solved(max_evals, dtype):
+        method = Method(Reversible(relaxation), Stop(max_evals=max_evals), ReversibleGradient(), on_failure="ignore")
+        return method.run(as_map(lambda z: 0.5 * torch.cos(z)), torch.zeros(2, 3, dtype=dtype))
+
+    with pytest.raises(ValueError, match="rounding would grow to 1e") as raised:
+        solved(1999, dtype)
+    assert has in str(raised.value)
+    assert lacks not in str(raised.value)
+    if "max_evals=" in has:
+        solved(int(has.partition("max_evals=")[2].split()[0]), dtype)

@@ -19,13 +19,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 import tyro
 
+from equilibria.commands.readers import READERS, NoPathError
 from equilibria.commands.terminal import complain
-from equilibria.errors import EquilibriaError, UsageError
-from equilibria.lm.experiments.serialise import DTYPES
-from equilibria.lm.paths import expanded
+from equilibria.errors import UsageError
 from equilibria.lm.runs.shipped import is_shipped, require
 from equilibria.lm.suggestions import nearest
 
@@ -67,7 +65,7 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
     typed = {full.partition("=")[0]: word.partition("=")[0] for full, word in zip(words, arguments, strict=True)}
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors), _READERS:
+        with contextlib.redirect_stderr(errors), READERS:
             value, rest = tyro.cli(
                 kind,
                 prog=f"equilibria {verb}",
@@ -80,7 +78,7 @@ def parse(kind: type[Options], arguments: Sequence[str], *, verb: str, default: 
         if exit_.code in (0, None):
             raise
         raise UsageError(_as_typed(_sentence(errors.getvalue(), verb), typed)) from None
-    except _NoPathError as error:
+    except NoPathError as error:
         raise UsageError(f"The command line has '' where a path is expected, and {error}") from None
     except ValueError as error:  # of the outermost dataclass; tyro catches those of the inner ones
         raise UsageError(str(error)) from None
@@ -118,50 +116,6 @@ def _check_numbers(given: dict[str, Any]) -> None:
                 raise UsageError(
                     f"{flag} {str(number)[:40]}…: whole numbers reach from −2⁶³ + 1 to 2⁶³ − 1; give a smaller one."
                 )
-
-
-_READERS = tyro.constructors.ConstructorRegistry()
-"""How to read the types that tyro does not know."""
-
-
-@_READERS.primitive_rule
-def _read_dtype(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """A dtype by its name, without the "torch."."""
-    if info.type is not torch.dtype:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{{{','.join(DTYPES)}}}",
-        instance_from_str=lambda words: DTYPES[words[0]],
-        is_instance=lambda value: isinstance(value, torch.dtype),
-        str_from_instance=lambda value: [str(value).removeprefix("torch.")],
-        choices=tuple(DTYPES),
-    )
-
-
-@_READERS.primitive_rule
-def _read_path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """A path. Shells leave the "~" of --out=~/runs as it is, and an empty variable gives the empty text."""
-    if info.type is not Path:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: _path(words[0]),
-        is_instance=lambda value: isinstance(value, Path),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-def _path(word: str) -> Path:
-    try:
-        return expanded(word)
-    except ValueError as error:
-        raise _NoPathError(str(error)) from None
-
-
-class _NoPathError(EquilibriaError):
-    """A path of the command line is none; tyro passes this on, while it draws a ValueError into its box."""
 
 
 def flags(value: Any, prefix: str = "") -> dict[str, Any]:

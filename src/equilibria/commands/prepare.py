@@ -49,8 +49,9 @@ class Options:
     the three token files that it was published as; it needs pip install "equilibria[data]". Files that are there are
     read, and never overwritten."""
     data: Path | None = None
-    """The folder with train.txt, valid.txt and test.txt, for ptb, ptb-char and text-folder, or with the token files,
-    for wikitext103 and wikitext2; these are in data/wikitext-103 and data/wikitext-2 if no folder is named."""
+    """The folder with train.txt, valid.txt and test.txt, for ptb, ptb-char and text-folder, which reads a single file,
+    too, or with the token files, for wikitext103 and wikitext2; these are in data/wikitext-103 and data/wikitext-2 if
+    no folder is named."""
     unit: Literal["word", "character", "bpe"] = "word"
     """The kind of a token of text-folder; "bpe" is byte-pair encoding, learnt from the training text."""
     vocabulary_size: int = BPE_SIZE

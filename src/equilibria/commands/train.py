@@ -33,7 +33,7 @@ from equilibria.lm.recipes import RECIPES
 from equilibria.lm.report import summary
 from equilibria.lm.report.display import Display, literal, summary_table, waiting
 from equilibria.lm.report.record import read
-from equilibria.lm.runs.folder import NEW, check_shared, locked
+from equilibria.lm.runs.folder import NEW, check_shared, locked, withdraw
 from equilibria.lm.runs.run import Run
 from equilibria.lm.runs.trained import with_data
 from equilibria.lm.training.tracker import require
@@ -122,6 +122,7 @@ def _train(options: Options, path: Path, corpus: Corpus, recipe: Sequence[str], 
             stack.enter_context(locked(path))
             options = dataclasses.replace(options, **_restarted(options, path))
             run = Run.start(path, experiment, resume=options.resume, overwrite=options.overwrite)
+            stack.callback(withdraw, path)
             stack.callback(run.give_up)
         resume, overwrite = ranks.of_first((options.resume, options.overwrite))
         check_shared(path, ranks)

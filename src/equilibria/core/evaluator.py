@@ -137,9 +137,7 @@ class Evaluator:
                 f"f moved the state from {z.device} to {fz.device}; put z0 and all that f uses on one device."
             )
         if fz.dtype != z.dtype and not (self.autocast.enabled and fz.dtype.is_floating_point):
-            raise TypeError(
-                f"f changed the dtype from {z.dtype} to {fz.dtype}; make z0 {fz.dtype}, or end f with .to(z.dtype)."
-            )
+            raise TypeError(f"f changed the dtype from {z.dtype} to {fz.dtype}; {_dtype_advice(fz.dtype)}.")
 
     @property
     def computes_in(self) -> tuple[torch.dtype, ...]:
@@ -147,3 +145,12 @@ class Evaluator:
         if self.autocast.enabled:
             return (self.autocast.dtype,)
         return tuple(leaf.dtype for leaf in self._layout.leaves)
+
+
+def _dtype_advice(found: torch.dtype) -> str:
+    """The advice about an f whose value has another dtype than the state, which is real and floating."""
+    if found.is_complex:
+        return "a state is real: end f with torch.view_as_real, and begin it with torch.view_as_complex"
+    if not found.is_floating_point:
+        return "a state is floating: let f compute with floating numbers, or end it with .to(z.dtype)"
+    return f"make z0 {found}, or end f with .to(z.dtype)"

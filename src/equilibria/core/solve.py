@@ -195,15 +195,15 @@ def solve_from(
 
 def _check_not_exported() -> None:
     """Raise a RuntimeError inside torch.export and torch.jit.trace, which would record the steps of one batch."""
-    if is_in_make_fx():
-        raise RuntimeError(
-            "A solve cannot be recorded by torch.func.linearize or make_fx, since its number of evaluations of f "
-            f"depends on the data: use torch.func.jvp, or {INSTEAD}."
-        )
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise RuntimeError(
             "A solve cannot be exported or traced, since its number of evaluations of f depends on the data; "
             f"{INSTEAD}, and export that."
+        )
+    if is_in_make_fx():
+        raise RuntimeError(
+            "A solve cannot be recorded by torch.func.linearize or make_fx, since its number of evaluations of f "
+            f"depends on the data: use torch.func.jvp, or {INSTEAD}."
         )
 
 

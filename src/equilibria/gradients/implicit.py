@@ -45,9 +45,9 @@ class Implicit(GradientRule):
     """dL/dθ = uᵀ ∂f/∂θ with u = Jᵀu + g at z*: Bai, Kolter, Koltun (2019), theorem 1.
 
     The forward solve keeps no graph; it stores one evaluation f(z*) with graph and the tensors that f reads. The
-    adjoint system is solved for g/‖g‖ from u = g/‖g‖, so that tolerances are relative to ‖g‖ and neither cost nor
-    accuracy depends on the scale of the loss. The error of the gradient is of the order of the two residuals, whether
-    or not the solves converged. Each backward pass appends its solution to ``Solution.adjoint``.
+    adjoint system is solved for g/‖g‖ from u = g/‖g‖, so that neither cost nor accuracy depends on the scale of the
+    loss. The error of the gradient is of the order of the two residuals, whether or not the solves converged. Each
+    backward pass appends its solution to ``Solution.adjoint``.
 
     Derivatives of every order exist. Under ``create_graph=True`` u is the fixed point of u ↦ Jᵀu + g, differentiated by
     this same rule; in forward mode the tangent of z* is the fixed point of w ↦ Jw + h. Each order costs one more solve
@@ -57,7 +57,7 @@ class Implicit(GradientRule):
     solver: Solver = Anderson()
     """Solves the adjoint system."""
     stop: Stop = Stop()
-    """Tolerances of the adjoint system, in units of ‖g‖, and its budget, in VJPs."""
+    """When the adjoint system is solved: ‖Jᵀu + g − u‖ ≤ rtol·‖Jᵀu + g‖ + atol·‖g‖; its budget is in VJPs."""
 
     def __post_init__(self) -> None:
         check_kind("solver", self.solver, Solver, "Anderson()")

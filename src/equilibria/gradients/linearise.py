@@ -255,7 +255,7 @@ def solve_adjoint(point: Point, g: Float[Tensor, "B N"], solver: Solver, stop: S
 def solve_linear(
     linear: Callable[[Tensor], Tensor], g: Float[Tensor, "B N"], layout: Layout, solver: Solver, stop: Stop
 ) -> Solution:
-    """u = L(u) + g from u = g, solved for g/‖g‖ so that its tolerances are in units of ‖g‖; a solution of rows.
+    """u = L(u) + g from u = g, solved for g/‖g‖ so that its atol is in units of ‖g‖; a solution of rows.
 
     u is kept in float32 or wider; half-precision products are rounded, u itself is not. A sample whose g is not finite
     gets NaN and does not affect the others.

@@ -79,15 +79,17 @@ class ReversibleGradient(GradientRule):
 
 
 def _check_budget(solver: Reversible, stop: Stop, dtype: torch.dtype) -> None:
-    loss, eps = math.log(1 / abs(1 - solver.relaxation)), torch.finfo(dtype).eps
-    allowed = math.inf if loss <= 0 else math.log(ACCURACY / eps) / loss if eps < ACCURACY else 0
+    loss, eps = -math.log10(abs(1 - solver.relaxation)), torch.finfo(dtype).eps  # digits that are lost per step
+    allowed = math.log10(ACCURACY / eps) / loss if eps < ACCURACY else 0
     steps = (stop.max_evals - 1) // 2
     if steps > allowed:
+        ways = [] if dtype == torch.float64 else [f"a float64 state (f may compute in {dtype})"]
+        ways += [f"max_evals={2 * int(allowed) + 1} at most and less where J is large"] if allowed >= 1 else []
+        ways += ["a smaller relaxation"] if eps < ACCURACY else ["another rule, such as Implicit()"]
         raise ValueError(
             f"ReversibleGradient cannot undo {steps} steps of {solver} in {dtype}: rounding would grow to "
-            f"{eps * math.exp(min(steps * loss, 200)):.0e} of the state ({ACCURACY:.0e} is allowed). Use a float64 "
-            f"state (f may compute in {dtype}), max_evals={max(1, 2 * int(allowed) + 1)} at most and less where J is "
-            "large, or a smaller relaxation."
+            f"1e{math.log10(eps) + steps * loss:+.0f} of the state ({ACCURACY:.0e} is allowed). Use "
+            f"{', '.join(ways[:-1])}{', or ' if ways[1:] else ''}{ways[-1]}."
         )
 
 

@@ -71,10 +71,14 @@ class Optimisation:
         above_zero(self, "learning_rate", "clip", "epsilon")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"Optimisation(betas={self.betas}): both decays lie in [0, 1); try (0.9, 0.999).")
-        if not 0 <= self.momentum < 1 or (self.momentum and self.optimiser != "sgd"):
+        if not 0 <= self.momentum < 1:
             raise ValueError(
-                f"Optimisation(momentum={self.momentum}, optimiser={self.optimiser!r}): momentum is in [0, 1), and "
-                "only 'sgd' has it; try 0.9, or 0 for none."
+                f"Optimisation(momentum={self.momentum}): momentum is in [0, 1); try 0.9 with optimiser='sgd', or 0."
+            )
+        if self.momentum and self.optimiser != "sgd":
+            raise ValueError(
+                f"Optimisation(momentum={self.momentum}, optimiser={self.optimiser!r}): only 'sgd' has momentum; give "
+                "optimiser='sgd', or momentum=0."
             )
         self._check_decay()
 

@@ -103,6 +103,15 @@ def locked(path: Path) -> Iterator[None]:
                     path.rmdir()
 
 
+def withdraw(path: Path) -> None:
+    """Remove the description of a run whose training has not begun, so that another one may take its folder.
+
+    Call it before the lock is released.
+    """
+    if not any((path / name).exists() for name in (*FILES[1:], *FOLDERS)):
+        (path / FILES[0]).unlink(missing_ok=True)
+
+
 def holder(path: Path) -> str | None:
     """The process that has locked the run directory ``path``, such as "process 123"; None if it is not locked."""
     if (path / LOCK).is_symlink() or not (path / LOCK).is_file():
