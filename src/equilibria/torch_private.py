@@ -297,6 +297,11 @@ def as_written(module: nn.Module) -> Callable[..., Any]:
     return module._call_impl
 
 
+def hooks_of_calls(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks that PyTorch runs before and after each call of the module. If it goes: return []."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def is_replica(module: nn.Module) -> bool:
     """True if ``nn.DataParallel`` made the module for one call; its weights are then plain tensors, not parameters.
 

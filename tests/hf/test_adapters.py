@@ -14,7 +14,8 @@ from torch.testing import assert_close
 pytest.importorskip("transformers")
 
 from equilibria.hf import EquilibriumForCausalLM
-from equilibria.layers.linear import fold, weights_of
+from equilibria.layers.linear import fold
+from equilibria.layers.matrices import weights_of
 
 from .models import CELLS, METHOD, configuration, small, tokens
 

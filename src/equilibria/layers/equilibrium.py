@@ -19,7 +19,7 @@ from equilibria.core.stop import OnFailure, Stop
 from equilibria.core.tracing import untraced
 from equilibria.fixed_point import Method, check_gathered, check_not_symbolic
 from equilibria.layers.cell import Buffers, CellMap, as_cell, check_rows
-from equilibria.layers.sequence import sequence_cell
+from equilibria.layers.recomputed import cache_of, prepared_by
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ class Equilibrium(Layer):
         check_not_symbolic(inputs)
         if not isinstance(method, Method | None):
             check_kind("method", method, Method, "Method(Anderson())")
-        prepared = self.cell.prepare(*inputs, **options)
+        prepared = prepared_by(self.cell, *inputs, **options)
         buffers = Buffers.of(self.cell)
         f = CellMap(self.cell, prepared, buffers)
         chosen = method or (self.method if self.training else self.evaluation_method)
@@ -174,7 +174,7 @@ class Equilibrium(Layer):
 
     def cache(self, batch: int, **choices: Any) -> Any:
         """A memory for generation; see ``SequenceCell.cache``."""
-        return sequence_cell(self.cell).cache(batch, **choices)
+        return cache_of(self.cell, batch, **choices)
 
     def extra_repr(self) -> str:
         """Solver, stopping rule and gradient rule, and every other setting that differs from its default."""

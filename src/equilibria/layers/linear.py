@@ -19,7 +19,7 @@ import math
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,7 +33,7 @@ Init = Literal["default_fan_in", "normal"]
 
 
 class NormedLinear(nn.Module):
-    """The parameters of x ↦ W x (+ b); it computes W, and its owner computes the product.
+    """The parameters of x ↦ W x (+ b); it computes W, and its owner computes the product without a call of it.
 
     Args:
         inputs: the width of x.
@@ -82,55 +82,14 @@ class NormedLinear(nn.Module):
             return self.direction
         return self.direction * (self.gain / torch.linalg.vector_norm(self.direction, dim=1)).unsqueeze(1)
 
+    def forward(self, x: Float[Tensor, "*shape in"]) -> Float[Tensor, "*shape out"]:
+        """x Wᵀ + b, for hooks of the module."""
+        return functional.linear(x, self.effective(), self.bias)
+
     def extra_repr(self) -> str:
         """The sizes, and whether there are a bias and weight normalisation."""
         outputs, inputs = self.direction.shape
         return f"inputs={inputs}, outputs={outputs}, bias={self.bias is not None}, normed={self.gain is not None}"
-
-
-class LinearWeights(NamedTuple):
-    """The matrix W and the bias b of a linear module."""
-
-    weight: Float[Tensor, "out in"]
-    bias: Float[Tensor, " out"] | None
-
-
-def weights_of(module: nn.Module, *, inputs: int, like: Tensor, bias: bool = True) -> LinearWeights:
-    """W and b of a linear module, with graph, computed once per forward pass.
-
-    If another library has replaced a ``NormedLinear`` or an ``nn.Linear`` by a module of its own, such as one with a
-    low-rank adapter or with quantised weights, W is its result for the identity, and b its result for zero.
-
-    Args:
-        module: a ``NormedLinear``, an ``nn.Linear``, or any module that computes x ↦ W x + b.
-        inputs: the width of x.
-        like: gives dtype and device.
-        bias: False if the module must not add anything.
-
-    Raises:
-        ValueError: the module adds something, and must not.
-    """
-    if isinstance(module, NormedLinear):
-        return LinearWeights(module.effective(), module.bias)
-    if type(module) is nn.Linear:
-        return LinearWeights(module.weight, module.bias)
-    eye = torch.eye(inputs, dtype=like.dtype, device=like.device)
-    rows = module(torch.cat([eye, eye.new_zeros(1, inputs)]))
-    added = rows[-1]
-    if not bias and bool(added.any()):
-        raise ValueError(
-            f"a {type(module).__name__} that replaces a linear map without bias adds a bias; replace it by one that "
-            "does not."
-        )
-    return LinearWeights((rows[:-1] - added).t(), added if bias else None)
-
-
-def like_of(module: nn.Module) -> Tensor:
-    """A tensor with dtype and device of the module's parameters.
-
-    Dynamically quantised weights are no parameters: they compute in float32 on a CPU.
-    """
-    return next(module.parameters(), torch.empty(0, dtype=torch.float32))
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from equilibria.cells.transformer.positions import Positions
 from equilibria.cells.transformer.separated import Channels, Separated, angles
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import dropout_mask, masked
-from equilibria.layers.linear import Init, NormedLinear, weights_of
+from equilibria.layers.linear import Init, NormedLinear
+from equilibria.layers.matrices import weights_of
 
 
 def sinusoids(count: int, width: int, like: Tensor) -> Float[Tensor, "count width"]:

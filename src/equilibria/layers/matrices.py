@@ -1,0 +1,92 @@
+"""W and b of the linear modules of a cell, which are read once per forward pass and not called in f."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from equilibria.layers.linear import NormedLinear
+from equilibria.layers.recomputed import does_more_when_called
+from equilibria.torch_private import is_batched, is_traced
+
+
+class LinearWeights(NamedTuple):
+    """The matrix W and the bias b of a linear module."""
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None
+
+
+def weights_of(module: nn.Module, *, inputs: int, like: Tensor, bias: bool = True) -> LinearWeights:
+    """W and b of a linear module, with graph, computed once per forward pass.
+
+    If another library has replaced a ``NormedLinear`` or an ``nn.Linear`` by a module of its own, such as one with a
+    low-rank adapter or with quantised weights, or acts on its calls by a hook or another ``forward``, W is its result
+    for the identity, and b its result for zero. So a hook sees the identity, and not what f multiplies.
+
+    Args:
+        module: a ``NormedLinear``, an ``nn.Linear``, or any module that computes x ↦ W x + b.
+        inputs: the width of x.
+        like: gives dtype and device.
+        bias: False if the module must not add anything.
+
+    Raises:
+        ValueError: the module adds something, and must not, or it is not linear.
+    """
+    own = not does_more_when_called(module)
+    if own and isinstance(module, NormedLinear):
+        return LinearWeights(module.effective(), module.bias)
+    if own and type(module) is nn.Linear:
+        return LinearWeights(module.weight, module.bias)
+    eye = torch.eye(inputs, dtype=like.dtype, device=like.device)
+    before = _random_state(like)
+    rows = module(torch.cat([eye, eye.new_zeros(1, inputs)]))
+    added = rows[-1]
+    if not bias and bool(added.any()):
+        raise ValueError(
+            f"a {type(module).__name__} that replaces a linear map without bias adds a bias; replace it by one that "
+            "does not."
+        )
+    after = _random_state(like)
+    if before is not None and after is not None and torch.equal(before, after):
+        _check_linear(module, eye, rows)
+    return LinearWeights((rows[:-1] - added).t(), added if bias else None)
+
+
+LINEAR = 1e-2
+"""Largest deviation from a linear map, relative to the numbers that are added up: above the rounding of bfloat16."""
+
+
+@torch.no_grad()
+def _check_linear(module: nn.Module, eye: Float[Tensor, "in in"], rows: Float[Tensor, "_ out"]) -> None:
+    """Raise a ValueError if the module is not linear: its result for a sum of unit vectors is not that of its results.
+
+    A module that draws random numbers, such as an adapter with dropout, has another W for each row, and is not checked.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    added, parts = rows[-1].to(wide), (rows[:-1:2] - rows[-1]).to(wide)
+    found, wanted = module(eye[::2].sum(dim=0, keepdim=True))[0].to(wide), parts.sum(dim=0) + added
+    if (found - wanted).norm() > LINEAR * (parts.norm() + wanted.norm() + added.norm()):
+        raise ValueError(
+            f"a {type(module).__name__} that replaces a linear map, or a hook on it, is not linear, and a cell reads "
+            "its matrix once per forward pass instead of calling it: give an adapter that adds a matrix, such as LoRA, "
+            "or write an nn.Module f(z, *inputs) of your own, whose parts are called."
+        )
+
+
+def _random_state(like: Tensor) -> Tensor | None:
+    """The state of the generator of the device; None where it cannot be read, or where no value decides anything."""
+    if is_batched() or is_traced() or like.device.type not in ("cpu", "cuda"):
+        return None
+    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
+
+
+def like_of(module: nn.Module) -> Tensor:
+    """A tensor with dtype and device of the module's parameters.
+
+    Dynamically quantised weights are no parameters: they compute in float32 on a CPU.
+    """
+    return next(module.parameters(), torch.empty(0, dtype=torch.float32))
