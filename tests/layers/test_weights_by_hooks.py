@@ -241,6 +241,17 @@ def test_rounding_is_no_deviation_from_a_linear_map(dtype):
     cell.prepare(torch.randn(1, 2, 256, dtype=dtype))
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_hook_on_the_backward_pass_of_a_matrix_is_refused(kind):
+    """Such as a library for gradients per sample registers: it would get gradients for the rows of the identity."""
+    x = torch.randn(2, 3, 8)
+    for place in ("inner", "attention.qkv", "attention.positions.project"):
+        cell = SMALL.build()
+        getattr(cell.get_submodule(place), kind)(lambda *_: None)
+        with pytest.raises(ValueError, match=r"NormedLinear has a hook on its backward pass.*Give the hook to the"):
+            cell.prepare(x)
+
+
 def test_a_hook_on_dropped_weights_is_refused():
     cell = TrellisConfig(width=4, hidden=2, outputs=2, weight_dropout=0.3).build()
     cell.state.register_forward_hook(halved)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from equilibria.layers.linear import NormedLinear
 from equilibria.layers.recomputed import does_more_when_called
-from equilibria.torch_private import is_batched, is_traced
+from equilibria.torch_private import hooks_of_calls, is_batched, is_traced
 
 
 class LinearWeights(NamedTuple):
@@ -34,13 +34,14 @@ def weights_of(module: nn.Module, *, inputs: int, like: Tensor, bias: bool = Tru
         bias: False if the module must not add anything.
 
     Raises:
-        ValueError: the module adds something, and must not, or it is not linear.
+        ValueError: the module adds something, and must not, it is not linear, or it has a hook on its backward pass.
     """
     own = not does_more_when_called(module)
     if own and isinstance(module, NormedLinear):
         return LinearWeights(module.effective(), module.bias)
     if own and type(module) is nn.Linear:
         return LinearWeights(module.weight, module.bias)
+    _check_no_backward_hook(module)
     eye = torch.eye(inputs, dtype=like.dtype, device=like.device)
     before = _random_state(like)
     rows = module(torch.cat([eye, eye.new_zeros(1, inputs)]))
@@ -77,9 +78,18 @@ def _check_linear(module: nn.Module, eye: Float[Tensor, "in in"], rows: Float[Te
         )
 
 
+def _check_no_backward_hook(module: nn.Module) -> None:
+    if any(hooks_of_calls(part)[1] for part in module.modules()):
+        raise ValueError(
+            f"a {type(module).__name__} has a hook on its backward pass, and a cell reads its matrix once per forward "
+            "pass instead of calling it: the hook would get the gradient of the matrix, and not those of its results "
+            "in f, nor a gradient per sample. Give the hook to the cell, or take parameter.register_hook."
+        )
+
+
 def _random_state(like: Tensor) -> Tensor | None:
     """The state of the generator of the device; None where it cannot be read, or where no value decides anything."""
-    if is_batched() or is_traced() or like.device.type not in ("cpu", "cuda"):
+    if is_traced() or is_batched() or like.device.type not in ("cpu", "cuda"):
         return None
     return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
 

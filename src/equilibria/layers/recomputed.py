@@ -55,11 +55,13 @@ def cache_of(cell: Cell, batch: int, **choices: Any) -> Any:
 def with_own_weights(module: nn.Module) -> None:
     """Compute again, with graph, all weights inside the module that hooks of PyTorch compute before a call."""
     for part in module.modules():
-        for hook in hooks_of_calls(part):
+        for hook in hooks_of_calls(part)[0]:
             if isinstance(hook, _COMPUTE_WEIGHTS):
                 hook(part, ())
 
 
 def does_more_when_called(module: nn.Module) -> bool:
     """True if a call of the module runs code of others too: a hook that computes no weights, or another ``forward``."""
-    return "forward" in vars(module) or any(not isinstance(hook, _COMPUTE_WEIGHTS) for hook in hooks_of_calls(module))
+    forward, backward = hooks_of_calls(module)
+    others = [hook for hook in forward if not isinstance(hook, _COMPUTE_WEIGHTS)]
+    return bool(others or backward) or "forward" in vars(module)
