@@ -297,6 +297,12 @@ def as_written(module: nn.Module) -> Callable[..., Any]:
     return module._call_impl
 
 
+def hooks_of_calls(module: nn.Module) -> tuple[list[Callable[..., Any]], list[Callable[..., Any]]]:
+    """The hooks of the module's calls, and those of their backward passes. If it goes: return [], []."""
+    forward = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return forward, [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
+
+
 def is_replica(module: nn.Module) -> bool:
     """True if ``nn.DataParallel`` made the module for one call; its weights are then plain tensors, not parameters.
 

@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import nn
 
 from equilibria.checks import check_kind
@@ -17,8 +18,10 @@ from equilibria.core.solver import Solver
 from equilibria.core.state import State
 from equilibria.core.stop import OnFailure, Stop
 from equilibria.core.tracing import untraced
+from equilibria.core.trees import tensors_in
 from equilibria.fixed_point import Method, check_gathered, check_not_symbolic
-from equilibria.layers.cell import Buffers, CellMap, as_cell, check_rows
+from equilibria.layers.cell import Buffers, Cell, CellMap, Prepared, as_cell, check_rows
+from equilibria.layers.linear import with_own_weights
 from equilibria.layers.sequence import sequence_cell
 
 
@@ -82,6 +85,36 @@ def check_no_method(layer: nn.Module, method: Method | None) -> None:
     """Raise a TypeError if a method is given to a layer that solves nothing."""
     if method is not None:
         raise TypeError(f"{type(layer).__name__} solves nothing, so it has no use for method={method}; leave it out.")
+
+
+def prepared_by(cell: Cell, *inputs: Any, **options: Any) -> Prepared:
+    """``cell.prepare(*inputs, **options)`` with the weights of this moment; every layer calls it through here.
+
+    Raises:
+        ValueError: parameters of the cell are on the meta device, and its inputs are not.
+    """
+    if type(cell).prepare is not Cell.prepare:  # a call of the cell does it for all that f itself reads
+        with_own_weights(cell)
+    try:
+        return cell.prepare(*inputs, **options)
+    except RuntimeError as error:
+        empty = [name for name, parameter in cell.named_parameters() if parameter.is_meta]
+        if not empty or all(tensor.is_meta for tensor in tensors_in(inputs)):
+            raise
+        raise ValueError(
+            f"The parameter {empty[0]} of the {type(cell).__name__} is on the meta device, whose tensors hold no "
+            "numbers, and prepare reads it: load the weights, model.to_empty(device=…) and then load_state_dict. If a "
+            "library moves weights to the device only while their own module is called (cpu_offload), keep the whole "
+            "layer on the device."
+        ) from error
+
+
+def cache_of(cell: Cell, batch: int, **choices: Any) -> Any:
+    """``cell.cache(batch, **choices)`` with the weights of this moment; a TypeError if the cell keeps no past."""
+    remembering = sequence_cell(cell)
+    with torch.no_grad():
+        with_own_weights(cell)
+    return remembering.cache(batch, **choices)
 
 
 class Equilibrium(Layer):
@@ -149,7 +182,7 @@ class Equilibrium(Layer):
         check_not_symbolic(inputs)
         if not isinstance(method, Method | None):
             check_kind("method", method, Method, "Method(Anderson())")
-        prepared = self.cell.prepare(*inputs, **options)
+        prepared = prepared_by(self.cell, *inputs, **options)
         buffers = Buffers.of(self.cell)
         f = CellMap(self.cell, prepared, buffers)
         chosen = method or (self.method if self.training else self.evaluation_method)
@@ -174,7 +207,7 @@ class Equilibrium(Layer):
 
     def cache(self, batch: int, **choices: Any) -> Any:
         """A memory for generation; see ``SequenceCell.cache``."""
-        return sequence_cell(self.cell).cache(batch, **choices)
+        return cache_of(self.cell, batch, **choices)
 
     def extra_repr(self) -> str:
         """Solver, stopping rule and gradient rule, and every other setting that differs from its default."""

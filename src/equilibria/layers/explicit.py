@@ -15,8 +15,8 @@ from equilibria.core.stop import Stop
 from equilibria.fixed_point import Method
 from equilibria.gradients.repeats import Checkpoints
 from equilibria.layers.cell import Buffers, Cell, CellMap, Prepared, as_cell
-from equilibria.layers.equilibrium import Layer, LayerOutput, check_no_method
-from equilibria.layers.sequence import SequenceCell, sequence_cell
+from equilibria.layers.equilibrium import Layer, LayerOutput, cache_of, check_no_method, prepared_by
+from equilibria.layers.sequence import SequenceCell
 
 
 class Unrolled(Layer):
@@ -68,7 +68,7 @@ class Unrolled(Layer):
             TypeError: ``method`` is given.
         """
         check_no_method(self, method)
-        prepared, checkpoints = self.cell.prepare(*inputs, **options), _checkpoints(self.checkpoint)
+        prepared, checkpoints = prepared_by(self.cell, *inputs, **options), _checkpoints(self.checkpoint)
         z, auxiliary = self.cell.begin(prepared, start), []
         for layer in range(1, layers_used(depth, self.depth) + 1):
             z = _applied(self.cell, z, prepared, checkpoints)
@@ -86,7 +86,7 @@ class Unrolled(Layer):
     def cache(self, batch: int, **choices: Any) -> Any:
         """A memory for generation; see ``SequenceCell.cache``."""
         choices["warm"] = False  # a network of fixed depth starts where it was trained to start
-        return sequence_cell(self.cell).cache(batch, **choices)
+        return cache_of(self.cell, batch, **choices)
 
     def extra_repr(self) -> str:
         """The depth and the other settings."""
@@ -167,10 +167,10 @@ class Stack(Layer):
 
     def _prepared(self, inputs: Sequence[Any], options: dict[str, Any], used: int) -> list[Prepared]:
         if not self._remembers:
-            return [cell.prepare(*inputs, **options) for cell in self._cells[:used]]
+            return [prepared_by(cell, *inputs, **options) for cell in self._cells[:used]]
         x, memory, *rest = inputs if len(inputs) > 1 else (*inputs, None)
         pairs = zip(self._cells[:used], self._memories(memory), strict=False)
-        return [cell.prepare(x, past, *rest, **options) for cell, past in pairs]
+        return [prepared_by(cell, x, past, *rest, **options) for cell, past in pairs]
 
     def _memories(self, memory: Any) -> tuple[Any, ...]:
         """One memory per layer; all None for None."""
@@ -187,7 +187,7 @@ class Stack(Layer):
         """A memory for generation, one entry per layer; see ``SequenceCell.cache``."""
         choices["warm"] = False
         pairs = zip(self._cells[: self.depth], self._memories(memory), strict=False)
-        caches = (sequence_cell(cell).cache(batch, memory=past, **choices) for cell, past in pairs)
+        caches = (cache_of(cell, batch, memory=past, **choices) for cell, past in pairs)
         return (*caches, *(None,) * (len(self.cells) - self.depth))
 
 

@@ -4,11 +4,9 @@ W = g·v/‖v‖ per output row (weight normalisation, Salimans and Kingma 2016)
 without a graph by the solver, it would cut g and v off from the gradient. Here nothing is cached: ``effective()`` is
 called once per forward pass, in ``prepare``, and its value is passed on.
 
-x Wᵀ + b is computed by the quicker of the two libraries in PyTorch for it on a CPU. PyTorch computes products of
-float32 by MKL, which uses the AVX-512 instructions of Intel's processors alone. oneDNN, which PyTorch contains for
-other operations, uses those of AMD's processors as well, and takes half the time on them (benchmarks/product.py). The
-results are equal up to rounding. ``torch.backends.mkldnn.flags(enabled=False)`` is a context in which everything is
-computed as by PyTorch.
+x Wᵀ + b is computed by the quicker of PyTorch's two libraries for it on a CPU (see ``onednn.py``). The results are
+equal up to rounding. ``torch.backends.mkldnn.flags(enabled=False)`` is a context in which everything is computed as by
+PyTorch.
 
 Letters: N rows of x, in and out channels.
 """
@@ -16,24 +14,34 @@ Letters: N rows of x, in and out channels.
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from equilibria.layers.dropconnect import dropped_weight
-from equilibria.torch_private import is_forward_mode, is_many, is_transformed, is_wanted, product_by_onednn
+from equilibria.layers.matrices import LinearWeights, weights_by_call
+from equilibria.layers.onednn import MKL_HOLDS_BACK, compiled_product
+from equilibria.torch_private import (
+    hooks_of_calls,
+    is_forward_mode,
+    is_many,
+    is_transformed,
+    is_wanted,
+    product_by_onednn,
+)
 
 Init = Literal["default_fan_in", "normal"]
 
 
 class NormedLinear(nn.Module):
-    """The parameters of x ↦ W x (+ b); it computes W, and its owner computes the product.
+    """The parameters of x ↦ W x (+ b); it computes W, and its owner computes the product without a call of it.
 
     Args:
         inputs: the width of x.
@@ -82,24 +90,22 @@ class NormedLinear(nn.Module):
             return self.direction
         return self.direction * (self.gain / torch.linalg.vector_norm(self.direction, dim=1)).unsqueeze(1)
 
+    def forward(self, x: Float[Tensor, "*shape in"]) -> Float[Tensor, "*shape out"]:
+        """x Wᵀ + b, for hooks of the module."""
+        return functional.linear(x, self.effective(), self.bias)
+
     def extra_repr(self) -> str:
         """The sizes, and whether there are a bias and weight normalisation."""
         outputs, inputs = self.direction.shape
         return f"inputs={inputs}, outputs={outputs}, bias={self.bias is not None}, normed={self.gain is not None}"
 
 
-class LinearWeights(NamedTuple):
-    """The matrix W and the bias b of a linear module."""
-
-    weight: Float[Tensor, "out in"]
-    bias: Float[Tensor, " out"] | None
-
-
 def weights_of(module: nn.Module, *, inputs: int, like: Tensor, bias: bool = True) -> LinearWeights:
     """W and b of a linear module, with graph, computed once per forward pass.
 
     If another library has replaced a ``NormedLinear`` or an ``nn.Linear`` by a module of its own, such as one with a
-    low-rank adapter or with quantised weights, W is its result for the identity, and b its result for zero.
+    low-rank adapter or with quantised weights, or acts on its calls by a hook or another ``forward``, W is its result
+    for the identity, and b its result for zero. So a hook sees the identity, and not what f multiplies.
 
     Args:
         module: a ``NormedLinear``, an ``nn.Linear``, or any module that computes x ↦ W x + b.
@@ -108,29 +114,33 @@ def weights_of(module: nn.Module, *, inputs: int, like: Tensor, bias: bool = Tru
         bias: False if the module must not add anything.
 
     Raises:
-        ValueError: the module adds something, and must not.
+        ValueError: the module adds something, and must not, it is not linear, or it has a hook on its backward pass.
     """
-    if isinstance(module, NormedLinear):
+    own = not does_more_when_called(module)
+    if own and isinstance(module, NormedLinear):
         return LinearWeights(module.effective(), module.bias)
-    if type(module) is nn.Linear:
+    if own and type(module) is nn.Linear:
         return LinearWeights(module.weight, module.bias)
-    eye = torch.eye(inputs, dtype=like.dtype, device=like.device)
-    rows = module(torch.cat([eye, eye.new_zeros(1, inputs)]))
-    added = rows[-1]
-    if not bias and bool(added.any()):
-        raise ValueError(
-            f"a {type(module).__name__} that replaces a linear map without bias adds a bias; replace it by one that "
-            "does not."
-        )
-    return LinearWeights((rows[:-1] - added).t(), added if bias else None)
+    return weights_by_call(module, inputs=inputs, like=like, bias=bias)
 
 
-def like_of(module: nn.Module) -> Tensor:
-    """A tensor with dtype and device of the module's parameters.
+_COMPUTE_WEIGHTS = (BasePruningMethod, WeightNorm, SpectralNorm)
+"""Hooks that compute weights from others before each call of a module, which is not called where they are read."""
 
-    Dynamically quantised weights are no parameters: they compute in float32 on a CPU.
-    """
-    return next(module.parameters(), torch.empty(0, dtype=torch.float32))
+
+def with_own_weights(module: nn.Module) -> None:
+    """Compute again, with graph, all weights inside the module that hooks of PyTorch compute before a call."""
+    for part in module.modules():
+        for hook in hooks_of_calls(part)[0]:
+            if isinstance(hook, _COMPUTE_WEIGHTS):
+                hook(part, ())
+
+
+def does_more_when_called(module: nn.Module) -> bool:
+    """True if a call of the module runs code of others too: a hook that computes no weights, or another ``forward``."""
+    forward, backward = hooks_of_calls(module)
+    others = [hook for hook in forward if not isinstance(hook, _COMPUTE_WEIGHTS)]
+    return bool(others or backward) or "forward" in vars(module)
 
 
 @torch.no_grad()
@@ -175,7 +185,7 @@ def linear(
         return torch.addmm(entries.flatten(0, -2), x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
     rows = x.flatten(0, -2)
     if torch.compiler.is_compiling():
-        product = _compiled(rows, weight, bias)
+        product = compiled_product(rows, weight, bias)
     elif torch.is_grad_enabled():
         product: Any = _Product.apply(*map(_inner, (rows, weight, bias)))
     else:
@@ -208,25 +218,6 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 _PLAIN = (Tensor, nn.Parameter)
-
-
-def _mkl_holds_back() -> bool:
-    """True if MKL computes products for PyTorch on this processor, and does not use its AVX-512 instructions."""
-    backends = torch.backends
-    both = backends.mkl.is_available() and backends.mkldnn.is_available()
-    return both and backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
-
-
-def _processor() -> str:
-    """A description of the processor that names its vendor."""
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
-            return file.read(1024)  # the first of many equal processors
-    except OSError:
-        return platform.processor()
-
-
-MKL_HOLDS_BACK = _mkl_holds_back()
 
 
 class _Product(torch.autograd.Function):
@@ -266,22 +257,8 @@ def _plainly(a: Float[Tensor, "N in"], b: Float[Tensor, "out in"]) -> Float[Tens
     return a @ b.mT
 
 
-@torch.library.custom_op(
-    "equilibria::product", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
-)
-def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b by oneDNN, as one operator of a compiled graph."""
-    return product_by_onednn(x, weight, bias)
-
-
-@_compiled.register_fake
-def _shaped(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    del bias
-    return x.new_empty(len(x), len(weight))
-
-
 def _compiled_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, g, ctx.needs_input_grad, lambda a, b: _compiled(a, b, None))
+    return _gradients(ctx, g, ctx.needs_input_grad, lambda a, b: compiled_product(a, b, None))
 
 
-_compiled.register_autograd(_compiled_backward, setup_context=_Product.setup_context)
+compiled_product.register_autograd(_compiled_backward, setup_context=_Product.setup_context)

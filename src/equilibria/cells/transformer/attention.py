@@ -20,7 +20,8 @@ from equilibria.cells.transformer.fused import Form, FusedTerm, attend, prepare_
 from equilibria.cells.transformer.positions import Positions, Rotation
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, dropout_mask, masked
-from equilibria.layers.linear import Init, LinearWeights, NormedLinear, linear, weights_of
+from equilibria.layers.linear import Init, NormedLinear, linear, weights_of
+from equilibria.layers.matrices import LinearWeights
 from equilibria.torch_private import denormals_are_zero, is_forward_mode, is_traced, is_transformed, softmax_backward
 
 

@@ -43,7 +43,8 @@ from equilibria.core.graph import recordable
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, add_masked, check_rate, dropout_mask, masked
 from equilibria.layers.held import Held
-from equilibria.layers.linear import Init, LinearWeights, NormedLinear, linear, weights_of
+from equilibria.layers.linear import Init, NormedLinear, linear, weights_of
+from equilibria.layers.matrices import LinearWeights
 from equilibria.layers.sequence import SequenceCell, check_cache_use, check_new_cache, check_width
 
 

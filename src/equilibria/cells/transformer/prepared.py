@@ -14,7 +14,7 @@ from torch import Tensor
 from equilibria.cells.transformer.attention import AttentionRows, AttentionWeights
 from equilibria.cells.transformer.cache import KeyValueCache
 from equilibria.cells.transformer.past import TransformerPast
-from equilibria.layers.linear import LinearWeights
+from equilibria.layers.matrices import LinearWeights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -31,7 +31,8 @@ from equilibria.core.graph import recordable
 from equilibria.layers.cell import Prepared
 from equilibria.layers.dropout import BatchSlice, check_rate, dropout_mask, masked
 from equilibria.layers.held import Held
-from equilibria.layers.linear import Init, LinearWeights, NormedLinear, like_of, linear, weights_of
+from equilibria.layers.linear import Init, NormedLinear, does_more_when_called, linear, weights_of
+from equilibria.layers.matrices import LinearWeights, like_of
 from equilibria.layers.sequence import (
     SequenceCell,
     check_cache_use,
@@ -255,10 +256,12 @@ class TrellisCell(SequenceCell):
         rate = self.config.weight_dropout
         if rate == 0 or not self.training:
             return weights_of(linear, inputs=inputs, like=like_of(self), bias=bias)
-        if not isinstance(linear, NormedLinear):
+        if not isinstance(linear, NormedLinear) or does_more_when_called(linear):
+            hooked = "a hook on its NormedLinear" if isinstance(linear, NormedLinear) else ""
             raise ValueError(
                 f"TrellisConfig(weight_dropout={rate}) drops entries of weights before they are normalised, and this "
-                f"cell has a {type(linear).__name__} instead of a NormedLinear; train it with weight_dropout=0."
+                f"cell has {hooked or f'a {type(linear).__name__} instead of a NormedLinear'}; train it with "
+                "weight_dropout=0."
             )
         shape = (len(linear.direction), inputs // 2)
         kept = torch.empty(shape, dtype=torch.bool, device=linear.direction.device).bernoulli_(1 - rate)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equilibria.layers.dropout import BatchSlice, check_rate, dropout_mask, masked
-from equilibria.layers.linear import linear
+from equilibria.layers.linear import linear, with_own_weights
 
 Dropped = Literal["channel", "token"]
 Init = Literal["normal", "uniform"]
@@ -166,6 +166,7 @@ class Head(nn.Module, ABC, Generic[Table]):
 
     def dropped(self, h: Float[Tensor, "B T O"], part: BatchSlice | None = None) -> Float[Tensor, "B T O"]:
         """h ⊙ mask, the input of ``logits`` and ``nll``; in evaluation h itself. ``part``: see ``BatchSlice``."""
+        with_own_weights(self)  # a head is not called, and this is the first of its methods that is
         return dropped(h, rate=self.dropout, training=self.training, kind=self.output_dropout, part=part)
 
     @abstractmethod
