@@ -95,6 +95,7 @@ def test_report_export_and_doctor(here, capsys):
     assert "262 BPE tokens, learnt by tokenizers" in said(capsys, "doctor", "bpe")
 
 
+@pytest.mark.slow
 def test_runs_of_different_tokens_are_compared_in_bits_per_byte(here):
     records = [read(here / name) for name in ("bpe", "character")]
     (drawing,) = draw_together(records)  # no training losses, which are per token

@@ -30,6 +30,7 @@ from equilibria.lm.runs.trained import load as trained_model
 from equilibria.lm.runs.trained import with_data
 from equilibria.lm.training import Trainer, TrainingInterrupted, TrainingStopped
 from equilibria.lm.training.policy import NotFinite
+from slow_cases import some_slow
 from small_run import fails, furnish
 
 FIGURES = figures.FIGURES
@@ -469,7 +470,9 @@ def test_a_memory_beyond_the_biases_is_refused_only_where_they_are_missed(run, c
     assert "give segments of at most 32." in sentence
 
 
-@pytest.mark.parametrize("words", ["--explicit 3", "--untied --explicit=3", "--explicit 3 --recompute --layer-memory"])
+@pytest.mark.parametrize(
+    "words", [*some_slow("--explicit 3", "--untied --explicit=3"), "--explicit 3 --recompute --layer-memory"]
+)
 def test_an_explicit_twin_goes_all_the_way(place, capsys, monkeypatch, words):
     monkeypatch.setattr(figures, "FIGURES", FIGURES)
     words = words.split()

@@ -21,6 +21,7 @@ from equilibria.lm.experiments.stage import network_of
 from equilibria.lm.model import Explicit, LanguageConfig, RecurrentConfig
 from equilibria.lm.runs import Run, checkpoint
 from equilibria.lm.training import Trainer
+from slow_cases import some_slow
 from small_experiment import (
     Killed,
     corpus,
@@ -62,7 +63,9 @@ def test_the_baseline_keeps_the_shallow_stage_and_nothing_that_needs_a_fixed_poi
     assert [stage.name for stage in explicit(value, 3).stages] == ["explicit"]  # the shallow network is as deep
 
 
-@pytest.mark.parametrize("choices", [{}, {"memory": "layers"}, {"tied": False}], ids=["last", "layers", "untied"])
+@pytest.mark.parametrize(
+    "choices", [*some_slow({}, {"memory": "layers"}), {"tied": False}], ids=["last", "layers", "untied"]
+)
 def test_a_shallow_stage_trains_the_first_layers_and_a_resumed_run_knows_which(tmp_path, choices):
     value = explicit(experiment(checkpoint_every=1, keep=30), 5, **choices)
     run = Run.start(tmp_path / "run", value)

@@ -201,6 +201,7 @@ def test_checkpoints(place, seed, kind):
 STATE, LANGUAGE = "checkpoints/step-00000008/state.json", "corpus.json"
 
 
+@pytest.mark.slow
 @fewer
 @given(data=st.data())
 def test_true_sums_and_absurd_content(place, data):

@@ -11,6 +11,7 @@ from equilibria.lm.corpora import Language, Vocabulary
 from equilibria.lm.model import LanguageConfig, generate, stream
 from equilibria.lm.model.generate import top_k_top_p_mask
 from equilibria.lm.runs.continuation import continuation
+from slow_cases import some_slow
 
 V, B = 13, 3
 
@@ -29,7 +30,7 @@ def prompt(time=5):
     return torch.randint(V, (B, time))
 
 
-@pytest.mark.parametrize("positions", ["relative", "decay", "rotary"])
+@pytest.mark.parametrize("positions", ["relative", *some_slow("decay", "rotary")])
 @pytest.mark.parametrize("segment", [None, 2])
 def test_greedy_equals_solving_the_whole_prefix_again(positions, segment):
     model = built(positions=positions).eval()

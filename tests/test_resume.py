@@ -186,6 +186,7 @@ def test_checkpoints_written_after_damaged_ones_stay(tmp_path, uninterrupted):
     assert same_bits(resumed, uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_what_has_no_influence_may_change_on_the_way(tmp_path, uninterrupted, caplog):
     killed(tmp_path / "run", 25)
     changed = experiment(log_every=3, keep=5, memory_depths=(2,), threads=2, device="auto", tensorboard=True)

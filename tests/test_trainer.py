@@ -31,6 +31,7 @@ from equilibria.lm.training.measure import ngram_baseline
 from equilibria.lm.training.step import drawn_penalty
 from equilibria.solvers import Picard
 from equilibria.stability import jacobian_penalty
+from slow_cases import some_slow
 from small_experiment import (
     SOLVER,
     STOP,
@@ -456,7 +457,7 @@ def test_a_rollback_halves_the_learning_rate_and_a_resumed_run_remembers(tmp_pat
     assert rates == {step: rate * (0.5 if step >= 9 else 1) for step, rate in expected.items()}
 
 
-@pytest.mark.parametrize("line", ["rolled_back", "step"])
+@pytest.mark.parametrize("line", ["rolled_back", *some_slow("step")])
 def test_a_rollback_that_no_checkpoint_has_seen_yet_is_remembered(tmp_path, line):
     """A fault that does not come twice, such as one of the machine: the log alone tells of it."""
     value = experiment(rollbacks=2)

@@ -17,6 +17,7 @@ from equilibria.cells.transformer.positions import Rotation, slopes
 from equilibria.cells.transformer.relative import relative_shift, sinusoids
 from equilibria.layers.dropout import dropout_mask
 from equilibria.layers.linear import NormedLinear
+from slow_cases import some_slow
 
 SMALL = TransformerConfig(width=12, heads=3, inner=20, memory=16, longest=32)
 B, T = 2, 5
@@ -306,7 +307,7 @@ class TestDropout:
         assert cell.prepare(torch.randn(B, T, 12), None).rows.attention.drop is None
 
 
-@pytest.mark.parametrize("positions", ["relative", "decay", "rotary"])
+@pytest.mark.parametrize("positions", ["relative", *some_slow("decay", "rotary")])
 def test_implicit_gradient_is_that_of_a_deep_network(positions):
     """With memory, weight norm and masks on, the implicit gradient equals that of 600 layers."""
     config = dataclasses.replace(SMALL, positions=positions, dropout=0.1, attention_dropout=0.1)

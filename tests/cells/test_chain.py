@@ -50,6 +50,7 @@ def test_the_first_segment_is_that_of_the_other_kind_and_the_second_is_not():
     assert torch.equal(first, blocks(z, blocks.prepare(later, (memory,) * 3)))
 
 
+@pytest.mark.slow
 def test_generation_from_a_cache_is_that_from_the_memory():
     """Prompt and tokens are segments, whose past is read from slots or computed again from the final states."""
     model = LanguageConfig(LAST, std=1.0).build(11, method=Method(Anderson(), Stop(rtol=1e-12, max_evals=300)))

@@ -37,6 +37,7 @@ def faults(*, imported, before):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 def test_the_heap_keeps_what_a_step_frees():
     """The heap first grows to its size; without the library glibc may find its limits in later rounds."""

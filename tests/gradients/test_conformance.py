@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from equilibria import (
     Anderson,
     Broyden,
@@ -54,6 +56,7 @@ class TestImplicitPicard(GradientSuite):
         return Method(Picard(), TIGHT, Implicit(Picard(), TIGHT))
 
 
+@pytest.mark.slow
 class TestDampedNeumann(GradientSuite):
     def make(self):
         return Method(Anderson(), TIGHT, Neumann(250, 0.5))
@@ -71,6 +74,7 @@ class TestPhantom(GradientSuite):
         return Method(Anderson(), TIGHT, Phantom(80, 1.0))
 
 
+@pytest.mark.slow
 class TestDampedPhantom(GradientSuite):
     twice = True
 
@@ -85,6 +89,7 @@ class TestUnroll(GradientSuite):
         return Method(Picard(), TIGHT, Unroll())
 
 
+@pytest.mark.slow
 class TestCheckpointedUnroll(TestUnroll):
     def make(self):
         return Method(Picard(), TIGHT, Unroll(checkpoint=True))
@@ -105,6 +110,7 @@ class TestUnrolledBroyden(TestUnroll):
         return Method(Broyden(), TIGHT, Unroll())
 
 
+@pytest.mark.slow
 class TestUnrolledNewtonKrylov(TestUnroll):
     leaves_no_graph = False
     twice = None  # NaN: the derivative of a norm at 0, where the inner iteration has converged

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from equilibria import Anderson, Broyden, Implicit, Picard, Stop, Unroll
 from equilibria.hf import equilibrium_of
+from slow_cases import some_slow
 
 from .pretrained import CLOSE, LOOPS, MAKE, SHARP, SHARPLY, looped, padded, plain, sharp, tokens
 
@@ -71,7 +72,7 @@ def test_with_norms_in_float64_pieces_agree_closely(kind):
         assert_close(torch.cat(found, dim=1), model(ids, use_cache=False).logits, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("past", ["dynamic", "without configuration", "static"])
+@pytest.mark.parametrize("past", ["dynamic", *some_slow("without configuration"), "static"])
 @pytest.mark.parametrize("layers", LOOPS)
 @MODELS
 def test_pieces_with_a_cache_give_the_logits_of_the_whole(kind, layers, attention, past):

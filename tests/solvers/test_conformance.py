@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from equilibria import Anderson, Broyden, NewtonKrylov, Picard, Reversible
@@ -21,6 +22,7 @@ class TestAnderson(SolverSuite):
         return Anderson()
 
 
+@pytest.mark.slow
 class TestAndersonInBfloat16(SolverSuite):
     def make(self):
         return Anderson(history_dtype=torch.bfloat16)
@@ -31,6 +33,7 @@ class TestBroyden(SolverSuite):
         return Broyden()
 
 
+@pytest.mark.slow
 class TestBroydenInBfloat16(SolverSuite):
     def make(self):
         return Broyden(history_dtype=torch.bfloat16)
@@ -43,6 +46,7 @@ class TestNewtonKrylov(SolverSuite):
         return NewtonKrylov(inner=24)
 
 
+@pytest.mark.slow
 class TestShortNewtonKrylov(TestNewtonKrylov):
     def make(self):
         return NewtonKrylov()
