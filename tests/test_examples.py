@@ -19,8 +19,8 @@ WORDS = {
     "correction": ["--steps", "100"],
 }
 """What is said to an example beside its name, to have it done sooner."""
-LONG = {"cell", "correction", "graph", "hyper_gradients", "generation", "multiscale"}
-"""Those that train for 10 to 30 seconds all the same; `make check` runs them."""
+LONG = {"cell", "correction", "graph", "hyper_gradients", "generation", "matrix_square_root", "multiscale"}
+"""Those that take 5 to 30 seconds all the same; `make check` runs them."""
 
 
 def load(name):
