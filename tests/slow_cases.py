@@ -4,8 +4,10 @@ import pytest
 
 
 def some_slow(*values):
-    """These cases, slow."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """These cases, slow; a case is a value, or a tuple of several."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow) for value in values
+    ]
 
 
 def all_but(quick, values):

@@ -107,6 +107,7 @@ def test_runs_of_different_tokens_are_compared_in_bits_per_byte(here):
     assert "read different corpora" in compared([*records, read(here / "other")], [])
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_the_merges_of_the_run_though_others_are_learnt_now(here, monkeypatch):
     before = Run.open(here / "bpe").language.vocabulary
     shutil.rmtree(here / "bpe" / "checkpoints" / "step-00000008")

@@ -35,7 +35,7 @@ from small_experiment import (
 
 WAYS = pytest.mark.parametrize(
     "choices",
-    [{}, {"memory": "layers"}, {"tied": False}, {"checkpoint": True}],
+    [{}, *some_slow({"memory": "layers"}), {"tied": False}, *some_slow({"checkpoint": True})],
     ids=["tied", "layer-memory", "untied", "recomputed"],
 )
 CELL = TransformerConfig(width=8, heads=2, inner=12, memory=30)

@@ -283,6 +283,7 @@ def test_folders_of_strangers(place, data):
     assert all(path.is_file() for path in mine)
 
 
+@pytest.mark.slow
 def test_every_recipe_has_a_help_text():
     for recipe in RECIPES:
         code, output = said("train", recipe, "--help")

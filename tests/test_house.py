@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import equilibria
 
 ROOT = Path(equilibria.__file__).parent
@@ -125,6 +127,7 @@ def test_a_name_has_one_door():
     assert len(classes) == len(set(classes)), sorted({name for name in classes if classes.count(name) > 1})
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_first():
     """So that no order of imports is relied upon."""
     program = (

@@ -18,6 +18,7 @@ from equilibria.lm.experiments.serialise import from_json, to_json
 from equilibria.lm.runs import Run
 from equilibria.lm.training import Trainer
 from equilibria.lm.training.tracker import Tracker, TrackerError, module_of, numbers_of
+from slow_cases import some_slow
 from small_experiment import corpus, experiment, same_bits, trained_weights, without_times
 
 
@@ -44,7 +45,7 @@ class Settings:
         self.console = console
 
 
-@pytest.fixture(params=["trackio", "wandb"])
+@pytest.fixture(params=[*some_slow("trackio"), "wandb"])
 def service(request, monkeypatch):
     """A package of the service that records what it is given."""
     module = types.ModuleType(request.param)

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from equilibria import Anderson, Broyden, Implicit, Picard, Stop, Unroll
 from equilibria.hf import equilibrium_of
-from slow_cases import some_slow
+from slow_cases import all_but, some_slow
 
 from .pretrained import CLOSE, LOOPS, MAKE, SHARP, SHARPLY, looped, padded, plain, sharp, tokens
 
@@ -112,7 +112,7 @@ def generated(model, ids, mask=None, **options):
     return model.generate(ids, attention_mask=mask, **{**choices, **options})
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", all_but(("greedy", "beams", "static cache"), MODES))
 @pytest.mark.parametrize("kind", ["llama", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_generation_with_a_cache_is_generation_without(kind, mode):
     model, options = looped(kind), MODES[mode]
