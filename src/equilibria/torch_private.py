@@ -304,7 +304,7 @@ def hooks_of_calls(module: nn.Module) -> tuple[list[Callable[..., Any]], list[Ca
 
 
 def is_replica(module: nn.Module) -> bool:
-    """True if ``nn.DataParallel`` made the module for one call; its weights are then plain tensors, not parameters.
+    """True if ``nn.DataParallel`` made this copy of a module for one call. Its weights are plain tensors.
 
     If it goes: True for a module without parameters.
     """

@@ -232,6 +232,16 @@ def test_what_is_not_linear_is_refused_in_the_place_of_a_matrix(training):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bound", [0.1, 1.0, 30.0])
+def test_a_clamp_is_refused_whatever_its_bound(bound, dtype):
+    """The result for a sum of unit vectors may lie within the bound, and those in f beyond it."""
+    cell = SMALL.build().to(dtype)
+    cell.inner.register_forward_hook(lambda module, inputs, value: value.clamp(-bound, bound))
+    with pytest.raises(ValueError, match=r"NormedLinear.*or a hook on it, is not linear"):
+        cell.prepare(torch.randn(2, 3, 8, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_is_no_deviation_from_a_linear_map(dtype):
     cell = TransformerConfig(width=256, heads=2, inner=512).build().to(dtype)
     for matrix in (cell.inner, cell.outer, cell.attention.qkv):

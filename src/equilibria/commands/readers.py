@@ -1,4 +1,4 @@
-"""How the command line reads the types of settings that tyro does not know."""
+"""Rules by which the command line reads settings of types that tyro does not know."""
 
 from __future__ import annotations
 

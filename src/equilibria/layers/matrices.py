@@ -42,19 +42,23 @@ LINEAR = 1e-2
 
 @torch.no_grad()
 def _check_linear(module: nn.Module, eye: Float[Tensor, "in in"], rows: Float[Tensor, "_ out"]) -> None:
-    """Raise a ValueError if the module is not linear: its result for a sum of unit vectors is not that of its results.
+    """Raise a ValueError unless the module maps a sum of unit vectors to the sum of its results for each of them.
 
-    A module that draws random numbers, such as an adapter with dropout, has another W for each row, and is not checked.
+    The sum is taken as it is and multiplied by a large number, since a clamp changes large numbers alone. A module
+    that draws random numbers, such as an adapter with dropout, has another W for each row, and is not checked.
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
     added, parts = rows[-1].to(wide), (rows[:-1:2] - rows[-1]).to(wide)
-    found, wanted = module(eye[::2].sum(dim=0, keepdim=True))[0].to(wide), parts.sum(dim=0) + added
-    if (found - wanted).norm() > LINEAR * (parts.norm() + wanted.norm() + added.norm()):
-        raise ValueError(
-            f"a {type(module).__name__} that replaces a linear map, or a hook on it, is not linear, and a cell reads "
-            "its matrix once per forward pass instead of calling it: give an adapter that adds a matrix, such as LoRA, "
-            "or write an nn.Module f(z, *inputs) of your own, whose parts are called."
-        )
+    for scale in (1.0, 2.0**6 if rows.dtype == torch.float16 else 2.0**20):  # powers of two round nothing
+        # Call by call: a module that quantises its input does so by the largest number of all rows.
+        found = module(scale * eye[::2].sum(dim=0, keepdim=True))[0].to(wide)
+        wanted = scale * parts.sum(dim=0) + added
+        if (found - wanted).norm() > LINEAR * (scale * parts.norm() + wanted.norm() + added.norm()):
+            raise ValueError(
+                f"a {type(module).__name__} that replaces a linear map, or a hook on it, is not linear, and a cell "
+                "reads its matrix once per forward pass instead of calling it: give an adapter that adds a matrix, "
+                "such as LoRA, or write an nn.Module f(z, *inputs) of your own, whose parts are called."
+            )
 
 
 def _check_no_backward_hook(module: nn.Module) -> None:
@@ -74,7 +78,7 @@ def _random_state(like: Tensor) -> Tensor | None:
 
 
 def like_of(module: nn.Module) -> Tensor:
-    """A tensor with dtype and device of the module's parameters.
+    """A tensor with the dtype and the device of the module's parameters.
 
     Dynamically quantised weights are no parameters: they compute in float32 on a CPU.
     """

@@ -26,6 +26,6 @@ def number_in(name: str, least: int, most: int | None = None) -> int:
 
 
 def restarts() -> int:
-    """How often torchrun has started this process again; 0 without torchrun."""
+    """The number of times that torchrun has restarted this process; 0 without torchrun."""
     name = "TORCHELASTIC_RESTART_COUNT"
     return number_in(name, 0) if os.environ.get(name, "").strip() else 0

@@ -1,7 +1,7 @@
 """Anderson acceleration, and its normal equations, which gain one row per step and are solved once per step.
 
-The equations of a batch are tensors. Those of one sample on a CPU are Python's numbers: there a system of five unknowns
-takes ten microseconds, and the forty operators of the tensors ten times as long.
+The equations of a batch are stored as tensors. Those of one sample on a CPU are stored as Python's floats: solving five
+unknowns in Python takes ten microseconds, and the forty operators on tensors would take ten times as long.
 
 Letters: B batch, N flattened state, W window, U differences stored so far.
 """

@@ -37,7 +37,7 @@ class _Switched:
 
     own: bool
     wanted: dict[object, bool]
-    """The mode that each context wants, the newest one last."""
+    """For each open context the mode that it asks for, in the order in which they were opened."""
 
 
 _LOCK = threading.Lock()
